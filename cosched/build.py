@@ -1,0 +1,274 @@
+"""From a configuration to running parts. The only file that names concrete classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cosched.config import Config, split_arm
+from cosched.coscheduler import Coscheduler
+from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
+from cosched.engines.embedded.judges import (
+    ForcedJudge,
+    ForcedKind,
+    GreedyJudge,
+    Judge,
+    SamplingJudge,
+)
+from cosched.engines.embedded.request import GenerationRequest
+from cosched.engines.embedded.rows import LiveRows, RowSource
+from cosched.engines.embedded.target import Target, load_tokenizer
+from cosched.engines.embedded.verification import SamplingParams
+from cosched.engines.trace import RecordedRows, TraceMeta, TraceWriter, read_meta
+from cosched.errors import ConfigError
+from cosched.guard import FiniteGuard
+from cosched.protocols import Drafter, Sink
+from cosched.publish import InPlacePublisher
+from cosched.records import SignalSpec
+from cosched.registry import DRAFTERS, LOSSES, POLICIES
+from cosched.replay import ReplayBuffer, ReplayLimits
+from cosched.training.deepspeed_trainer import DeepSpeedTrainer
+from cosched.training.micro_step import BatchLoss
+from cosched.workload import load_requests
+
+NOTHING = SignalSpec(feature_layers=(), conditioning="none")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What all arms share: the target, the requests, and how they are judged."""
+
+    config: Config
+    target: Target
+    tokenizer: Any
+    requests: list[GenerationRequest]
+    sampling: SamplingParams
+    trace: TraceMeta | None
+
+    @property
+    def text_kind(self) -> ForcedKind:
+        """Where the text comes from: the target's best token, its samples, or documents."""
+        if self.trace is not None:
+            return self.trace.kind
+        if self.config.workload.documents is not None:
+            return "document"
+        return "greedy" if self.sampling.greedy else "sampled"
+
+    @property
+    def forced(self) -> bool:
+        """Whether the text is given rather than generated."""
+        return self.trace is not None or self.config.workload.documents is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way of decoding: an engine, with what adapts its draft."""
+
+    name: str
+    engine: EmbeddedEngine
+    drafter: Drafter | None
+    coscheduler: Coscheduler | None
+
+
+def build_world(config: Config) -> World:
+    """Load the target and the requests.
+
+    Raises:
+        CoschedError: anything that the user's files or settings get wrong.
+    """
+    check_paths(config)
+    device = _device(config.engine.device)
+    if config.engine.num_threads is not None:
+        torch.set_num_threads(config.engine.num_threads)
+    target = Target.load(config.target.path, device, getattr(torch, config.engine.dtype))
+    if config.adapt.replay.teacher == "hidden" or config.engine.kind == "trace":
+        target.require_plain_head()
+    tokenizer = load_tokenizer(config.target.path)
+    workload = config.workload
+    if config.engine.kind == "trace":
+        assert config.engine.trace is not None
+        directory = Path(config.engine.trace)
+        trace = read_meta(directory)
+        if trace.target_checksum != target.checksum():
+            raise ConfigError(
+                f"engine.trace: {directory} was recorded from another target than "
+                f"target.path = {config.target.path} (checksums differ)"
+            )
+        requests = RecordedRows(directory, trace, target, ()).requests()[: workload.max_prompts]
+        sampling = SamplingParams(trace.temperature, trace.top_p)
+    else:
+        trace = None
+        requests = load_requests(workload, tokenizer, target.max_length, device)
+        sampling = SamplingParams(workload.temperature, workload.top_p)
+    return World(config, target, tokenizer, requests, sampling, trace)
+
+
+def check_paths(config: Config) -> None:
+    """Every folder and file that the configuration names exists.
+
+    Raises:
+        ConfigError: one is missing; the message names its key.
+    """
+    workload, engine = config.workload, config.engine
+    named = {"target.path": config.target.path, "drafter.path": config.drafter_settings.path}
+    if engine.kind == "trace":
+        named["engine.trace"] = engine.trace or ""
+    elif workload.documents is not None:
+        named["workload.documents"] = workload.documents
+    else:
+        named["workload.prompts"] = workload.prompts or ""
+    for key, path in named.items():
+        if not Path(path).exists():
+            raise ConfigError(f"{key}: nothing at {path}")
+
+
+def load_drafter(world: World) -> Drafter:
+    """A fresh serving draft from its checkpoint."""
+    settings = world.config.drafter_settings
+    return DRAFTERS.get(settings.kind).load(settings, world.target)
+
+
+def build_arm(
+    world: World,
+    name: str,
+    sink: Sink,
+    writer: TraceWriter | None = None,
+    on_tokens: Callable[[int], None] = lambda _n: None,
+) -> Arm:
+    """An engine for one arm. With a ``writer`` it captures what the configured drafter needs."""
+    config = world.config
+    base, windowed = split_arm(name)
+    drafter = None if base == "plain" else load_drafter(world)
+    window = config.drafter_settings.window if windowed else None
+    coscheduler = None
+    if base == "adapted" and drafter is not None:
+        coscheduler = build_coscheduler(world, drafter, window, sink)
+    signal = drafter.signal if drafter else NOTHING
+    if drafter is None and writer is not None:
+        signal = load_drafter(world).signal
+    max_length = max(request.max_length for request in world.requests)
+    num_drafted = drafter.num_draft_tokens if drafter else 0
+    engine = EmbeddedEngine(
+        rows=_rows(world, max_length + num_drafted + 1, signal.feature_layers),
+        judge=_judge(world),
+        drafter=drafter,
+        options=EngineOptions(
+            max_batch=config.engine.max_batch,
+            max_length=max_length,
+            seed=config.run.seed,
+            stop_tokens=_stop_tokens(world),
+            window=window,
+            teacher=config.adapt.replay.teacher,
+        ),
+        device=world.target.device,
+        observer=coscheduler,
+        recorder=writer.record if writer else None,
+        on_tokens=on_tokens,
+    )
+    return Arm(name, engine, drafter, coscheduler)
+
+
+def build_coscheduler(
+    world: World, drafter: Drafter, window: int | None, sink: Sink
+) -> Coscheduler:
+    """Buffer, policy, trainer, guard and publisher around a serving draft."""
+    adapt = world.config.adapt
+    policy = POLICIES.get(world.config.policy_settings.kind)(world.config.policy_settings)
+    serving = drafter.network()
+    trainer = publisher = None
+    if serving is not None:
+        trainer = build_trainer(world, drafter)
+        publisher = InPlacePublisher(
+            serving, world.target.model, adapt.publish.target_check_every
+        )
+    target, replay = world.target, adapt.replay
+    width = target.hidden_size if replay.teacher == "hidden" else target.vocab_size
+    element = target.dtype.itemsize if replay.teacher == "hidden" else torch.float32.itemsize
+    limits = ReplayLimits(
+        window=replay.window,
+        anchors=replay.anchors,
+        path=drafter.num_draft_tokens,
+        max_tokens=replay.max_tokens,
+        max_bytes=replay.max_bytes,
+        teacher_row_bytes=width * element,
+    )
+    return Coscheduler(
+        buffer=ReplayBuffer(limits, world.config.loss_settings.rows, window),
+        policy=policy,
+        trainer=trainer,
+        guard=FiniteGuard(),
+        publisher=publisher,
+        sink=sink,
+        reset_when_finished=adapt.scope.state == "per_request",
+    )
+
+
+def build_recorder(world: World, directory: Path) -> TraceWriter:
+    """A trace of what the target says in this run, with the features that the drafter needs."""
+    world.target.require_plain_head()
+    record = world.config.record
+    return TraceWriter(
+        directory,
+        world.text_kind,
+        world.sampling.temperature,
+        world.sampling.top_p,
+        world.target.checksum(),
+        load_drafter(world).signal.feature_layers,
+        getattr(torch, record.dtype),
+        record.max_bytes,
+    )
+
+
+def build_trainer(world: World, drafter: Drafter) -> DeepSpeedTrainer:
+    """A DeepSpeed trainer over a float32 copy of the serving draft."""
+    adapt, loss = world.config.adapt, world.config.loss_settings
+    copy = drafter.clone(torch.float32)
+    batch_loss = BatchLoss(
+        copy, LOSSES.get(loss.kind)(loss), world.target.head, adapt.replay.teacher
+    )
+    return DeepSpeedTrainer(
+        batch_loss,
+        copy.trainable(adapt.scope.kind),
+        zero_stage=adapt.trainer.zero_stage,
+        learning_rate=adapt.trainer.lr,
+        max_grad_norm=adapt.trainer.max_grad_norm,
+        weight_decay=adapt.trainer.weight_decay,
+    )
+
+
+def _rows(world: World, max_length: int, feature_layers: tuple[int, ...]) -> RowSource:
+    config = world.config
+    if world.trace is not None:
+        directory = Path(config.engine.trace or "")
+        return RecordedRows(directory, world.trace, world.target, feature_layers)
+    return LiveRows(world.target, config.engine.max_batch, max_length, feature_layers)
+
+
+def _judge(world: World) -> Judge:
+    if world.forced:
+        return ForcedJudge(world.text_kind, world.sampling)
+    return GreedyJudge() if world.sampling.greedy else SamplingJudge(world.sampling)
+
+
+def _stop_tokens(world: World) -> frozenset[int]:
+    if world.forced or not world.config.workload.stop_at_end_of_text:
+        return frozenset()
+    return world.target.end_tokens
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"engine.device: {name!r} is no device; auto, cpu, cuda, cuda:0 …") from error
+    if device.type not in {"cpu", "cuda"}:
+        raise ConfigError(f"engine.device: {name!r} is not supported; use auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"engine.device: {name!r}, but this machine has no CUDA device")
+    return device

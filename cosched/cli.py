@@ -1,0 +1,176 @@
+"""The command line: one door for people, one message for each of their mistakes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from cosched.errors import CoschedError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="""Test-time speculation: a draft that learns from its target while it serves.
+
+    [bold]cosched run -c configs/quickstart.yaml[/] decodes the same prompts in several arms
+    (plain, frozen, frozen+window, adapted) and leaves a report. Any setting can be overridden
+    behind the file: [bold]adapt.trainer.lr=1e-4 workload.max_prompts=2[/].
+
+    Exit codes: 0 done, 1 failed or interrupted, 2 bad settings or input.""",
+)
+tinyworld_app = typer.Typer(
+    no_args_is_help=True, help="The small target, drafts and prompts that come with cosched."
+)
+app.add_typer(tinyworld_app, name="tinyworld")
+
+ConfigFile = Annotated[Path, typer.Option("-c", "--config", help="The experiment, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key.sub=value …]", help="Settings to change.")
+]
+
+console = Console()
+errors = Console(stderr=True)
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run folder if it exists.")
+    ] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Record the first arm's text as a trace.")
+    ] = False,
+) -> None:
+    """Run the arms of an experiment and write its folder: figures, events, report."""
+    from cosched.config import load_config
+    from cosched.telemetry.run_folder import RunFolder
+
+    loaded = load_config(config, overrides or ())
+    from cosched.build import check_paths
+
+    check_paths(loaded)
+    folder = RunFolder.create(loaded.run_folder, overwrite)
+    with console.status("loading the target and the drafts"):
+        from cosched.experiment import Experiment
+
+        experiment = Experiment(loaded, folder, record)
+    with _progress() as progress:
+        task = progress.add_task("decoding", total=experiment.total_tokens)
+
+        def advance(arm: str, number: int) -> None:
+            progress.update(task, advance=number, description=f"decoding [bold]{arm}[/]")
+
+        summary = experiment.run(advance)
+    from cosched.report.html import write_report
+    from cosched.report.table import summary_table
+
+    with console.status("writing the report"):
+        report_path = write_report(folder.path)
+    console.print(summary_table(summary))
+    console.print(f"report: [bold]{report_path}[/]", soft_wrap=True)
+    if experiment.interrupted:
+        errors.print(f"interrupted; what was measured so far is in {folder.path}", soft_wrap=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Validate an experiment and the files it names, without loading a model."""
+    from cosched.config import load_config, to_yaml
+
+    loaded = load_config(config, overrides or ())
+    from cosched.build import check_paths
+
+    check_paths(loaded)
+    console.print(to_yaml(loaded), markup=False, highlight=False)
+    console.print(f"{config}: valid; a run would write {loaded.run_folder}", soft_wrap=True)
+
+
+@app.command()
+def plugins() -> None:
+    """List the drafters, losses and policies that are installed, and where they come from."""
+    from cosched.registry import DRAFTERS, LOSSES, POLICIES
+
+    table = Table("kind", "name", "what it is", "from")
+    for registry in (DRAFTERS, LOSSES, POLICIES):
+        for plugin in registry.plugins():
+            table.add_row(registry.role, plugin.name, plugin.summary, plugin.origin)
+    console.print(table)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A folder that cosched run has written.")],
+) -> None:
+    """Write the report of a run again, and print its table."""
+    from cosched.report.html import write_report
+    from cosched.report.table import load_summary, summary_table
+
+    summary = load_summary(run_dir)
+    path = write_report(run_dir)
+    console.print(summary_table(summary))
+    console.print(f"report: [bold]{path}[/]", soft_wrap=True)
+
+
+@tinyworld_app.command("build")
+def tinyworld_build(
+    directory: Annotated[Path, typer.Option(help="Where the models and prompts go.")] = Path(
+        "build/tinyworld"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads to train with.")] = 2,
+) -> None:
+    """Train the tiny world from this machine's own text (about an hour on two cores)."""
+    from cosched.tinyworld.build import build
+
+    with _progress() as progress:
+        build(directory, seed, threads, progress)
+    console.print(f"built: [bold]{directory}[/]", soft_wrap=True)
+
+
+def _progress() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+    )
+
+
+def main() -> None:
+    """Entry point of the ``cosched`` command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except CoschedError as error:
+        errors.print(f"[bold red]cosched:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        errors.print("[bold red]cosched:[/] interrupted")
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""One YAML file, typed: OmegaConf merges files and overrides, msgspec refuses what is not allowed.
+
+Sections whose fields depend on their ``kind`` (drafter, policy, loss) are checked against the
+``Settings`` of the plugin of that name, so a stranger's plugin is validated like ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cosched.errors import ConfigError, PluginError
+from cosched.protocols import DrafterSettings, LossSettings, PolicySettings
+from cosched.records import TeacherForm
+from cosched.registry import DRAFTERS, LOSSES, POLICIES, Registry
+
+Positive = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[float, Meta(ge=0)]
+BASE_ARMS = ("plain", "frozen", "adapted")
+WINDOW_SUFFIX = "+window"
+
+
+class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A section of the file: unknown keys are refused, nothing changes after loading."""
+
+
+class RunSettings(Section):
+    """``run``: where the results go (``dir/name``), and the seed of every random draw."""
+
+    name: str
+    dir: str = "runs"
+    seed: int = 0
+
+
+class EngineSettings(Section):
+    """``engine``: what decodes. ``trace`` is the folder that ``kind: trace`` replays."""
+
+    kind: Literal["embedded", "trace"] = "embedded"
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_batch: Positive = 1
+    num_threads: Positive | None = None
+    trace: str | None = None
+
+
+class TargetSettings(Section):
+    """``target``: a folder in Hugging Face format."""
+
+    path: str
+
+
+class WorkloadSettings(Section):
+    """``workload``: prompts to answer, or documents that the target is made to say.
+
+    A prompts file has one JSON object a line with ``text`` (and optionally ``id``). With
+    ``documents`` the same, and the text after the first ``prompt_tokens`` tokens is forced: real
+    text at real cost, judged by the chance that the target would have accepted each draft.
+    """
+
+    prompts: str | None = None
+    documents: str | None = None
+    prompt_tokens: Positive = 64
+    max_new_tokens: Positive = 512
+    max_prompts: Positive | None = None
+    temperature: NotNegative = 0.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    stop_at_end_of_text: bool = True
+
+
+class RecordSettings(Section):
+    """``record``: how ``--record`` stores a trace; float32 makes it exact."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_bytes: Positive = 2147483648
+
+
+class ReplaySettings(Section):
+    """``adapt.replay``: rows of context kept per request, anchors per micro-step, hard limits."""
+
+    window: Positive = 128
+    anchors: Positive = 64
+    max_tokens: Positive = 65536
+    max_bytes: Positive = 268435456
+    teacher: TeacherForm = "hidden"
+
+
+class ScopeSettings(Section):
+    """``adapt.scope``: which parameters learn, and for how long they remember."""
+
+    kind: str = "full"
+    state: Literal["per_request", "shared"] = "shared"
+
+
+class TrainerSettings(Section):
+    """``adapt.trainer``: DeepSpeed ZeRO with AdamW on float32 masters."""
+
+    kind: Literal["deepspeed"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2] = 1
+    lr: Annotated[float, Meta(gt=0)] = 3e-4
+    max_grad_norm: Annotated[float, Meta(gt=0)] = 1.0
+    weight_decay: NotNegative = 0.0
+
+
+class GuardSettings(Section):
+    """``adapt.guard``: ``finite`` refuses updates none of whose steps was finite."""
+
+    kind: Literal["finite"] = "finite"
+
+
+class PublishSettings(Section):
+    """``adapt.publish``: the whole target is checksummed after every n-th publication; 0 is never."""
+
+    target_check_every: Annotated[int, Meta(ge=0)] = 1
+
+
+class AdaptSettings(Section):
+    """``adapt``: how the arm ``adapted`` learns."""
+
+    policy: dict[str, Any] = msgspec.field(default_factory=lambda: {"kind": "every_n_rounds"})
+    loss: dict[str, Any] = msgspec.field(default_factory=lambda: {"kind": "forward_kl"})
+    replay: ReplaySettings = ReplaySettings()
+    scope: ScopeSettings = ScopeSettings()
+    trainer: TrainerSettings = TrainerSettings()
+    guard: GuardSettings = GuardSettings()
+    publish: PublishSettings = PublishSettings()
+
+
+class Config(Section):
+    """The whole file."""
+
+    run: RunSettings
+    target: TargetSettings
+    drafter: dict[str, Any]
+    workload: WorkloadSettings
+    arms: Annotated[tuple[str, ...], Meta(min_length=1)]
+    engine: EngineSettings = EngineSettings()
+    adapt: AdaptSettings = AdaptSettings()
+    record: RecordSettings = RecordSettings()
+
+    @property
+    def drafter_settings(self) -> DrafterSettings:
+        return _plugin_settings(DRAFTERS, self.drafter, "drafter")
+
+    @property
+    def policy_settings(self) -> PolicySettings:
+        return _plugin_settings(POLICIES, self.adapt.policy, "adapt.policy")
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        return _plugin_settings(LOSSES, self.adapt.loss, "adapt.loss")
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.dir) / self.run.name
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``key.sub=value`` overrides, and check all of it.
+
+    Raises:
+        ConfigError: the file cannot be read, or a setting is not allowed; the message names the
+            key, what came and what is allowed.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}")
+    malformed = [o for o in overrides if "=" not in o]
+    if malformed:
+        raise ConfigError(f"an override has the form key.sub=value; got {malformed[0]!r}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        raw = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # PyYAML's errors share no base with OmegaConf's
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{path} is not YAML: {error}") from error
+        raise
+    config = _convert(raw, Config, "")
+    _check_together(config)
+    return config
+
+
+def _convert(raw: Any, kind: Any, where: str) -> Any:
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        message, _, tail = str(error).partition(" - at `$")
+        key = ".".join(part for part in (where, tail.strip("`").lstrip(".")) if part)
+        came = _lookup(raw, tail.strip("`").lstrip("."))
+        shown = "" if came is None or isinstance(came, dict | list) else f", got {came!r}"
+        allowed = ""
+        if "unknown field" in message:
+            allowed = _allowed_fields(kind, tail.strip("`").lstrip("."))
+        raise ConfigError(f"{key or 'configuration'}: {message}{shown}{allowed}") from error
+
+
+def _lookup(raw: Any, path: str) -> Any:
+    for part in filter(None, path.split(".")):
+        if not isinstance(raw, dict) or part not in raw:
+            return None
+        raw = raw[part]
+    return raw
+
+
+def _allowed_fields(kind: Any, path: str) -> str:
+    for part in filter(None, path.split(".")):
+        field = next((f for f in msgspec.structs.fields(kind) if f.name == part), None)
+        if field is None or not isinstance(field.type, type):
+            return ""
+        kind = field.type
+    names = ", ".join(field.name for field in msgspec.structs.fields(kind))
+    return f"; allowed here: {names}"
+
+
+def _plugin_settings(registry: Registry, raw: dict[str, Any], where: str) -> Any:
+    kind = raw.get("kind")
+    if not isinstance(kind, str):
+        raise ConfigError(f"{where}.kind: required, the name of a {registry.role}")
+    try:
+        cls = registry.get(kind)
+    except PluginError as error:
+        raise ConfigError(f"{where}.kind: {error}") from error
+    return _convert(raw, cls.Settings, where)
+
+
+def split_arm(arm: str) -> tuple[str, bool]:
+    """``frozen+window`` is ``("frozen", True)``."""
+    base = arm.removesuffix(WINDOW_SUFFIX)
+    return base, base != arm
+
+
+def _check_together(config: Config) -> None:
+    """What no single key can say."""
+    drafter, loss = config.drafter_settings, config.loss_settings
+    _ = config.policy_settings
+    bases = [split_arm(arm) for arm in config.arms]
+    for arm, (base, windowed) in zip(config.arms, bases, strict=True):
+        if base not in BASE_ARMS or (base == "plain" and windowed):
+            raise ConfigError(
+                f"arms: unknown arm {arm!r}; there are {', '.join(BASE_ARMS)}, and with "
+                f"{WINDOW_SUFFIX} behind them frozen and adapted"
+            )
+        if windowed and drafter.window is None:
+            raise ConfigError(f"arms: {arm!r} needs drafter.window, the tokens that the draft sees")
+    if len(set(config.arms)) != len(config.arms):
+        raise ConfigError(f"arms: the same arm twice in {list(config.arms)}")
+    workload, engine, replay = config.workload, config.engine, config.adapt.replay
+    if engine.kind == "trace":
+        if engine.trace is None:
+            raise ConfigError("engine.trace: required when engine.kind is trace, a recorded folder")
+        if loss.rows == "all":
+            raise ConfigError(
+                "adapt.loss.rows: 'all' needs rows after a refusal, which a trace does not have; "
+                "use 'accepted' or 'delayed', or engine.kind: embedded"
+            )
+    elif (workload.prompts is None) == (workload.documents is None):
+        raise ConfigError("workload: give exactly one of prompts and documents")
+    if workload.documents is not None and loss.rows == "all":
+        raise ConfigError("adapt.loss.rows: 'all' needs drafted text; documents are forced")
+    adapted = any(base == "adapted" for base, _ in bases)
+    if adapted and config.adapt.scope.state == "per_request" and engine.max_batch != 1:
+        raise ConfigError(
+            f"adapt.scope.state: per_request keeps one draft for each request, so "
+            f"engine.max_batch must be 1, got {engine.max_batch}; use state: shared"
+        )
+    if replay.window <= drafter.num_draft_tokens + 1:
+        raise ConfigError(
+            f"adapt.replay.window: {replay.window} holds no path of drafter.num_draft_tokens = "
+            f"{drafter.num_draft_tokens} tokens behind an anchor; use at least "
+            f"{drafter.num_draft_tokens + 2}"
+        )
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration, every default written out."""
+    raw = msgspec.to_builtins(config)
+    raw["drafter"] = msgspec.to_builtins(config.drafter_settings)
+    raw["adapt"]["policy"] = msgspec.to_builtins(config.policy_settings)
+    raw["adapt"]["loss"] = msgspec.to_builtins(config.loss_settings)
+    return OmegaConf.to_yaml(OmegaConf.create(raw))

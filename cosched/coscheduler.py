@@ -1,0 +1,130 @@
+"""The walk of a round. The engine drives; this is called once after every round.
+
+    collect   what the target said goes into the replay buffer
+    observe   counters and costs become a Snapshot
+    decide    the policy says whether to train now
+    update    the trainer takes micro-steps on its own copy of the draft
+    guard     the candidate may serve, or not
+    publish   into the serving draft, in place, as the next version
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from cosched.protocols import Buffer, Guard, Policy, Publisher, Sink, Trainer
+from cosched.records import Decision, Snapshot, Totals, UpdateResult, Verdict, VerifyRound
+
+RECENT_WEIGHT = 0.05  # of the newest round in the moving acceptance length
+
+
+class Coscheduler:
+    """Turns verification rounds into better drafts, and never touches the target."""
+
+    def __init__(
+        self,
+        buffer: Buffer,
+        policy: Policy,
+        trainer: Trainer | None,
+        guard: Guard,
+        publisher: Publisher | None,
+        sink: Sink,
+        reset_when_finished: bool,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._buffer = buffer
+        self._policy = policy
+        self._trainer = trainer
+        self._guard = guard
+        self._publisher = publisher
+        self._sink = sink
+        self._reset_when_finished = reset_when_finished
+        self._clock = clock
+        self.totals = Totals()
+
+    @property
+    def version(self) -> int:
+        return self._publisher.version if self._publisher else 0
+
+    def on_round(self, round_: VerifyRound) -> None:
+        """Called by the engine after each verification round and after each prefill."""
+        self._buffer.collect(round_)
+        snapshot = self._observe(round_)
+        decision = self._policy.decide(snapshot)
+        if decision.num_steps:
+            result = self._update(decision)
+            if result and self._judge(result).publish:
+                self._publish()
+        if round_.finished and self._reset_when_finished:
+            self._reset()
+
+    def _observe(self, round_: VerifyRound) -> Snapshot:
+        totals = self.totals
+        committed = round_.num_committed
+        if round_.blocks:
+            totals.rounds += 1
+            length = committed / len(round_.blocks)
+            weight = RECENT_WEIGHT if totals.rounds > 1 else 1.0
+            totals.recent += weight * (length - totals.recent)
+        totals.committed += committed
+        totals.drafted += sum(len(block.path_K) for block in round_.blocks)
+        totals.accepted += sum(block.num_accepted for block in round_.blocks)
+        totals.draft_seconds += round_.draft_seconds
+        totals.verify_seconds += round_.verify_seconds
+        return Snapshot(
+            round_index=totals.rounds,
+            num_running=round_.num_running,
+            num_committed=totals.committed,
+            num_drafted=totals.drafted,
+            num_accepted=totals.accepted,
+            recent_acceptance_length=totals.recent,
+            rounds_since_update=totals.rounds - totals.round_of_update,
+            tokens_since_update=totals.committed - totals.committed_at_update,
+            num_updates=totals.updates,
+            draft_version=self.version,
+            buffered_tokens=self._buffer.num_tokens,
+            seconds_drafting=totals.draft_seconds,
+            seconds_verifying=totals.verify_seconds,
+            seconds_updating=totals.update_seconds,
+            seconds_publishing=totals.publish_seconds,
+        )
+
+    def _update(self, decision: Decision) -> UpdateResult | None:
+        assert self._trainer is not None, "a policy that trains needs a trainer"
+        started = self._clock()
+        batch = self._buffer.sample()
+        if batch is None:
+            return None
+        result = self._trainer.update(batch, decision)
+        totals = self.totals
+        totals.updates += 1
+        totals.skipped_steps += result.num_skipped
+        totals.losses.append(result.losses[-1])
+        totals.round_of_update = totals.rounds
+        totals.committed_at_update = totals.committed
+        totals.update_seconds += self._clock() - started
+        self._sink.emit("update", round=totals.rounds, reason=decision.reason, result=result)
+        return result
+
+    def _judge(self, result: UpdateResult) -> Verdict:
+        assert self._trainer is not None
+        verdict = self._guard.judge(result, self._trainer.weights())
+        self._sink.emit("verdict", round=self.totals.rounds, verdict=verdict)
+        return verdict
+
+    def _publish(self) -> None:
+        assert self._trainer is not None and self._publisher is not None
+        version = self._publisher.publish(self._trainer.weights())
+        self.totals.publish_seconds += version.seconds
+        self._sink.emit("publication", round=self.totals.rounds, version=version)
+
+    def _reset(self) -> None:
+        """State per request: the next request starts from the draft as it was loaded."""
+        if self._trainer is None or self.totals.updates == 0:
+            return
+        started = self._clock()
+        self._trainer.reset()
+        self.totals.update_seconds += self._clock() - started
+        self._sink.emit("reset", round=self.totals.rounds)
+        self._publish()

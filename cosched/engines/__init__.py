@@ -1,0 +1,1 @@
+"""Engines decode requests and report every round to the co-scheduler."""

@@ -1,0 +1,303 @@
+"""The decoding loop: draft, verify, commit, for a batch of requests at different positions.
+
+Letters: B requests, K drafted tokens, S = K + 1 rows, R committed rows, X teacher width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cosched.engines.embedded.judges import Judge
+from cosched.engines.embedded.request import FinishedRequest, GenerationRequest
+from cosched.engines.embedded.rows import RowSource
+from cosched.engines.embedded.target import TargetRows
+from cosched.engines.embedded.verification import RandomStream
+from cosched.protocols import Drafter, RoundObserver
+from cosched.records import Proposal, RoundRow, Segment, ServedBlock, TeacherForm, VerifyRound
+
+
+Recorder = Callable[[GenerationRequest, TargetRows, int, int, int], None]
+"""``recorder(request, rows, index, start, count)``: rows ``[index, :count]`` are at ``start``."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Limits and habits of one engine. ``window`` is how many tokens back the draft sees."""
+
+    max_batch: int
+    max_length: int
+    seed: int
+    stop_tokens: frozenset[int]
+    window: int | None = None
+    teacher: TeacherForm = "hidden"
+
+
+@dataclass(slots=True)
+class EngineSeconds:
+    """Wall time by what it was spent on, since the engine was made."""
+
+    prefill: float = 0.0
+    draft: float = 0.0
+    verify: float = 0.0
+    observer: float = 0.0
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A running request: its text so far, and its rounds."""
+
+    request: GenerationRequest
+    text: Tensor
+    length: int
+    random: RandomStream
+    rounds: list[RoundRow] = field(default_factory=list)
+    stopped: bool = False
+
+    @property
+    def done(self) -> bool:
+        return self.stopped or self.length >= self.request.max_length
+
+    def finished(self) -> FinishedRequest:
+        generated = self.text[len(self.request.prompt_P) : self.length]
+        return FinishedRequest(
+            self.request, tuple(generated.tolist()), tuple(self.rounds), self.stopped
+        )
+
+
+class EmbeddedEngine:
+    """Continuous batching over slots; slots ``0..n - 1`` run, a finished one is filled by the last.
+
+    The engine knows no co-scheduler: it calls ``observer.on_round`` after each prefill and each
+    round, and goes on with whatever draft then serves.
+    """
+
+    def __init__(
+        self,
+        rows: RowSource,
+        judge: Judge,
+        drafter: Drafter | None,
+        options: EngineOptions,
+        device: torch.device,
+        observer: RoundObserver | None = None,
+        recorder: Recorder | None = None,
+        on_tokens: Callable[[int], None] = lambda _n: None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._rows = rows
+        self._judge = judge
+        self._drafter = drafter
+        self._options = options
+        self._device = device
+        self._observer = observer
+        self._recorder = recorder
+        self._on_tokens = on_tokens
+        self._clock = clock
+        self._num_drafted = drafter.num_draft_tokens if drafter else 0
+        self._state = (
+            drafter.new_state(options.max_batch, options.max_length, options.window)
+            if drafter
+            else None
+        )
+        self._slots: list[_Slot] = []
+        self._round_index = 0
+        self.seconds = EngineSeconds()
+
+    @property
+    def draft_version(self) -> int:
+        return getattr(self._observer, "version", 0)
+
+    def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[FinishedRequest]:
+        """Decode all requests; each is yielded when it is done, in the order of finishing."""
+        waiting = deque(requests)
+        while waiting or self._slots:
+            while waiting and len(self._slots) < self._options.max_batch:
+                self._admit(waiting.popleft())
+                yield from self._retire()
+            if self._slots:
+                self._round()
+                yield from self._retire()
+
+    # --- a request enters and leaves -------------------------------------------------------
+
+    @torch.no_grad()
+    def _admit(self, request: GenerationRequest) -> None:
+        """Prefill: the prompt's rows, and the first token of the answer."""
+        started = self._clock()
+        index, num_prompt = len(self._slots), len(request.prompt_P)
+        rows = self._rows.prefill(index, request)
+        text = request.prompt_P.new_zeros(request.max_length + self._num_drafted + 1)
+        text[:num_prompt] = request.prompt_P
+        slot = _Slot(request, text, num_prompt, RandomStream(self._options.seed, request.id))
+        self._slots.append(slot)
+        outcome = self._judge.rule(
+            self._nothing(1),
+            rows.logits_BTV[:, -1:],
+            slot.random.uniforms(num_prompt - 1, 1)[None].to(self._device),
+            self._paths([slot], 0),
+        )
+        self._commit(slot, outcome.next_B)
+        segment = self._segment(index, rows, 0, 0, num_prompt)
+        self.seconds.prefill += self._now() - started
+        self._report((segment,), (), 0.0, 0.0)
+
+    def _retire(self) -> Iterator[FinishedRequest]:
+        for index in reversed(range(len(self._slots))):
+            slot = self._slots[index]
+            if not slot.done:
+                continue
+            last = len(self._slots) - 1
+            if self._drafter:
+                self._drafter.move_slot(self._state, last, index)
+            if index != last:
+                self._rows.move_slot(last, index, self._slots[last].length)
+                self._slots[index] = self._slots[last]
+            self._slots.pop()
+            yield slot.finished()
+
+    def abandon(self) -> list[FinishedRequest]:
+        """What the running requests have so far; they are not continued."""
+        unfinished = [slot.finished() for slot in self._slots]
+        self._slots.clear()
+        return unfinished
+
+    # --- one round -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        slots, num_drafted, version = self._slots, self._num_drafted, self.draft_version
+        started = self._clock()
+        anchor_B = torch.stack([slot.text[slot.length - 1] for slot in slots])
+        uniforms_BU = torch.stack(
+            [slot.random.uniforms(slot.length - 1, 2 * num_drafted + 1) for slot in slots]
+        ).to(self._device)
+        path_BS = self._paths(slots, num_drafted)
+        proposal = self._propose(anchor_B, uniforms_BU, path_BS)
+        drafted = self._now()
+        ids_BS = torch.cat((anchor_B[:, None], proposal.tokens_BK), 1)
+        starts = torch.tensor([slot.length - 1 for slot in slots], device=self._device)
+        positions_BS = starts[:, None] + torch.arange(num_drafted + 1, device=self._device)
+        rows = self._rows.verify(ids_BS, positions_BS)
+        outcome = self._judge.rule(proposal, rows.logits_BTV, uniforms_BU, path_BS)
+        accepted = outcome.num_accepted_B.tolist()  # host waits for the device
+        verified = self._clock()
+        segments, blocks = [], []
+        for index, slot in enumerate(slots):
+            start, count = slot.length - 1, accepted[index]
+            new = torch.cat((proposal.tokens_BK[index, :count], outcome.next_B[index : index + 1]))
+            committed = self._commit(slot, new)
+            segments.append(self._segment(index, rows, index, start, committed))
+            teacher = self._teacher(rows)[index, :num_drafted]
+            if num_drafted:
+                blocks.append(
+                    ServedBlock(
+                        slot.request.id, start, proposal.tokens_BK[index], teacher, count, committed
+                    )
+                )
+            generated = start + 1 - len(slot.request.prompt_P)
+            slot.rounds.append(
+                RoundRow(
+                    slot.request.id, generated, version, num_drafted, count, committed
+                )
+            )
+        self._round_index += 1
+        self.seconds.draft += drafted - started
+        self.seconds.verify += verified - drafted
+        self._report(tuple(segments), tuple(blocks), drafted - started, verified - drafted)
+
+    def _propose(self, anchor_B: Tensor, uniforms_BU: Tensor, path_BS: Tensor) -> Proposal:
+        if self._drafter is None:
+            return self._nothing(len(anchor_B))
+        choose = self._judge.choose(uniforms_BU, path_BS[:, :-1])
+        return self._drafter.propose(self._state, len(anchor_B), choose)
+
+    def _nothing(self, num_slots: int) -> Proposal:
+        """No drafts: what plain decoding verifies."""
+        return Proposal(
+            torch.zeros(num_slots, 0, dtype=torch.int64, device=self._device),
+            torch.zeros(num_slots, 0, self._rows.vocab_size, device=self._device),
+        )
+
+    def _paths(self, slots: list[_Slot], num_drafted: int) -> Tensor:
+        """The next S tokens of forced texts, zeros past their end and for free requests."""
+        paths = []
+        for slot in slots:
+            path = slot.text.new_zeros(num_drafted + 1)
+            if slot.request.forced_T is not None:
+                ahead = slot.request.forced_T[slot.length : slot.length + num_drafted + 1]
+                path[: len(ahead)] = ahead
+            paths.append(path)
+        return torch.stack(paths)
+
+    def _commit(self, slot: _Slot, tokens_R: Tensor) -> int:
+        """Append tokens up to the first stop token and the request's limit; returns how many."""
+        tokens_R = tokens_R[: slot.request.max_length - slot.length]
+        for place, token in enumerate(tokens_R.tolist()):
+            if token in self._options.stop_tokens:
+                tokens_R = tokens_R[: place + 1]
+                slot.stopped = True
+                break
+        slot.text[slot.length : slot.length + len(tokens_R)] = tokens_R
+        slot.length += len(tokens_R)
+        return len(tokens_R)
+
+    def _segment(
+        self, slot_index: int, rows: TargetRows, row_index: int, start: int, count: int
+    ) -> Segment:
+        """Tell the draft about committed rows, record them, and make them a segment."""
+        slot = self._slots[slot_index]
+        tokens_R1 = slot.text[start : start + count + 1]
+        features = rows.features_BTF
+        features_RF = None if features is None else features[row_index, :count]
+        if self._drafter:
+            self._drafter.observe(self._state, slot_index, tokens_R1[1:], features_RF)
+        if self._recorder:
+            self._recorder(slot.request, rows, row_index, start, count)
+        teacher = self._teacher(rows)
+        whole = teacher.shape[1] >= count  # a prompt has logits for its last row only
+        return Segment(
+            slot.request.id,
+            start,
+            tokens_R1,
+            features_RF,
+            teacher[row_index, :count] if whole else None,
+        )
+
+    def _teacher(self, rows: TargetRows) -> Tensor:
+        return rows.hidden_BTH if self._options.teacher == "hidden" else rows.logits_BTV
+
+    def _report(
+        self,
+        segments: tuple[Segment, ...],
+        blocks: tuple[ServedBlock, ...],
+        draft_seconds: float,
+        verify_seconds: float,
+    ) -> None:
+        self._on_tokens(sum(block.num_committed for block in blocks) or len(segments))
+        if self._observer is None:
+            return
+        started = self._clock()
+        self._observer.on_round(
+            VerifyRound(
+                index=self._round_index,
+                draft_version=self.draft_version,
+                segments=segments,
+                blocks=blocks,
+                finished=tuple(slot.request.id for slot in self._slots if slot.done),
+                draft_seconds=draft_seconds,
+                verify_seconds=verify_seconds,
+                num_running=len(self._slots),
+            )
+        )
+        self.seconds.observer += self._clock() - started
+
+    def _now(self) -> float:
+        """The time once the device has done what it was given, so that a span is true."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # host waits for the device
+        return self._clock()

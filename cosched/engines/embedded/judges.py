@@ -1,0 +1,109 @@
+"""Who decides what is committed: the target itself, or a text that was recorded or given.
+
+Letters: B requests, K drafted tokens, S = K + 1 rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from cosched.engines.embedded.verification import (
+    Outcome,
+    SamplingParams,
+    draw,
+    probabilities,
+    verify_greedy,
+    verify_sampled,
+)
+from cosched.protocols import Choose
+from cosched.records import Proposal
+
+ForcedKind = Literal["greedy", "sampled", "document"]
+
+
+class Judge(Protocol):
+    """Picks drafted tokens and rules on them; ``uniforms_BU`` has 2K + 1 numbers a request."""
+
+    def choose(self, uniforms_BU: Tensor, path_BK: Tensor) -> Choose: ...
+
+    def rule(
+        self, proposal: Proposal, logits_BSV: Tensor, uniforms_BU: Tensor, path_BS: Tensor
+    ) -> Outcome: ...
+
+
+class GreedyJudge:
+    """The draft's best token, held against the target's best token."""
+
+    def choose(self, uniforms_BU: Tensor, path_BK: Tensor) -> Choose:  # noqa: ARG002
+        return lambda _k, logits_BV: logits_BV.argmax(-1)
+
+    def rule(
+        self, proposal: Proposal, logits_BSV: Tensor, uniforms_BU: Tensor, path_BS: Tensor  # noqa: ARG002
+    ) -> Outcome:
+        return verify_greedy(proposal.tokens_BK, logits_BSV)
+
+
+class SamplingJudge:
+    """Drafts are sampled from the draft, and kept so that the target's distribution stands."""
+
+    def __init__(self, sampling: SamplingParams) -> None:
+        self.sampling = sampling
+
+    def choose(self, uniforms_BU: Tensor, path_BK: Tensor) -> Choose:  # noqa: ARG002
+        def pick(k: int, logits_BV: Tensor) -> Tensor:
+            return draw(probabilities(logits_BV, self.sampling, cut=False), uniforms_BU[:, k])
+
+        return pick
+
+    def rule(
+        self, proposal: Proposal, logits_BSV: Tensor, uniforms_BU: Tensor, path_BS: Tensor  # noqa: ARG002
+    ) -> Outcome:
+        num_drafted = proposal.tokens_BK.shape[1]
+        return verify_sampled(
+            proposal.tokens_BK,
+            probabilities(proposal.logits_BKV, self.sampling, cut=False),
+            probabilities(logits_BSV, self.sampling),
+            uniforms_BU[:, num_drafted : 2 * num_drafted].to(torch.float32),
+            uniforms_BU[:, -1],
+        )
+
+
+class ForcedJudge:
+    """The text is given; the draft is led along it and judged by its chance of being accepted.
+
+    ``greedy``    stands while the draft's best token is the text's: exact for greedy text.
+    ``sampled``   stands with probability min(1, q(x) / p(x)): exact for text sampled from p, since
+                  P(draft x accepted) = min(p(x), q(x)) and P(x committed) = p(x).
+    ``document``  stands with probability sum_v min(p, q), which is what a sampled draft would meet
+                  at this place; the text was not the target's, so this is its nearest measure.
+    """
+
+    def __init__(self, kind: ForcedKind, sampling: SamplingParams) -> None:
+        self.kind = kind
+        # Documents have no temperature of their own: judge the distributions as they are.
+        self.sampling = SamplingParams(1.0) if sampling.greedy else sampling
+
+    def choose(self, uniforms_BU: Tensor, path_BK: Tensor) -> Choose:  # noqa: ARG002
+        return lambda k, _logits_BV: path_BK[:, k]
+
+    def rule(
+        self, proposal: Proposal, logits_BSV: Tensor, uniforms_BU: Tensor, path_BS: Tensor
+    ) -> Outcome:
+        path_BK = path_BS[:, :-1]
+        if self.kind == "greedy":
+            stands_BK = proposal.logits_BKV.argmax(-1) == path_BK
+        else:
+            q_BKV = probabilities(proposal.logits_BKV, self.sampling, cut=False)
+            p_BKV = probabilities(logits_BSV[:, :-1], self.sampling)
+            num_drafted = path_BK.shape[1]
+            uniform_BK = uniforms_BU[:, num_drafted : 2 * num_drafted].to(torch.float32)
+            if self.kind == "document":
+                stands_BK = uniform_BK < torch.minimum(p_BKV, q_BKV).sum(-1)
+            else:
+                at = path_BK[..., None]
+                stands_BK = uniform_BK * p_BKV.gather(-1, at)[..., 0] < q_BKV.gather(-1, at)[..., 0]
+        num_accepted_B = stands_BK.long().cumprod(1).sum(1)
+        return Outcome(num_accepted_B, path_BS.gather(1, num_accepted_B[:, None]).squeeze(1))

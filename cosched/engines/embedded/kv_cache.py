@@ -1,0 +1,76 @@
+"""A key-value cache whose requests are at different positions, for transformers' models.
+
+Letters: B slots in use, H key-value heads, T new rows, L positions, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class SlotCache(Cache):
+    """Preallocated keys and values by slot; rolling back is forgetting a length.
+
+    ``place(positions_BT)`` says where the next forward pass writes; the rows that were refused
+    stay in the buffer and are overwritten before anything may look at them.
+    """
+
+    def __init__(
+        self, num_layers: int, max_batch: int, max_length: int, device: torch.device
+    ) -> None:
+        super().__init__(layers=[_SlotLayer(self, max_batch, max_length) for _ in range(num_layers)])
+        self.device = device
+        self.visible = 0
+        self.index_BT: Tensor | None = None
+
+    def place(self, positions_BT: Tensor, visible: int, first_slot: int = 0) -> None:
+        """The next pass writes row t of request b at ``positions_BT[b, t]`` and sees ``visible``."""
+        self.index_BT = positions_BT
+        self.visible = visible
+        self.first_slot = first_slot
+
+    def move(self, source: int, destination: int, length: int) -> None:
+        """Copy the first ``length`` positions of one slot to another."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[destination, :, :length] = layer.keys[source, :, :length]
+                layer.values[destination, :, :length] = layer.values[source, :, :length]
+
+
+class _SlotLayer(CacheLayerMixin):
+    def __init__(self, cache: SlotCache, max_batch: int, max_length: int) -> None:
+        super().__init__()
+        self.cache = cache
+        self.max_batch = max_batch
+        self.max_length = max_length
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        heads, width = key_states.shape[1], key_states.shape[-1]
+        shape = (self.max_batch, heads, self.max_length, width)
+        self.keys = key_states.new_zeros(shape)
+        self.values = value_states.new_zeros((*shape[:-1], value_states.shape[-1]))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        cache = self.cache
+        assert cache.index_BT is not None
+        slots = slice(cache.first_slot, cache.first_slot + len(key_states))
+        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+            index = cache.index_BT[:, None, :, None].expand_as(new)
+            buffer[slots].scatter_(2, index, new)
+        return self.keys[slots, :, : cache.visible], self.values[slots, :, : cache.visible]
+
+    def get_seq_length(self) -> int:
+        return self.cache.visible
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.visible, 0
+
+    def get_max_cache_shape(self) -> int:
+        return self.max_length

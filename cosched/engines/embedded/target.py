@@ -1,0 +1,181 @@
+"""The target: a Hugging Face causal LM, with the hidden states that drafting and teaching need.
+
+Letters: B requests, T rows, P prompt rows, F fused feature width, H hidden width, V vocabulary,
+L visible positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from cosched.engines.embedded.kv_cache import SlotCache
+from cosched.errors import CheckpointError, ConfigError
+from cosched.publish import checksum
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRows:
+    """What one forward pass of the target gives for rows ``[B, T]``."""
+
+    logits_BTV: Tensor
+    hidden_BTH: Tensor
+    features_BTF: Tensor | None
+
+
+class Target:
+    """A causal LM in evaluation mode, its embedding and head, and a forward over a SlotCache."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval().requires_grad_(False)
+        config = model.config
+        self.vocab_size: int = config.vocab_size
+        self.hidden_size: int = config.hidden_size
+        self.num_layers: int = config.num_hidden_layers
+        self.max_length: int = config.max_position_embeddings
+        self.embedding: nn.Embedding = model.get_input_embeddings()
+        self.head: nn.Module = model.get_output_embeddings()
+        self.device: torch.device = self.embedding.weight.device
+        self.dtype: torch.dtype = self.embedding.weight.dtype
+        self._capture_layers: tuple[int, ...] = ()
+        self._captured: dict[int, Tensor] = {}
+        self._hidden: Tensor | None = None
+        decoder = model.get_decoder()
+        decoder.register_forward_hook(self._keep_hidden)
+        for index, layer in enumerate(decoder.layers):
+            layer.register_forward_hook(self._keep_features(index))
+
+    @classmethod
+    def load(cls, path: str, device: torch.device, dtype: torch.dtype) -> Target:
+        """Load a folder in Hugging Face format; nothing is downloaded.
+
+        Raises:
+            CheckpointError: no such folder, or a model that this engine cannot run exactly.
+        """
+        if not (Path(path) / "config.json").is_file():
+            raise CheckpointError(f"target.path: no Hugging Face model folder at {path}")
+        transformers_logging.disable_progress_bar()
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
+            if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+                raise CheckpointError(
+                    f"target.path: {path} has sliding-window attention layers, which the embedded "
+                    f"engine does not mask; serve it with SGLang"
+                )
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, local_files_only=True, attn_implementation="sdpa"
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"target.path: {path} cannot be loaded: {error}") from error
+        return cls(model.to(device))
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Token ids at which the model means to stop."""
+        ids = self.model.generation_config.eos_token_id
+        if ids is None:
+            ids = self.model.config.eos_token_id
+        return frozenset([ids] if isinstance(ids, int) else ids or ())
+
+    def checksum(self) -> str:
+        """Checksum of every weight."""
+        return checksum(dict(self.model.state_dict()))
+
+    @torch.no_grad()
+    def require_plain_head(self) -> None:
+        """Make sure that logits are the head of the last hidden state and nothing more.
+
+        Raises:
+            ConfigError: the model scales or caps its logits after the head.
+        """
+        ids_1T = torch.arange(4, device=self.device)[None] % self.vocab_size
+        cache = self.new_cache(1, 4)
+        rows = self.forward(ids_1T, torch.arange(4, device=self.device)[None], cache)
+        if not torch.allclose(
+            rows.logits_BTV, self.head(rows.hidden_BTH).float(), rtol=1e-3, atol=1e-3
+        ):
+            raise ConfigError(
+                "adapt.replay.teacher: this target changes its logits after the head (scaling or "
+                "soft capping), so they cannot be recomputed from hidden states; use logits"
+            )
+
+    def new_cache(self, max_batch: int, max_length: int) -> SlotCache:
+        return SlotCache(self.num_layers, max_batch, max_length, self.device)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        cache: SlotCache,
+        feature_layers: tuple[int, ...] = (),
+        first_slot: int = 0,
+        num_logits: int | None = None,
+    ) -> TargetRows:
+        """Run rows at ``positions_BT`` over what the cache holds before them.
+
+        ``num_logits`` limits the logits to the last rows (a prompt needs one).
+        """
+        visible = int(positions_BT.max()) + 1  # host waits for the device
+        cache.place(positions_BT, visible, first_slot)
+        at_L = torch.arange(visible, device=ids_BT.device)
+        mask_B1TL = (at_L <= positions_BT[..., None])[:, None]
+        with self._capturing(feature_layers):
+            output = self.model(
+                input_ids=ids_BT,
+                position_ids=positions_BT,
+                attention_mask=mask_B1TL,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=num_logits or 0,
+            )
+            hidden = self._hidden
+            features = [self._captured[layer] for layer in feature_layers]
+        assert hidden is not None
+        return TargetRows(
+            logits_BTV=output.logits.float(),
+            hidden_BTH=hidden,
+            features_BTF=torch.cat(features, -1) if features else None,
+        )
+
+    @contextmanager
+    def _capturing(self, feature_layers: tuple[int, ...]) -> Iterator[None]:
+        self._capture_layers = feature_layers
+        try:
+            yield
+        finally:
+            self._capture_layers = ()
+            self._captured.clear()
+            self._hidden = None
+
+    def _keep_hidden(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._hidden = output.last_hidden_state
+
+    def _keep_features(self, index: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if index in self._capture_layers:
+                self._captured[index] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+
+def load_tokenizer(path: str) -> Any:
+    """The target's tokenizer.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"target.path: no tokenizer in {path}: {error}") from error

@@ -1,0 +1,203 @@
+"""The arms of one file on the same requests, side by side, into one run folder."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import msgspec
+import torch
+
+from cosched.build import Arm, World, build_arm, build_recorder, build_world
+from cosched.config import Config, to_yaml
+from cosched.engines.embedded.request import FinishedRequest, GenerationRequest
+from cosched.engines.trace import TraceWriter
+from cosched.telemetry.metrics import ArmSummary, RequestLog, lossless_mismatches, round_figures
+from cosched.telemetry.run_folder import EventLog, RunFolder
+
+OnTokens = Callable[[str, int], None]
+"""``on_tokens(arm, n)``: an arm committed n more tokens."""
+
+
+class RunSummary(msgspec.Struct, kw_only=True):
+    """``summary.json``."""
+
+    run: dict[str, Any]
+    arms: dict[str, ArmSummary]
+
+
+@dataclass(slots=True)
+class _Running:
+    """An arm with what has been measured of it."""
+
+    arm: Arm
+    logs: list[RequestLog] = field(default_factory=list)
+    wall_seconds: float = 0.0
+
+
+class Experiment:
+    """Runs the arms request by request in turn, so that a machine's drift hits all of them.
+
+    ``total_tokens`` is known before ``run`` and at most what the arms will commit.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder, record: bool = False) -> None:
+        self.config = config
+        self.folder = folder
+        self.world: World = build_world(config)
+        self._record = record
+        self.interrupted = False
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens that all arms together have to decode, if no request stops early."""
+        one = sum(request.max_new_tokens for request in self.world.requests)
+        return one * len(self.config.arms)
+
+    def run(self, on_tokens: OnTokens = lambda _arm, _n: None) -> RunSummary:
+        """Decode everything and write all files; Ctrl-C ends it early and keeps what there is."""
+        self.folder.write("config.yaml", to_yaml(self.config))
+        events = EventLog(self.folder.path / "events.jsonl")
+        started = time.perf_counter()
+        writer = self._writer()
+        running = [
+            _Running(self._build(name, events, writer if index == 0 else None, on_tokens))
+            for index, name in enumerate(self.config.arms)
+        ]
+        try:
+            for group in _groups(self.world.requests, self.config.engine.max_batch):
+                for one in running:
+                    self._run_group(one, group, events, writer if one is running[0] else None)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            for one in running:
+                for finished in one.arm.engine.abandon():
+                    self._keep(one, finished, events)
+        if writer is not None:
+            writer.close()
+        events.close()
+        summary = self._summary(running, time.perf_counter() - started)
+        self.folder.write("summary.json", msgspec.json.format(msgspec.json.encode(summary)))
+        self._save_drafts(running)
+        return summary
+
+    def _writer(self) -> TraceWriter | None:
+        return build_recorder(self.world, self.folder.path / "trace") if self._record else None
+
+    def _build(
+        self, name: str, events: EventLog, writer: TraceWriter | None, on_tokens: OnTokens
+    ) -> Arm:
+        return build_arm(
+            self.world,
+            name,
+            events.for_arm(name),
+            writer,
+            lambda number: on_tokens(name, number),
+        )
+
+    def _run_group(
+        self,
+        one: _Running,
+        group: list[GenerationRequest],
+        events: EventLog,
+        writer: TraceWriter | None,
+    ) -> None:
+        started = time.perf_counter()
+        finished_requests = list(one.arm.engine.generate(group))
+        one.wall_seconds += time.perf_counter() - started
+        for finished in finished_requests:
+            self._keep(one, finished, events)
+            if writer is not None:
+                writer.finish(finished.request, finished.tokens)
+
+    def _keep(self, one: _Running, finished: FinishedRequest, events: EventLog) -> None:
+        prompt = finished.request.prompt_P.tolist()
+        log = RequestLog(finished.request.id, prompt, finished.tokens, finished.rounds)
+        one.logs.append(log)
+        for row in finished.rounds:
+            events.emit("round", arm=one.arm.name, row=row)
+        text = self.world.tokenizer.decode(finished.tokens)
+        events.emit("request", arm=one.arm.name, id=log.request_id, text=text)
+
+    def _summary(self, running: list[_Running], seconds: float) -> RunSummary:
+        greedy = self.world.sampling.greedy or self.world.forced
+        reference = running[0].logs if greedy else None
+        return RunSummary(
+            run={
+                "name": self.config.run.name,
+                "interrupted": self.interrupted,
+                "seconds": seconds,
+                "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "engine": self.config.engine.kind,
+                "text": self.world.text_kind,
+                "temperature": self.world.sampling.temperature,
+                "lossless_reference": running[0].arm.name if greedy else None,
+                "num_draft_tokens": self.config.drafter_settings.num_draft_tokens,
+                "drafter": self.config.drafter_settings.kind,
+                "window": self.config.drafter_settings.window,
+                "device": str(self.world.target.device),
+                "num_threads": torch.get_num_threads(),
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+                "machine": f"{platform.machine()} {platform.system()}",
+            },
+            arms={one.arm.name: _arm_summary(one, reference) for one in running},
+        )
+
+    def _save_drafts(self, running: list[_Running]) -> None:
+        """Adapted drafts as checkpoints; with state per request there is none that outlives it."""
+        if self.config.adapt.scope.state == "per_request":
+            return
+        for one in running:
+            if one.arm.coscheduler is not None and one.arm.drafter is not None:
+                one.arm.drafter.save(self.folder.path / "checkpoints" / one.arm.name)
+
+
+def _groups(
+    requests: list[GenerationRequest], size: int
+) -> Iterator[list[GenerationRequest]]:
+    left = iter(requests)
+    while group := list(islice(left, size)):
+        yield group
+
+
+def _arm_summary(one: _Running, reference: list[RequestLog] | None) -> ArmSummary:
+    figures = round_figures(one.logs)
+    engine, coscheduler = one.arm.engine.seconds, one.arm.coscheduler
+    totals = coscheduler.totals if coscheduler else None
+    update = totals.update_seconds if totals else 0.0
+    publish = totals.publish_seconds if totals else 0.0
+    named = engine.prefill + engine.draft + engine.verify + update + publish
+    return ArmSummary(
+        **msgspec.structs.asdict(figures),
+        tokens_per_s=figures.tokens / one.wall_seconds if one.wall_seconds else 0.0,
+        seconds={
+            "prefill": engine.prefill,
+            "draft": engine.draft,
+            "verify": engine.verify,
+            "update": update,
+            "publish": publish,
+            "other": max(0.0, one.wall_seconds - named),
+            "wall": one.wall_seconds,
+        },
+        lossless_mismatches=(
+            None if reference is None else lossless_mismatches(reference, one.logs)
+        ),
+        versions=coscheduler.version if coscheduler else 0,
+        updates=totals.updates if totals else 0,
+        skipped_steps=totals.skipped_steps if totals else 0,
+        losses=list(totals.losses) if totals else [],
+        peak_bytes=_peak_bytes(),
+    )
+
+
+def _peak_bytes() -> int:
+    """Most memory this process has held so far: of the device if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,209 @@
+"""The roles of the house. Whoever has these methods can play them; nobody has to inherit.
+
+Shapes: B requests, K drafted tokens, R rows of a request, N anchors, F feature width, V vocabulary,
+M = R * N * K student rows of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import msgspec
+from msgspec import Meta
+
+from cosched.records import (
+    Decision,
+    Proposal,
+    Rows,
+    SignalBatch,
+    SignalSpec,
+    Snapshot,
+    UpdateResult,
+    Verdict,
+    VerifyRound,
+    WeightVersion,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+class PolicySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``adapt.policy``: a policy adds its own fields in a subclass."""
+
+    kind: str
+
+
+class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``adapt.loss``: weights that every loss shares; a loss adds its own fields in a subclass."""
+
+    kind: str
+    position_decay: Annotated[float, Meta(gt=0, le=1)] = 0.85
+    rows: Rows = "delayed"
+
+
+class DrafterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``drafter``: what every drafter has; a drafter adds its own fields in a subclass.
+
+    ``num_draft_tokens`` counts drafted tokens, the anchor excluded (SGLang counts it in).
+    ``window`` is how many of the last tokens the draft sees in arms named ``…+window``.
+    """
+
+    kind: str
+    path: str
+    num_draft_tokens: Annotated[int, Meta(ge=1)] = 3
+    window: Annotated[int, Meta(ge=1)] | None = None
+
+
+Choose = Callable[[int, "Tensor"], "Tensor"]
+"""``choose(k, logits_BV) -> tokens_B``: how drafted token k is picked from the draft's logits."""
+
+
+class TargetInfo(Protocol):
+    """What a drafter may know of the target when it is loaded."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_length: int
+    embedding: nn.Embedding
+    head: nn.Module
+
+
+class Drafter(Protocol):
+    """A draft model: serves proposals, and replays them with gradients.
+
+    A plugin class also has ``Settings``, a subclass of ``DrafterSettings``, and
+    ``load(settings, target) -> Drafter``. Everything before ``replay`` is about serving;
+    what follows is used only where the drafter has a network.
+    """
+
+    signal: SignalSpec
+    num_draft_tokens: int
+
+    def new_state(self, max_batch: int, max_length: int, window: int | None) -> Any:
+        """Empty serving state: slots, positions in each, and how many tokens back it sees."""
+        ...
+
+    def observe(self, state: Any, slot: int, tokens_R: Tensor, features_RF: Tensor | None) -> None:
+        """R rows of the request in ``slot`` were committed: their features, the token after each."""
+        ...
+
+    def propose(self, state: Any, num_slots: int, choose: Choose) -> Proposal:
+        """Draft ``num_draft_tokens`` for slots ``0..num_slots - 1`` from their newest tokens."""
+        ...
+
+    def move_slot(self, state: Any, source: int, destination: int) -> None:
+        """The request in slot ``source`` goes on in slot ``destination``, ``source`` is empty."""
+        ...
+
+    def network(self) -> nn.Module | None:
+        """The weights that serve and that training may change; None if it learns by itself."""
+        ...
+
+    def trainable(self, scope: str) -> Sequence[str]:
+        """Parameter names of ``network()`` that a scope trains.
+
+        Raises:
+            ConfigError: the drafter has no such scope (the message lists those it has).
+        """
+        ...
+
+    def clone(self, dtype: torch.dtype) -> Drafter:
+        """A second drafter with its own network in ``dtype``; what is the target's stays shared."""
+        ...
+
+    def replay(self, batch: SignalBatch) -> Tensor:
+        """Student logits with gradient ``[R, N, K, V_draft]``, aligned to ``batch.teacher_RNKX``."""
+        ...
+
+    def target_ids(self) -> Tensor | None:
+        """Target token of each draft token ``[V_draft]``; None where the vocabularies are one."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write the public checkpoint format of the family."""
+        ...
+
+
+class Loss(Protocol):
+    """A pure function of student rows, teacher rows and row weights."""
+
+    def __call__(self, student_RNKV: Tensor, teacher_RNKV: Tensor, weights_RNK: Tensor) -> Tensor:
+        """One number to step on, from logits over the draft's vocabulary on both sides."""
+        ...
+
+
+class Policy(Protocol):
+    """When to train, and how much. Pure: the same snapshot gives the same decision."""
+
+    def decide(self, snapshot: Snapshot) -> Decision: ...
+
+
+class Buffer(Protocol):
+    """What has been collected of the rounds, bounded."""
+
+    num_tokens: int
+
+    def collect(self, round_: VerifyRound) -> None: ...
+
+    def sample(self) -> SignalBatch | None:
+        """Rows to train on now; None while there are too few."""
+        ...
+
+
+class Trainer(Protocol):
+    """Turns a batch into micro-steps on its own copy of the draft."""
+
+    def update(self, batch: SignalBatch, decision: Decision) -> UpdateResult: ...
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The candidate: current values of the trained parameters, by name."""
+        ...
+
+    def reset(self) -> None:
+        """Back to the first weights, with an empty optimizer, to the bit."""
+        ...
+
+
+class Guard(Protocol):
+    """Whether a candidate may serve."""
+
+    def judge(self, result: UpdateResult, candidate: Mapping[str, Tensor]) -> Verdict: ...
+
+
+class Publisher(Protocol):
+    """Puts weights into the serving draft."""
+
+    version: int
+
+    def publish(self, weights: Mapping[str, Tensor]) -> WeightVersion: ...
+
+
+class Sink(Protocol):
+    """Takes events, one at a time."""
+
+    def emit(self, kind: str, **fields: Any) -> None: ...
+
+
+class Request(Protocol):
+    """A prompt on its way through an engine."""
+
+    id: str
+    prompt: Sequence[int]
+
+
+class RoundObserver(Protocol):
+    """Who is called by the engine after every round: the co-scheduler."""
+
+    def on_round(self, round_: VerifyRound) -> None: ...
+
+
+class Engine(Protocol):
+    """Decodes requests and reports every round."""
+
+    def generate(self, requests: Iterable[Any]) -> Iterator[Any]:
+        """Yield each finished request."""
+        ...

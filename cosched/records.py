@@ -1,0 +1,214 @@
+"""What crosses a stage of the round, as frozen records.
+
+Data records hold tensors; control records hold numbers and words only, so that a policy or a
+report can be read, replayed and tested without torch.
+
+Shapes: B requests of the round, K drafted tokens, S = K + 1 verified rows, R rows of one request,
+N anchors per request, C rows of context, F feature width, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Rows = Literal["accepted", "all", "delayed"]
+TeacherForm = Literal["hidden", "logits"]
+
+
+# --- data records: tensors -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SignalSpec:
+    """What a drafter needs to see of the target, declared once when it is loaded.
+
+    ``feature_layers`` are 0-based and mean "after that layer". ``conditioning`` says what drafted
+    token k knows: ``chain`` drafters know d_1..d_k, ``block`` drafters only the context.
+    """
+
+    feature_layers: tuple[int, ...]
+    conditioning: Literal["chain", "block", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows of one request that became part of its text.
+
+    Row i sits at position ``start + i``. ``tokens_R1`` has one token more than there are rows: the
+    last is the token that the last row decided. ``features_RF`` and ``teacher_RX`` (X is H or V,
+    by the teacher form) may be None where nobody asked or the engine does not have them.
+    """
+
+    request_id: str
+    start: int
+    tokens_R1: Tensor
+    features_RF: Tensor | None
+    teacher_RX: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class ServedBlock:
+    """What the draft proposed from one anchor, with the target's verdict.
+
+    Drafted token k is judged by ``teacher_KX[k]``. Rows up to and including ``num_accepted`` stand
+    on text that was committed; later ones on at least one refused token. ``num_committed`` is
+    ``num_accepted + 1``, less where the request ended inside the block.
+    """
+
+    request_id: str
+    anchor: int
+    path_K: Tensor
+    teacher_KX: Tensor
+    num_accepted: int
+    num_committed: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyRound:
+    """One draft, verify, commit cycle of a batch, or the prefill of one request (no blocks)."""
+
+    index: int
+    draft_version: int
+    segments: tuple[Segment, ...]
+    blocks: tuple[ServedBlock, ...]
+    finished: tuple[str, ...]
+    draft_seconds: float
+    verify_seconds: float
+    num_running: int
+
+    @property
+    def num_committed(self) -> int:
+        """Tokens that joined the texts in this round, bonus tokens included."""
+        return sum(block.num_committed for block in self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class SignalBatch:
+    """Contexts, anchors and paths to train on, padded over R requests.
+
+    Context row c of request r is position ``starts_R[r] + c``; rows from ``lengths_R[r]`` on are
+    padding. ``tokens_RC1`` holds the token at each row and the one after the last. An anchor is an
+    index into the context: the draft may see tokens up to and including it, and features before
+    it. ``weights_RNK`` is zero where a row must not teach. ``window`` is how many tokens back the
+    draft saw when it served, None for all.
+    """
+
+    starts_R: Tensor
+    lengths_R: Tensor
+    tokens_RC1: Tensor
+    features_RCF: Tensor | None
+    anchors_RN: Tensor
+    paths_RNK: Tensor
+    teacher_RNKX: Tensor
+    weights_RNK: Tensor
+    window: int | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.weights_RNK.numel())
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Drafted tokens of a batch and the logits they were chosen from, in target vocabulary ids."""
+
+    tokens_BK: Tensor
+    logits_BKV: Tensor
+
+
+# --- control records: numbers only ---------------------------------------------------------
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """Everything a policy may know. Counters run from the start of the arm."""
+
+    round_index: int
+    num_running: int
+    num_committed: int
+    num_drafted: int
+    num_accepted: int
+    recent_acceptance_length: float
+    rounds_since_update: int
+    tokens_since_update: int
+    num_updates: int
+    draft_version: int
+    buffered_tokens: int
+    seconds_drafting: float
+    seconds_verifying: float
+    seconds_updating: float
+    seconds_publishing: float
+    idle: bool = False
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """Train now, or not. ``learning_rate`` None keeps the trainer's own."""
+
+    num_steps: int
+    learning_rate: float | None = None
+    reason: str = ""
+
+
+class UpdateResult(msgspec.Struct, frozen=True):
+    """What the trainer did: micro-steps taken, steps skipped as non-finite, loss of each step."""
+
+    num_steps: int
+    num_skipped: int
+    losses: tuple[float, ...]
+    num_rows: int
+    seconds: float
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """Whether the candidate may serve, and why."""
+
+    publish: bool
+    reason: str
+
+
+class WeightVersion(msgspec.Struct, frozen=True):
+    """The serving draft after a publication: its number and checksums in hexadecimal."""
+
+    version: int
+    draft_checksum: str
+    target_checksum: str | None
+    seconds: float
+
+
+class RoundRow(msgspec.Struct, frozen=True):
+    """One request in one round, for the reports: where it stood and what was committed.
+
+    ``position`` counts generated tokens: 0 is the first token of the answer.
+    """
+
+    request_id: str
+    position: int
+    draft_version: int
+    num_drafted: int
+    num_accepted: int
+    num_committed: int
+
+
+@dataclass(slots=True)
+class Totals:
+    """Running sums behind a Snapshot, kept by the co-scheduler."""
+
+    rounds: int = 0
+    committed: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    updates: int = 0
+    round_of_update: int = 0
+    committed_at_update: int = 0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    update_seconds: float = 0.0
+    publish_seconds: float = 0.0
+    skipped_steps: int = 0
+    recent: float = 0.0
+    losses: list[float] = field(default_factory=list)

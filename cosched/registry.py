@@ -1,0 +1,113 @@
+"""Names to classes: our plugin folders first, then the entry points of other packages.
+
+This is the only file that names the plugin folders, and it does so as strings: the core never
+imports a plugin.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from cosched.errors import PluginError
+
+T = TypeVar("T", bound=type)
+
+
+class Plugin(NamedTuple):
+    """A registered class, the first line of its docstring, and where it came from."""
+
+    name: str
+    cls: Any
+    summary: str
+    origin: str
+
+
+class Registry:
+    """Classes of one role by name.
+
+    Built-in plugins are the modules of ``package``; others announce themselves in the entry-point
+    group ``cosched.PACKAGE`` with a module or class that registers on import.
+    """
+
+    def __init__(self, role: str, package: str) -> None:
+        self.role = role
+        self.package = package
+        self._plugins: dict[str, Plugin] = {}
+        self._loaded = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Class decorator; returns the class unchanged.
+
+        Raises:
+            PluginError: another class has the name already.
+        """
+
+        def add(cls: T) -> T:
+            known = self._plugins.get(name)
+            if known is not None and known.cls is not cls:
+                raise PluginError(
+                    f"{self.role} {name!r} is registered twice: by {known.origin} and by "
+                    f"{_origin(cls)}; rename one of them"
+                )
+            summary = (cls.__doc__ or "").strip().partition("\n")[0]
+            self._plugins[name] = Plugin(name, cls, summary, _origin(cls))
+            return cls
+
+        return add
+
+    def get(self, name: str) -> Any:
+        """The class of that name.
+
+        Raises:
+            PluginError: no such name (the message lists those there are), or a plugin is broken.
+        """
+        self._load()
+        if name not in self._plugins:
+            raise PluginError(
+                f"unknown {self.role} {name!r}; there are: {', '.join(sorted(self._plugins))}"
+            )
+        return self._plugins[name].cls
+
+    def plugins(self) -> list[Plugin]:
+        """Everything registered, by name."""
+        self._load()
+        return [self._plugins[name] for name in sorted(self._plugins)]
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        package = importlib.import_module(self.package)
+        home = Path(__file__).resolve().parent.parent / self.package
+        found = Path(package.__file__ or "").resolve().parent
+        if found != home:
+            raise PluginError(
+                f"the folder {found} shadows cosched's own {self.package!r} package at {home}; "
+                f"rename it, or run from another folder"
+            )
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        for entry in importlib.metadata.entry_points(group=f"cosched.{self.package}"):
+            try:
+                entry.load()
+            except PluginError:
+                raise
+            except Exception as error:
+                raise PluginError(
+                    f"the {self.role} plugin {entry.name!r} ({entry.value}) failed to import: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+        self._loaded = True
+
+
+def _origin(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+DRAFTERS = Registry("drafter", "drafters")
+LOSSES = Registry("loss", "losses")
+POLICIES = Registry("policy", "schedulers")

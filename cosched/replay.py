@@ -1,0 +1,261 @@
+"""The replay buffer: what the last rounds taught, bounded in tokens and in bytes.
+
+Letters: R requests, C context rows, N anchors, K drafted tokens, F fused feature width, X teacher
+width (hidden or vocabulary).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cosched.records import Rows, Segment, ServedBlock, SignalBatch, VerifyRound
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayLimits:
+    """What is kept and what is drawn.
+
+    ``window`` rows of context are kept of each request, ``anchors`` are drawn for a micro-step,
+    shared evenly by the requests. ``max_tokens`` and ``max_bytes`` bound the whole buffer;
+    ``teacher_row_bytes`` is what one teacher row takes, so that a request's cost is known when it
+    is let in.
+    """
+
+    window: int
+    anchors: int
+    path: int
+    max_tokens: int
+    max_bytes: int
+    teacher_row_bytes: int
+
+
+class ReplayBuffer:
+    """Committed rows and served blocks of the running requests.
+
+    A request costs its full reservation from its first segment on; when a new one does not fit,
+    the requests that have been silent longest are dropped, and counted in ``num_evicted``.
+    """
+
+    def __init__(self, limits: ReplayLimits, rows: Rows, draft_window: int | None) -> None:
+        self.limits = limits
+        self.rows = rows
+        self.draft_window = draft_window
+        self.num_evicted = 0
+        self._requests: OrderedDict[str, _RequestRows] = OrderedDict()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(rows.count for rows in self._requests.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(rows.num_bytes for rows in self._requests.values())
+
+    def collect(self, round_: VerifyRound) -> None:
+        """Take in a round: new rows, served blocks, and which requests are done."""
+        for segment in round_.segments:
+            if segment.request_id not in self._requests and not self._admit(segment):
+                continue
+            self._requests[segment.request_id].append(segment)
+            self._requests.move_to_end(segment.request_id)
+        if self.rows != "delayed":
+            for block in round_.blocks:
+                if block.request_id in self._requests:
+                    self._requests[block.request_id].blocks.append(block)
+        for request_id in round_.finished:
+            self._requests.pop(request_id, None)
+
+    def _admit(self, segment: Segment) -> bool:
+        rows = _RequestRows(self.limits, segment, keep_blocks=self.rows != "delayed")
+        if rows.capacity > self.limits.max_tokens or rows.num_bytes > self.limits.max_bytes:
+            self.num_evicted += 1
+            return False
+        while self._requests and (
+            self.num_bytes + rows.num_bytes > self.limits.max_bytes
+            or (len(self._requests) + 1) * rows.capacity > self.limits.max_tokens
+        ):
+            self._requests.popitem(last=False)
+            self.num_evicted += 1
+        self._requests[segment.request_id] = rows
+        return True
+
+    def sample(self) -> SignalBatch | None:
+        """The newest anchors of every request; None while no request has one."""
+        share = max(1, self.limits.anchors // max(1, len(self._requests)))
+        drawn = [
+            one
+            for rows in self._requests.values()
+            if (one := rows.draw(self.rows, share, self.limits.path)) is not None
+        ]
+        return _pad(drawn, self.draft_window) if drawn else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """Context, anchors and paths of one request."""
+
+    start: int
+    tokens_C1: Tensor
+    features_CF: Tensor | None
+    anchors_N: Tensor
+    paths_NK: Tensor
+    teacher_NKX: Tensor
+    weights_NK: Tensor
+
+
+class _RequestRows:
+    """The newest rows of one request, contiguous, in storage twice as long as what is kept.
+
+    Rows are appended; when the storage is full its newest half moves to the front, so appending
+    costs one copy of each row and now and then one more.
+    """
+
+    def __init__(self, limits: ReplayLimits, first: Segment, keep_blocks: bool) -> None:
+        self.capacity = limits.window
+        size = 2 * self.capacity
+        self.start = first.start
+        self.begin = 0
+        self.count = 0
+        self.teacher_from: int | None = None
+        self.tokens = first.tokens_R1.new_zeros(size + 1)
+        features = first.features_RF
+        self.features = None if features is None else features.new_zeros(size, features.shape[-1])
+        self.teacher: Tensor | None = None
+        self.blocks: deque[ServedBlock] = deque(maxlen=limits.window if keep_blocks else 0)
+        # Everything is counted at its most from the start, the teacher's storage included.
+        token_bytes = self.tokens.element_size()
+        self.num_bytes = self.tokens.nbytes + size * limits.teacher_row_bytes
+        self.num_bytes += 0 if self.features is None else self.features.nbytes
+        if keep_blocks:
+            block_bytes = limits.path * (limits.teacher_row_bytes + token_bytes)
+            self.num_bytes += limits.window * block_bytes
+
+    def append(self, segment: Segment) -> None:
+        skipped = max(0, len(segment.tokens_R1) - 1 - self.capacity)
+        new = len(segment.tokens_R1) - 1 - skipped
+        start = segment.start + skipped
+        if skipped or start != self.start + self.count:
+            self.start, self.begin, self.count = start, 0, 0  # a gap: older rows no longer connect
+            self.teacher_from = None
+            self.blocks.clear()
+        elif self.begin + self.count + new > 2 * self.capacity:
+            self._move_to_front(self.capacity - new)
+        end = self.begin + self.count
+        self.tokens[end : end + new + 1] = segment.tokens_R1[skipped:]
+        if self.features is not None:
+            assert segment.features_RF is not None
+            self.features[end : end + new] = segment.features_RF[skipped:]
+        if segment.teacher_RX is None:
+            self.teacher_from = None
+        else:
+            if self.teacher is None:
+                width = segment.teacher_RX.shape[-1]
+                self.teacher = segment.teacher_RX.new_zeros(2 * self.capacity, width)
+            self.teacher[end : end + new] = segment.teacher_RX[skipped:]
+            self.teacher_from = start if self.teacher_from is None else self.teacher_from
+        self.count += new
+        self._drop(max(0, self.count - self.capacity))
+
+    def _drop(self, number: int) -> None:
+        self.begin += number
+        self.start += number
+        self.count -= number
+
+    def _move_to_front(self, keep: int) -> None:
+        self._drop(max(0, self.count - keep))
+        source = slice(self.begin, self.begin + self.count)
+        self.tokens[: self.count + 1] = self.tokens[self.begin : self.begin + self.count + 1].clone()
+        for storage in (self.features, self.teacher):
+            if storage is not None:
+                storage[: self.count] = storage[source].clone()
+        self.begin = 0
+
+    def draw(self, rows: Rows, num_anchors: int, path: int) -> _Drawn | None:
+        """The newest anchors with their paths, or None while there is none."""
+        if self.teacher is None or self.teacher_from is None:
+            return None
+        if rows == "delayed":
+            found = self._committed_paths(num_anchors, path)
+        else:
+            found = self._served_paths(num_anchors, cut=rows == "accepted")
+        if found is None:
+            return None
+        anchors, paths, teacher, weights = found
+        stored = slice(self.begin, self.begin + self.count)
+        return _Drawn(
+            start=self.start,
+            tokens_C1=self.tokens[self.begin : self.begin + self.count + 1],
+            features_CF=None if self.features is None else self.features[stored],
+            anchors_N=anchors,
+            paths_NK=paths,
+            teacher_NKX=teacher,
+            weights_NK=weights,
+        )
+
+    def _committed_paths(
+        self, num_anchors: int, path: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Anchors in the text with what the target went on to say; teacher rows are the text's."""
+        assert self.teacher is not None and self.teacher_from is not None
+        last = self.count - path  # its path ends at the newest row
+        first = max(1, self.teacher_from - self.start, last - num_anchors + 1)
+        if first > last:
+            return None
+        anchors = torch.arange(first, last + 1, device=self.tokens.device)
+        ahead = anchors[:, None] + torch.arange(path, device=anchors.device)
+        return (
+            anchors,
+            self.tokens[self.begin + ahead + 1],
+            self.teacher[self.begin + ahead],
+            torch.ones(ahead.shape, device=anchors.device),
+        )
+
+    def _served_paths(
+        self, num_anchors: int, cut: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Anchors that were served with what was drafted; ``cut`` masks rows after a refusal."""
+        blocks = [b for b in self.blocks if 1 <= b.anchor - self.start <= self.count]
+        blocks = blocks[-num_anchors:]
+        if not blocks:
+            return None
+        device = self.tokens.device
+        anchors = torch.tensor([b.anchor - self.start for b in blocks], device=device)
+        paths = torch.stack([b.path_K for b in blocks])
+        weights = torch.ones(paths.shape, device=device)
+        if cut:
+            valid = torch.tensor([b.num_accepted for b in blocks], device=device)
+            weights *= torch.arange(paths.shape[1], device=device) <= valid[:, None]
+        return anchors, paths, torch.stack([b.teacher_KX for b in blocks]), weights
+
+
+def _pad(drawn: list[_Drawn], draft_window: int | None) -> SignalBatch:
+    """Stack requests of unequal length; padding has weight zero and anchor one."""
+    context = max(len(one.tokens_C1) for one in drawn) - 1
+    anchors = max(len(one.anchors_N) for one in drawn)
+
+    def stacked(tensors: list[Tensor], length: int, fill: int = 0) -> Tensor:
+        if all(len(tensor) == length for tensor in tensors):
+            return torch.stack(tensors)
+        shape = (len(tensors), length, *tensors[0].shape[1:])
+        out = tensors[0].new_full(shape, fill)
+        for row, tensor in zip(out, tensors, strict=True):
+            row[: len(tensor)] = tensor
+        return out
+
+    device = drawn[0].tokens_C1.device
+    features = [one.features_CF for one in drawn if one.features_CF is not None]
+    return SignalBatch(
+        starts_R=torch.tensor([one.start for one in drawn], device=device),
+        lengths_R=torch.tensor([len(one.tokens_C1) - 1 for one in drawn], device=device),
+        tokens_RC1=stacked([one.tokens_C1 for one in drawn], context + 1),
+        features_RCF=stacked(features, context) if features else None,
+        anchors_RN=stacked([one.anchors_N for one in drawn], anchors, fill=1),
+        paths_RNK=stacked([one.paths_NK for one in drawn], anchors),
+        teacher_RNKX=stacked([one.teacher_NKX for one in drawn], anchors),
+        weights_RNK=stacked([one.weights_NK for one in drawn], anchors),
+        window=draft_window,
+    )

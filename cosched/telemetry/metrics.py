@@ -1,0 +1,148 @@
+"""Figures of an arm from its finished requests.
+
+Acceptance length is tokens committed per request and round, the bonus token included, pooled:
+sum of committed over sum of rounds. A position is *novel* if the eight tokens before it have not
+occurred before in the request; small models fall into loops, and a draft that learns a loop
+looks brilliant, so every headline is shown on all and on novel positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from cosched.records import RoundRow
+
+NOVEL_NGRAM = 8
+POSITION_EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+class Bucket(msgspec.Struct, frozen=True):
+    """Acceptance length of the rounds that began at generated positions ``[start, end)``."""
+
+    start: int
+    end: int
+    rounds: int
+    tau: float
+    tau_novel: float | None
+
+
+class ArmSummary(msgspec.Struct, kw_only=True):
+    """One arm in ``summary.json``; fields are added, never renamed."""
+
+    tokens: int
+    rounds: int
+    requests: int
+    tau: float
+    tau_novel: float | None
+    tau_mean_of_requests: float
+    tau_by_position: list[Bucket]
+    position_acceptance: list[float]
+    repeat_fraction: float
+    tokens_per_s: float
+    seconds: dict[str, float]
+    lossless_mismatches: int | None
+    versions: int
+    updates: int
+    skipped_steps: int
+    losses: list[float]
+    peak_bytes: int
+
+
+class RequestLog(msgspec.Struct, frozen=True):
+    """What the figures need of a finished request."""
+
+    request_id: str
+    prompt: Sequence[int]
+    generated: Sequence[int]
+    rounds: Sequence[RoundRow]
+
+
+class RoundFigures(msgspec.Struct, kw_only=True):
+    """The part of an arm's figures that follows from its rounds alone."""
+
+    tokens: int
+    rounds: int
+    requests: int
+    tau: float
+    tau_novel: float | None
+    tau_mean_of_requests: float
+    tau_by_position: list[Bucket]
+    position_acceptance: list[float]
+    repeat_fraction: float
+
+
+def novel_positions(tokens: Sequence[int], ngram: int = NOVEL_NGRAM) -> list[bool]:
+    """For each position, whether the ``ngram`` tokens before it occur there for the first time.
+
+    Positions with fewer tokens before them are novel.
+    """
+    seen: set[tuple[int, ...]] = set()
+    novel = [True] * min(ngram, len(tokens))
+    for end in range(ngram, len(tokens)):
+        gram = tuple(tokens[end - ngram : end])
+        novel.append(gram not in seen)
+        seen.add(gram)
+    return novel
+
+
+def round_figures(logs: Iterable[RequestLog]) -> RoundFigures:
+    """Pool the rounds of all requests of an arm."""
+    logs = list(logs)
+    rows: list[tuple[RoundRow, bool]] = []
+    repeated = generated = 0
+    for log in logs:
+        novel = novel_positions([*log.prompt, *log.generated])
+        first = len(log.prompt)
+        repeated += novel[first:].count(False)
+        generated += len(log.generated)
+        rows += [(row, novel[first + row.position]) for row in log.rounds]
+    by_request = [
+        _tau(log.rounds) for log in logs if log.rounds
+    ]
+    everything = [row for row, _ in rows]
+    return RoundFigures(
+        tokens=generated,
+        rounds=len(rows),
+        requests=len(logs),
+        tau=_tau(everything) or 0.0,
+        tau_novel=_tau([row for row, is_novel in rows if is_novel]),
+        tau_mean_of_requests=sum(t or 0.0 for t in by_request) / max(1, len(by_request)),
+        tau_by_position=_by_position(rows),
+        position_acceptance=_position_acceptance(everything),
+        repeat_fraction=repeated / max(1, generated),
+    )
+
+
+def _tau(rows: Sequence[RoundRow]) -> float | None:
+    return sum(row.num_committed for row in rows) / len(rows) if rows else None
+
+
+def _by_position(rows: Sequence[tuple[RoundRow, bool]]) -> list[Bucket]:
+    buckets = []
+    for start, end in zip(POSITION_EDGES, POSITION_EDGES[1:], strict=False):
+        inside = [(row, novel) for row, novel in rows if start <= row.position < end]
+        if inside:
+            tau = _tau([row for row, _ in inside]) or 0.0
+            novel = _tau([row for row, is_novel in inside if is_novel])
+            buckets.append(Bucket(start, end, len(inside), tau, novel))
+    return buckets
+
+
+def _position_acceptance(rows: Sequence[RoundRow]) -> list[float]:
+    """P(draft k accepted | drafts before it accepted), for each k."""
+    drafted = max((row.num_drafted for row in rows), default=0)
+    shares = []
+    for k in range(drafted):
+        reached = [row for row in rows if row.num_accepted >= k and row.num_drafted > k]
+        accepted = sum(row.num_accepted > k for row in reached)
+        shares.append(accepted / len(reached) if reached else 0.0)
+    return shares
+
+
+def lossless_mismatches(reference: Iterable[RequestLog], arm: Iterable[RequestLog]) -> int:
+    """Requests that both arms finished and whose tokens differ."""
+    expected = {log.request_id: list(log.generated) for log in reference}
+    found = {log.request_id: list(log.generated) for log in arm}
+    return sum(expected[name] != found[name] for name in expected.keys() & found.keys())

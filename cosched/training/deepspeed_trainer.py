@@ -1,0 +1,182 @@
+"""Micro-steps through DeepSpeed ZeRO, inside the process that serves.
+
+No launcher, no port, no compiler: a process group of one is made in memory where none exists, and
+DeepSpeed's shared-memory collective, which it would compile for CPUs at first use, is switched off
+(one rank has nobody to talk to).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cosched.errors import TrainingError
+from cosched.records import Decision, SignalBatch, UpdateResult
+from cosched.training.micro_step import BatchLoss
+
+BETAS = (0.9, 0.99)  # a request is short: the second moment must settle within some hundred steps
+
+
+class DeepSpeedTrainer:
+    """AdamW on float32 masters under ZeRO stage 0, 1 or 2, over its own copy of the draft.
+
+    ``batch_loss.network`` is trained in place; ``trainable`` names its parameters that move, all
+    others are frozen. Steps whose loss or gradient is not finite are skipped and counted.
+
+    Raises:
+        TrainingError: DeepSpeed cannot be set up.
+    """
+
+    def __init__(
+        self,
+        batch_loss: BatchLoss,
+        trainable: Sequence[str],
+        zero_stage: int,
+        learning_rate: float,
+        max_grad_norm: float,
+        weight_decay: float = 0.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        names = set(trainable)
+        for name, parameter in batch_loss.network.named_parameters():
+            parameter.requires_grad_(name in names)
+        self._batch_loss = batch_loss
+        self._learning_rate = learning_rate
+        self._clock = clock
+        self._zero_stage = zero_stage
+        self._trained = {
+            name: p for name, p in batch_loss.network.named_parameters() if p.requires_grad
+        }
+        self._initial = {name: p.detach().clone() for name, p in self._trained.items()}
+        self._engine = _initialize(
+            batch_loss, list(self._trained.values()), zero_stage, learning_rate, max_grad_norm,
+            weight_decay,
+        )
+
+    def update(self, batch: SignalBatch, decision: Decision) -> UpdateResult:
+        """``decision.num_steps`` micro-steps on one batch."""
+        started = self._clock()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = decision.learning_rate or self._learning_rate
+        losses: list[float] = []
+        num_skipped = 0
+        for _ in range(decision.num_steps):
+            loss, taken = self.step(batch)
+            losses.append(loss)
+            num_skipped += not taken
+        return UpdateResult(
+            num_steps=decision.num_steps,
+            num_skipped=num_skipped,
+            losses=tuple(losses),
+            num_rows=batch.num_rows,
+            seconds=self._clock() - started,
+        )
+
+    def step(self, batch: SignalBatch) -> tuple[float, bool]:
+        """One micro-step; returns its loss and whether the weights moved."""
+        with torch.enable_grad():
+            loss = self._engine(batch)
+            value = float(loss.detach())  # host waits for the device
+            if not math.isfinite(value):
+                return value, False
+            self._engine.backward(loss)
+            # ZeRO 1 and 2 look for overflow themselves; stage 0 would step on it.
+            if self._zero_stage == 0 and not self._gradients_are_finite():
+                self._engine.zero_grad()
+                return value, False
+            skipped_before = self._engine.skipped_steps
+            self._engine.step()
+        return value, self._engine.skipped_steps == skipped_before
+
+    def _gradients_are_finite(self) -> bool:
+        gradients = [p.grad for p in self._trained.values() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        return bool(norms.isfinite().all())  # host waits for the device
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The trained parameters as they are now (whole in every ZeRO stage up to 2)."""
+        return {name: p.detach() for name, p in self._trained.items()}
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """The first weights and an empty optimizer, to the bit."""
+        for name, parameter in self._trained.items():
+            parameter.copy_(self._initial[name])
+        optimizer = self._engine.optimizer
+        if hasattr(optimizer, "refresh_fp32_params"):
+            optimizer.refresh_fp32_params()  # else the next step would bring the old masters back
+        for state in self._base_optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+    @property
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        """The AdamW under DeepSpeed's wrapper."""
+        optimizer = self._engine.optimizer
+        return getattr(optimizer, "optimizer", optimizer)
+
+    def close(self) -> None:
+        """Give DeepSpeed's buffers back."""
+        self._engine.destroy()
+
+
+def _initialize(
+    module: BatchLoss,
+    parameters: list[torch.nn.Parameter],
+    zero_stage: int,
+    learning_rate: float,
+    max_grad_norm: float,
+    weight_decay: float,
+) -> Any:
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    try:
+        import deepspeed
+        from deepspeed.utils import logger as deepspeed_logger
+    except ImportError as error:
+        raise TrainingError(f"adapt.trainer.kind is deepspeed, but it cannot be imported: {error}") from error
+    deepspeed_logger.setLevel(logging.ERROR)
+    device = parameters[0].device
+    _ensure_process_group(device)
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    optimizer = torch.optim.AdamW(
+        parameters, lr=learning_rate, betas=BETAS, weight_decay=weight_decay
+    )
+    # One bucket for everything: a draft is small, and each bucket costs a pass.
+    bucket = max(1, sum(p.numel() for p in parameters))
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        model_parameters=parameters,
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": max_grad_norm,
+            "zero_optimization": {
+                "stage": zero_stage,
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
+            },
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 1_000_000_000,
+        },
+        dist_init_required=False,
+    )
+    return engine
+
+
+def _ensure_process_group(device: torch.device) -> None:
+    """A group of one in memory, unless the host (SGLang, torchrun) has made one already."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,47 @@
+"""The loss of a batch: replay the draft, recall the teacher, compare.
+
+Letters: R requests, N anchors, K drafted tokens, X teacher width (hidden or vocabulary),
+V draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cosched.protocols import Drafter, Loss
+from cosched.records import SignalBatch, TeacherForm
+
+
+class BatchLoss(nn.Module):
+    """A drafter with its loss as one module whose forward is the scalar to step on.
+
+    The drafter's network is the only submodule: the target's embedding and head stay outside, so
+    that no optimizer can reach them.
+    """
+
+    def __init__(
+        self, drafter: Drafter, loss: Loss, teacher_head: nn.Module, teacher_form: TeacherForm
+    ) -> None:
+        super().__init__()
+        network = drafter.network()
+        assert network is not None, "a drafter without a network has nothing to train"
+        self.network = network
+        self._drafter = drafter
+        self._loss = loss
+        self._teacher_head = (teacher_head,)  # in a tuple, so that it is no submodule
+        self._teacher_form = teacher_form
+
+    def forward(self, batch: SignalBatch) -> Tensor:
+        """Scalar loss of a batch, float32."""
+        student_RNKV = self._drafter.replay(batch).float()
+        return self._loss(student_RNKV, self.teacher_logits(batch), batch.weights_RNK)
+
+    @torch.no_grad()
+    def teacher_logits(self, batch: SignalBatch) -> Tensor:
+        """Teacher logits over the draft's vocabulary, float32 ``[R, N, K, V]``."""
+        logits = batch.teacher_RNKX
+        if self._teacher_form == "hidden":
+            logits = self._teacher_head[0](logits)
+        ids = self._drafter.target_ids()
+        return (logits if ids is None else logits.index_select(-1, ids)).float()

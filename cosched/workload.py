@@ -1,0 +1,84 @@
+"""Prompts and documents from JSON lines, as requests.
+
+Letters: T tokens of a whole text.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cosched.config import WorkloadSettings
+from cosched.engines.embedded.request import GenerationRequest
+from cosched.errors import WorkloadError
+
+
+def load_requests(
+    settings: WorkloadSettings, tokenizer: Any, max_length: int, device: torch.device
+) -> list[GenerationRequest]:
+    """The workload's requests, in the order of the file.
+
+    Raises:
+        WorkloadError: the file is missing, empty or malformed, or a text does not fit the target.
+    """
+    forced = settings.documents is not None
+    path = Path(settings.documents or settings.prompts or "")
+    key = "workload.documents" if forced else "workload.prompts"
+    texts = read_texts(path, key)[: settings.max_prompts]
+    requests = []
+    for name, text in texts:
+        ids_T = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], device=device)
+        if forced:
+            if len(ids_T) <= settings.prompt_tokens + 1:
+                raise WorkloadError(
+                    f"{key}: {name} in {path} has {len(ids_T)} tokens, workload.prompt_tokens = "
+                    f"{settings.prompt_tokens} leaves nothing to force"
+                )
+            ids_T = ids_T[: settings.prompt_tokens + settings.max_new_tokens]
+            prompt_P = ids_T[: settings.prompt_tokens]
+            request = GenerationRequest(name, prompt_P, len(ids_T) - len(prompt_P), ids_T)
+        else:
+            request = GenerationRequest(name, ids_T, settings.max_new_tokens)
+        if request.max_length > max_length:
+            raise WorkloadError(
+                f"{key}: {name} has {len(request.prompt_P)} prompt tokens and "
+                f"{request.max_new_tokens} to come, {request.max_length} in all; the target's "
+                f"context is {max_length}. Lower workload.max_new_tokens or shorten the prompt"
+            )
+        requests.append(request)
+    return requests
+
+
+def read_texts(path: Path, key: str) -> list[tuple[str, str]]:
+    """``(id, text)`` of every line.
+
+    Raises:
+        WorkloadError: no file, no line, a line that is not an object with ``text``, an id twice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise WorkloadError(f"{key}: {path} cannot be read: {error.strerror}") from error
+    texts: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise WorkloadError(f"{key}: line {number} of {path} is not JSON: {error}") from error
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str) or not text:
+            raise WorkloadError(
+                f'{key}: line {number} of {path} has no text; expected {{"id": …, "text": …}}'
+            )
+        name = str(record.get("id", number))
+        if name in texts:
+            raise WorkloadError(f"{key}: the id {name!r} stands twice in {path}")
+        texts[name] = text
+    if not texts:
+        raise WorkloadError(f"{key}: {path} has no prompt in it")
+    return list(texts.items())

@@ -1,0 +1,1 @@
+"""Draft model families behind one interface; see ``cosched.protocols.Drafter``."""

@@ -1,0 +1,1 @@
+"""Policies that pick the cadence of updates; see ``cosched.protocols.Policy``. No torch here."""

@@ -1,0 +1,33 @@
+"""Fixed cadences."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from cosched.protocols import PolicySettings
+from cosched.records import Decision, Snapshot
+from cosched.registry import POLICIES
+
+
+class EveryNRoundsSettings(PolicySettings, frozen=True, kw_only=True):
+    """``rounds`` between updates, and micro-steps in each."""
+
+    rounds: Annotated[int, Meta(ge=1)] = 16
+    num_steps: Annotated[int, Meta(ge=1)] = 1
+
+
+@POLICIES.register("every_n_rounds")
+class EveryNRounds:
+    """Trains after every ``rounds`` rounds, ``num_steps`` micro-steps at a time."""
+
+    Settings = EveryNRoundsSettings
+
+    def __init__(self, settings: EveryNRoundsSettings) -> None:
+        self.settings = settings
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        if snapshot.rounds_since_update < self.settings.rounds:
+            return Decision(num_steps=0)
+        return Decision(self.settings.num_steps, reason=f"every {self.settings.rounds} rounds")

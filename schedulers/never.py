@@ -1,0 +1,20 @@
+"""The control: collect and count, never train."""
+
+from __future__ import annotations
+
+from cosched.protocols import PolicySettings
+from cosched.records import Decision, Snapshot
+from cosched.registry import POLICIES
+
+
+@POLICIES.register("never")
+class Never:
+    """Never trains: the cost of watching, and the frozen control of every comparison."""
+
+    Settings = PolicySettings
+
+    def __init__(self, settings: PolicySettings) -> None:
+        self.settings = settings
+
+    def decide(self, snapshot: Snapshot) -> Decision:  # noqa: ARG002  the role's signature
+        return Decision(num_steps=0)
