@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,14 +18,12 @@ from cosched.engines.embedded.judges import (
     Judge,
     SamplingJudge,
 )
-from cosched.engines.embedded.request import GenerationRequest
 from cosched.engines.embedded.rows import LiveRows, RowSource
 from cosched.engines.embedded.target import Target, load_tokenizer
 from cosched.engines.embedded.verification import SamplingParams
 from cosched.engines.trace import RecordedRows, TraceMeta, TraceWriter, read_meta
 from cosched.errors import ConfigError
 from cosched.guard import FiniteGuard
-from cosched.protocols import Drafter, Sink
 from cosched.publish import InPlacePublisher
 from cosched.records import SignalSpec
 from cosched.registry import DRAFTERS, LOSSES, POLICIES
@@ -34,6 +31,12 @@ from cosched.replay import ReplayBuffer, ReplayLimits
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
 from cosched.workload import load_requests
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cosched.engines.embedded.request import GenerationRequest
+    from cosched.protocols import Drafter, Sink
 
 NOTHING = SignalSpec(feature_layers=(), conditioning="none")
 
@@ -182,9 +185,7 @@ def build_coscheduler(
     trainer = publisher = None
     if serving is not None:
         trainer = build_trainer(world, drafter)
-        publisher = InPlacePublisher(
-            serving, world.target.model, adapt.publish.target_check_every
-        )
+        publisher = InPlacePublisher(serving, world.target.model, adapt.publish.target_check_every)
     target, replay = world.target, adapt.replay
     width = target.hidden_size if replay.teacher == "hidden" else target.vocab_size
     element = target.dtype.itemsize if replay.teacher == "hidden" else torch.float32.itemsize
@@ -266,7 +267,9 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"engine.device: {name!r} is no device; auto, cpu, cuda, cuda:0 …") from error
+        raise ConfigError(
+            f"engine.device: {name!r} is no device; auto, cpu, cuda, cuda:0 …"
+        ) from error
     if device.type not in {"cpu", "cuda"}:
         raise ConfigError(f"engine.device: {name!r} is not supported; use auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -6,9 +6,8 @@ Sections whose fields depend on their ``kind`` (drafter, policy, loss) are check
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -16,9 +15,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cosched.errors import ConfigError, PluginError
-from cosched.protocols import DrafterSettings, LossSettings, PolicySettings
 from cosched.records import TeacherForm
 from cosched.registry import DRAFTERS, LOSSES, POLICIES, Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cosched.protocols import DrafterSettings, LossSettings, PolicySettings
 
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[float, Meta(ge=0)]
@@ -30,7 +33,7 @@ class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A section of the file: unknown keys are refused, nothing changes after loading."""
 
 
-class RunSettings(Section):
+class RunSettings(Section, frozen=True):
     """``run``: where the results go (``dir/name``), and the seed of every random draw."""
 
     name: str
@@ -38,7 +41,7 @@ class RunSettings(Section):
     seed: int = 0
 
 
-class EngineSettings(Section):
+class EngineSettings(Section, frozen=True):
     """``engine``: what decodes. ``trace`` is the folder that ``kind: trace`` replays."""
 
     kind: Literal["embedded", "trace"] = "embedded"
@@ -49,13 +52,13 @@ class EngineSettings(Section):
     trace: str | None = None
 
 
-class TargetSettings(Section):
+class TargetSettings(Section, frozen=True):
     """``target``: a folder in Hugging Face format."""
 
     path: str
 
 
-class WorkloadSettings(Section):
+class WorkloadSettings(Section, frozen=True):
     """``workload``: prompts to answer, or documents that the target is made to say.
 
     A prompts file has one JSON object a line with ``text`` (and optionally ``id``). With
@@ -73,14 +76,14 @@ class WorkloadSettings(Section):
     stop_at_end_of_text: bool = True
 
 
-class RecordSettings(Section):
+class RecordSettings(Section, frozen=True):
     """``record``: how ``--record`` stores a trace; float32 makes it exact."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_bytes: Positive = 2147483648
 
 
-class ReplaySettings(Section):
+class ReplaySettings(Section, frozen=True):
     """``adapt.replay``: rows of context kept per request, anchors per micro-step, hard limits."""
 
     window: Positive = 128
@@ -90,14 +93,14 @@ class ReplaySettings(Section):
     teacher: TeacherForm = "hidden"
 
 
-class ScopeSettings(Section):
+class ScopeSettings(Section, frozen=True):
     """``adapt.scope``: which parameters learn, and for how long they remember."""
 
     kind: str = "full"
     state: Literal["per_request", "shared"] = "shared"
 
 
-class TrainerSettings(Section):
+class TrainerSettings(Section, frozen=True):
     """``adapt.trainer``: DeepSpeed ZeRO with AdamW on float32 masters."""
 
     kind: Literal["deepspeed"] = "deepspeed"
@@ -107,23 +110,27 @@ class TrainerSettings(Section):
     weight_decay: NotNegative = 0.0
 
 
-class GuardSettings(Section):
+class GuardSettings(Section, frozen=True):
     """``adapt.guard``: ``finite`` refuses updates none of whose steps was finite."""
 
     kind: Literal["finite"] = "finite"
 
 
-class PublishSettings(Section):
-    """``adapt.publish``: the whole target is checksummed after every n-th publication; 0 is never."""
+class PublishSettings(Section, frozen=True):
+    """``adapt.publish``: every n-th publication checksums all of the target; 0 is never."""
 
-    target_check_every: Annotated[int, Meta(ge=0)] = 1
+    target_check_every: Annotated[int, Meta(ge=0)] = 16
 
 
-class AdaptSettings(Section):
-    """``adapt``: how the arm ``adapted`` learns."""
+class AdaptSettings(Section, frozen=True):
+    """``adapt``: how the arm ``adapted`` learns.
 
-    policy: dict[str, Any] = msgspec.field(default_factory=lambda: {"kind": "every_n_rounds"})
-    loss: dict[str, Any] = msgspec.field(default_factory=lambda: {"kind": "forward_kl"})
+    ``policy`` and ``loss`` have the fields of their ``kind``: ``every_n_rounds`` and
+    ``forward_kl`` unless they say otherwise.
+    """
+
+    policy: dict[str, Any] = msgspec.field(default_factory=dict)
+    loss: dict[str, Any] = msgspec.field(default_factory=dict)
     replay: ReplaySettings = ReplaySettings()
     scope: ScopeSettings = ScopeSettings()
     trainer: TrainerSettings = TrainerSettings()
@@ -131,7 +138,7 @@ class AdaptSettings(Section):
     publish: PublishSettings = PublishSettings()
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     """The whole file."""
 
     run: RunSettings
@@ -149,11 +156,12 @@ class Config(Section):
 
     @property
     def policy_settings(self) -> PolicySettings:
-        return _plugin_settings(POLICIES, self.adapt.policy, "adapt.policy")
+        policy = {"kind": "every_n_rounds", **self.adapt.policy}
+        return _plugin_settings(POLICIES, policy, "adapt.policy")
 
     @property
     def loss_settings(self) -> LossSettings:
-        return _plugin_settings(LOSSES, self.adapt.loss, "adapt.loss")
+        return _plugin_settings(LOSSES, {"kind": "forward_kl", **self.adapt.loss}, "adapt.loss")
 
     @property
     def run_folder(self) -> Path:

@@ -1,20 +1,24 @@
 """The walk of a round. The engine drives; this is called once after every round.
 
-    collect   what the target said goes into the replay buffer
-    observe   counters and costs become a Snapshot
-    decide    the policy says whether to train now
-    update    the trainer takes micro-steps on its own copy of the draft
-    guard     the candidate may serve, or not
-    publish   into the serving draft, in place, as the next version
+collect   what the target said goes into the replay buffer
+observe   counters and costs become a Snapshot
+decide    the policy says whether to train now
+update    the trainer takes micro-steps on its own copy of the draft
+guard     the candidate may serve, or not
+publish   into the serving draft, in place, as the next version
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from cosched.protocols import Buffer, Guard, Policy, Publisher, Sink, Trainer
 from cosched.records import Decision, Snapshot, Totals, UpdateResult, Verdict, VerifyRound
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cosched.protocols import Buffer, Guard, Policy, Publisher, Sink, Trainer
 
 RECENT_WEIGHT = 0.05  # of the newest round in the moving acceptance length
 
@@ -114,7 +118,8 @@ class Coscheduler:
         return verdict
 
     def _publish(self) -> None:
-        assert self._trainer is not None and self._publisher is not None
+        assert self._trainer is not None
+        assert self._publisher is not None
         version = self._publisher.publish(self._trainer.weights())
         self.totals.publish_seconds += version.seconds
         self._sink.emit("publication", round=self.totals.rounds, version=version)

@@ -8,27 +8,28 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
 from cosched.build import Arm, World, build_arm, build_recorder, build_world
 from cosched.config import Config, to_yaml
-from cosched.engines.embedded.request import FinishedRequest, GenerationRequest
-from cosched.engines.trace import TraceWriter
-from cosched.telemetry.metrics import ArmSummary, RequestLog, lossless_mismatches, round_figures
+from cosched.telemetry.metrics import (
+    ArmSummary,
+    RequestLog,
+    RunSummary,
+    lossless_mismatches,
+    round_figures,
+)
 from cosched.telemetry.run_folder import EventLog, RunFolder
+
+if TYPE_CHECKING:
+    from cosched.engines.embedded.request import FinishedRequest, GenerationRequest
+    from cosched.engines.trace import TraceWriter
 
 OnTokens = Callable[[str, int], None]
 """``on_tokens(arm, n)``: an arm committed n more tokens."""
-
-
-class RunSummary(msgspec.Struct, kw_only=True):
-    """``summary.json``."""
-
-    run: dict[str, Any]
-    arms: dict[str, ArmSummary]
 
 
 @dataclass(slots=True)
@@ -158,9 +159,7 @@ class Experiment:
                 one.arm.drafter.save(self.folder.path / "checkpoints" / one.arm.name)
 
 
-def _groups(
-    requests: list[GenerationRequest], size: int
-) -> Iterator[list[GenerationRequest]]:
+def _groups(requests: list[GenerationRequest], size: int) -> Iterator[list[GenerationRequest]]:
     left = iter(requests)
     while group := list(islice(left, size)):
         yield group

@@ -7,7 +7,6 @@ M = R * N * K student rows of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import msgspec
@@ -27,8 +26,11 @@ from cosched.records import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor, nn
+
 
 class PolicySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``adapt.policy``: a policy adds its own fields in a subclass."""
@@ -145,7 +147,8 @@ class Policy(Protocol):
 class Buffer(Protocol):
     """What has been collected of the rounds, bounded."""
 
-    num_tokens: int
+    @property
+    def num_tokens(self) -> int: ...
 
     def collect(self, round_: VerifyRound) -> None: ...
 

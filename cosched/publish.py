@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,38 +12,36 @@ from torch import Tensor, nn
 from cosched.errors import PublicationError
 from cosched.records import WeightVersion
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Order-independent 64-bit checksum of names, shapes, dtypes and every bit of the values."""
-    total = 0
+    """64-bit checksum of names, shapes, dtypes and every bit of the values, in hexadecimal.
+
+    Each row of a tensor is folded on its device; the folds are hashed in order on the host, so a
+    changed bit shows, and so does a row in the wrong place.
+    """
+    digest = hashlib.sha256()
     for name, tensor in tensors.items():
-        bits = int(torch.hash_tensor(_as_bits(tensor)).item())  # host waits for the device
-        total ^= hash_words(name, str(tensor.dtype), str(list(tensor.shape)), str(bits))
-    return f"{total:016x}"
-
-
-def hash_words(*words: str) -> int:
-    """64 bits of SHA-256 over the words, the same in every process."""
-    import hashlib
-
-    return int.from_bytes(hashlib.sha256("\0".join(words).encode()).digest()[:8], "big")
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        bits = tensor.detach().view(_BITS[tensor.element_size()])
+        folds = torch.hash_tensor(bits, dim=-1) if bits.ndim > 1 else bits
+        digest.update(folds.cpu().contiguous().numpy().tobytes())  # host waits for the device
+    return digest.hexdigest()[:16]
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _as_bits(tensor: Tensor) -> Tensor:
-    """The values as integers that depend on their place, so that a swap shows too."""
-    bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()]).to(torch.int64)
-    return bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)
-
-
 class InPlacePublisher:
     """Copies weights into the serving draft and proves that nothing else changed.
 
-    Every publication copies under the same storage (CUDA graphs keep their pointers), compares the
-    draft's checksum with the candidate's, and the target's with what it was at the start. If
-    either differs the draft's last good weights are put back and an error is raised.
+    A publication copies into the same storage (CUDA graphs keep their pointers), then compares the
+    draft's checksum with the candidate's. Of the target it checks that no tensor was written to
+    since the start, and on every ``target_check_every``-th publication (0: never) the checksum of
+    all its bits. If anything is wrong the draft's last good weights are put back and an error is
+    raised.
     """
 
     def __init__(
@@ -64,11 +63,16 @@ class InPlacePublisher:
                 f"the draft's {', '.join(aliases)} are the target's own storage; publishing them "
                 f"would change what the target says"
             )
-        self._target_checksum = self._checksum_of_target()
+        self.target_checksum = self._checksum_of_target()
+        self._target_writes = self._writes_to_target()
         self._last_good = {name: p.detach().clone() for name, p in self._serving.items()}
 
     def _checksum_of_target(self) -> str:
         return checksum(dict(self._target.state_dict()))
+
+    def _writes_to_target(self) -> list[int]:
+        """How often each tensor was written in place, as autograd counts it: free to ask."""
+        return [p._version for p in self._target.parameters()]
 
     @torch.no_grad()
     def publish(self, weights: Mapping[str, Tensor]) -> WeightVersion:
@@ -80,7 +84,9 @@ class InPlacePublisher:
         started = self._clock()
         for name, new in weights.items():
             if name not in self._serving or self._serving[name].shape != new.shape:
-                raise PublicationError(f"the serving draft has no {name} of shape {list(new.shape)}")
+                raise PublicationError(
+                    f"the serving draft has no {name} of shape {list(new.shape)}"
+                )
         expected = checksum(
             {
                 name: weights[name].to(old.dtype) if name in weights else old
@@ -89,26 +95,27 @@ class InPlacePublisher:
         )
         for name, new in weights.items():
             self._serving[name].copy_(new)
-        self._prove(expected)
+        every = self._target_check_every
+        checks_target = every > 0 and (self.version + 1) % every == 0
+        self._prove(expected, checks_target)
         for name in weights:
             self._last_good[name].copy_(self._serving[name])
         self.version += 1
         return WeightVersion(
             version=self.version,
             draft_checksum=expected,
-            target_checksum=self._target_checksum if self._checks_target else None,
+            target_checksum=self.target_checksum if checks_target else None,
             seconds=self._clock() - started,
         )
 
-    @property
-    def _checks_target(self) -> bool:
-        return bool(self._target_check_every) and self.version % self._target_check_every == 0
-
-    def _prove(self, expected: str) -> None:
-        found = checksum(self._serving)
-        wrong = f"the draft's checksum is {found}, not {expected}" if found != expected else ""
-        if self._checks_target and (now := self._checksum_of_target()) != self._target_checksum:
-            wrong = f"the target's checksum became {now}, it was {self._target_checksum}"
+    def _prove(self, expected: str, checks_target: bool) -> None:
+        wrong = ""
+        if (found := checksum(self._serving)) != expected:
+            wrong = f"the draft's checksum is {found}, not {expected}"
+        elif self._writes_to_target() != self._target_writes:
+            wrong = "a tensor of the target was written to"
+        elif checks_target and (found := self._checksum_of_target()) != self.target_checksum:
+            wrong = f"the target's checksum became {found}, it was {self.target_checksum}"
         if not wrong:
             return
         for name, old in self._last_good.items():

@@ -42,7 +42,7 @@ class ReplayBuffer:
 
     def __init__(self, limits: ReplayLimits, rows: Rows, draft_window: int | None) -> None:
         self.limits = limits
-        self.rows = rows
+        self.rows: Rows = rows
         self.draft_window = draft_window
         self.num_evicted = 0
         self._requests: OrderedDict[str, _RequestRows] = OrderedDict()
@@ -168,7 +168,9 @@ class _RequestRows:
     def _move_to_front(self, keep: int) -> None:
         self._drop(max(0, self.count - keep))
         source = slice(self.begin, self.begin + self.count)
-        self.tokens[: self.count + 1] = self.tokens[self.begin : self.begin + self.count + 1].clone()
+        self.tokens[: self.count + 1] = self.tokens[
+            self.begin : self.begin + self.count + 1
+        ].clone()
         for storage in (self.features, self.teacher):
             if storage is not None:
                 storage[: self.count] = storage[source].clone()
@@ -200,7 +202,8 @@ class _RequestRows:
         self, num_anchors: int, path: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """Anchors in the text with what the target went on to say; teacher rows are the text's."""
-        assert self.teacher is not None and self.teacher_from is not None
+        assert self.teacher is not None
+        assert self.teacher_from is not None
         last = self.count - path  # its path ends at the newest row
         first = max(1, self.teacher_from - self.start, last - num_anchors + 1)
         if first > last:

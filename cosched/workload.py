@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cosched.config import WorkloadSettings
 from cosched.engines.embedded.request import GenerationRequest
 from cosched.errors import WorkloadError
+
+if TYPE_CHECKING:
+    from cosched.config import WorkloadSettings
 
 
 def load_requests(

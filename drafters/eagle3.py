@@ -13,10 +13,9 @@ V draft vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 import torch
@@ -28,7 +27,10 @@ from cosched.protocols import Choose, DrafterSettings, TargetInfo
 from cosched.records import Proposal, SignalBatch, SignalSpec
 from cosched.registry import DRAFTERS
 from drafters.checkpoint import check_tensors, read_config, read_tensors, write_checkpoint
-from drafters.layers import Rotary, RMSNorm, SwiGLU
+from drafters.layers import RMSNorm, Rotary, SwiGLU
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Options of published heads that change the arithmetic and are not implemented here yet.
 UNSUPPORTED_OPTIONS = ("norm_output", "fc_norm", "norm_before_fc", "norm_before_residual")
@@ -100,6 +102,8 @@ class Eagle3Config(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Eagle3Attention(nn.Module):
+    """Projections only: queries, keys and values are made of 2E wide inputs."""
+
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
         width, heads, kv_heads = (
@@ -116,6 +120,8 @@ class Eagle3Attention(nn.Module):
 
 
 class Eagle3Layer(nn.Module):
+    """The one decoder layer, with a norm for each half of its input."""
+
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
@@ -159,7 +165,9 @@ class Eagle3Network(nn.Module):
     def queries(self, inputs: Tensor, positions: Tensor) -> Tensor:
         """Rotated queries ``[..., H * G, D]`` of rows ``[..., 2E]``."""
         attention = self.midlayer.self_attn
-        return self.rotary(attention.q_proj(inputs).unflatten(-1, (-1, attention.head_dim)), positions)
+        return self.rotary(
+            attention.q_proj(inputs).unflatten(-1, (-1, attention.head_dim)), positions
+        )
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The layer's output ``[..., E]`` before the final norm, which is what the chain feeds on."""

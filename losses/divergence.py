@@ -5,10 +5,13 @@ Letters: M rows, V vocabulary (that of the draft, both sides).
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from cosched.registry import LOSSES
 from losses.reduction import RowLoss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @LOSSES.register("forward_kl")

@@ -10,9 +10,7 @@ width.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import torch
@@ -24,6 +22,10 @@ from cosched.engines.embedded.judges import ForcedKind
 from cosched.engines.embedded.request import GenerationRequest
 from cosched.engines.embedded.target import Target, TargetRows
 from cosched.errors import CheckpointError, WorkloadError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 META = "trace.json"
 

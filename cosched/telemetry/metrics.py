@@ -8,7 +8,9 @@ looks brilliant, so every headline is shown on all and on novel positions.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -48,6 +50,13 @@ class ArmSummary(msgspec.Struct, kw_only=True):
     skipped_steps: int
     losses: list[float]
     peak_bytes: int
+
+
+class RunSummary(msgspec.Struct, kw_only=True):
+    """``summary.json``."""
+
+    run: dict[str, Any]
+    arms: dict[str, ArmSummary]
 
 
 class RequestLog(msgspec.Struct, frozen=True):
@@ -98,9 +107,7 @@ def round_figures(logs: Iterable[RequestLog]) -> RoundFigures:
         repeated += novel[first:].count(False)
         generated += len(log.generated)
         rows += [(row, novel[first + row.position]) for row in log.rounds]
-    by_request = [
-        _tau(log.rounds) for log in logs if log.rounds
-    ]
+    by_request = [_tau(log.rounds) for log in logs if log.rounds]
     everything = [row for row, _ in rows]
     return RoundFigures(
         tokens=generated,
@@ -121,7 +128,7 @@ def _tau(rows: Sequence[RoundRow]) -> float | None:
 
 def _by_position(rows: Sequence[tuple[RoundRow, bool]]) -> list[Bucket]:
     buckets = []
-    for start, end in zip(POSITION_EDGES, POSITION_EDGES[1:], strict=False):
+    for start, end in itertools.pairwise(POSITION_EDGES):
         inside = [(row, novel) for row, novel in rows if start <= row.position < end]
         if inside:
             tau = _tau([row for row, _ in inside]) or 0.0

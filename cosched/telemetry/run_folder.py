@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from cosched.errors import RunFolderError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from pathlib import Path
 
 
 class RunFolder:
@@ -46,7 +47,7 @@ class RunFolder:
         data = content.encode() if isinstance(content, str) else content
         with explained(target):
             partial.write_bytes(data)
-            os.replace(partial, target)
+            partial.replace(target)
         return target
 
 
@@ -83,7 +84,7 @@ class ArmEvents:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Generator[None]:
     """Turn what the file system says into one message that names the file."""
     try:
         yield

@@ -16,12 +16,14 @@ import re
 import sysconfig
 import textwrap
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cosched.errors import TinyWorldError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 DOMAINS = ("code", "manuals", "translated")
 HELDOUT_SHARE = 20  # one file in this many is held out
@@ -139,7 +141,14 @@ _ESCAPES = {
 _ESCAPE = re.compile("|".join(re.escape(key) for key in sorted(_ESCAPES, key=len, reverse=True)))
 _FONT = re.compile(r"\\f(\[[^\]]*\]|\(..|.)|\\s[-+]?\d+|\\m\[[^\]]*\]|\\[*n](\[[^\]]*\]|\(..|.)")
 _ACCENT = re.compile(r"\\(?:\((.)([A-Za-z])|\[([:'`^,~])([A-Za-z])\])")
-_ACCENTS = {":": "\u0308", "'": "\u0301", "`": "\u0300", "^": "\u0302", ",": "\u0327", "~": "\u0303"}
+_ACCENTS = {
+    ":": "\u0308",
+    "'": "\u0301",
+    "`": "\u0300",
+    "^": "\u0302",
+    ",": "\u0327",
+    "~": "\u0303",
+}
 _ARGUMENT = re.compile(r'"((?:[^"]|"")*)"|(\S+)')
 _TEXT_MACROS = {"B", "I", "BR", "IR", "RB", "BI", "IB", "RI", "SM", "SB", "Nm", "Fl", "Ar", "Pa"}
 _BREAK_MACROS = {"PP", "P", "LP", "TP", "IP", "HP", "sp", "br", "RS", "RE", "Pp", "It"}
@@ -159,7 +168,9 @@ def deroff(source: str) -> str:
     for line in source.splitlines():
         if line.startswith((r".\"", r"'\"", "'\\\"")):
             continue
-        macro, _, rest = line[1:].strip().partition(" ") if line[:1] in {".", "'"} else ("", "", line)
+        macro, _, rest = (
+            line[1:].strip().partition(" ") if line[:1] in {".", "'"} else ("", "", line)
+        )
         arguments = [quoted or bare for quoted, bare in _ARGUMENT.findall(rest)] if macro else []
         text = ""
         if not macro:

@@ -8,18 +8,23 @@ Letters: R crops, T tokens of a crop, N anchors, K drafted tokens.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cosched.engines.embedded.target import Target
-from cosched.protocols import Drafter
 from cosched.records import SignalBatch
-from cosched.training.micro_step import BatchLoss
-from cosched.tinyworld.tokens import TokenStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cosched.engines.embedded.target import Target
+    from cosched.protocols import Drafter
+    from cosched.tinyworld.tokens import TokenStore
+    from cosched.training.micro_step import BatchLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,11 @@ def crops_to_batch(
 
 
 def random_batch(
-    target: Target, drafter: Drafter, store: TokenStore, plan: DistillPlan, generator: torch.Generator
+    target: Target,
+    drafter: Drafter,
+    store: TokenStore,
+    plan: DistillPlan,
+    generator: torch.Generator,
 ) -> SignalBatch:
     """Crops of a store with the first token as prompt and anchors anywhere behind it."""
     ids_RT = store.crops(plan.batch, plan.length, generator)
@@ -142,10 +151,11 @@ def acceptance_by_step(
     for ids_T, anchors_N in zip(ids_RT, anchors_RN, strict=True):
         batch = crops_to_batch(target, drafter, ids_T[None], anchors_N[None], path)
         student = drafter.replay(batch).float().softmax(-1)
-        overlaps.append(torch.minimum(student, batch_loss.teacher_logits(batch).softmax(-1)).sum(-1))
+        overlaps.append(
+            torch.minimum(student, batch_loss.teacher_logits(batch).softmax(-1)).sum(-1)
+        )
     overlap_NK = torch.cat(overlaps).mean(0)
     at_N = anchors_RN[0]
     return [
-        overlap_NK[(at_N >= a) & (at_N < b)].mean(0).tolist()
-        for a, b in zip(edges, edges[1:], strict=False)
+        overlap_NK[(at_N >= a) & (at_N < b)].mean(0).tolist() for a, b in itertools.pairwise(edges)
     ]

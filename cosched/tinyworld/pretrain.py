@@ -8,16 +8,20 @@ crops. This halves the time to a given loss on a CPU.
 from __future__ import annotations
 
 import copy
+import itertools
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from cosched.tinyworld.tokens import VOCAB_SIZE, TokenStore, load_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 MIX: Mapping[str, float] = {"code": 0.42, "manuals": 0.40, "translated": 0.18}
 LEARNING_RATE = 4e-3
@@ -55,7 +59,7 @@ def target_config(num_layers: int) -> Qwen3Config:
         num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=4096,
-        rope_theta=10000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         rms_norm_eps=1e-6,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -67,7 +71,8 @@ def grow(model: Qwen3ForCausalLM, num_layers: int) -> Qwen3ForCausalLM:
     """The same function with twice the layers: every layer gains a silent copy behind it."""
     grown = Qwen3ForCausalLM(target_config(num_layers))
     grown.load_state_dict(model.state_dict(), strict=False)
-    for index, layer in enumerate(grown.model.layers):
+    layers: Any = grown.model.layers
+    for index, layer in enumerate(layers):
         layer.load_state_dict(copy.deepcopy(model.model.layers[index // 2].state_dict()))
         if index % 2:
             torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
@@ -106,9 +111,13 @@ def pretrain(
         optimizers = _optimizers(model)
         step_tokens = stage.batch * stage.length
         for step in range(stage.tokens // step_tokens):
-            rate = LEARNING_RATE * min((step + 1) / WARMUP_STEPS, (1 - done / total) / DECAY_SHARE, 1)
+            rate = LEARNING_RATE * min(
+                (step + 1) / WARMUP_STEPS, (1 - done / total) / DECAY_SHARE, 1
+            )
             started = time.perf_counter()
-            loss = _step(model, mixed_batch(stores, stage.batch, stage.length, generator), optimizers, rate)
+            loss = _step(
+                model, mixed_batch(stores, stage.batch, stage.length, generator), optimizers, rate
+            )
             done += step_tokens
             speed = step_tokens / (time.perf_counter() - started)
             advance(step_tokens, f"loss {loss:.3f} at length {stage.length}, {speed:.0f} tokens/s")
@@ -156,4 +165,4 @@ def loss_by_position(
         logits_TV = model(input_ids=ids_T[None, :-1], use_cache=False).logits[0].float()
         losses.append(F.cross_entropy(logits_TV, ids_T[1:], reduction="none"))
     mean_T = torch.stack(losses).mean(0)
-    return [mean_T[a:b].mean().item() for a, b in zip(edges, edges[1:], strict=False)]
+    return [mean_T[a:b].mean().item() for a, b in itertools.pairwise(edges)]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,14 +12,16 @@ from transformers import PreTrainedTokenizerFast
 
 from cosched.tinyworld.corpus import DOMAINS, Document, Split, documents
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
 VOCAB_SIZE = 2048
 END_OF_TEXT = "<|endoftext|>"
 MASK = "<|mask|>"  # what the block and parallel drafters put where a token is yet unknown
 TOKENIZER_CHARACTERS = 2_000_000  # per domain: enough for 2048 merges
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-)
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
 def train_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
@@ -84,13 +85,12 @@ def tokenize_corpus(tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict
             encoded = tokenizer([d.text for d in members], add_special_tokens=False)["input_ids"]
             pieces = [np.array([*ids, tokenizer.eos_token_id], np.uint16) for ids in encoded]
             starts = np.cumsum([0, *(len(piece) for piece in pieces)])
-            np.savez(
-                directory / f"{domain}.{split}.npz", ids=np.concatenate(pieces), starts=starts
-            )
+            np.savez(directory / f"{domain}.{split}.npz", ids=np.concatenate(pieces), starts=starts)
             counts[f"{domain}.{split}"] = int(starts[-1])
     return counts
 
 
 def load_tokens(directory: Path, domain: str, split: Split) -> TokenStore:
+    """Read what ``tokenize_corpus`` wrote."""
     with np.load(directory / f"{domain}.{split}.npz") as stored:
         return TokenStore(stored["ids"], stored["starts"])

@@ -11,16 +11,20 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from cosched.errors import TrainingError
 from cosched.records import Decision, SignalBatch, UpdateResult
-from cosched.training.micro_step import BatchLoss
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from cosched.training.micro_step import BatchLoss
 
 BETAS = (0.9, 0.99)  # a request is short: the second moment must settle within some hundred steps
 
@@ -57,7 +61,11 @@ class DeepSpeedTrainer:
         }
         self._initial = {name: p.detach().clone() for name, p in self._trained.items()}
         self._engine = _initialize(
-            batch_loss, list(self._trained.values()), zero_stage, learning_rate, max_grad_norm,
+            batch_loss,
+            list(self._trained.values()),
+            zero_stage,
+            learning_rate,
+            max_grad_norm,
             weight_decay,
         )
 
@@ -98,8 +106,9 @@ class DeepSpeedTrainer:
 
     def _gradients_are_finite(self) -> bool:
         gradients = [p.grad for p in self._trained.values() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients))
-        return bool(norms.isfinite().all())  # host waits for the device
+        return bool(
+            torch.nn.utils.get_total_norm(gradients).isfinite()
+        )  # host waits for the device
 
     def weights(self) -> Mapping[str, Tensor]:
         """The trained parameters as they are now (whole in every ZeRO stage up to 2)."""
@@ -142,7 +151,9 @@ def _initialize(
         import deepspeed
         from deepspeed.utils import logger as deepspeed_logger
     except ImportError as error:
-        raise TrainingError(f"adapt.trainer.kind is deepspeed, but it cannot be imported: {error}") from error
+        raise TrainingError(
+            f"adapt.trainer.kind is deepspeed, but it cannot be imported: {error}"
+        ) from error
     deepspeed_logger.setLevel(logging.ERROR)
     device = parameters[0].device
     _ensure_process_group(device)
@@ -156,7 +167,7 @@ def _initialize(
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,
-        model_parameters=parameters,
+        model_parameters=parameters,  # pyright: ignore[reportArgumentType]
         config={
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -179,4 +190,4 @@ def _ensure_process_group(device: torch.device) -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)

@@ -6,11 +6,14 @@ V draft vocabulary.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from cosched.protocols import Drafter, Loss
-from cosched.records import SignalBatch, TeacherForm
+if TYPE_CHECKING:
+    from cosched.protocols import Drafter, Loss
+    from cosched.records import SignalBatch, TeacherForm
 
 
 class BatchLoss(nn.Module):

@@ -9,18 +9,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cosched.engines.embedded.judges import Judge
 from cosched.engines.embedded.request import FinishedRequest, GenerationRequest
-from cosched.engines.embedded.rows import RowSource
 from cosched.engines.embedded.target import TargetRows
 from cosched.engines.embedded.verification import RandomStream
-from cosched.protocols import Drafter, RoundObserver
 from cosched.records import Proposal, RoundRow, Segment, ServedBlock, TeacherForm, VerifyRound
 
+if TYPE_CHECKING:
+    from cosched.engines.embedded.judges import Judge
+    from cosched.engines.embedded.rows import RowSource
+    from cosched.protocols import Drafter, RoundObserver
 
 Recorder = Callable[[GenerationRequest, TargetRows, int, int, int], None]
 """``recorder(request, rows, index, start, count)``: rows ``[index, :count]`` are at ``start``."""
@@ -201,9 +203,7 @@ class EmbeddedEngine:
                 )
             generated = start + 1 - len(slot.request.prompt_P)
             slot.rounds.append(
-                RoundRow(
-                    slot.request.id, generated, version, num_drafted, count, committed
-                )
+                RoundRow(slot.request.id, generated, version, num_drafted, count, committed)
             )
         self._round_index += 1
         self.seconds.draft += drafted - started

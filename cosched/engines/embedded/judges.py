@@ -5,7 +5,7 @@ Letters: B requests, K drafted tokens, S = K + 1 rows, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +18,10 @@ from cosched.engines.embedded.verification import (
     verify_greedy,
     verify_sampled,
 )
-from cosched.protocols import Choose
-from cosched.records import Proposal
+
+if TYPE_CHECKING:
+    from cosched.protocols import Choose
+    from cosched.records import Proposal
 
 ForcedKind = Literal["greedy", "sampled", "document"]
 
@@ -41,7 +43,11 @@ class GreedyJudge:
         return lambda _k, logits_BV: logits_BV.argmax(-1)
 
     def rule(
-        self, proposal: Proposal, logits_BSV: Tensor, uniforms_BU: Tensor, path_BS: Tensor  # noqa: ARG002
+        self,
+        proposal: Proposal,
+        logits_BSV: Tensor,
+        uniforms_BU: Tensor,  # noqa: ARG002  the role's signature
+        path_BS: Tensor,  # noqa: ARG002
     ) -> Outcome:
         return verify_greedy(proposal.tokens_BK, logits_BSV)
 
@@ -59,7 +65,11 @@ class SamplingJudge:
         return pick
 
     def rule(
-        self, proposal: Proposal, logits_BSV: Tensor, uniforms_BU: Tensor, path_BS: Tensor  # noqa: ARG002
+        self,
+        proposal: Proposal,
+        logits_BSV: Tensor,
+        uniforms_BU: Tensor,
+        path_BS: Tensor,  # noqa: ARG002
     ) -> Outcome:
         num_drafted = proposal.tokens_BK.shape[1]
         return verify_sampled(

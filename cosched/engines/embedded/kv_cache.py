@@ -5,9 +5,13 @@ Letters: B slots in use, H key-value heads, T new rows, L positions, D head widt
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class SlotCache(Cache):
@@ -20,9 +24,12 @@ class SlotCache(Cache):
     def __init__(
         self, num_layers: int, max_batch: int, max_length: int, device: torch.device
     ) -> None:
-        super().__init__(layers=[_SlotLayer(self, max_batch, max_length) for _ in range(num_layers)])
+        slots = [_SlotLayer(self, max_batch, max_length) for _ in range(num_layers)]
+        super().__init__(layers=list(slots))
+        self.slots = slots
         self.device = device
         self.visible = 0
+        self.first_slot = 0
         self.index_BT: Tensor | None = None
 
     def place(self, positions_BT: Tensor, visible: int, first_slot: int = 0) -> None:
@@ -33,10 +40,9 @@ class SlotCache(Cache):
 
     def move(self, source: int, destination: int, length: int) -> None:
         """Copy the first ``length`` positions of one slot to another."""
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys[destination, :, :length] = layer.keys[source, :, :length]
-                layer.values[destination, :, :length] = layer.values[source, :, :length]
+        for layer in self.slots:
+            for buffer in layer.buffers():
+                buffer[destination, :, :length] = buffer[source, :, :length]
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -53,23 +59,34 @@ class _SlotLayer(CacheLayerMixin):
         self.values = value_states.new_zeros((*shape[:-1], value_states.shape[-1]))
         self.is_initialized = True
 
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Keys and values of all slots; nothing before the first forward pass."""
+        if self.keys is None or self.values is None:
+            return ()
+        return self.keys, self.values
+
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: object,  # noqa: ARG002  the role's signature
+        **kwargs: object,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         cache = self.cache
         assert cache.index_BT is not None
         slots = slice(cache.first_slot, cache.first_slot + len(key_states))
-        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+        keys, values = self.buffers()
+        for buffer, new in ((keys, key_states), (values, value_states)):
             index = cache.index_BT[:, None, :, None].expand_as(new)
             buffer[slots].scatter_(2, index, new)
-        return self.keys[slots, :, : cache.visible], self.values[slots, :, : cache.visible]
+        return keys[slots, :, : cache.visible], values[slots, :, : cache.visible]
 
     def get_seq_length(self) -> int:
         return self.cache.visible
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
         return self.cache.visible, 0
 
     def get_max_cache_shape(self) -> int:

@@ -6,10 +6,12 @@ Letters: P prompt tokens, T tokens of the whole text.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from cosched.records import RoundRow
+    from cosched.records import RoundRow
 
 
 @dataclass(frozen=True, slots=True)

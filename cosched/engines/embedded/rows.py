@@ -1,17 +1,18 @@
-"""Where verification rows come from: a target that runs now. (A trace is the other source.)
+"""Where verification rows come from: here a target that runs now; a trace is the other source.
 
 Letters: B requests, S rows, P prompt rows.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from cosched.engines.embedded.request import GenerationRequest
-from cosched.engines.embedded.target import Target, TargetRows
+if TYPE_CHECKING:
+    from cosched.engines.embedded.request import GenerationRequest
+    from cosched.engines.embedded.target import Target, TargetRows
 
 
 class RowSource(Protocol):

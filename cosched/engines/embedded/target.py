@@ -6,11 +6,10 @@ L visible positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,9 @@ from transformers.utils import logging as transformers_logging
 from cosched.engines.embedded.kv_cache import SlotCache
 from cosched.errors import CheckpointError, ConfigError
 from cosched.publish import checksum
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Target:
                     f"target.path: {path} has sliding-window attention layers, which the embedded "
                     f"engine does not mask; serve it with SGLang"
                 )
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, local_files_only=True, attn_implementation="sdpa"
             )
         except (OSError, ValueError, RuntimeError) as error:
@@ -149,7 +151,7 @@ class Target:
         )
 
     @contextmanager
-    def _capturing(self, feature_layers: tuple[int, ...]) -> Iterator[None]:
+    def _capturing(self, feature_layers: tuple[int, ...]) -> Generator[None]:
         self._capture_layers = feature_layers
         try:
             yield

@@ -1,0 +1,56 @@
+# A fresh machine needs Python >= 3.11 and make, nothing else.
+#   PYTHON       the interpreter that makes .venv, e.g. make demo PYTHON=python3.12
+#   PIP_ARGS     more arguments for pip, e.g. an index that has CPU-only builds of torch
+#   PYTEST_ARGS  more arguments for pytest, e.g. make test PYTEST_ARGS='-m "not slow" -k replay'
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test lint format bench clean
+
+help:  ## Show this list
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk '/^#   / { print substr($$0, 2) }' Makefile
+
+venv: $(STAMP)  ## Make .venv and install cosched into it
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null 2>&1 || { \
+	  echo "cosched needs Python >= 3.11, and there is no '$(PYTHON)'. Name one: make PYTHON=python3.12 venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "cosched needs Python >= 3.11, and '$(PYTHON)' is `$(PYTHON) -V 2>&1`. Name another: make PYTHON=python3.12 venv" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { \
+	  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu it is a package of its own: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## Decode real text with and without adaptation, and compare (minutes, on a CPU)
+	$(BIN)/cosched run -c configs/quickstart.yaml --overwrite
+
+# A thread limit inherited from the shell would change speeds and, through summation order, last digits.
+test: $(STAMP)  ## Run the tests that need neither a GPU nor SGLang
+	env -u OMP_NUM_THREADS $(BIN)/pytest -m "not gpu and not sglang" $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## Check style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## Sort imports, apply safe fixes, format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## Run every benchmark; results go to benchmarks/results
+	@set -e; for script in $(sort $(wildcard benchmarks/bench_*.py)); do \
+	  echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:  ## Remove .venv, dist and what tools left (runs/ and build/ stay)
+	rm -rf .venv dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find cosched drafters losses schedulers tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

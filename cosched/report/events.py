@@ -1,0 +1,144 @@
+"""``events.jsonl`` read back, per arm and in the order of time; a half-written line is skipped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from cosched.records import RoundRow
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class _Round(msgspec.Struct):
+    arm: str
+    row: RoundRow
+
+
+class _Request(msgspec.Struct):
+    arm: str
+    id: str
+    text: str
+
+
+class _Result(msgspec.Struct):
+    losses: list[float | None]  # null: JSON's word for a loss that was not finite
+
+
+class _Update(msgspec.Struct):
+    arm: str
+    round: int
+    result: _Result
+
+
+class _Version(msgspec.Struct):
+    version: int
+
+
+class _Publication(msgspec.Struct):
+    arm: str
+    round: int
+    version: _Version
+
+
+_KINDS: dict[str, type] = {
+    "round": _Round,
+    "request": _Request,
+    "update": _Update,
+    "publication": _Publication,
+}
+
+
+class _EngineFacts(msgspec.Struct):
+    max_batch: int = 1
+
+
+class _ConfigFacts(msgspec.Struct):
+    engine: _EngineFacts = msgspec.field(default_factory=_EngineFacts)
+
+
+@dataclass(slots=True)
+class ArmEvents:
+    """What an arm wrote. ``rows`` are as in the file: request by request.
+
+    ``losses`` and ``publications`` carry the co-scheduler's round at which they happened. The loss
+    is that of an update's first step, before the step has learnt from its own rows.
+    """
+
+    rows: list[RoundRow] = field(default_factory=list)
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    publications: list[tuple[int, int]] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class RunEvents:
+    """All arms' events, how many lines were unreadable, and how many requests ran at a time."""
+
+    arms: dict[str, ArmEvents] = field(default_factory=dict)
+    num_damaged: int = 0
+    max_batch: int = 1
+
+    def of(self, arm: str) -> ArmEvents:
+        """An arm's events; empty if it wrote none."""
+        return self.arms.get(arm, ArmEvents())
+
+
+def read_events(run_dir: Path) -> RunEvents:
+    """Read the events of a run; what is missing or damaged is left out and counted."""
+    events = RunEvents(max_batch=_max_batch(run_dir / "config.yaml"))
+    path = run_dir / "events.jsonl"
+    if not path.is_file():
+        return events
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                _take(events, msgspec.json.decode(line))
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                events.num_damaged += 1
+    return events
+
+
+def _take(events: RunEvents, line: Any) -> None:
+    kind = _KINDS.get(str(line.get("kind"))) if isinstance(line, dict) else None
+    if kind is None:
+        return  # another version's event, or one that no figure is made of
+    event = msgspec.convert(line, kind)
+    arm = events.arms.setdefault(event.arm, ArmEvents())
+    match event:
+        case _Round():
+            arm.rows.append(event.row)
+        case _Request():
+            arm.texts[event.id] = event.text
+        case _Update():
+            if event.result.losses and event.result.losses[0] is not None:
+                arm.losses.append((event.round, event.result.losses[0]))
+        case _:
+            arm.publications.append((event.round, event.version.version))
+
+
+def _max_batch(config: Path) -> int:
+    try:
+        return msgspec.yaml.decode(config.read_bytes(), type=_ConfigFacts).engine.max_batch
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return 1
+
+
+def in_time(rows: list[RoundRow], max_batch: int) -> list[RoundRow]:
+    """Rows in the order in which they were committed.
+
+    Requests run in groups of ``max_batch`` that start together, so a request's j-th row belongs to
+    the j-th round of its group. Draft versions never fall, which settles what that does not.
+    """
+    group: dict[str, int] = {}
+    count: dict[str, int] = {}
+    keys: list[tuple[int, int, int]] = []
+    for row in rows:
+        place = group.setdefault(row.request_id, len(group) // max_batch)
+        step = count[row.request_id] = count.get(row.request_id, -1) + 1
+        keys.append((row.draft_version, place, step))
+    order = sorted(range(len(rows)), key=keys.__getitem__)
+    return [rows[index] for index in order]

@@ -1,0 +1,142 @@
+"""``report.html``: one file that needs nothing else, no network and no script."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from markupsafe import Markup
+
+from cosched.report import plots
+from cosched.report.events import RunEvents, read_events
+from cosched.report.findings import headline, is_replay
+from cosched.report.remarks import (
+    cautions,
+    decay_lines,
+    lossless_line,
+    repetition_lines,
+    text_remark,
+)
+from cosched.report.svg import PALETTE, arm_colour_name
+from cosched.report.table import COLUMNS, DASH, arm_cells, load_summary
+from cosched.report.timeline import adaptation
+from cosched.telemetry.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cosched.telemetry.metrics import RunSummary
+
+SAMPLE_CHARACTERS = 600
+# Control characters are no legal HTML, and a model may say any of them: show their pictures.
+VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The beginning of what an arm said to one request."""
+
+    arm: str
+    request: str
+    text: str
+    cut: bool
+
+
+def write_report(run_dir: Path) -> Path:
+    """Render ``report.html`` of a finished or interrupted run; returns its path.
+
+    Raises:
+        RunFolderError: the folder has no readable summary, or the page cannot be written.
+    """
+    summary = load_summary(run_dir)
+    events = read_events(run_dir)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cosched", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        palette=PALETTE,
+        run=summary.run,
+        found=headline(summary, events),
+        cautions=cautions(summary, (run_dir / "trace").is_dir(), events.num_damaged),
+        columns=COLUMNS,
+        rows=[_row(summary, name) for name in summary.arms],
+        figures=_figures(summary, events),
+        replay=is_replay(summary),
+        decay=decay_lines(summary),
+        repetition=repetition_lines(summary),
+        lossless=lossless_line(summary),
+        text_remark=text_remark(summary),
+        samples=_samples(summary, events),
+        facts=_facts(summary),
+        config=_config(run_dir / "config.yaml"),
+    )
+    return RunFolder(run_dir).write("report.html", page)
+
+
+def _row(summary: RunSummary, name: str) -> dict[str, Any]:
+    return {
+        "colour": arm_colour_name(name, list(summary.arms)),
+        "cells": arm_cells(summary, name),
+    }
+
+
+def _figures(summary: RunSummary, events: RunEvents) -> dict[str, Markup | None]:
+    drawn = {
+        "tau": plots.tau_by_position(summary),
+        "depth": plots.position_acceptance(summary),
+        "time": plots.time_per_token(summary),
+        "speed": plots.speed(summary),
+        "learning": adaptation(summary, events),
+    }
+    # Matplotlib escapes the text in its drawings.
+    return {name: Markup(svg) if svg else None for name, svg in drawn.items()}
+
+
+def _samples(summary: RunSummary, events: RunEvents) -> list[Sample]:
+    """The same request of every arm where they have one in common."""
+    texts = {name: events.of(name).texts for name in summary.arms if events.of(name).texts}
+    if not texts:
+        return []
+    first = next(iter(texts.values()))
+    common = [request for request in first if all(request in said for said in texts.values())]
+    samples: list[Sample] = []
+    for name, said in texts.items():
+        request = common[0] if common else next(iter(said))
+        text = said[request]
+        shown = text[:SAMPLE_CHARACTERS].translate(VISIBLE)
+        samples.append(Sample(name, request, shown, len(text) > SAMPLE_CHARACTERS))
+    return samples
+
+
+def _facts(summary: RunSummary) -> list[tuple[str, str]]:
+    run = summary.run
+    peak = max((arm.peak_bytes for arm in summary.arms.values()), default=0)
+    given = {
+        "drafter": run.get("drafter"),
+        "tokens drafted per round": run.get("num_draft_tokens"),
+        "window of the +window arms": run.get("window") or "none",
+        "engine": run.get("engine"),
+        "text": run.get("text"),
+        "temperature": run.get("temperature"),
+        "device": run.get("device"),
+        "CPU threads": run.get("num_threads"),
+        "machine": run.get("machine"),
+        "Python": run.get("python"),
+        "torch": run.get("torch"),
+        "seconds in all": f"{run['seconds']:.1f}" if "seconds" in run else None,
+        "finished at": run.get("finished_at"),
+        "peak memory of the process": f"{peak / 2**20:,.0f} MiB" if peak else None,
+    }
+    return [(name, DASH if value is None else str(value)) for name, value in given.items()]
+
+
+def _config(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").translate(VISIBLE)
+    except OSError:
+        return None

@@ -1,0 +1,139 @@
+"""What to keep in mind when reading a run: decay, repetition, losslessness, and how it was made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cosched.report.findings import is_replay
+from cosched.report.table import DASH, compared_requests, percent
+
+if TYPE_CHECKING:
+    from cosched.telemetry.metrics import Bucket, RunSummary
+
+MIN_ROUNDS = 50  # a bucket with fewer rounds is too noisy to speak about
+LOOPING = 0.3  # repeat fraction from which the headline is mostly about loops
+
+
+def span(bucket: Bucket) -> str:
+    """The positions of a bucket, ``64-128`` with a dash."""
+    return f"{bucket.start}{DASH}{bucket.end}"
+
+
+def decay_lines(summary: RunSummary) -> list[str]:
+    """How τ changed from the first to the last generated positions with enough rounds."""
+    lines: list[str] = []
+    for name, arm in summary.arms.items():
+        solid = [bucket for bucket in arm.tau_by_position if bucket.rounds >= MIN_ROUNDS]
+        if not arm.position_acceptance or len(solid) < 2:
+            continue
+        first, last = solid[0], solid[-1]
+        lines.append(
+            f"{name} went from {first.tau:.2f} (positions {span(first)}) to "
+            f"{last.tau:.2f} ({span(last)}), "
+            f"{percent(last.tau / first.tau - 1, signed=True)}."
+        )
+    return lines
+
+
+def repetition_lines(summary: RunSummary) -> list[str]:
+    """How much of the text is loops, and what remains of each arm without them."""
+    done = {name: arm for name, arm in summary.arms.items() if arm.tokens}
+    if not done:
+        return []
+    most = max(arm.repeat_fraction for arm in done.values())
+    lines: list[str] = []
+    if most >= LOOPING:
+        lines.append(
+            f"Up to {percent(most)} of the text repeats itself: the figures on all positions are "
+            "largely about loops, trust the novel ones."
+        )
+    for name, arm in done.items():
+        novel = "no novel round" if arm.tau_novel is None else f"τ {arm.tau_novel:.2f} where novel"
+        overall = f"τ {arm.tau:.2f} overall, {novel}" if arm.position_acceptance else "no draft"
+        lines.append(f"{name}: {percent(arm.repeat_fraction)} repeated; {overall}.")
+    return lines
+
+
+def lossless_line(summary: RunSummary) -> str:
+    """What this run shows about the promise that the text never changes."""
+    reference = summary.run.get("lossless_reference")
+    if reference not in summary.arms:
+        return (
+            "Text was sampled, so the arms say different things and cannot be compared token by "
+            "token; what must agree is the distribution, which no single run can show."
+        )
+    checked = {
+        name: arm.lossless_mismatches or 0
+        for name, arm in summary.arms.items()
+        if name != reference and arm.requests
+    }
+    if not checked:
+        return f"Only {reference} has text: there is nothing to compare it with."
+    if is_replay(summary) or summary.run.get("text") == "document":
+        return "The text was given, so every arm commits the same tokens by construction."
+    differing = {name: number for name, number in checked.items() if number}
+    if not differing:
+        return f"Lossless: every arm said exactly the same tokens as {reference}, in all requests."
+    listed = ", ".join(
+        f"{name} in {number} of {compared_requests(summary, name)}"
+        for name, number in differing.items()
+    )
+    cut = (
+        "The run was interrupted, and a request that was cut short counts as different."
+        if summary.run.get("interrupted")
+        else "Near-ties of the target that its arithmetic settles differently for one row and for "
+        "several are one cause; anything else is a defect."
+    )
+    return f"Not the same tokens as {reference}: {listed} requests. {cut}"
+
+
+def text_remark(summary: RunSummary) -> str:
+    """Where the text came from, and what that means for comparing arms."""
+    kind, run = summary.run.get("text"), summary.run
+    if kind == "document":
+        return (
+            "The text is a given document that every arm is led along: nobody generated it. A "
+            "drafted token stands with probability Σ min(p, q), which is what a sampled draft "
+            "would meet at that place; real text, measured acceptance, no generation."
+        )
+    if is_replay(summary):
+        rule = (
+            "while it is the target's own choice"
+            if kind == "greedy"
+            else "with probability min(1, q/p)"
+        )
+        return (
+            "The text is a recording of the target, the same for every arm: a paired comparison. "
+            f"A drafted token stands {rule}."
+        )
+    if kind == "sampled":
+        return (
+            f"Text was sampled at temperature {run.get('temperature')}, so the arms say different "
+            "texts, and part of any difference between them is the luck of the draw. For a paired "
+            "comparison record one text (--record) and replay it with engine.kind: trace."
+        )
+    return "Text is greedy: every arm has to say the target's own best token at every place."
+
+
+def cautions(summary: RunSummary, recorded: bool, num_damaged: int) -> list[str]:
+    """What went otherwise than a reader would assume."""
+    lines: list[str] = []
+    if summary.run.get("interrupted"):
+        counts = ", ".join(f"{name} {arm.requests}" for name, arm in summary.arms.items())
+        lines.append(
+            f"This run was interrupted. Requests per arm, the last ones cut short: {counts}. Arms "
+            "may have got through different text, and their speeds are approximate."
+        )
+    empty = [name for name, arm in summary.arms.items() if not arm.rounds]
+    if empty:
+        lines.append(f"No round was measured of: {', '.join(empty)}.")
+    if recorded and summary.arms:
+        lines.append(
+            f"{next(iter(summary.arms))} also recorded its text as a trace; its times include that."
+        )
+    if num_damaged:
+        lines.append(f"{num_damaged} unreadable line(s) of events.jsonl were left out.")
+    skipped = sum(arm.skipped_steps for arm in summary.arms.values())
+    if skipped:
+        lines.append(f"{skipped} training step(s) were not finite and were skipped.")
+    return lines

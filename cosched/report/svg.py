@@ -1,0 +1,103 @@
+"""Matplotlib figures as SVG for a page: coloured by its theme, titled, and safe side by side.
+
+Colours go through CSS variables of the page, with the light theme's value as fallback, so that one
+drawing serves light and dark. The palette is Okabe and Ito's, which colour-blind readers can tell
+apart; arms with a window are dashed as well.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from html import escape
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+PALETTE = {  # name of the CSS variable: (on a light page, on a dark page)
+    "ink": ("#22272e", "#e4e8ed"),
+    "muted": ("#626a74", "#9aa4b0"),
+    "grid": ("#dde1e6", "#363d47"),
+    "plain": ("#868d97", "#8f98a3"),
+    "frozen": ("#0072b2", "#3fa0dd"),
+    "frozen-window": ("#45a5dc", "#8ccdf2"),
+    "adapted": ("#d55e00", "#f0803a"),
+    "adapted-window": ("#e69f00", "#f3c04b"),
+    "spare-1": ("#009e73", "#2fc299"),
+    "spare-2": ("#b5548f", "#dd8dbd"),
+    "stage-prefill": ("#c3c9d1", "#5b6470"),
+    "stage-verify": ("#98a1ad", "#7c8794"),
+    "stage-draft": ("#00916a", "#2bb48d"),
+    "stage-update": ("#a8457f", "#cf74ab"),
+    "stage-publish": ("#dfa3c8", "#8a5577"),
+    "stage-other": ("#e6e9ed", "#424a55"),
+}
+SPARE = ("spare-1", "spare-2")
+STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8.5,
+    "axes.labelsize": 8.5,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.borderpad": 0,
+    "text.color": PALETTE["ink"][0],
+    "axes.labelcolor": PALETTE["muted"][0],
+    "axes.edgecolor": PALETTE["grid"][0],
+    "xtick.color": PALETTE["grid"][0],
+    "ytick.color": PALETTE["grid"][0],
+    "xtick.labelcolor": PALETTE["muted"][0],
+    "ytick.labelcolor": PALETTE["muted"][0],
+    "grid.color": PALETTE["grid"][0],
+    "svg.fonttype": "none",  # text stays text: selectable, searchable, in the page's own font
+}
+
+
+def colour(name: str) -> str:
+    """The light value of a palette entry; ``to_svg`` turns it into the page's variable."""
+    return PALETTE[name][0]
+
+
+def arm_colour_name(arm: str, arms: list[str]) -> str:
+    """An arm's palette entry, the same in every figure."""
+    name = arm.replace("+", "-")
+    if name in PALETTE:
+        return name
+    strangers = [other for other in arms if other.replace("+", "-") not in PALETTE]
+    return SPARE[strangers.index(arm) % len(SPARE)]
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of its own, in inches, known to no global state."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def to_svg(figure: Figure, name: str, title: str, description: str) -> str:
+    """The figure as an ``<svg>`` element whose ids begin with ``name``."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"\s*<style type=.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
+    for variable, (light, _) in PALETTE.items():
+        svg = svg.replace(light, f"var(--{variable}, {light})")
+    head = re.search(r'viewBox="[^"]+"', svg)
+    assert head is not None, "matplotlib writes a viewBox"
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'{head.group()} role="img" aria-labelledby="{name}-title {name}-desc">\n'
+        f'<title id="{name}-title">{escape(title)}</title>\n'
+        f'<desc id="{name}-desc">{escape(description)}</desc>'
+    )
+    return opening + svg[svg.index(">") + 1 :]

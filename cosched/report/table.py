@@ -1,0 +1,159 @@
+"""The summary of a run, read back and set as a table of arms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from cosched.errors import RunFolderError
+from cosched.telemetry.metrics import ArmSummary, RunSummary
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DASH = "\u2013"  # an en dash
+TIMES = "\u00d7"  # a multiplication sign
+SHARES = ("draft", "verify", "update", "publish")
+CAPTION = (
+    "τ: tokens committed per request and round, bonus token included, pooled over all rounds · "
+    "novel: rounds whose last eight tokens are new to the request · repeat: tokens that are not · "
+    "time %: drafting/verifying/updating/publishing; the rest is prefill and bookkeeping"
+)
+
+COLUMNS = (
+    ("arm", "one way of decoding the same prompts"),
+    ("tokens", "tokens committed"),
+    ("τ", "tokens committed per request and round, bonus token included, pooled"),
+    ("τ novel", "the same over rounds at novel positions only"),
+    ("repeat", "share of tokens whose eight predecessors occurred before in the request"),
+    ("tokens/s", "tokens committed per second of the arm's own time"),
+    (f"{TIMES} plain", "speed as a multiple of the arm plain"),
+    (f"{TIMES} frozen", "speed as a multiple of the arm frozen"),
+    ("time %\nd/v/u/p", "share of time drafting / verifying / updating / publishing"),
+    ("updates/\nversion", "training updates, and the last published draft version"),
+    ("texts\ndiffer", "requests whose tokens differ from the reference arm's"),
+)
+
+
+def load_summary(run_dir: Path) -> RunSummary:
+    """Read ``summary.json`` of a run folder.
+
+    Raises:
+        RunFolderError: the folder or the file is missing, or the file is damaged.
+    """
+    path = run_dir / "summary.json"
+    try:
+        content: Any = msgspec.json.decode(path.read_bytes())
+        _restore_non_finite(content)
+        return msgspec.convert(content, RunSummary)
+    except OSError as error:
+        why = "there is no summary.json in it" if run_dir.is_dir() else "there is no such folder"
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            why = f"summary.json cannot be read: {error.strerror or error}"
+        raise RunFolderError(f"{run_dir} is no finished run: {why}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{path} is damaged: {error}") from error
+
+
+def _restore_non_finite(content: Any) -> None:
+    """JSON has no NaN: a loss that was not finite comes back as null."""
+    arms = content.get("arms") if isinstance(content, dict) else None
+    for arm in arms.values() if isinstance(arms, dict) else ():
+        if isinstance(arm, dict) and isinstance(arm.get("losses"), list):
+            arm["losses"] = [float("nan") if loss is None else loss for loss in arm["losses"]]
+
+
+def summary_table(summary: RunSummary) -> Table:
+    """One row per arm, within 120 columns."""
+    table = Table(
+        title=f"{summary.run.get('name', 'run')}: {len(summary.arms)} arms on the same requests"
+        + (" (interrupted)" if summary.run.get("interrupted") else ""),
+        title_justify="left",
+        caption=CAPTION,
+        caption_justify="left",
+        caption_style="dim",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for index, (header, _) in enumerate(COLUMNS):
+        table.add_column(
+            header, justify="left" if index == 0 else "right", vertical="bottom", no_wrap=True
+        )
+    fastest = max(summary.arms.values(), key=lambda arm: arm.tokens_per_s, default=None)
+    for name, arm in summary.arms.items():
+        cells = [Text(cell) for cell in arm_cells(summary, name)]
+        cells[0].stylize("bold")
+        if arm is fastest and arm.tokens_per_s and len(summary.arms) > 1:
+            cells[5].stylize("bold green")
+        table.add_row(*cells)
+    return table
+
+
+def arm_cells(summary: RunSummary, name: str) -> list[str]:
+    """The cells of an arm under ``COLUMNS``; a figure that does not exist is a dash."""
+    arm = summary.arms[name]
+    drafts = bool(arm.position_acceptance)
+    return [
+        name,
+        f"{arm.tokens:,}",
+        f"{arm.tau:.2f}" if arm.rounds else DASH,
+        DASH if arm.tau_novel is None else f"{arm.tau_novel:.2f}",
+        percent(arm.repeat_fraction) if arm.tokens else DASH,
+        f"{arm.tokens_per_s:.1f}" if arm.tokens_per_s else DASH,
+        times(speed_ratio(summary, name, "plain")),
+        times(speed_ratio(summary, name, "frozen")),
+        "/".join(f"{100 * share:.0f}" for share in time_shares(arm)) if arm.tokens else DASH,
+        f"{arm.updates}/{arm.versions}" if drafts and name.startswith("adapted") else DASH,
+        _differing(summary, name),
+    ]
+
+
+def speed_ratio(summary: RunSummary, name: str, base: str) -> float | None:
+    """Tokens per second of an arm over those of another; None where either was not measured."""
+    arm, other = summary.arms[name], summary.arms.get(base)
+    if other is None or not other.tokens_per_s or not arm.tokens_per_s:
+        return None
+    return arm.tokens_per_s / other.tokens_per_s
+
+
+def arm_seconds(arm: ArmSummary) -> float:
+    """The arm's own time. An arm that was cut short may have stages but no wall time yet."""
+    stages = sum(seconds for stage, seconds in arm.seconds.items() if stage != "wall")
+    return max(arm.seconds.get("wall", 0.0), stages)
+
+
+def time_shares(arm: ArmSummary) -> list[float]:
+    """Shares of the arm's time spent on each of ``SHARES``."""
+    whole = arm_seconds(arm)
+    return [arm.seconds.get(stage, 0.0) / whole if whole else 0.0 for stage in SHARES]
+
+
+def compared_requests(summary: RunSummary, name: str) -> int:
+    """How many of an arm's requests the reference arm has as well."""
+    reference = summary.arms.get(str(summary.run.get("lossless_reference")))
+    return min(summary.arms[name].requests, reference.requests if reference else 0)
+
+
+def _differing(summary: RunSummary, name: str) -> str:
+    mismatches = summary.arms[name].lossless_mismatches
+    if mismatches is None:
+        return DASH
+    if name == summary.run.get("lossless_reference"):
+        return "reference"
+    return f"{mismatches} of {compared_requests(summary, name)}"
+
+
+def percent(share: float, signed: bool = False) -> str:
+    """``0.123`` as ``12 %``, with a space that does not break; a minus sign, not a hyphen."""
+    value = 100 * share
+    digits = 0 if abs(value) >= 9.95 or value == 0 else 1
+    return f"{value:{'+' if signed else ''}.{digits}f}\u00a0%".replace("-", "\u2212")
+
+
+def times(ratio: float | None) -> str:
+    """A ratio as ``1.06x``, with a proper sign."""
+    return DASH if ratio is None else f"{ratio:.2f}{TIMES}"

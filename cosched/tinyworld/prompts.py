@@ -1,0 +1,54 @@
+"""Held-out texts as prompts and documents: JSON lines with ``id``, ``source`` and ``text``."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from cosched.tinyworld.corpus import DOMAINS, Document, documents
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PROMPT_CHARACTERS = 400
+DOCUMENT_CHARACTERS = 9000
+NUM_PROMPTS = 8
+NUM_DOCUMENTS = 6
+SHIFTED = ("manuals", "translated")  # the drafts were taught on code only
+
+
+def write_texts(prompts: Path, texts: Path) -> None:
+    """Files by domain, and ``shifted.jsonl`` in each folder with the domains drafts never saw."""
+    for folder, characters, count in (
+        (prompts, PROMPT_CHARACTERS, NUM_PROMPTS),
+        (texts, DOCUMENT_CHARACTERS, NUM_DOCUMENTS),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        by_domain = {domain: _excerpts(domain, characters, count) for domain in DOMAINS}
+        for domain, records in by_domain.items():
+            _write(folder / f"{domain}.jsonl", records)
+        pairs = zip(*(by_domain[domain] for domain in SHIFTED), strict=False)
+        _write(folder / "shifted.jsonl", [record for pair in pairs for record in pair])
+
+
+def _excerpts(domain: str, characters: int, count: int) -> list[dict[str, str]]:
+    """The beginnings of ``count`` long held-out documents, spread over the domain."""
+    long_enough: list[Document] = [
+        document
+        for document in documents(domain)
+        if document.split == "heldout" and len(document.text) >= characters
+    ]
+    chosen = long_enough[:: max(1, len(long_enough) // count)][:count]
+    return [
+        {
+            "id": f"{domain}-{index}",
+            "source": document.source,
+            "text": document.text[:characters].rsplit(" ", 1)[0],
+        }
+        for index, document in enumerate(chosen)
+    ]
+
+
+def _write(path: Path, records: list[dict[str, str]]) -> None:
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
