@@ -125,11 +125,15 @@ class Coscheduler:
         self._sink.emit("publication", round=self.totals.rounds, version=version)
 
     def _reset(self) -> None:
-        """State per request: the next request starts from the draft as it was loaded."""
-        if self._trainer is None or self.totals.updates == 0:
+        """State per request: the next one starts from the draft as it was loaded, and anew."""
+        totals = self.totals
+        totals.round_of_update = totals.rounds
+        totals.committed_at_update = totals.committed
+        if self._trainer is None or totals.updates == totals.updates_at_reset:
             return
         started = self._clock()
         self._trainer.reset()
-        self.totals.update_seconds += self._clock() - started
-        self._sink.emit("reset", round=self.totals.rounds)
+        totals.updates_at_reset = totals.updates
+        totals.update_seconds += self._clock() - started
+        self._sink.emit("reset", round=totals.rounds)
         self._publish()

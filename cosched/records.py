@@ -203,6 +203,7 @@ class Totals:
     drafted: int = 0
     accepted: int = 0
     updates: int = 0
+    updates_at_reset: int = 0
     round_of_update: int = 0
     committed_at_update: int = 0
     draft_seconds: float = 0.0

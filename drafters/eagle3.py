@@ -496,7 +496,8 @@ def _chain_attention(
     if own_keys:
         own = torch.einsum("rnhgd,rnshd->rnhgs", queries, torch.stack(own_keys, 2))
         scores = torch.cat((scores, own), -1)
-    weights = scores.float().softmax(-1).to(queries.dtype)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=wide).to(queries.dtype)
     context = keys_RCHD.shape[1]
     attended = torch.einsum("rnhgc,rchd->rnhgd", weights[..., :context], values_RCHD)
     if own_values:

@@ -1,4 +1,4 @@
-"""A random target of 8 thin layers for exact statements; the tiny world for trained behaviour."""
+"""A random target of three thin layers for exact statements; the tiny world for what is trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 TINYWORLD = Path(__file__).parent.parent / "tinyworld"
 
 
-def make_target(vocab_size: int = 64, seed: int = 0, dtype: torch.dtype = torch.float32) -> Target:
+def make_target(
+    vocab_size: int = 64, seed: int = 0, std: float = 0.25, dtype: torch.dtype = torch.float32
+) -> Target:
     """A random Qwen3 whose next-token distributions are far from uniform and from one another."""
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(
@@ -24,7 +26,7 @@ def make_target(vocab_size: int = 64, seed: int = 0, dtype: torch.dtype = torch.
             vocab_size=vocab_size,
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=8,
+            num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=16,
@@ -37,7 +39,7 @@ def make_target(vocab_size: int = 64, seed: int = 0, dtype: torch.dtype = torch.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter.normal_(std=0.25)
+                parameter.normal_(std=std)
     return Target(model.to(dtype))
 
 
@@ -52,6 +54,7 @@ def make_drafter(target: Target, num_draft_tokens: int = 3, seed: int = 1) -> Ea
         head_dim=16,
         vocab_size=target.vocab_size,
         draft_vocab_size=target.vocab_size,
+        eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1, 2]},
     )
     drafter = Eagle3Drafter.initialise(config, target, num_draft_tokens)
     drafter.network().to(target.dtype).requires_grad_(False)

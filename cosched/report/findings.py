@@ -77,9 +77,7 @@ def comparisons(summary: RunSummary, events: RunEvents) -> list[Comparison]:
             continue
         error, num_requests = _gain_error(events.of(name).rows, events.of(control).rows)
         speed = None if is_replay(summary) else speed_ratio(summary, name, control)
-        found.append(
-            Comparison(name, control, arm.tau / other.tau - 1, error, num_requests, speed)
-        )
+        found.append(Comparison(name, control, arm.tau / other.tau - 1, error, num_requests, speed))
     return found
 
 
@@ -116,22 +114,39 @@ def _pooled(sums: dict[str, tuple[int, int]], names: list[str]) -> float:
 
 
 def _adapted_headline(summary: RunSummary, found: list[Comparison]) -> Headline:
-    first = found[0]
-    verdict: Verdict = "none"
-    if first.speed is not None:
-        verdict = "even"
-        if abs(first.speed - 1) > SAME_SPEED:
-            verdict = "paid" if first.speed > 1 else "lost"
-    opening = {
-        "paid": "Adaptation paid: ",
-        "even": "Adaptation broke even: ",
-        "lost": "Adaptation did not pay: ",
-        "none": "",
-    }[verdict]
-    details = [line for line in (_time_line(summary, first), _novel_line(summary, first)) if line]
-    details += [_chance_line(first), *(_gain_line(summary, other) for other in found[1:])]
-    details += _control_lines(summary, first)
-    return Headline(verdict, opening + _gain_line(summary, first), details)
+    """The fastest adapted arm (in a replay: the one that commits most) speaks for the run."""
+    lead = max(found, key=lambda c: (c.speed is not None, _merit(summary, c.adapted)))
+    verdict, opening = _verdict(summary, lead)
+    details = [
+        _time_line(summary, lead),
+        *_control_lines(summary, lead),
+        _novel_line(summary, lead),
+        _chance_line(lead),
+        *(_gain_line(summary, other) for other in found if other is not lead),
+    ]
+    sentence = opening + _gain_line(summary, lead)
+    return Headline(verdict, sentence, [line for line in details if line])
+
+
+def _merit(summary: RunSummary, name: str) -> float:
+    arm = summary.arms[name]
+    return arm.tau if is_replay(summary) else arm.tokens_per_s
+
+
+def _verdict(summary: RunSummary, c: Comparison) -> tuple[Verdict, str]:
+    """Whether it paid: against its own control, and against the best that costs nothing."""
+    if c.speed is None:
+        return "none", ""
+    if c.speed < 1 - SAME_SPEED:
+        return "lost", "Adaptation did not pay: "
+    free = [name for name in summary.arms if name.startswith("frozen")]
+    best = max(free, key=lambda name: summary.arms[name].tokens_per_s)
+    ratio = speed_ratio(summary, c.adapted, best)
+    if ratio is not None and ratio < 1 - SAME_SPEED:
+        return "lost", f"Adaptation did not pay: {best}, which costs nothing, is faster. "
+    if c.speed <= 1 + SAME_SPEED or (ratio is not None and ratio <= 1 + SAME_SPEED):
+        return "even", "Adaptation broke even: "
+    return "paid", "Adaptation paid: "
 
 
 def _gain_line(summary: RunSummary, c: Comparison) -> str:

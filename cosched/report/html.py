@@ -35,9 +35,9 @@ VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The beginning of what an arm said to one request."""
+    """The beginning of what one or several arms said to a request."""
 
-    arm: str
+    arms: list[str]
     request: str
     text: str
     cut: bool
@@ -98,7 +98,7 @@ def _figures(summary: RunSummary, events: RunEvents) -> dict[str, Markup | None]
 
 
 def _samples(summary: RunSummary, events: RunEvents) -> list[Sample]:
-    """The same request of every arm where they have one in common."""
+    """The same request of every arm if they have one in common; equal beginnings stand once."""
     texts = {name: events.of(name).texts for name in summary.arms if events.of(name).texts}
     if not texts:
         return []
@@ -107,9 +107,13 @@ def _samples(summary: RunSummary, events: RunEvents) -> list[Sample]:
     samples: list[Sample] = []
     for name, said in texts.items():
         request = common[0] if common else next(iter(said))
-        text = said[request]
-        shown = text[:SAMPLE_CHARACTERS].translate(VISIBLE)
-        samples.append(Sample(name, request, shown, len(text) > SAMPLE_CHARACTERS))
+        shown = said[request][:SAMPLE_CHARACTERS].translate(VISIBLE)
+        same = [one for one in samples if (one.request, one.text) == (request, shown)]
+        if same:
+            same[0].arms.append(name)
+        else:
+            cut = len(said[request]) > SAMPLE_CHARACTERS
+            samples.append(Sample([name], request, shown, cut))
     return samples
 
 

@@ -73,15 +73,15 @@ def tau_by_position(summary: RunSummary) -> str | None:
         for index, name in enumerate(arms):
             _bucket_line(axes, summary, name, labels, novel, index - (len(arms) - 1) / 2)
         ticks = [f"{label}\n{_count(rounds[label])}" for label in labels]
-        axes.set_xticks(range(len(labels)), ticks, fontsize=7 if len(labels) > 5 else 8)
+        axes.set_xticks(range(len(labels)), ticks, fontsize=7.5)
         axes.set_xlim(-0.5, len(labels) - 0.5)
         axes.set_xlabel("generated position\n(below it: rounds of the arm with fewest)")
         axes.axhline(1, color=colour("plain"), linewidth=1, linestyle=":")
         axes.annotate("no draft", (0.995, 1), (0, 2), xycoords=("axes fraction", "data"),
                       textcoords="offset points", ha="right", va="bottom", fontsize=7.5,
                       color=colour("muted"))  # fmt: skip
-    left.set_title("all positions")
-    right.set_title("novel positions only")
+    left.set_title("all positions", pad=8)
+    right.set_title("novel positions only", pad=8)
     left.set_ylabel("tokens per request and round (τ)")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=5)
     told = "; ".join(
@@ -125,9 +125,7 @@ def position_acceptance(summary: RunSummary) -> str | None:
     axes = figure.subplots()
     width = 0.8 / len(arms)
     for index, (name, arm) in enumerate(arms.items()):
-        places = [
-            k + 1 - 0.4 + width * (index + 0.5) for k in range(len(arm.position_acceptance))
-        ]
+        places = [k + 1 - 0.4 + width * (index + 0.5) for k in range(len(arm.position_acceptance))]
         bars = axes.bar(places, arm.position_acceptance, width * 0.9, label=name,
                         color=arm_colour(summary, name))  # fmt: skip
         if len(arms) * depth <= 24:
@@ -206,7 +204,7 @@ def speed(summary: RunSummary) -> str | None:
     axes.barh(list(arms), [arm.tokens_per_s for arm in arms.values()], 0.66, color=shades)
     for row, (name, arm) in enumerate(arms.items()):
         ratio = speed_ratio(summary, name, "plain")
-        note = f"   {ratio:.2f}{TIMES} plain" if ratio and name != "plain" else ""
+        note = f" · {ratio:.2f}{TIMES} plain" if ratio and name != "plain" else ""
         axes.annotate(f"{arm.tokens_per_s:.1f}{note}", (arm.tokens_per_s, row), (4, 0),
                       textcoords="offset points", va="center")  # fmt: skip
     _horizontal(axes, 1.22 * max(arm.tokens_per_s for arm in arms.values()), "tokens per second")

@@ -15,8 +15,11 @@ LOOPING = 0.3  # repeat fraction from which the headline is mostly about loops
 
 
 def span(bucket: Bucket) -> str:
-    """The positions of a bucket, ``64-128`` with a dash."""
-    return f"{bucket.start}{DASH}{bucket.end}"
+    """The positions of a bucket, ``512-1k`` with a dash."""
+    return DASH.join(
+        f"{edge // 1024}k" if edge >= 1024 and edge % 1024 == 0 else str(edge)
+        for edge in (bucket.start, bucket.end)
+    )
 
 
 def decay_lines(summary: RunSummary) -> list[str]:
@@ -28,9 +31,8 @@ def decay_lines(summary: RunSummary) -> list[str]:
             continue
         first, last = solid[0], solid[-1]
         lines.append(
-            f"{name} went from {first.tau:.2f} (positions {span(first)}) to "
-            f"{last.tau:.2f} ({span(last)}), "
-            f"{percent(last.tau / first.tau - 1, signed=True)}."
+            f"{name}: {first.tau:.2f} at positions {span(first)}, {last.tau:.2f} at {span(last)} "
+            f"({percent(last.tau / first.tau - 1, signed=True)})"
         )
     return lines
 
@@ -40,17 +42,24 @@ def repetition_lines(summary: RunSummary) -> list[str]:
     done = {name: arm for name, arm in summary.arms.items() if arm.tokens}
     if not done:
         return []
-    most = max(arm.repeat_fraction for arm in done.values())
-    lines: list[str] = []
-    if most >= LOOPING:
+    shares = {name: percent(arm.repeat_fraction) for name, arm in done.items()}
+    if len(set(shares.values())) == 1:
+        lines = [f"{next(iter(shares.values()))} of the text is repetition, in every arm."]
+    else:
+        listed = ", ".join(f"{name} {share}" for name, share in shares.items())
+        lines = [f"Share of the text that is repetition: {listed}."]
+    both = ", ".join(
+        f"{name} {arm.tau:.2f} and {'none' if arm.tau_novel is None else f'{arm.tau_novel:.2f}'}"
+        for name, arm in done.items()
+        if arm.position_acceptance
+    )
+    if both:
+        lines.append(f"τ overall and on novel positions: {both}.")
+    if max(arm.repeat_fraction for arm in done.values()) >= LOOPING:
         lines.append(
-            f"Up to {percent(most)} of the text repeats itself: the figures on all positions are "
-            "largely about loops, trust the novel ones."
+            "That is much: the figures on all positions are in good part about loops. Trust the "
+            "novel ones."
         )
-    for name, arm in done.items():
-        novel = "no novel round" if arm.tau_novel is None else f"τ {arm.tau_novel:.2f} where novel"
-        overall = f"τ {arm.tau:.2f} overall, {novel}" if arm.position_acceptance else "no draft"
-        lines.append(f"{name}: {percent(arm.repeat_fraction)} repeated; {overall}.")
     return lines
 
 

@@ -10,9 +10,13 @@ from __future__ import annotations
 import io
 import re
 from html import escape
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 PALETTE = {  # name of the CSS variable: (on a light page, on a dark page)
     "ink": ("#22272e", "#e4e8ed"),
@@ -25,15 +29,15 @@ PALETTE = {  # name of the CSS variable: (on a light page, on a dark page)
     "adapted-window": ("#e69f00", "#f3c04b"),
     "spare-1": ("#009e73", "#2fc299"),
     "spare-2": ("#b5548f", "#dd8dbd"),
-    "stage-prefill": ("#c3c9d1", "#5b6470"),
-    "stage-verify": ("#98a1ad", "#7c8794"),
-    "stage-draft": ("#00916a", "#2bb48d"),
-    "stage-update": ("#a8457f", "#cf74ab"),
-    "stage-publish": ("#dfa3c8", "#8a5577"),
-    "stage-other": ("#e6e9ed", "#424a55"),
+    "stage-prefill": ("#d5dae1", "#454d58"),
+    "stage-verify": ("#b3bbc6", "#5d6774"),
+    "stage-draft": ("#66c7a8", "#1d7259"),
+    "stage-update": ("#d993bd", "#8f3f6f"),
+    "stage-publish": ("#f0d0e4", "#64405a"),
+    "stage-other": ("#e9ecf0", "#343b45"),
 }
 SPARE = ("spare-1", "spare-2")
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8.5,
@@ -47,7 +51,8 @@ STYLE = {
     "axes.grid.axis": "y",
     "grid.linewidth": 0.7,
     "legend.frameon": False,
-    "legend.borderpad": 0,
+    "legend.borderpad": 0.2,
+    "legend.handlelength": 2.6,
     "text.color": PALETTE["ink"][0],
     "axes.labelcolor": PALETTE["muted"][0],
     "axes.edgecolor": PALETTE["grid"][0],

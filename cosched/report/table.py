@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich import box
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -15,28 +16,32 @@ from cosched.telemetry.metrics import ArmSummary, RunSummary
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from rich.console import Console, ConsoleOptions, RenderResult
+
 DASH = "\u2013"  # an en dash
 TIMES = "\u00d7"  # a multiplication sign
+SPEED = 5  # which of COLUMNS it is
 SHARES = ("draft", "verify", "update", "publish")
 CAPTION = (
-    "τ: tokens committed per request and round, bonus token included, pooled over all rounds · "
-    "novel: rounds whose last eight tokens are new to the request · repeat: tokens that are not · "
-    "time %: drafting/verifying/updating/publishing; the rest is prefill and bookkeeping"
+    "τ: tokens committed per request and round, bonus token included, pooled; novel: only rounds "
+    "whose last eight tokens are new; repeat: tokens where they are not; time %: draft/verify/"
+    "update/publish, the rest is prefill and bookkeeping"
 )
 
 COLUMNS = (
     ("arm", "one way of decoding the same prompts"),
     ("tokens", "tokens committed"),
     ("τ", "tokens committed per request and round, bonus token included, pooled"),
-    ("τ novel", "the same over rounds at novel positions only"),
+    ("τ\nnovel", "the same over rounds at novel positions only"),
     ("repeat", "share of tokens whose eight predecessors occurred before in the request"),
-    ("tokens/s", "tokens committed per second of the arm's own time"),
-    (f"{TIMES} plain", "speed as a multiple of the arm plain"),
-    (f"{TIMES} frozen", "speed as a multiple of the arm frozen"),
+    ("tokens\n/s", "tokens committed per second of the arm's own time"),
+    (f"{TIMES}\nplain", "speed as a multiple of the arm plain"),
+    (f"{TIMES}\nfrozen", "speed as a multiple of the arm frozen"),
     ("time %\nd/v/u/p", "share of time drafting / verifying / updating / publishing"),
     ("updates/\nversion", "training updates, and the last published draft version"),
     ("texts\ndiffer", "requests whose tokens differ from the reference arm's"),
 )
+EXPENDABLE = ("tokens", "updates/\nversion", "repeat", "time %\nd/v/u/p", "texts\ndiffer")
 
 
 def load_summary(run_dir: Path) -> RunSummary:
@@ -68,29 +73,51 @@ def _restore_non_finite(content: Any) -> None:
 
 
 def summary_table(summary: RunSummary) -> Table:
-    """One row per arm, within 120 columns."""
-    table = Table(
-        title=f"{summary.run.get('name', 'run')}: {len(summary.arms)} arms on the same requests"
-        + (" (interrupted)" if summary.run.get("interrupted") else ""),
-        title_justify="left",
-        caption=CAPTION,
-        caption_justify="left",
-        caption_style="dim",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for index, (header, _) in enumerate(COLUMNS):
-        table.add_column(
-            header, justify="left" if index == 0 else "right", vertical="bottom", no_wrap=True
+    """One row per arm; 100 columns show all of it, fewer leave out what is needed least."""
+    return _ArmTable(summary)
+
+
+class _ArmTable(Table):
+    """Leaves out columns where the terminal is narrow: a figure cut in half would be a wrong one."""
+
+    def __init__(self, summary: RunSummary, left_out: tuple[str, ...] = ()) -> None:
+        names = ", ".join(header.replace("/\n", "/").replace("\n", " ") for header in left_out)
+        super().__init__(
+            title=f"{summary.run.get('name', 'run')}: {len(summary.arms)} arms on the same requests"
+            + (" (interrupted)" if summary.run.get("interrupted") else ""),
+            title_justify="left",
+            caption=f"{CAPTION}; no room here for: {names}" if left_out else CAPTION,
+            caption_justify="left",
+            caption_style="dim",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
         )
-    fastest = max(summary.arms.values(), key=lambda arm: arm.tokens_per_s, default=None)
-    for name, arm in summary.arms.items():
-        cells = [Text(cell) for cell in arm_cells(summary, name)]
-        cells[0].stylize("bold")
-        if arm is fastest and arm.tokens_per_s and len(summary.arms) > 1:
-            cells[5].stylize("bold green")
-        table.add_row(*cells)
-    return table
+        self._summary = summary
+        shown = [index for index, (header, _) in enumerate(COLUMNS) if header not in left_out]
+        for index in shown:
+            self.add_column(
+                COLUMNS[index][0],
+                justify="right" if index else "left",
+                vertical="bottom",
+                no_wrap=True,
+            )
+        fastest = max((arm.tokens_per_s for arm in summary.arms.values()), default=0.0)
+        for name, arm in summary.arms.items():
+            cells = [Text(cell) for cell in arm_cells(summary, name)]
+            cells[0].stylize("bold")
+            if arm.tokens_per_s == fastest > 0 and len(summary.arms) > 1:
+                cells[SPEED].stylize("bold green")
+            self.add_row(*(cells[index] for index in shown))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        fitting = self
+        for number in range(len(EXPENDABLE) + 1):
+            fitting = _ArmTable(self._summary, EXPENDABLE[:number])
+            natural = Measurement.get(console, options.update_width(1000), fitting).maximum
+            if natural <= options.max_width:
+                break
+        yield from Table.__rich_console__(fitting, console, options)
 
 
 def arm_cells(summary: RunSummary, name: str) -> list[str]:
@@ -143,7 +170,7 @@ def _differing(summary: RunSummary, name: str) -> str:
     if mismatches is None:
         return DASH
     if name == summary.run.get("lossless_reference"):
-        return "reference"
+        return "ref."
     return f"{mismatches} of {compared_requests(summary, name)}"
 
 

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from cosched.report.events import ArmEvents, RunEvents
     from cosched.telemetry.metrics import RunSummary
 
-WINDOW = 64  # rounds of the moving mean
+WINDOW = 64  # rounds of the moving mean, unless the run is very short or very long
 MAX_POINTS = 500  # of a line; more cannot be seen and make the page heavy
 MAX_TICKS = 300
+MAX_MARKERS = 120
 
 
 @styled
@@ -48,7 +49,9 @@ def adaptation(summary: RunSummary, events: RunEvents) -> str | None:
     ticks.set_ylim(len(adapted) - 0.4, -0.6)
     ticks.set_yticks([])
     ticks.grid(visible=False)
-    ticks.spines["left"].set_visible(False)
+    ticks.spines[["left", "bottom"]].set_visible(False)
+    for axes in (above, ticks):
+        axes.tick_params(axis="x", length=0)
     ticks.set_ylabel("published", rotation=0, ha="right", va="center", fontsize=7.5)
     below.set_ylabel(f"τ, mean of {window} rounds")
     below.set_xlabel("tokens committed by the arm so far")
@@ -64,16 +67,18 @@ def adaptation(summary: RunSummary, events: RunEvents) -> str | None:
 
 
 def _window(num_rows: int) -> int:
-    """Short runs get a shorter mean, or there would be nothing left to see."""
-    return max(4, min(WINDOW, num_rows // 6))
+    """Short runs get a shorter mean, or nothing would be left; long ones a longer, or only noise."""
+    return max(4, min(WINDOW, num_rows // 6), num_rows // 40)
 
 
 def _losses(axes: Axes, summary: RunSummary, name: str, events: RunEvents) -> None:
     arm = events.of(name)
     tokens = tokens_at(arm, [at for at, _ in arm.losses], events.max_batch)
     kept = _thinned(len(arm.losses), MAX_POINTS)
-    axes.plot([tokens[i] for i in kept], [arm.losses[i][1] for i in kept], marker="o",
-              markersize=2.2, linewidth=0.8, linestyle=line_style(name),
+    few = len(kept) <= MAX_MARKERS
+    axes.plot([tokens[i] for i in kept], [arm.losses[i][1] for i in kept],
+              marker="o" if few else "", markersize=2.2, linewidth=0.9,
+              linestyle=line_style(name) if few else "-",
               color=arm_colour(summary, name))  # fmt: skip
 
 

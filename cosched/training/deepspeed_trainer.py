@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import tempfile
 import time
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +24,7 @@ from cosched.errors import TrainingError
 from cosched.records import Decision, SignalBatch, UpdateResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
 
     from cosched.training.micro_step import BatchLoss
 
@@ -146,16 +148,8 @@ def _initialize(
     max_grad_norm: float,
     weight_decay: float,
 ) -> Any:
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    try:
-        import deepspeed
-        from deepspeed.utils import logger as deepspeed_logger
-    except ImportError as error:
-        raise TrainingError(
-            f"adapt.trainer.kind is deepspeed, but it cannot be imported: {error}"
-        ) from error
-    deepspeed_logger.setLevel(logging.ERROR)
     device = parameters[0].device
+    deepspeed = _import_deepspeed(device)
     _ensure_process_group(device)
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -183,6 +177,42 @@ def _initialize(
         dist_init_required=False,
     )
     return engine
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed without what it says on import: probes of optional compilers, advice on devices.
+
+    Raises:
+        TrainingError: it cannot be imported; the message ends with what it said.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with tempfile.TemporaryFile() as said, _output_into(said):
+        try:
+            import deepspeed
+            from deepspeed.utils import logger
+        except ImportError as error:
+            said.seek(0)
+            raise TrainingError(
+                f"adapt.trainer.kind is deepspeed, but it cannot be imported: {error}\n"
+                f"{said.read().decode(errors='replace')}"
+            ) from error
+    logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+@contextmanager
+def _output_into(file: IO[bytes]) -> Generator[None]:
+    """Send the process's output there, that of its subprocesses included."""
+    kept = os.dup(1), os.dup(2)
+    try:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        for original, copy in enumerate(kept, 1):
+            os.dup2(copy, original)
+            os.close(copy)
 
 
 def _ensure_process_group(device: torch.device) -> None:

@@ -36,15 +36,19 @@ class BatchLoss(nn.Module):
         self._teacher_form = teacher_form
 
     def forward(self, batch: SignalBatch) -> Tensor:
-        """Scalar loss of a batch, float32."""
-        student_RNKV = self._drafter.replay(batch).float()
+        """Scalar loss of a batch, in float32 or wider."""
+        student_RNKV = _wide(self._drafter.replay(batch))
         return self._loss(student_RNKV, self.teacher_logits(batch), batch.weights_RNK)
 
     @torch.no_grad()
     def teacher_logits(self, batch: SignalBatch) -> Tensor:
-        """Teacher logits over the draft's vocabulary, float32 ``[R, N, K, V]``."""
+        """Teacher logits over the draft's vocabulary ``[R, N, K, V]``, in float32 or wider."""
         logits = batch.teacher_RNKX
         if self._teacher_form == "hidden":
             logits = self._teacher_head[0](logits)
         ids = self._drafter.target_ids()
-        return (logits if ids is None else logits.index_select(-1, ids)).float()
+        return _wide(logits if ids is None else logits.index_select(-1, ids))
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,227 @@
+"""Replay buffer, publication, registry, co-scheduler: the core without a model to serve."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.conftest import make_drafter, make_target
+from tests.helpers import decode, make_coscheduler, make_engine, make_requests
+
+from cosched.errors import PluginError, PublicationError
+from cosched.publish import InPlacePublisher, checksum
+from cosched.records import Segment, ServedBlock, Snapshot, VerifyRound
+from cosched.registry import DRAFTERS, LOSSES, POLICIES, Registry
+from cosched.replay import ReplayBuffer, ReplayLimits
+
+
+def snapshot(**changes: float) -> Snapshot:
+    zero = {field: 0 for field in Snapshot.__struct_fields__}
+    return msgspec.convert({**zero, "idle": False, **changes}, Snapshot)
+
+
+# --- replay buffer -------------------------------------------------------------------------
+
+ROW = st.tuples(
+    st.integers(0, 5),  # request
+    st.integers(1, 40),  # rows
+    st.booleans(),  # with teacher rows
+    st.booleans(),  # finished afterwards
+    st.booleans(),  # a gap before it
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(ROW, max_size=40),
+    st.integers(6, 30),
+    st.integers(10, 120),
+    st.integers(1000, 40_000),
+    st.sampled_from(["delayed", "accepted", "all"]),
+)
+def test_the_buffer_never_exceeds_its_limits(steps, window, max_tokens, max_bytes, rows) -> None:
+    """Tokens and bytes stay below their limits, whatever arrives, and rows stay in step."""
+    limits = ReplayLimits(window, 8, 2, max_tokens, max_bytes, teacher_row_bytes=3 * 4)
+    buffer = ReplayBuffer(limits, rows, None)
+    ends: dict[int, int] = {}
+    for request, count, teacher, finished, gap in steps:
+        start = ends.get(request, 0) + (7 if gap else 0)
+        ends[request] = start + count
+        buffer.collect(_round(request, start, count, teacher, finished))
+        if finished:
+            ends.pop(request)
+        assert buffer.num_tokens <= max_tokens
+        assert buffer.num_bytes <= max_bytes
+        assert _real_bytes(buffer) <= buffer.num_bytes
+        batch = buffer.sample()
+        if batch is not None and rows == "delayed":
+            _check_rows_are_in_step(batch)
+
+
+def _round(request: int, start: int, count: int, teacher: bool, finished: bool) -> VerifyRound:
+    """Tokens, features and teacher rows that name their own position, so that a slip shows."""
+    at = torch.arange(start, start + count)
+    rows = at.float()[:, None].expand(-1, 3)
+    segment = Segment(
+        str(request), start, torch.arange(start, start + count + 1), rows, rows if teacher else None
+    )
+    path = torch.tensor([start + 1, start + 2])
+    block = ServedBlock(str(request), start, path, rows[:1].expand(2, 3), 1, 2)
+    done = (str(request),) if finished else ()
+    return VerifyRound(0, 0, (segment,), (block,), done, 0.0, 0.0, 1)
+
+
+def _real_bytes(buffer: ReplayBuffer) -> int:
+    total = 0
+    for rows in buffer._requests.values():
+        tensors = [rows.tokens, rows.features, rows.teacher]
+        total += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        total += sum(block.path_K.nbytes + 2 * 3 * 4 for block in rows.blocks)
+    return total
+
+
+def _check_rows_are_in_step(batch) -> None:
+    valid = batch.weights_RNK > 0
+    anchors = batch.starts_R[:, None] + batch.anchors_RN
+    expected = anchors[..., None] + torch.arange(2)
+    assert torch.equal(batch.paths_RNK[valid], (expected + 1)[valid])
+    assert torch.equal(batch.teacher_RNKX[..., 0][valid], expected[valid].float())
+    for r, length in enumerate(batch.lengths_R.tolist()):
+        at = torch.arange(length) + batch.starts_R[r]
+        assert torch.equal(batch.features_RCF[r, :length, 0], at.float())
+
+
+def test_a_request_too_large_for_the_buffer_is_counted() -> None:
+    """Nothing is dropped in silence: what cannot be kept is counted."""
+    buffer = ReplayBuffer(ReplayLimits(64, 8, 2, 32, 1 << 20, 12), "delayed", None)
+    buffer.collect(_round(0, 0, 4, True, False))
+    assert (buffer.num_tokens, buffer.num_evicted) == (0, 1)
+
+
+# --- publication ---------------------------------------------------------------------------
+
+
+def test_publication_changes_the_draft_in_place_and_nothing_else() -> None:
+    """New bits under the same storage, version + 1, the checksum of what was asked for."""
+    target = make_target()
+    network = make_drafter(target).network()
+    publisher = InPlacePublisher(network, target.model, target_check_every=1)
+    pointers = [p.data_ptr() for p in network.parameters()]
+    new = {name: torch.randn_like(p) for name, p in network.named_parameters()}
+    version = publisher.publish(new)
+    assert version.version == publisher.version == 1
+    assert version.draft_checksum == checksum(new) == checksum(dict(network.named_parameters()))
+    assert version.target_checksum == publisher.target_checksum
+    assert [p.data_ptr() for p in network.parameters()] == pointers
+
+
+def test_the_target_is_the_same_after_100_publications() -> None:
+    """Adapting through a hundred publications leaves every bit of the target."""
+    target = make_target(seed=7)
+    before = target.checksum()
+    drafter = make_drafter(target)
+    observer = make_coscheduler(target, drafter, every=1, lr=3e-3)
+    requests = make_requests(target, count=2, prompt=6, new=130)
+    draft_before = checksum(dict(drafter.network().named_parameters()))
+    decode(make_engine(target, drafter, requests, observer=observer), requests)
+    assert observer.version >= 100
+    assert target.checksum() == before
+    assert checksum(dict(drafter.network().named_parameters())) != draft_before
+
+
+def test_a_write_to_the_target_undoes_the_publication() -> None:
+    """A target tensor that was written to raises, and the draft is what it was."""
+    target = make_target(seed=8)
+    network = make_drafter(target).network()
+    publisher = InPlacePublisher(network, target.model, target_check_every=1)
+    before = checksum(dict(network.named_parameters()))
+    with torch.no_grad():
+        target.embedding.weight[0, 0] += 1
+    with pytest.raises(PublicationError, match="target"):
+        publisher.publish({"norm.weight": network.norm.weight + 1})
+    assert checksum(dict(network.named_parameters())) == before
+    assert publisher.version == 0
+
+
+def test_bits_flipped_behind_autograd_are_found_by_the_full_checksum() -> None:
+    """A write through ``.data``, which no counter sees, is found by the checksum of all bits."""
+    target = make_target(seed=9)
+    network = make_drafter(target).network()
+    publisher = InPlacePublisher(network, target.model, target_check_every=2)
+    target.embedding.weight.data[3, 3] += 1e-3
+    publisher.publish({"norm.weight": network.norm.weight + 1})
+    with pytest.raises(PublicationError, match="checksum"):
+        publisher.publish({"norm.weight": network.norm.weight + 1})
+
+
+def test_shared_storage_is_refused() -> None:
+    """A draft that holds the target's own head would change the target when it is published."""
+    target = make_target()
+    network = make_drafter(target).network()
+    network.lm_head.weight = target.head.weight
+    with pytest.raises(PublicationError, match="lm_head"):
+        InPlacePublisher(network, target.model)
+
+
+def test_a_foreign_name_or_shape_is_refused() -> None:
+    target = make_target()
+    publisher = InPlacePublisher(make_drafter(target).network(), target.model)
+    with pytest.raises(PublicationError, match="nonsense"):
+        publisher.publish({"nonsense": torch.zeros(1)})
+    with pytest.raises(PublicationError, match=r"norm\.weight"):
+        publisher.publish({"norm.weight": torch.zeros(1)})
+
+
+def test_the_checksum_sees_bits_names_and_rows() -> None:
+    """One flipped bit, another name, another dtype, two rows swapped: each changes it."""
+    base = {"a": torch.randn(4, 6), "b": torch.randn(5)}
+    flipped = {**base, "a": base["a"].clone()}
+    flipped["a"].view(torch.int32)[2, 3] ^= 1
+    swapped = {**base, "a": base["a"][[1, 0, 2, 3]]}
+    renamed = {"a": base["a"], "c": base["b"]}
+    found = {checksum(t) for t in (base, flipped, swapped, renamed, {**base, "b": base["b"].half()})}
+    assert len(found) == 5
+
+
+# --- registry ------------------------------------------------------------------------------
+
+
+def test_builtin_plugins_are_there_with_a_line_each() -> None:
+    found = {p.name for r in (DRAFTERS, LOSSES, POLICIES) for p in r.plugins()}
+    assert {"eagle3", "forward_kl", "never", "every_n_rounds"} <= found
+    assert all(p.summary for r in (DRAFTERS, LOSSES, POLICIES) for p in r.plugins())
+
+
+def test_unknown_and_duplicate_names_are_named() -> None:
+    with pytest.raises(PluginError, match="forward_kl"):
+        LOSSES.get("nonsense")
+    registry = Registry("loss", "losses")
+
+    @registry.register("one")
+    class One:
+        """First."""
+
+    assert One.__name__ == "One"  # the decorator returns the class
+    with pytest.raises(PluginError, match=r"(?s)One.*Two"):
+
+        @registry.register("one")
+        class Two:
+            """Second."""
+
+
+def test_a_shadowing_folder_is_named(tmp_path, monkeypatch) -> None:
+    """A stranger's ``losses`` package in front of ours is an error that says which and where."""
+    import sys
+
+    (tmp_path / "losses").mkdir()
+    (tmp_path / "losses" / "__init__.py").write_text("")
+    kept = {k: v for k, v in sys.modules.items() if k.split(".")[0] == "losses"}
+    for name in kept:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(PluginError, match="shadows"):
+        Registry("loss", "losses").get("forward_kl")
+    sys.modules.pop("losses", None)
+    sys.modules.update(kept)

@@ -1,0 +1,195 @@
+"""Losses, gradients, and the trainer's step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from tests.conftest import make_drafter
+from tests.helpers import (
+    Every,
+    decode,
+    make_coscheduler,
+    make_engine,
+    make_requests,
+    make_trainer,
+)
+from tests.test_alignment import buffer_of, served
+
+from cosched.engines.embedded.target import Target
+from cosched.protocols import LossSettings
+from cosched.records import Decision, SignalBatch
+from cosched.training.deepspeed_trainer import BETAS
+from cosched.training.micro_step import BatchLoss
+from losses.divergence import ForwardKL
+from losses.reduction import decayed, weighted_mean
+
+
+@pytest.fixture(scope="module")
+def batch(target: Target) -> SignalBatch:
+    sample = buffer_of(target, served(target, make_drafter(target), None), "delayed", None).sample()
+    assert sample is not None
+    return sample
+
+
+def kl(decay: float = 0.8) -> ForwardKL:
+    return ForwardKL(LossSettings(kind="forward_kl", position_decay=decay))
+
+
+def test_forward_kl_is_zero_at_equality_and_matches_a_second_derivation() -> None:
+    """KL(p, p) = 0; elsewhere it is cross-entropy minus entropy."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 7, 11, dtype=torch.float64, generator=generator)
+    assert kl().rows(teacher, teacher).abs().max() < 1e-15
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    expected = -(p * q.log()).sum(-1) + (p * p.log()).sum(-1)
+    assert torch.allclose(kl().rows(student, teacher), expected, rtol=1e-12)
+
+
+def test_forward_kl_gradient_equals_finite_differences() -> None:
+    """In float64, through masks and decay, to gradcheck's tolerance of 1e-5."""
+    generator = torch.Generator().manual_seed(1)
+    student = torch.randn(2, 3, 2, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    teacher = torch.randn(2, 3, 2, 5, dtype=torch.float64, generator=generator)
+    weights = torch.ones(2, 3, 2, dtype=torch.float64)
+    weights[0, 1] = 0
+    assert torch.autograd.gradcheck(lambda s: kl()(s, teacher, weights), (student,))
+
+
+def test_masked_rows_neither_count_nor_pass_a_gradient() -> None:
+    """A row of weight zero may be infinite; the mean and the gradient do not see it."""
+    loss = torch.tensor([1.0, math.inf, 3.0], requires_grad=True)
+    mean = weighted_mean(loss, torch.tensor([1.0, 0.0, 1.0]))
+    mean.backward()
+    assert mean.item() == 2.0
+    assert loss.grad is not None
+    assert loss.grad.tolist() == [0.5, 0.0, 0.5]
+
+
+def test_position_decay_weighs_later_drafts_less() -> None:
+    assert decayed(torch.ones(1, 1, 3), 0.5).flatten().tolist() == [1.0, 0.5, 0.25]
+
+
+def test_replay_gradient_equals_finite_differences(target: Target, batch: SignalBatch) -> None:
+    """Directional derivative of the whole loss in float64, relative error below 1e-6."""
+    drafter = make_drafter(target).clone(torch.float64)
+    network = drafter.network().requires_grad_(True)
+    module = BatchLoss(drafter, kl(), target.head, "hidden")
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in network.named_parameters():
+        direction = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+        direction /= direction.norm()
+        network.zero_grad()
+        module(batch).backward()
+        assert parameter.grad is not None
+        analytic = float((parameter.grad * direction).sum())
+        step = 1e-5
+        with torch.no_grad():
+            parameter += step * direction
+            above = float(module(batch))
+            parameter -= 2 * step * direction
+            below = float(module(batch))
+            parameter += step * direction
+        numeric = (above - below) / (2 * step)
+        assert abs(analytic - numeric) < 1e-6 * max(1.0, abs(numeric)), name
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_deepspeed_step_equals_plain_adamw(
+    target: Target, batch: SignalBatch, zero_stage: int
+) -> None:
+    """Eight clipped steps agree with torch's AdamW to 2e-6 of the largest change.
+
+    The arithmetic is the same; only the order of the sum in the gradient norm differs.
+    """
+    drafter = make_drafter(target)
+    trainer = make_trainer(target, drafter, zero_stage, lr=1e-3, max_norm=0.5)
+    losses = trainer.update(batch, Decision(8)).losses
+
+    copy = drafter.clone(torch.float32)
+    network = copy.network().requires_grad_(True)
+    module = BatchLoss(copy, ForwardKL(LossSettings(kind="forward_kl")), target.head, "hidden")
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=BETAS, weight_decay=0.0)
+    expected = []
+    for _ in range(8):
+        loss = module(batch)
+        expected.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+        optimizer.step()
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses[-1] < losses[0]
+    before = {n: p.detach() for n, p in drafter.network().named_parameters()}
+    plain = {n: p.detach() for n, p in network.named_parameters()}
+    moved = max(float((plain[n] - before[n]).abs().max()) for n in plain)
+    apart = max(float((plain[n] - w).abs().max()) for n, w in trainer.weights().items())
+    assert apart < 2e-6 + 1e-3 * moved
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_non_finite_steps_are_skipped_and_counted(
+    target: Target, batch: SignalBatch, zero_stage: int
+) -> None:
+    """A NaN loss, or a finite loss with an infinite gradient, moves nothing and is counted."""
+    trainer = make_trainer(target, make_drafter(target), zero_stage)
+    trainer.update(batch, Decision(1))
+    before = {name: weight.clone() for name, weight in trainer.weights().items()}
+    bad = dataclasses.replace(batch, teacher_RNKX=batch.teacher_RNKX * math.nan)
+    result = trainer.update(bad, Decision(2))
+    assert (result.num_steps, result.num_skipped) == (2, 2)
+    network = trainer._batch_loss.network
+    handle = network.fc.weight.register_hook(lambda g: g * math.inf)
+    result = trainer.update(batch, Decision(1))
+    handle.remove()
+    assert math.isfinite(result.losses[0])
+    assert result.num_skipped == 1
+    assert all(torch.equal(before[n], w) for n, w in trainer.weights().items())
+    assert trainer.update(batch, Decision(1)).num_skipped == 0  # and it goes on
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_reset_is_exact(target: Target, batch: SignalBatch, zero_stage: int) -> None:
+    """After a reset the same batch gives the same losses and weights, to the bit."""
+    trainer = make_trainer(target, make_drafter(target), zero_stage)
+    first = trainer.update(batch, Decision(4))
+    after = {name: weight.clone() for name, weight in trainer.weights().items()}
+    trainer.reset()
+    second = trainer.update(batch, Decision(4))
+    assert first.losses == second.losses
+    assert all(torch.equal(after[n], w) for n, w in trainer.weights().items())
+
+
+def test_per_request_state_starts_from_the_loaded_draft(target: Target) -> None:
+    """With state per request, the second request is served as if it were the first."""
+    requests = make_requests(target, count=2, prompt=8, new=150)
+    runs = {}
+    for order in (requests, requests[1:]):
+        drafter = make_drafter(target)
+        observer = make_coscheduler(target, drafter, every=8, lr=3e-3, reset=True)
+        engine = make_engine(target, drafter, order, observer=observer)
+        runs[len(order)] = {f.request.id: f.rounds for f in engine.generate(order)}
+        assert observer.totals.updates > 5
+    accepted = [[row.num_accepted for row in runs[n]["r1"]] for n in (2, 1)]
+    assert accepted[0] == accepted[1]
+
+
+def test_scope_body_leaves_the_head_alone(target: Target, batch: SignalBatch) -> None:
+    drafter = make_drafter(target)
+    assert set(drafter.trainable("full")) - set(drafter.trainable("body")) == {"lm_head.weight"}
+
+
+def test_every_waits_for_its_rounds() -> None:
+    from schedulers.fixed import EveryNRounds, EveryNRoundsSettings
+    from tests.test_core import snapshot
+
+    policy = EveryNRounds(EveryNRoundsSettings(kind="every_n_rounds", rounds=5, num_steps=2))
+    assert [policy.decide(snapshot(rounds_since_update=n)).num_steps for n in (0, 4, 5, 9)] == [
+        0,
+        0,
+        2,
+        2,
+    ]
+    assert Every(5).decide(snapshot(rounds_since_update=5)).num_steps == 1
