@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cosched.config import Config, split_arm
+from cosched.config import Config, check_paths, split_arm
 from cosched.coscheduler import Coscheduler
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
 from cosched.engines.embedded.judges import (
@@ -110,25 +110,6 @@ def build_world(config: Config) -> World:
     return World(config, target, tokenizer, requests, sampling, trace)
 
 
-def check_paths(config: Config) -> None:
-    """Every folder and file that the configuration names exists.
-
-    Raises:
-        ConfigError: one is missing; the message names its key.
-    """
-    workload, engine = config.workload, config.engine
-    named = {"target.path": config.target.path, "drafter.path": config.drafter_settings.path}
-    if engine.kind == "trace":
-        named["engine.trace"] = engine.trace or ""
-    elif workload.documents is not None:
-        named["workload.documents"] = workload.documents
-    else:
-        named["workload.prompts"] = workload.prompts or ""
-    for key, path in named.items():
-        if not Path(path).exists():
-            raise ConfigError(f"{key}: nothing at {path}")
-
-
 def load_drafter(world: World) -> Drafter:
     """A fresh serving draft from its checkpoint."""
     settings = world.config.drafter_settings
@@ -208,12 +189,11 @@ def build_coscheduler(
     )
 
 
-def build_recorder(world: World, directory: Path) -> TraceWriter:
+def build_recorder(world: World) -> TraceWriter:
     """A trace of what the target says in this run, with the features that the drafter needs."""
     world.target.require_plain_head()
     record = world.config.record
     return TraceWriter(
-        directory,
         world.text_kind,
         world.sampling.temperature,
         world.sampling.top_p,

@@ -60,25 +60,25 @@ def run(
     ] = False,
 ) -> None:
     """Run the arms of an experiment and write its folder: figures, events, report."""
-    from cosched.config import load_config
+    from cosched.config import check_paths, load_config
     from cosched.telemetry.run_folder import RunFolder
 
     loaded = load_config(config, overrides or ())
-    from cosched.build import check_paths
-
     check_paths(loaded)
-    folder = RunFolder.create(loaded.run_folder, overwrite)
+    folder = RunFolder(loaded.run_folder)
+    folder.check_free(overwrite)
     with console.status("loading the target and the drafts"):
         from cosched.experiment import Experiment
 
-        experiment = Experiment(loaded, folder, record)
+        experiment = Experiment(loaded, record)
+    folder.create(overwrite)
     with _progress() as progress:
         task = progress.add_task("decoding", total=experiment.total_tokens)
 
         def advance(arm: str, number: int) -> None:
             progress.update(task, advance=number, description=f"decoding [bold]{arm}[/]")
 
-        summary = experiment.run(advance)
+        summary = experiment.run(folder, advance)
     from cosched.report.html import write_report
     from cosched.report.table import summary_table
 
@@ -94,11 +94,9 @@ def run(
 @app.command()
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Validate an experiment and the files it names, without loading a model."""
-    from cosched.config import load_config, to_yaml
+    from cosched.config import check_paths, load_config, to_yaml
 
     loaded = load_config(config, overrides or ())
-    from cosched.build import check_paths
-
     check_paths(loaded)
     console.print(to_yaml(loaded), markup=False, highlight=False)
     console.print(f"{config}: valid; a run would write {loaded.run_folder}", soft_wrap=True)

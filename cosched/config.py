@@ -285,6 +285,25 @@ def _check_together(config: Config) -> None:
         )
 
 
+def check_paths(config: Config) -> None:
+    """Every folder and file that the configuration names exists.
+
+    Raises:
+        ConfigError: one is missing; the message names its key.
+    """
+    workload, engine = config.workload, config.engine
+    named = {"target.path": config.target.path, "drafter.path": config.drafter_settings.path}
+    if engine.kind == "trace":
+        named["engine.trace"] = engine.trace or ""
+    elif workload.documents is not None:
+        named["workload.documents"] = workload.documents
+    else:
+        named["workload.prompts"] = workload.prompts or ""
+    for key, path in named.items():
+        if not Path(path).exists():
+            raise ConfigError(f"{key}: nothing at {path}")
+
+
 def to_yaml(config: Config) -> str:
     """The whole configuration, every default written out."""
     raw = msgspec.to_builtins(config)

@@ -22,7 +22,7 @@ from cosched.telemetry.metrics import (
     lossless_mismatches,
     round_figures,
 )
-from cosched.telemetry.run_folder import EventLog, RunFolder
+from cosched.telemetry.run_folder import EventLog, RunFolder, explained
 
 if TYPE_CHECKING:
     from cosched.engines.embedded.request import FinishedRequest, GenerationRequest
@@ -47,12 +47,17 @@ class Experiment:
     ``total_tokens`` is known before ``run`` and at most what the arms will commit.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, record: bool = False) -> None:
+    def __init__(self, config: Config, record: bool = False) -> None:
         self.config = config
-        self.folder = folder
         self.world: World = build_world(config)
-        self._record = record
         self.interrupted = False
+        self._events = EventLog()
+        self._writer = build_recorder(self.world) if record else None
+        self._arms = [
+            _Running(self._build(name, self._writer if index == 0 else None))
+            for index, name in enumerate(config.arms)
+        ]
+        self._on_tokens: OnTokens = lambda _arm, _n: None
 
     @property
     def total_tokens(self) -> int:
@@ -60,72 +65,67 @@ class Experiment:
         one = sum(request.max_new_tokens for request in self.world.requests)
         return one * len(self.config.arms)
 
-    def run(self, on_tokens: OnTokens = lambda _arm, _n: None) -> RunSummary:
+    def run(self, folder: RunFolder, on_tokens: OnTokens = lambda _arm, _n: None) -> RunSummary:
         """Decode everything and write all files; Ctrl-C ends it early and keeps what there is."""
-        self.folder.write("config.yaml", to_yaml(self.config))
-        events = EventLog(self.folder.path / "events.jsonl")
+        folder.write("config.yaml", to_yaml(self.config))
+        self._events.open(folder.path / "events.jsonl")
+        self._on_tokens = on_tokens
+        if self._writer is not None:
+            with explained(folder.path / "trace"):
+                self._writer.open(folder.path / "trace")
         started = time.perf_counter()
-        writer = self._writer()
-        running = [
-            _Running(self._build(name, events, writer if index == 0 else None, on_tokens))
-            for index, name in enumerate(self.config.arms)
-        ]
         try:
             for group in _groups(self.world.requests, self.config.engine.max_batch):
-                for one in running:
-                    self._run_group(one, group, events, writer if one is running[0] else None)
+                for one in self._arms:
+                    self._run_group(one, group)
         except KeyboardInterrupt:
             self.interrupted = True
-            for one in running:
+            for one in self._arms:
                 for finished in one.arm.engine.abandon():
-                    self._keep(one, finished, events)
-        if writer is not None:
-            writer.close()
-        events.close()
-        summary = self._summary(running, time.perf_counter() - started)
-        self.folder.write("summary.json", msgspec.json.format(msgspec.json.encode(summary)))
-        self._save_drafts(running)
+                    self._keep(one, finished)
+        if self._writer is not None:
+            with explained(self._writer.directory):
+                self._writer.close()
+        self._events.close()
+        summary = self._summary(time.perf_counter() - started)
+        folder.write("summary.json", msgspec.json.format(msgspec.json.encode(summary)))
+        self._save_drafts(folder)
         return summary
 
-    def _writer(self) -> TraceWriter | None:
-        return build_recorder(self.world, self.folder.path / "trace") if self._record else None
-
-    def _build(
-        self, name: str, events: EventLog, writer: TraceWriter | None, on_tokens: OnTokens
-    ) -> Arm:
+    def _build(self, name: str, writer: TraceWriter | None) -> Arm:
         return build_arm(
             self.world,
             name,
-            events.for_arm(name),
+            self._events.for_arm(name),
             writer,
-            lambda number: on_tokens(name, number),
+            lambda number: self._on_tokens(name, number),
         )
 
-    def _run_group(
-        self,
-        one: _Running,
-        group: list[GenerationRequest],
-        events: EventLog,
-        writer: TraceWriter | None,
-    ) -> None:
+    def _run_group(self, one: _Running, group: list[GenerationRequest]) -> None:
+        """Decode a group in one arm; its wall time counts also when it is interrupted."""
         started = time.perf_counter()
-        finished_requests = list(one.arm.engine.generate(group))
-        one.wall_seconds += time.perf_counter() - started
-        for finished in finished_requests:
-            self._keep(one, finished, events)
-            if writer is not None:
-                writer.finish(finished.request, finished.tokens)
+        finished_requests: list[FinishedRequest] = []
+        try:
+            finished_requests.extend(one.arm.engine.generate(group))
+        finally:
+            one.wall_seconds += time.perf_counter() - started
+            for finished in finished_requests:
+                self._keep(one, finished)
+                if self._writer is not None and one is self._arms[0]:
+                    with explained(self._writer.directory):
+                        self._writer.finish(finished.request, finished.tokens)
 
-    def _keep(self, one: _Running, finished: FinishedRequest, events: EventLog) -> None:
+    def _keep(self, one: _Running, finished: FinishedRequest) -> None:
         prompt = finished.request.prompt_P.tolist()
         log = RequestLog(finished.request.id, prompt, finished.tokens, finished.rounds)
         one.logs.append(log)
         for row in finished.rounds:
-            events.emit("round", arm=one.arm.name, row=row)
+            self._events.emit("round", arm=one.arm.name, row=row)
         text = self.world.tokenizer.decode(finished.tokens)
-        events.emit("request", arm=one.arm.name, id=log.request_id, text=text)
+        self._events.emit("request", arm=one.arm.name, id=log.request_id, text=text)
 
-    def _summary(self, running: list[_Running], seconds: float) -> RunSummary:
+    def _summary(self, seconds: float) -> RunSummary:
+        running = self._arms
         greedy = self.world.sampling.greedy or self.world.forced
         reference = running[0].logs if greedy else None
         return RunSummary(
@@ -150,13 +150,14 @@ class Experiment:
             arms={one.arm.name: _arm_summary(one, reference) for one in running},
         )
 
-    def _save_drafts(self, running: list[_Running]) -> None:
+    def _save_drafts(self, folder: RunFolder) -> None:
         """Adapted drafts as checkpoints; with state per request there is none that outlives it."""
         if self.config.adapt.scope.state == "per_request":
             return
-        for one in running:
+        for one in self._arms:
             if one.arm.coscheduler is not None and one.arm.drafter is not None:
-                one.arm.drafter.save(self.folder.path / "checkpoints" / one.arm.name)
+                with explained(folder.path / "checkpoints"):
+                    one.arm.drafter.save(folder.path / "checkpoints" / one.arm.name)
 
 
 def _groups(requests: list[GenerationRequest], size: int) -> Iterator[list[GenerationRequest]]:

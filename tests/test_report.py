@@ -22,7 +22,6 @@ from cosched.report.remarks import lossless_line, text_remark
 from cosched.report.table import arm_cells, load_summary, summary_table
 from cosched.report.timeline import tokens_at
 from cosched.telemetry.metrics import ArmSummary, RequestLog, RunSummary, round_figures
-from cosched.telemetry.run_folder import EventLog
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +30,13 @@ ALL_ARMS = ("plain", "frozen", "frozen+window", "adapted", "adapted+window")
 CHANCE = {"frozen": 0.4, "frozen+window": 0.5, "adapted": 0.7, "adapted+window": 0.7}
 TEXT = "<script>alert('x')</script> & more \x1b[0m"
 SPEEDS = {"plain": 100.0, "frozen": 150.0, "frozen+window": 160.0, "adapted": 180.0}
+
+
+class EventLines(list[bytes]):
+    """``events.jsonl`` in the making."""
+
+    def emit(self, kind: str, **fields: object) -> None:
+        self.append(msgspec.json.encode({"kind": kind, **fields}) + b"\n")
 
 
 def make_run(
@@ -43,7 +49,7 @@ def make_run(
 ) -> RunSummary:
     """A run folder with made-up rounds whose figures are computed as in a real run."""
     folder.mkdir(exist_ok=True)
-    log = EventLog(folder / "events.jsonl")
+    log = EventLines()
     found: dict[str, ArmSummary] = {}
     for arm in arms:
         logs = [_request(arm, f"p{number}", log) for number in range(num_requests)]
@@ -51,7 +57,7 @@ def make_run(
             for version, loss in enumerate(losses, 1):
                 _update(log, arm, version, loss)
         found[arm] = _summary(arm, logs, (speeds or SPEEDS).get(arm, 90.0), losses)
-    log.close()
+    (folder / "events.jsonl").write_bytes(b"".join(log))
     facts = {"name": "made up", "engine": "embedded", "text": "greedy", "interrupted": False}
     facts |= {"lossless_reference": arms[0] if arms else None, "seconds": 1.5}
     summary = RunSummary(run=facts | run, arms=found)
@@ -60,7 +66,7 @@ def make_run(
     return summary
 
 
-def _request(arm: str, name: str, log: EventLog) -> RequestLog:
+def _request(arm: str, name: str, log: EventLines) -> RequestLog:
     rng = random.Random(f"{arm} {name}")
     drafted = 0 if arm == "plain" else 3
     tokens = [rng.randrange(1000) for _ in range(150)]
@@ -80,7 +86,7 @@ def _request(arm: str, name: str, log: EventLog) -> RequestLog:
     return RequestLog(name, [1, 2, 3], tokens, rows)
 
 
-def _update(log: EventLog, arm: str, version: int, loss: float) -> None:
+def _update(log: EventLines, arm: str, version: int, loss: float) -> None:
     log.emit("update", arm=arm, round=10 * version, result={"losses": [loss, loss / 2]})
     log.emit("verdict", arm=arm, round=10 * version, verdict={"publish": True, "reason": ""})
     log.emit("publication", arm=arm, round=10 * version, version={"version": version})
@@ -159,7 +165,7 @@ def test_missing_or_damaged_summary(tmp_path: Path, content: bytes | None) -> No
         load_summary(tmp_path / "absent")
 
 
-@pytest.mark.parametrize(("width", "num_columns"), [(120, 11), (100, 11), (80, 8), (60, 6)])
+@pytest.mark.parametrize(("width", "num_columns"), [(120, 11), (100, 11), (80, 9), (60, 7)])
 def test_table_rows(tmp_path: Path, width: int, num_columns: int) -> None:
     """One row per arm in the order of the run; a narrow terminal loses columns, never digits."""
     summary = make_run(tmp_path / "run")

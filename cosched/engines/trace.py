@@ -59,7 +59,6 @@ class TraceWriter:
 
     def __init__(
         self,
-        directory: Path,
         kind: ForcedKind,
         temperature: float,
         top_p: float,
@@ -68,14 +67,18 @@ class TraceWriter:
         dtype: torch.dtype,
         max_bytes: int,
     ) -> None:
-        directory.mkdir(parents=True)
-        self._directory = directory
+        self.directory = Path()
         self._meta = (target_checksum, feature_layers, kind, temperature, top_p)
         self._dtype = dtype
         self._left = max_bytes
         self._open: dict[str, list[tuple[Tensor | None, Tensor]]] = {}
         self._requests: list[TraceRequest] = []
         self.num_left_out = 0
+
+    def open(self, directory: Path) -> None:
+        """Make the folder that the files go to."""
+        directory.mkdir(parents=True)
+        self.directory = directory
 
     def record(
         self, request: GenerationRequest, rows: TargetRows, index: int, start: int, count: int
@@ -106,7 +109,7 @@ class TraceWriter:
             return
         self._left -= size
         name = f"{len(self._requests):05d}.safetensors"
-        save_file(tensors, self._directory / name)
+        save_file(tensors, self.directory / name)
         self._requests.append(
             TraceRequest(request.id, name, len(request.prompt_P), len(tensors["tokens"]))
         )
@@ -114,7 +117,7 @@ class TraceWriter:
     def close(self) -> None:
         """Write ``trace.json`` over what was finished."""
         meta = TraceMeta(*self._meta, tuple(self._requests))
-        (self._directory / META).write_bytes(msgspec.json.format(msgspec.json.encode(meta)))
+        (self.directory / META).write_bytes(msgspec.json.format(msgspec.json.encode(meta)))
 
 
 def read_meta(directory: Path) -> TraceMeta:

@@ -199,7 +199,7 @@ def _chance_line(c: Comparison) -> str:
     if c.gain_error is None:
         return "There are not two requests to estimate chance from: this gain is an anecdote."
     how = f"± is one jackknife standard error over {c.num_requests} requests"
-    if abs(c.gain) < 2 * c.gain_error:
+    if abs(c.gain) <= 2 * c.gain_error:
         return f"{how}: the difference in acceptance is within what chance explains."
     return f"{how}."
 

@@ -83,6 +83,7 @@ def tau_by_position(summary: RunSummary) -> str | None:
     left.set_title("all positions", pad=8)
     right.set_title("novel positions only", pad=8)
     left.set_ylabel("tokens per request and round (τ)")
+    left.set_ylim(0.85, max(1.6, left.get_ylim()[1]))
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=5)
     told = "; ".join(
         f"{name}: " + ", ".join(f"{span(b)} {b.tau:.2f}" for b in arm.tau_by_position)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
+from safetensors import SafetensorError
 
 from cosched.errors import RunFolderError
 
@@ -21,24 +22,34 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    @classmethod
-    def create(cls, path: Path, overwrite: bool) -> RunFolder:
-        """Make the folder.
+    def check_free(self, overwrite: bool) -> None:
+        """Make sure that nothing of value is in the way.
 
         Raises:
-            RunFolderError: it exists and ``overwrite`` is off, or it cannot be made.
+            RunFolderError: the folder exists and ``overwrite`` is off, or it is no run's.
         """
-        if path.exists() and not overwrite:
+        if not self.path.exists():
+            return
+        if not overwrite:
             raise RunFolderError(
-                f"{path} exists; give --overwrite to replace it, or another run.name"
+                f"{self.path} exists; give --overwrite to replace it, or another run.name"
             )
-        if path.exists() and not (path / "config.yaml").exists() and any(path.iterdir()):
-            raise RunFolderError(f"{path} is no run folder (no config.yaml); not overwriting it")
-        with explained(path):
-            if path.exists():
-                shutil.rmtree(path)
-            path.mkdir(parents=True)
-        return cls(path)
+        if not (self.path / "config.yaml").exists() and any(self.path.iterdir()):
+            raise RunFolderError(
+                f"{self.path} is no run folder (no config.yaml); not overwriting it"
+            )
+
+    def create(self, overwrite: bool = False) -> None:
+        """Make the folder, empty.
+
+        Raises:
+            RunFolderError: as ``check_free``, or it cannot be made.
+        """
+        self.check_free(overwrite)
+        with explained(self.path):
+            if self.path.exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True)
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Write a file whole: a reader finds the old or the new one, never half of it."""
@@ -52,24 +63,38 @@ class RunFolder:
 
 
 class EventLog:
-    """``events.jsonl``: one object a line, with ``kind`` and ``arm``; a ``Sink`` of an arm."""
+    """``events.jsonl``: one object a line, with ``kind`` and ``arm``; opened when the run starts."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._file: BinaryIO | None = None
+
+    def open(self, path: Path) -> None:
+        """Start the file.
+
+        Raises:
+            RunFolderError: it cannot be written.
+        """
         self._path = path
         with explained(path):
             self._file = path.open("ab", buffering=1 << 16)
 
     def emit(self, kind: str, **fields: Any) -> None:
-        line = msgspec.json.encode({"kind": kind, **fields})
+        """Append one event."""
+        assert self._file is not None
+        assert self._path is not None
         with explained(self._path):
-            self._file.write(line + b"\n")
+            self._file.write(msgspec.json.encode({"kind": kind, **fields}) + b"\n")
 
     def for_arm(self, arm: str) -> ArmEvents:
+        """The same log as a ``Sink`` that names the arm."""
         return ArmEvents(self, arm)
 
     def close(self) -> None:
-        with explained(self._path):
-            self._file.close()
+        """Write out what is buffered."""
+        if self._file is not None and self._path is not None:
+            with explained(self._path):
+                self._file.close()
 
 
 class ArmEvents:
@@ -90,3 +115,5 @@ def explained(path: Path) -> Generator[None]:
         yield
     except OSError as error:
         raise RunFolderError(f"{path} cannot be written: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise RunFolderError(f"{path} cannot be written: {error}") from error
