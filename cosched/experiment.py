@@ -82,7 +82,7 @@ class Experiment:
             self.interrupted = True
             for one in self._arms:
                 for finished in one.arm.engine.abandon():
-                    self._keep(one, finished)
+                    self._keep(one, finished, complete=False)
         if self._writer is not None:
             with explained(self._writer.directory):
                 self._writer.close()
@@ -115,9 +115,9 @@ class Experiment:
                     with explained(self._writer.directory):
                         self._writer.finish(finished.request, finished.tokens)
 
-    def _keep(self, one: _Running, finished: FinishedRequest) -> None:
+    def _keep(self, one: _Running, finished: FinishedRequest, complete: bool = True) -> None:
         prompt = finished.request.prompt_P.tolist()
-        log = RequestLog(finished.request.id, prompt, finished.tokens, finished.rounds)
+        log = RequestLog(finished.request.id, prompt, finished.tokens, finished.rounds, complete)
         one.logs.append(log)
         for row in finished.rounds:
             self._events.emit("round", arm=one.arm.name, row=row)
@@ -138,6 +138,8 @@ class Experiment:
                 "text": self.world.text_kind,
                 "temperature": self.world.sampling.temperature,
                 "lossless_reference": running[0].arm.name if greedy else None,
+                "max_batch": self.config.engine.max_batch,
+                "recorded": self._writer is not None,
                 "num_draft_tokens": self.config.drafter_settings.num_draft_tokens,
                 "drafter": self.config.drafter_settings.kind,
                 "window": self.config.drafter_settings.window,

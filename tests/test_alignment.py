@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conftest import make_drafter
-from tests.helpers import Watcher, decode, make_coscheduler, make_engine, make_requests
 
 from cosched.engines.embedded.target import Target
 from cosched.records import Rows, ServedBlock, VerifyRound
 from cosched.replay import ReplayBuffer, ReplayLimits
 from drafters.eagle3 import Eagle3Drafter
+from tests.conftest import make_drafter
+from tests.helpers import Watcher, decode, make_coscheduler, make_engine, make_requests
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conftest import make_drafter, make_target
-from tests.helpers import decode, make_coscheduler, make_engine, make_requests
 
 from cosched.errors import PluginError, PublicationError
 from cosched.publish import InPlacePublisher, checksum
 from cosched.records import Segment, ServedBlock, Snapshot, VerifyRound
 from cosched.registry import DRAFTERS, LOSSES, POLICIES, Registry
 from cosched.replay import ReplayBuffer, ReplayLimits
+from tests.conftest import make_drafter, make_target
+from tests.helpers import decode, make_coscheduler, make_engine, make_requests
 
 
 def snapshot(**changes: float) -> Snapshot:
-    zero = {field: 0 for field in Snapshot.__struct_fields__}
+    zero = dict.fromkeys(Snapshot.__struct_fields__, 0)
     return msgspec.convert({**zero, "idle": False, **changes}, Snapshot)
 
 
@@ -181,7 +181,9 @@ def test_the_checksum_sees_bits_names_and_rows() -> None:
     flipped["a"].view(torch.int32)[2, 3] ^= 1
     swapped = {**base, "a": base["a"][[1, 0, 2, 3]]}
     renamed = {"a": base["a"], "c": base["b"]}
-    found = {checksum(t) for t in (base, flipped, swapped, renamed, {**base, "b": base["b"].half()})}
+    found = {
+        checksum(t) for t in (base, flipped, swapped, renamed, {**base, "b": base["b"].half()})
+    }
     assert len(found) == 5
 
 

@@ -332,9 +332,7 @@ def test_a_full_disk_is_one_message(tmp_path: Path, settings: dict) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
     settings["arms"] = ["plain", "frozen"]
-    process = cosched_process(
-        ["run", "-c", str(write(tmp_path, settings))], preexec_fn=small_files
-    )
+    process = cosched_process(["run", "-c", str(write(tmp_path, settings))], preexec_fn=small_files)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
     assert "cannot be written" in err

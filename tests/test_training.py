@@ -7,16 +7,6 @@ import math
 
 import pytest
 import torch
-from tests.conftest import make_drafter
-from tests.helpers import (
-    Every,
-    decode,
-    make_coscheduler,
-    make_engine,
-    make_requests,
-    make_trainer,
-)
-from tests.test_alignment import buffer_of, served
 
 from cosched.engines.embedded.target import Target
 from cosched.protocols import LossSettings
@@ -25,6 +15,15 @@ from cosched.training.deepspeed_trainer import BETAS
 from cosched.training.micro_step import BatchLoss
 from losses.divergence import ForwardKL
 from losses.reduction import decayed, weighted_mean
+from tests.conftest import make_drafter
+from tests.helpers import (
+    Every,
+    make_coscheduler,
+    make_engine,
+    make_requests,
+    make_trainer,
+)
+from tests.test_alignment import buffer_of, served
 
 
 @pytest.fixture(scope="module")

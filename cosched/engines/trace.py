@@ -10,6 +10,7 @@ width.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -25,7 +26,6 @@ from cosched.errors import CheckpointError, WorkloadError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 META = "trace.json"
 

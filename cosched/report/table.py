@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 from rich import box
@@ -52,9 +52,7 @@ def load_summary(run_dir: Path) -> RunSummary:
     """
     path = run_dir / "summary.json"
     try:
-        content: Any = msgspec.json.decode(path.read_bytes())
-        _restore_non_finite(content)
-        return msgspec.convert(content, RunSummary)
+        return msgspec.json.decode(path.read_bytes(), type=RunSummary)
     except OSError as error:
         why = "there is no summary.json in it" if run_dir.is_dir() else "there is no such folder"
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -62,14 +60,6 @@ def load_summary(run_dir: Path) -> RunSummary:
         raise RunFolderError(f"{run_dir} is no finished run: {why}") from error
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise RunFolderError(f"{path} is damaged: {error}") from error
-
-
-def _restore_non_finite(content: Any) -> None:
-    """JSON has no NaN: a loss that was not finite comes back as null."""
-    arms = content.get("arms") if isinstance(content, dict) else None
-    for arm in arms.values() if isinstance(arms, dict) else ():
-        if isinstance(arm, dict) and isinstance(arm.get("losses"), list):
-            arm["losses"] = [float("nan") if loss is None else loss for loss in arm["losses"]]
 
 
 def summary_table(summary: RunSummary) -> Table:

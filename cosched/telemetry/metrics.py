@@ -28,6 +28,7 @@ class Bucket(msgspec.Struct, frozen=True):
     rounds: int
     tau: float
     tau_novel: float | None
+    rounds_novel: int = 0
 
 
 class ArmSummary(msgspec.Struct, kw_only=True):
@@ -48,7 +49,7 @@ class ArmSummary(msgspec.Struct, kw_only=True):
     versions: int
     updates: int
     skipped_steps: int
-    losses: list[float]
+    losses: list[float | None]  # one an update; None where it was not finite
     peak_bytes: int
 
 
@@ -66,6 +67,7 @@ class RequestLog(msgspec.Struct, frozen=True):
     prompt: Sequence[int]
     generated: Sequence[int]
     rounds: Sequence[RoundRow]
+    finished: bool = True
 
 
 class RoundFigures(msgspec.Struct, kw_only=True):
@@ -132,8 +134,8 @@ def _by_position(rows: Sequence[tuple[RoundRow, bool]]) -> list[Bucket]:
         inside = [(row, novel) for row, novel in rows if start <= row.position < end]
         if inside:
             tau = _tau([row for row, _ in inside]) or 0.0
-            novel = _tau([row for row, is_novel in inside if is_novel])
-            buckets.append(Bucket(start, end, len(inside), tau, novel))
+            novel = [row for row, is_novel in inside if is_novel]
+            buckets.append(Bucket(start, end, len(inside), tau, _tau(novel), len(novel)))
     return buckets
 
 
@@ -150,6 +152,6 @@ def _position_acceptance(rows: Sequence[RoundRow]) -> list[float]:
 
 def lossless_mismatches(reference: Iterable[RequestLog], arm: Iterable[RequestLog]) -> int:
     """Requests that both arms finished and whose tokens differ."""
-    expected = {log.request_id: list(log.generated) for log in reference}
-    found = {log.request_id: list(log.generated) for log in arm}
+    expected = {log.request_id: list(log.generated) for log in reference if log.finished}
+    found = {log.request_id: list(log.generated) for log in arm if log.finished}
     return sum(expected[name] != found[name] for name in expected.keys() & found.keys())
