@@ -2,9 +2,10 @@
 
 Usage: python benchmarks/bench_adaptation.py [--work DIR] [--tokens 1024] [key.sub=value …]
 
-Records what the target says at temperature 1, and real held-out documents, each of two domains the
-draft was not taught on (``shifted``) and of the one it was (``code``), once. Then every arm is
-judged on the same recordings by the trace engine. Prints acceptance length on all and on novel
+Records, once, what the target says at temperature 1 and real held-out documents, in the domain that
+the draft was taught on (``code``), in a near one (``manuals``, English) and in a far one
+(``translated``, German and French). Then every arm is judged on the same recordings by the trace
+engine. Prints acceptance length on all and on novel
 positions, and by generated position. Overrides apply to the arms, not to the recording.
 """
 
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--work", default="runs/bench_adaptation")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--texts", nargs="*", default=["sampled", "documents"])
-    parser.add_argument("--domains", nargs="*", default=["shifted", "code"])
+    parser.add_argument("--domains", nargs="*", default=["code", "manuals", "translated"])
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     console = Console(width=120)

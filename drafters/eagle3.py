@@ -155,6 +155,14 @@ class Eagle3Network(nn.Module):
         layer = self.midlayer
         return torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(hidden)), -1)
 
+    def project(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, of rows ``[..., 2E]``; one rotation for both."""
+        attention = self.midlayer.self_attn
+        together = torch.cat((attention.q_proj(inputs), attention.k_proj(inputs)), -1)
+        rotated = self.rotary(together.unflatten(-1, (-1, attention.head_dim)), positions)
+        values = attention.v_proj(inputs).unflatten(-1, (attention.kv_heads, attention.head_dim))
+        return rotated[..., : -attention.kv_heads, :], rotated[..., -attention.kv_heads :, :], values
+
     def keys_values(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated keys and values ``[..., H, D]`` of rows ``[..., 2E]``."""
         attention = self.midlayer.self_attn
@@ -305,16 +313,16 @@ class Eagle3Drafter:
         position_B = torch.tensor(
             [length - 1 for length in state.lengths[:num_slots]], device=hidden.device
         )
+        slots_B = torch.arange(num_slots, device=hidden.device)
+        queries = network.queries(inputs, position_B)
         tokens, logits = [], []
         for k in range(self.num_draft_tokens):
             if k:
                 inputs = network.inputs(embedding(tokens[-1]), hidden)
                 position_B = position_B + 1
-                keys, values = network.keys_values(inputs, position_B)
-                slots = torch.arange(num_slots, device=hidden.device)
-                state.keys_BHLD[slots, :, position_B] = keys
-                state.values_BHLD[slots, :, position_B] = values
-            queries = network.queries(inputs, position_B)
+                queries, keys, values = network.project(inputs, position_B)
+                state.keys_BHLD[slots_B, :, position_B] = keys
+                state.values_BHLD[slots_B, :, position_B] = values
             hidden = network.finish(hidden, self._attend(state, num_slots, queries, position_B, k))
             logits.append(self._logits_of_target(hidden))
             tokens.append(choose(k, logits[-1]))
@@ -432,6 +440,7 @@ class Eagle3Drafter:
         row_RN = batch.anchors_RN - 1  # the newest row whose features the anchor may use
         hidden, inputs = _gather(hidden_RCE, row_RN), _gather(inputs_RCX, row_RN)
         position_RN = batch.starts_R[:, None] + row_RN
+        queries = network.queries(inputs, position_RN)
         own_keys: list[Tensor] = []
         own_values: list[Tensor] = []
         logits = []
@@ -440,13 +449,12 @@ class Eagle3Drafter:
                 drafted_RN = batch.paths_RNK[..., step - 1]
                 inputs = network.inputs(_embed(embedding, drafted_RN, dtype), hidden)
                 position_RN = position_RN + 1
-                keys, values = network.keys_values(inputs, position_RN)
+                queries, keys, values = network.project(inputs, position_RN)
                 own_keys.append(keys)
                 own_values.append(values)
             visible_RNC = at_C <= row_RN[..., None]
             if batch.window is not None:
                 visible_RNC = visible_RNC & (at_C > row_RN[..., None] + step - batch.window)
-            queries = network.queries(inputs, position_RN)
             attended = _chain_attention(
                 queries, keys_RCHD, values_RCHD, visible_RNC, own_keys, own_values
             )

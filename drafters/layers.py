@@ -19,9 +19,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype in {torch.float32, torch.float64}:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+        # Written out: torch's rms_norm takes three times as long on a CPU for a row or two.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = wide.square().mean(-1, keepdim=True).add(self.eps).rsqrt()
+        return self.weight * (wide * scale).to(x.dtype)
 
 
 class SwiGLU(nn.Module):

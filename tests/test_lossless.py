@@ -73,7 +73,7 @@ def test_greedy_equals_plain_on_the_tiny_world(tiny_target: Target, tinyworld, m
     from drafters.eagle3 import Eagle3Drafter
 
     tokenizer = AutoTokenizer.from_pretrained(tinyworld / "target")
-    texts = read_texts(tinyworld / "prompts" / "shifted.jsonl", "prompts")[:4]
+    texts = read_texts(tinyworld / "prompts" / "translated.jsonl", "prompts")[:4]
     requests = [
         GenerationRequest(name, torch.tensor(tokenizer(text)["input_ids"]), 512)
         for name, text in texts

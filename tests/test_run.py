@@ -33,7 +33,7 @@ def settings(tmp_path: Path, tinyworld: Path) -> dict:
         "target": {"path": str(tinyworld / "target")},
         "drafter": {"kind": "eagle3", "path": str(tinyworld / "eagle3"), "window": 48},
         "workload": {
-            "prompts": str(tinyworld / "prompts" / "shifted.jsonl"),
+            "prompts": str(tinyworld / "prompts" / "translated.jsonl"),
             "max_new_tokens": 48,
             "max_prompts": 2,
         },
@@ -49,6 +49,10 @@ def new_folder(config: Config) -> RunFolder:
     folder = RunFolder(config.run_folder)
     folder.create()
     return folder
+
+
+def events_of(folder: Path) -> list[str]:
+    return (folder / "events.jsonl").read_text().splitlines()
 
 
 def write(tmp_path: Path, settings: dict) -> Path:
@@ -96,13 +100,13 @@ def test_a_run_leaves_its_folder(tmp_path: Path, settings: dict) -> None:
     adapted = summary["arms"]["adapted"]
     assert adapted["versions"] == adapted["updates"] > 0
     assert adapted["tau"] > 1
-    kinds = [json.loads(line)["kind"] for line in (folder / "events.jsonl").open()]
+    kinds = [json.loads(line)["kind"] for line in events_of(folder)]
     assert {"round", "request", "update", "verdict", "publication"} <= set(kinds)
     for arm, name in ((a, a) for a in settings["arms"]):
         rounds = summary["arms"][arm]["rounds"]
         found = sum(
             (e := json.loads(line))["kind"] == "round" and e["arm"] == name
-            for line in (folder / "events.jsonl").open()
+            for line in events_of(folder)
         )
         assert found == rounds
     assert (folder / "report.html").stat().st_size > 10_000
@@ -152,7 +156,7 @@ def test_trace_equals_engine(tmp_path: Path, settings: dict, max_batch: int) -> 
 
 
 def _rounds(folder: Path, arm: str) -> list[tuple]:
-    events = [json.loads(line) for line in (folder / "events.jsonl").open()]
+    events = [json.loads(line) for line in events_of(folder)]
     return sorted(
         tuple(e["row"].values()) for e in events if e["kind"] == "round" and e["arm"] == arm
     )
@@ -356,7 +360,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, settings: dict) -> None:
     assert summary["run"]["interrupted"] is True
     assert sum(arm["tokens"] for arm in summary["arms"].values()) > 50
     assert (tmp_path / "runs" / "one" / "report.html").exists()
-    for line in events.open():
+    for line in events.read_text().splitlines():
         json.loads(line)
 
 

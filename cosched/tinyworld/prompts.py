@@ -14,21 +14,17 @@ PROMPT_CHARACTERS = 400
 DOCUMENT_CHARACTERS = 9000
 NUM_PROMPTS = 8
 NUM_DOCUMENTS = 6
-SHIFTED = ("manuals", "translated")  # the drafts were taught on code only
 
 
 def write_texts(prompts: Path, texts: Path) -> None:
-    """Files by domain, and ``shifted.jsonl`` in each folder with the domains drafts never saw."""
+    """One file for each domain in each folder."""
     for folder, characters, count in (
         (prompts, PROMPT_CHARACTERS, NUM_PROMPTS),
         (texts, DOCUMENT_CHARACTERS, NUM_DOCUMENTS),
     ):
         folder.mkdir(parents=True, exist_ok=True)
-        by_domain = {domain: _excerpts(domain, characters, count) for domain in DOMAINS}
-        for domain, records in by_domain.items():
-            _write(folder / f"{domain}.jsonl", records)
-        pairs = zip(*(by_domain[domain] for domain in SHIFTED), strict=False)
-        _write(folder / "shifted.jsonl", [record for pair in pairs for record in pair])
+        for domain in DOMAINS:
+            _write(folder / f"{domain}.jsonl", _excerpts(domain, characters, count))
 
 
 def _excerpts(domain: str, characters: int, count: int) -> list[dict[str, str]]:

@@ -193,6 +193,7 @@ class EmbeddedEngine:
             start, count = slot.length - 1, accepted[index]
             new = torch.cat((proposal.tokens_BK[index, :count], outcome.next_B[index : index + 1]))
             committed = self._commit(slot, new)
+            count = min(count, committed)  # drafts past the end of the text were not asked for
             segments.append(self._segment(index, rows, index, start, committed))
             teacher = self._teacher(rows)[index, :num_drafted]
             if num_drafted:
