@@ -1,6 +1,6 @@
 """Does adaptation pay on text that the draft never saw? Paired, on recorded text.
 
-Usage: python benchmarks/bench_adaptation.py [--work DIR] [--tokens 1024] [key.sub=value …]
+Usage: python benchmarks/bench_adaptation.py [--work DIR] [--tokens 1024] [--set key.sub=value …]
 
 Records, once, what the target says at temperature 1 and real held-out documents, in the domain that
 the draft was taught on (``code``), in a near one (``manuals``, English) and in a far one
@@ -38,8 +38,8 @@ def workload(domain: str, text: str, tokens: int) -> list[str]:
 
 
 def run(overrides: list[str], overwrite: bool, record: bool = False) -> RunSummary | None:
-    """Run the quick start with overrides; None if the folder is there and may stay."""
-    config = load_config(ROOT / "configs" / "quickstart.yaml", overrides)
+    """Run configs/sampled.yaml with overrides; None if the folder is there and may stay."""
+    config = load_config(ROOT / "configs" / "sampled.yaml", overrides)
     if config.run_folder.exists() and not overwrite:
         return None
     experiment = Experiment(config, record)
@@ -52,9 +52,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", default="runs/bench_adaptation")
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--texts", nargs="*", default=["sampled", "documents"])
-    parser.add_argument("--domains", nargs="*", default=["code", "manuals", "translated"])
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--texts", nargs="+", default=["sampled", "documents"])
+    parser.add_argument("--domains", nargs="+", default=["code", "manuals", "translated"])
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value")
     options = parser.parse_args()
     console = Console(width=120)
     for domain in options.domains:

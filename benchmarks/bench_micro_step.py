@@ -41,7 +41,7 @@ def plain_step(batch_loss: BatchLoss, trainable: set[str]) -> Callable[[SignalBa
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        return float(loss)
+        return loss.item()
 
     return step
 

@@ -45,8 +45,10 @@ def main() -> None:
     config = load_config(
         ROOT / "configs" / "quickstart.yaml",
         [
-            "adapt.policy={kind: never}",
+            "adapt.policy.kind=never",
             "workload.max_prompts=1",
+            "workload.documents=null",
+            "workload.prompts=tinyworld/prompts/translated.jsonl",
             f"workload.max_new_tokens={options.tokens}",
             "workload.temperature=0",
             "workload.stop_at_end_of_text=false",

@@ -1,6 +1,6 @@
 """Tokens per second on natural text, all costs included: plain, frozen, frozen+window, adapted.
 
-Usage: python benchmarks/bench_speed.py [--tokens 640] [--prompts 6] [key.sub=value …]
+Usage: python benchmarks/bench_speed.py [--tokens 640] [--prompts 6] [--set key.sub=value …]
 
 Two kinds of text of a domain that the draft never saw: what the target says at temperature 1 (arms say different
 texts, so compare speeds over many tokens only), and real held-out documents that every arm is made
@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--work", default="runs/bench_speed")
     parser.add_argument("--tokens", type=int, default=640)
     parser.add_argument("--prompts", type=int, default=6)
-    parser.add_argument("--texts", nargs="*", default=["sampled", "documents"])
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--texts", nargs="+", default=["sampled", "documents"])
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value")
     options = parser.parse_args()
     console = Console(width=120)
     for text in options.texts:

@@ -27,6 +27,12 @@ Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[float, Meta(ge=0)]
 BASE_ARMS = ("plain", "frozen", "adapted")
 WINDOW_SUFFIX = "+window"
+# Sections that a plugin types, and the kind where the file names none.
+PLUGIN_SECTIONS: dict[str, tuple[Registry, str | None]] = {
+    "drafter": (DRAFTERS, None),
+    "adapt.policy": (POLICIES, "every_n_rounds"),
+    "adapt.loss": (LOSSES, "forward_kl"),
+}
 
 
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -152,16 +158,15 @@ class Config(Section, frozen=True):
 
     @property
     def drafter_settings(self) -> DrafterSettings:
-        return _plugin_settings(DRAFTERS, self.drafter, "drafter")
+        return _plugin_settings("drafter", self.drafter)
 
     @property
     def policy_settings(self) -> PolicySettings:
-        policy = {"kind": "every_n_rounds", **self.adapt.policy}
-        return _plugin_settings(POLICIES, policy, "adapt.policy")
+        return _plugin_settings("adapt.policy", self.adapt.policy)
 
     @property
     def loss_settings(self) -> LossSettings:
-        return _plugin_settings(LOSSES, {"kind": "forward_kl", **self.adapt.loss}, "adapt.loss")
+        return _plugin_settings("adapt.loss", self.adapt.loss)
 
     @property
     def run_folder(self) -> Path:
@@ -181,7 +186,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if malformed:
         raise ConfigError(f"an override has the form key.sub=value; got {malformed[0]!r}")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        given, changes = OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
+        for section in PLUGIN_SECTIONS:
+            _forget_other_kind(given, changes, section)
+        merged = OmegaConf.merge(given, changes)
         raw = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, OSError, ValueError) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
@@ -192,6 +200,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     config = _convert(raw, Config, "")
     _check_together(config)
     return config
+
+
+def _forget_other_kind(given: Any, changes: Any, section: str) -> None:
+    """An override of ``kind`` leaves behind the file's fields that only the old kind has."""
+    old, new = OmegaConf.select(given, section), OmegaConf.select(changes, section)
+    registry, default = PLUGIN_SECTIONS[section]
+    if not OmegaConf.is_dict(old) or not OmegaConf.is_dict(new) or "kind" not in new:
+        return
+    kinds = [old.get("kind", default), new.get("kind")]
+    known = {plugin.name: plugin.cls for plugin in registry.plugins()}
+    if any(kind not in known for kind in kinds):
+        return  # the unknown kind is named when the section is checked
+    fields = [{f.name for f in msgspec.structs.fields(known[kind].Settings)} for kind in kinds]
+    for name in fields[0] - fields[1]:
+        old.pop(name, None)
 
 
 def _convert(raw: Any, kind: Any, where: str) -> Any:
@@ -226,15 +249,16 @@ def _allowed_fields(kind: Any, path: str) -> str:
     return f"; allowed here: {names}"
 
 
-def _plugin_settings(registry: Registry, raw: dict[str, Any], where: str) -> Any:
-    kind = raw.get("kind")
+def _plugin_settings(section: str, raw: dict[str, Any]) -> Any:
+    registry, default = PLUGIN_SECTIONS[section]
+    kind = raw.get("kind", default)
     if not isinstance(kind, str):
-        raise ConfigError(f"{where}.kind: required, the name of a {registry.role}")
+        raise ConfigError(f"{section}.kind: required, the name of a {registry.role}")
     try:
         cls = registry.get(kind)
     except PluginError as error:
-        raise ConfigError(f"{where}.kind: {error}") from error
-    return _convert(raw, cls.Settings, where)
+        raise ConfigError(f"{section}.kind: {error}") from error
+    return _convert({**raw, "kind": kind}, cls.Settings, section)
 
 
 def split_arm(arm: str) -> tuple[str, bool]:

@@ -161,7 +161,11 @@ class Eagle3Network(nn.Module):
         together = torch.cat((attention.q_proj(inputs), attention.k_proj(inputs)), -1)
         rotated = self.rotary(together.unflatten(-1, (-1, attention.head_dim)), positions)
         values = attention.v_proj(inputs).unflatten(-1, (attention.kv_heads, attention.head_dim))
-        return rotated[..., : -attention.kv_heads, :], rotated[..., -attention.kv_heads :, :], values
+        return (
+            rotated[..., : -attention.kv_heads, :],
+            rotated[..., -attention.kv_heads :, :],
+            values,
+        )
 
     def keys_values(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated keys and values ``[..., H, D]`` of rows ``[..., 2E]``."""

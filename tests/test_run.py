@@ -394,6 +394,14 @@ def test_check_loads_no_model(tmp_path: Path, settings: dict) -> None:
     assert process.returncode == 0, process.stderr
 
 
+def test_another_kind_needs_no_cleaning_up(tmp_path: Path, settings: dict) -> None:
+    """``adapt.policy.kind=never`` works on a file that has the old kind's fields; typos do not."""
+    path = write(tmp_path, settings)
+    assert load_config(path, ["adapt.policy.kind=never"]).policy_settings.kind == "never"
+    with pytest.raises(ConfigError, match="rounds"):
+        load_config(path, ["adapt.policy.kind=never", "adapt.policy.rounds=3"])
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_are_valid_and_complete(path: Path, monkeypatch) -> None:
     """Each shipped file loads, and its resolved form loads to the same settings."""
