@@ -60,7 +60,8 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     ids_1T = torch.randint(2, world.target.vocab_size, (1, options.context), generator=generator)
     anchors = 1 + torch.randperm(options.context - 5, generator=generator)[: options.anchors]
-    batch = crops_to_batch(world.target, drafter, ids_1T, anchors[None], 3)
+    device = world.target.device
+    batch = crops_to_batch(world.target, drafter, ids_1T.to(device), anchors[None].to(device), 3)
 
     def loss_of_copy() -> tuple[BatchLoss, list[str]]:
         copy = drafter.clone(torch.float32)

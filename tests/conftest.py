@@ -57,7 +57,7 @@ def make_drafter(target: Target, num_draft_tokens: int = 3, seed: int = 1) -> Ea
         eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1, 2]},
     )
     drafter = Eagle3Drafter.initialise(config, target, num_draft_tokens)
-    drafter.network().to(target.dtype).requires_grad_(False)
+    drafter.network().to(target.device, target.dtype).requires_grad_(False)
     return drafter
 
 

@@ -50,7 +50,8 @@ def crops_to_batch(
 ) -> SignalBatch:
     """Teacher rows and features of whole crops, with the text itself as the path."""
     num_crops, length = ids_RT.shape
-    positions_RT = torch.arange(length).expand(num_crops, -1)
+    device = ids_RT.device
+    positions_RT = torch.arange(length, device=device).expand(num_crops, -1)
     rows = target.forward(
         ids_RT,
         positions_RT,
@@ -58,20 +59,20 @@ def crops_to_batch(
         drafter.signal.feature_layers,
         num_logits=1,
     )
-    ahead_K = torch.arange(path)
+    ahead_K = torch.arange(path, device=device)
     teacher_at = (anchors_RN[..., None] + ahead_K).flatten(1)
     paths_RNK = ids_RT.gather(1, teacher_at + 1).unflatten(1, (-1, path))
     index = teacher_at[..., None].expand(-1, -1, target.hidden_size)
     teacher_RNKX = rows.hidden_BTH.gather(1, index).unflatten(1, (-1, path))
     return SignalBatch(
-        starts_R=torch.zeros(num_crops, dtype=torch.int64),
-        lengths_R=torch.full((num_crops,), length - 1),
+        starts_R=torch.zeros(num_crops, dtype=torch.int64, device=device),
+        lengths_R=torch.full((num_crops,), length - 1, device=device),
         tokens_RC1=ids_RT,
         features_RCF=None if rows.features_BTF is None else rows.features_BTF[:, :-1],
         anchors_RN=anchors_RN,
         paths_RNK=paths_RNK,
         teacher_RNKX=teacher_RNKX,
-        weights_RNK=torch.ones(paths_RNK.shape),
+        weights_RNK=torch.ones(paths_RNK.shape, device=device),
     )
 
 
