@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from cosched.errors import CoschedError
+from cosched.errors import ConfigError, CoschedError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,30 +55,39 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run folder if it exists.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run.")
+    ] = False,
     record: Annotated[
         bool, typer.Option("--record", help="Record the first arm's text as a trace.")
     ] = False,
 ) -> None:
     """Run the arms of an experiment and write its folder: figures, events, report."""
-    from cosched.config import check_paths, load_config
+    from cosched.config import check_paths, load_config, to_yaml
     from cosched.telemetry.run_folder import RunFolder
 
     loaded = load_config(config, overrides or ())
     check_paths(loaded)
     folder = RunFolder(loaded.run_folder)
-    folder.check_free(overwrite)
+    if resume:
+        if record or overwrite:
+            raise ConfigError("--resume goes with neither --record nor --overwrite")
+        folder.check_same(to_yaml(loaded))
+    else:
+        folder.check_free(overwrite)
     with console.status("loading the target and the drafts"):
         from cosched.experiment import Experiment
 
         experiment = Experiment(loaded, record)
-    folder.create(overwrite)
+    if not resume:
+        folder.create(overwrite)
     with _progress() as progress:
         task = progress.add_task("decoding", total=experiment.total_tokens)
 
         def advance(arm: str, number: int) -> None:
             progress.update(task, advance=number, description=f"decoding [bold]{arm}[/]")
 
-        summary = experiment.run(folder, advance)
+        summary = experiment.run(folder, advance, resume)
     from cosched.report.html import write_report
     from cosched.report.table import summary_table
 

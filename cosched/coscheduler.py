@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 from cosched.records import Decision, Snapshot, Totals, UpdateResult, Verdict, VerifyRound
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
 
     from cosched.protocols import Buffer, Guard, Policy, Publisher, Sink, Trainer
 
@@ -50,6 +52,20 @@ class Coscheduler:
     @property
     def version(self) -> int:
         return self._publisher.version if self._publisher else 0
+
+    def state(self) -> tuple[Totals, int, Mapping[str, Tensor]]:
+        """Counters, draft version and trainer: what a later run needs to go on from here.
+
+        Valid while no request runs; what the replay buffer holds of a running one is not kept.
+        """
+        return self.totals, self.version, self._trainer.state() if self._trainer else {}
+
+    def restore(self, totals: Totals, version: int, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from an earlier run's ``state()``."""
+        self.totals = totals
+        if self._trainer is not None and self._publisher is not None and version:
+            self._trainer.restore(tensors)
+            self._publisher.resume(self._trainer.weights(), version)
 
     def on_round(self, round_: VerifyRound) -> None:
         """Called by the engine after each verification round and after each prefill."""

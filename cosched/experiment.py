@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
+from cosched import resume as resume_state
 from cosched.build import Arm, World, build_arm, build_recorder, build_world
 from cosched.config import Config, to_yaml
+from cosched.resume import ArmProgress, Progress
 from cosched.telemetry.metrics import (
     ArmSummary,
     RequestLog,
@@ -65,19 +67,32 @@ class Experiment:
         one = sum(request.max_new_tokens for request in self.world.requests)
         return one * len(self.config.arms)
 
-    def run(self, folder: RunFolder, on_tokens: OnTokens = lambda _arm, _n: None) -> RunSummary:
-        """Decode everything and write all files; Ctrl-C ends it early and keeps what there is."""
-        folder.write("config.yaml", to_yaml(self.config))
-        self._events.open(folder.path / "events.jsonl")
+    def run(
+        self,
+        folder: RunFolder,
+        on_tokens: OnTokens = lambda _arm, _n: None,
+        resume: bool = False,
+    ) -> RunSummary:
+        """Decode everything and write all files; Ctrl-C ends it early and keeps what there is.
+
+        With ``resume`` it goes on behind the last group of requests that all arms had finished.
+
+        Raises:
+            RunFolderError: the folder cannot be written, or has nothing to resume.
+        """
+        groups_done = self._restore(folder) if resume else self._start(folder)
         self._on_tokens = on_tokens
-        if self._writer is not None:
-            with explained(folder.path / "trace"):
-                self._writer.open(folder.path / "trace")
+        if groups_done:
+            on_tokens(self._arms[-1].arm.name, sum(_num_tokens(one) for one in self._arms))
         started = time.perf_counter()
         try:
-            for group in _groups(self.world.requests, self.config.engine.max_batch):
+            groups = _groups(self.world.requests, self.config.engine.max_batch)
+            for number, group in enumerate(groups, 1):
+                if number <= groups_done:
+                    continue
                 for one in self._arms:
                     self._run_group(one, group)
+                self._keep_progress(folder, number)
         except KeyboardInterrupt:
             self.interrupted = True
             for one in self._arms:
@@ -90,7 +105,43 @@ class Experiment:
         summary = self._summary(time.perf_counter() - started)
         folder.write("summary.json", msgspec.json.format(msgspec.json.encode(summary)))
         self._save_drafts(folder)
+        if not self.interrupted:
+            resume_state.forget(folder)
         return summary
+
+    def _start(self, folder: RunFolder) -> int:
+        folder.write("config.yaml", to_yaml(self.config))
+        self._events.open(folder.path / "events.jsonl")
+        if self._writer is not None:
+            with explained(folder.path / "trace"):
+                self._writer.open(folder.path / "trace")
+        return 0
+
+    def _restore(self, folder: RunFolder) -> int:
+        """Put every arm where an interrupted run left it; returns how many groups are done."""
+        progress, tensors = resume_state.load(folder)
+        self._events.open(folder.path / "events.jsonl", keep_bytes=progress.events_bytes)
+        for one in self._arms:
+            kept = progress.arms[one.arm.name]
+            one.logs, one.wall_seconds = kept.logs, kept.wall_seconds
+            one.arm.engine.seconds = kept.engine_seconds
+            if one.arm.coscheduler is not None and kept.totals is not None:
+                state = tensors.get(one.arm.name, {})
+                one.arm.coscheduler.restore(kept.totals, kept.version, state)
+        return progress.groups_done
+
+    def _keep_progress(self, folder: RunFolder, groups_done: int) -> None:
+        """No request is running: what an interrupted run can go on from."""
+        if self._writer is not None:
+            return  # a recording is whole or is made again
+        arms, tensors = {}, {}
+        for one in self._arms:
+            totals, version = None, 0
+            if one.arm.coscheduler is not None:
+                totals, version, tensors[one.arm.name] = one.arm.coscheduler.state()
+            seconds = one.arm.engine.seconds
+            arms[one.arm.name] = ArmProgress(one.logs, one.wall_seconds, seconds, totals, version)
+        resume_state.save(folder, Progress(groups_done, self._events.flush(), arms), tensors)
 
     def _build(self, name: str, writer: TraceWriter | None) -> Arm:
         return build_arm(
@@ -166,6 +217,10 @@ def _groups(requests: list[GenerationRequest], size: int) -> Iterator[list[Gener
     left = iter(requests)
     while group := list(islice(left, size)):
         yield group
+
+
+def _num_tokens(one: _Running) -> int:
+    return sum(len(log.generated) for log in one.logs)
 
 
 def _arm_summary(one: _Running, reference: list[RequestLog] | None) -> ArmSummary:

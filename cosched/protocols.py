@@ -170,6 +170,14 @@ class Trainer(Protocol):
         """Back to the first weights, with an empty optimizer, to the bit."""
         ...
 
+    def state(self) -> Mapping[str, Tensor]:
+        """Everything that the next step depends on."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a ``state()``, to the bit."""
+        ...
+
 
 class Guard(Protocol):
     """Whether a candidate may serve."""
@@ -181,6 +189,10 @@ class Publisher(Protocol):
     """Puts weights into the serving draft."""
 
     version: int
+
+    def resume(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Serve the weights of an earlier run under the version they had."""
+        ...
 
     def publish(self, weights: Mapping[str, Tensor]) -> WeightVersion: ...
 

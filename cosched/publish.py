@@ -74,6 +74,11 @@ class InPlacePublisher:
         """How often each tensor was written in place, as autograd counts it: free to ask."""
         return [p._version for p in self._target.parameters()]
 
+    def resume(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Serve the weights of an earlier run under the version they had."""
+        self.publish(weights)
+        self.version = version
+
     @torch.no_grad()
     def publish(self, weights: Mapping[str, Tensor]) -> WeightVersion:
         """Serve ``weights`` from now on; parameters that it does not name stay.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conftest import make_drafter, make_target
-from tests.helpers import decode, make_coscheduler, make_engine, make_requests
 
 from cosched.engines.embedded.request import GenerationRequest
 from cosched.engines.embedded.target import Target
+from tests.conftest import make_drafter, make_target
+from tests.helpers import decode, make_coscheduler, make_engine, make_requests
 
 pytestmark = [
     pytest.mark.gpu,

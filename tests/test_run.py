@@ -364,6 +364,39 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, settings: dict) -> None:
         json.loads(line)
 
 
+def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, settings: dict) -> None:
+    """Interrupted after the first request and resumed, all arms do what they do in one go."""
+    settings["workload"] |= {"max_new_tokens": 96, "max_prompts": 2}
+    path = write(tmp_path, settings)
+    config = load_config(path)
+    whole = Experiment(load_config(path, ["run.name=whole"]))
+    expected = whole.run(new_folder(whole.config))
+
+    folder = new_folder(config)
+    committed = 0
+
+    def interrupt(_arm: str, number: int) -> None:
+        nonlocal committed
+        committed += number
+        if committed > 4 * 96 + 40:  # in the middle of the second request
+            raise KeyboardInterrupt
+
+    cut = Experiment(config)
+    assert cut.run(folder, interrupt).run["interrupted"]
+    code, _, err = run_cli("run", "-c", path, "--resume", "adapt.trainer.lr=0.5")
+    assert (code, "lr" in err) == (1, True), err
+    code, _, err = run_cli("run", "-c", path, "--resume")
+    assert code == 0, err
+    resumed = json.loads((folder.path / "summary.json").read_text())
+    for arm, figures in expected.arms.items():
+        assert resumed["arms"][arm]["tau"] == figures.tau
+        assert resumed["arms"][arm]["tokens"] == figures.tokens
+        assert resumed["arms"][arm]["lossless_mismatches"] == 0
+        assert _rounds(folder.path, arm) == _rounds(tmp_path / "runs" / "whole", arm)
+    code, _, err = run_cli("run", "-c", path, "--resume")
+    assert (code, "nothing to resume" in err) == (1, True)
+
+
 # --- other commands ------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
@@ -39,6 +40,24 @@ class RunFolder:
                 f"{self.path} is no run folder (no config.yaml); not overwriting it"
             )
 
+    def check_same(self, config_yaml: str) -> None:
+        """Make sure that the folder is of a run with these very settings.
+
+        Raises:
+            RunFolderError: it is not there, or its settings differ (the message names a line).
+        """
+        path = self.path / "config.yaml"
+        if not path.exists():
+            raise RunFolderError(f"{self.path} has nothing to resume: there is no such run")
+        with explained(path):
+            before = path.read_text().splitlines()
+        for old, new in zip_longest(before, config_yaml.splitlines()):
+            if old != new:
+                raise RunFolderError(
+                    f"{self.path} was run with {(old or 'nothing').strip()!r}, now it is "
+                    f"{(new or 'nothing').strip()!r}; resume with the same settings"
+                )
+
     def create(self, overwrite: bool = False) -> None:
         """Make the folder, empty.
 
@@ -54,7 +73,7 @@ class RunFolder:
     def write(self, name: str, content: str | bytes) -> Path:
         """Write a file whole: a reader finds the old or the new one, never half of it."""
         target = self.path / name
-        partial = target.with_name(f".{name}.partial")
+        partial = target.with_name(f".{target.name}.partial")
         data = content.encode() if isinstance(content, str) else content
         with explained(target):
             partial.write_bytes(data)
@@ -69,8 +88,8 @@ class EventLog:
         self._path: Path | None = None
         self._file: BinaryIO | None = None
 
-    def open(self, path: Path) -> None:
-        """Start the file.
+    def open(self, path: Path, keep_bytes: int = 0) -> None:
+        """Start the file, or go on behind its first ``keep_bytes``.
 
         Raises:
             RunFolderError: it cannot be written.
@@ -78,6 +97,7 @@ class EventLog:
         self._path = path
         with explained(path):
             self._file = path.open("ab", buffering=1 << 16)
+            self._file.truncate(keep_bytes)
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Append one event."""
@@ -85,6 +105,14 @@ class EventLog:
         assert self._path is not None
         with explained(self._path):
             self._file.write(msgspec.json.encode({"kind": kind, **fields}) + b"\n")
+
+    def flush(self) -> int:
+        """Write out what is buffered; returns the size of the file in bytes."""
+        assert self._file is not None
+        assert self._path is not None
+        with explained(self._path):
+            self._file.flush()
+            return self._file.tell()
 
     def for_arm(self, arm: str) -> ArmEvents:
         """The same log as a ``Sink`` that names the arm."""

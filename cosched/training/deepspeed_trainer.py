@@ -121,13 +121,38 @@ class DeepSpeedTrainer:
         """The first weights and an empty optimizer, to the bit."""
         for name, parameter in self._trained.items():
             parameter.copy_(self._initial[name])
-        optimizer = self._engine.optimizer
-        if hasattr(optimizer, "refresh_fp32_params"):
-            optimizer.refresh_fp32_params()  # else the next step would bring the old masters back
+        self._refresh_masters()
         for state in self._base_optimizer.state.values():
             for value in state.values():
                 if isinstance(value, Tensor):
                     value.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on: weights and the optimizer's moments."""
+        tensors = {f"weight.{name}": weight.clone() for name, weight in self.weights().items()}
+        for number, state in enumerate(self._base_optimizer.state.values()):
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{number}.{key}"] = value.detach().clone()
+        return tensors
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from ``state()`` of a trainer built the same way, to the bit."""
+        for name, parameter in self._trained.items():
+            parameter.copy_(tensors[f"weight.{name}"])
+        self._refresh_masters()
+        optimizer = self._base_optimizer
+        owners = [p for group in optimizer.param_groups for p in group["params"]]
+        for key, value in tensors.items():
+            kind, number, entry = (*key.split("."), "", "")[:3]
+            if kind == "optimizer":
+                optimizer.state[owners[int(number)]][entry] = value.clone()
+
+    def _refresh_masters(self) -> None:
+        """Tell ZeRO that the weights were written, else its masters would bring the old ones back."""
+        if hasattr(self._engine.optimizer, "refresh_fp32_params"):
+            self._engine.optimizer.refresh_fp32_params()
 
     @property
     def _base_optimizer(self) -> torch.optim.Optimizer:
