@@ -143,13 +143,16 @@ def tinyworld_build(
         "build/tinyworld"
     ),
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads to train with.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads to train with.")] = 2,
+    share: Annotated[
+        float, typer.Option(min=0.001, max=1.0, help="Share of the training, to try it out.")
+    ] = 1.0,
 ) -> None:
     """Train the tiny world from this machine's own text (about an hour on two cores)."""
     from cosched.tinyworld.build import build
 
     with _progress() as progress:
-        build(directory, seed, threads, progress)
+        build(directory, seed, threads, share, progress)
     console.print(f"built: [bold]{directory}[/]", soft_wrap=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,8 +34,10 @@ EDGES = (0, 256, 512, 1024, 2048, 4000)
 NUM_DRAFT_TOKENS = 3
 
 
-def build(directory: Path, seed: int, threads: int, progress: Progress) -> None:
+def build(directory: Path, seed: int, threads: int, share: float, progress: Progress) -> None:
     """Train everything and write it under ``directory``; finished steps are not repeated.
+
+    ``share`` of the tokens are trained on: 1 makes the tiny world, less tries the machinery.
 
     Raises:
         TinyWorldError: the folder cannot be made, or this machine lacks a domain's text.
@@ -52,36 +55,54 @@ def build(directory: Path, seed: int, threads: int, progress: Progress) -> None:
     if not tokens.exists():
         tokenize_corpus(tokenizer, tokens)
     write_texts(directory / "prompts", directory / "documents")
-    if not (directory / "target" / "model.safetensors").exists():
-        task = progress.add_task("training the target", total=sum(s.tokens for s in STAGES))
+    stages = tuple(
+        replace(stage, tokens=max(stage.batch * stage.length, int(stage.tokens * share)))
+        for stage in STAGES
+    )
+    spent = directory / "target.json"
+    if not spent.exists():
+        task = progress.add_task("training the target", total=sum(s.tokens for s in stages))
         model = pretrain(
             tokens,
             seed,
             lambda n, text: progress.update(task, advance=n, description=f"target: {text}"),
+            stages,
         )
         model.bfloat16().save_pretrained(directory / "target")
-        (directory / "target" / "seconds").write_text(str(time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        spent.write_text(json.dumps({"seconds": seconds, "threads": threads}))
+    training = json.loads(spent.read_text())
+    num_crops = max(1, round(8 * share))
     target = Target.load(str(directory / "target"), torch.device("cpu"), torch.float32)
     facts = CardFacts(
-        seconds_target=float((directory / "target" / "seconds").read_text()),
-        threads=threads,
+        seconds_target=training["seconds"],
+        threads=training["threads"],
+        stages=stages,
         machine=f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
         losses={
-            d: loss_by_position(target.model, load_tokens(tokens, d, "heldout"), EDGES, 8)
+            d: loss_by_position(target.model, load_tokens(tokens, d, "heldout"), EDGES, num_crops)
             for d in DOMAINS
         },
         edges=EDGES,
         checksum=target.checksum(),
     )
-    teach_eagle3(target, directory, seed, progress, facts)
+    plan = DistillPlan()
+    plan = replace(plan, tokens=max(plan.batch * plan.length, int(plan.tokens * share)))
+    teach_eagle3(target, directory, seed, plan, num_crops, progress, facts)
     write_card(directory, facts)
 
 
 def teach_eagle3(
-    target: Target, directory: Path, seed: int, progress: Progress, facts: CardFacts
+    target: Target,
+    directory: Path,
+    seed: int,
+    plan: DistillPlan,
+    num_crops: int,
+    progress: Progress,
+    facts: CardFacts,
 ) -> None:
     """The EAGLE-3 draft: short crops of code only, so that length and domain can shift."""
-    plan, tokens = DistillPlan(), directory / "tokens"
+    tokens = directory / "tokens"
     started = time.perf_counter()
     torch.manual_seed(seed)
     config = target.model.config
@@ -129,8 +150,8 @@ def teach_eagle3(
                 2048,
                 EDGES[:5],
                 NUM_DRAFT_TOKENS,
+                num_crops,
             )
             for domain in DOMAINS
         },
     }
-    (directory / "facts.json").write_text(json.dumps(facts.drafts, indent=1))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cosched.tinyworld.corpus import sources
-from cosched.tinyworld.pretrain import MIX, STAGES
+from cosched.tinyworld.pretrain import MIX, Stage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,6 +19,7 @@ class CardFacts:
 
     seconds_target: float
     threads: int
+    stages: tuple[Stage, ...]
     machine: str
     losses: dict[str, list[float]]
     edges: tuple[int, ...]
@@ -57,7 +58,7 @@ def write_card(directory: Path, facts: CardFacts) -> None:
         "",
         "| layers | crop length | tokens |",
         "| --- | --- | --- |",
-        *(f"| {s.num_layers} | {s.length} | {s.tokens:,} |" for s in STAGES),
+        *(f"| {s.num_layers} | {s.length} | {s.tokens:,} |" for s in facts.stages),
         "",
         "Held-out loss in nats per token by position:",
         "",
