@@ -26,13 +26,13 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="""Test-time speculation: a draft that learns from its target while it serves.
-
-    [bold]cosched run -c configs/quickstart.yaml[/] decodes the same prompts in several arms
-    (plain, frozen, frozen+window, adapted) and leaves a report. Any setting can be overridden
-    behind the file: [bold]adapt.trainer.lr=1e-4 workload.max_prompts=2[/].
-
-    Exit codes: 0 done, 1 failed or interrupted, 2 bad settings or input.""",
+    help=(
+        "Test-time speculation: a draft that learns from its target while it serves.\n\n"
+        "[bold]cosched run -c configs/quickstart.yaml[/] decodes the same text in several arms "
+        "(plain, frozen, frozen+window, adapted) and leaves a report. Settings can be overridden "
+        "behind the file: [bold]adapt.trainer.lr=1e-4 workload.max_prompts=2[/].\n\n"
+        "Exit codes: 0 done, 1 failed or interrupted, 2 bad settings or input."
+    ),
 )
 tinyworld_app = typer.Typer(
     no_args_is_help=True, help="The small target, drafts and prompts that come with cosched."
@@ -116,7 +116,8 @@ def plugins() -> None:
     """List the drafters, losses and policies that are installed, and where they come from."""
     from cosched.registry import DRAFTERS, LOSSES, POLICIES
 
-    table = Table("kind", "name", "what it is", "from")
+    table = Table("kind", "name", "what it is")
+    table.add_column("from", overflow="fold")
     for registry in (DRAFTERS, LOSSES, POLICIES):
         for plugin in registry.plugins():
             table.add_row(registry.role, plugin.name, plugin.summary, plugin.origin)

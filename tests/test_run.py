@@ -119,6 +119,7 @@ def test_a_run_leaves_its_folder(tmp_path: Path, settings: dict) -> None:
     assert "adapted" in out
 
 
+@pytest.mark.slow
 def test_a_saved_draft_is_a_draft(tmp_path: Path, settings: dict) -> None:
     """The adapted checkpoint loads as a drafter, and drafts better on the same text than before."""
     settings["arms"] = ["frozen", "adapted"]
@@ -134,7 +135,7 @@ def test_a_saved_draft_is_a_draft(tmp_path: Path, settings: dict) -> None:
     assert second.arms["frozen"].tau > first.arms["frozen"].tau
 
 
-@pytest.mark.parametrize("max_batch", [1, 2])
+@pytest.mark.parametrize("max_batch", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_trace_equals_engine(tmp_path: Path, settings: dict, max_batch: int) -> None:
     """A frozen greedy arm has the same rounds from the trace as from the engine, one by one."""
     settings["arms"] = ["frozen", "frozen+window"]
@@ -162,6 +163,7 @@ def _rounds(folder: Path, arm: str) -> list[tuple]:
     )
 
 
+@pytest.mark.slow
 def test_a_sampled_trace_agrees_with_sampling_in_the_mean(tmp_path: Path, settings: dict) -> None:
     """Acceptance on recorded samples estimates that of sampling: within four standard errors."""
     settings["arms"] = ["frozen"]
@@ -177,6 +179,7 @@ def test_a_sampled_trace_agrees_with_sampling_in_the_mean(tmp_path: Path, settin
     assert abs(replayed.arms["frozen"].tau - live.tau) < 4 * standard_error
 
 
+@pytest.mark.slow
 def test_documents_are_forced(tmp_path: Path, settings: dict, tinyworld: Path) -> None:
     """With documents every arm commits the document, whatever it drafts."""
     settings["workload"] = {
@@ -328,6 +331,7 @@ def cosched_process(arguments: list[str], **options) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_message(tmp_path: Path, settings: dict) -> None:
     """When no byte more can be written the run ends with a message that names the file."""
 
@@ -343,6 +347,7 @@ def test_a_full_disk_is_one_message(tmp_path: Path, settings: dict) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, settings: dict) -> None:
     """SIGINT in the middle: exit code 1, and a readable summary, report and event log."""
     settings["workload"] |= {"max_new_tokens": 2000, "max_prompts": 6}
@@ -364,6 +369,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, settings: dict) -> None:
         json.loads(line)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, settings: dict) -> None:
     """Interrupted after the first request and resumed, all arms do what they do in one go."""
     settings["workload"] |= {"max_new_tokens": 96, "max_prompts": 2}
