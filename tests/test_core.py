@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 import torch
@@ -227,3 +229,57 @@ def test_a_shadowing_folder_is_named(tmp_path, monkeypatch) -> None:
         Registry("loss", "losses").get("forward_kl")
     sys.modules.pop("losses", None)
     sys.modules.update(kept)
+
+
+def _install_plugin(folder, name: str, source: str) -> None:
+    """What pip leaves behind for a package with one policy."""
+    (folder / f"{name}.py").write_text(source)
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[cosched.schedulers]\n{name} = {name}\n")
+
+
+def test_another_package_brings_a_policy(tmp_path, monkeypatch) -> None:
+    """An installed package's entry point is found, its settings are checked like ours."""
+    from cosched.config import load_config
+    from cosched.errors import ConfigError
+
+    _install_plugin(
+        tmp_path,
+        "stranger_policy",
+        "from cosched.protocols import PolicySettings\n"
+        "from cosched.records import Decision\n"
+        "from cosched.registry import POLICIES\n"
+        "class StrangerSettings(PolicySettings, frozen=True, kw_only=True):\n"
+        "    patience: int = 3\n"
+        "@POLICIES.register('stranger')\n"
+        "class Stranger:\n"
+        "    'Waits.'\n"
+        "    Settings = StrangerSettings\n"
+        "    def __init__(self, settings): self.settings = settings\n"
+        "    def decide(self, snapshot): return Decision(num_steps=0)\n",
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(POLICIES, "_loaded", False)
+    monkeypatch.setattr(POLICIES, "_plugins", dict(POLICIES._plugins))
+    root = Path(__file__).parent.parent
+    config = load_config(
+        root / "configs" / "quickstart.yaml",
+        ["adapt.policy.kind=stranger", "adapt.policy.patience=5"],
+    )
+    assert config.policy_settings.patience == 5
+    with pytest.raises(ConfigError, match="patience"):
+        load_config(
+            root / "configs" / "quickstart.yaml",
+            ["adapt.policy.kind=stranger", "adapt.policy.patience=long"],
+        )
+
+
+def test_a_plugin_that_raises_is_named(tmp_path, monkeypatch) -> None:
+    """A broken package is one message that names it and what it raised."""
+    _install_plugin(tmp_path, "broken_policy", "raise RuntimeError('no luck')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(POLICIES, "_loaded", False)
+    with pytest.raises(PluginError, match=r"broken_policy.*no luck"):
+        POLICIES.get("never")

@@ -31,8 +31,8 @@ class Bucket(msgspec.Struct, frozen=True):
     rounds_novel: int = 0
 
 
-class ArmSummary(msgspec.Struct, kw_only=True):
-    """One arm in ``summary.json``; fields are added, never renamed."""
+class RoundFigures(msgspec.Struct, kw_only=True):
+    """The part of an arm's figures that follows from its rounds alone."""
 
     tokens: int
     rounds: int
@@ -43,6 +43,11 @@ class ArmSummary(msgspec.Struct, kw_only=True):
     tau_by_position: list[Bucket]
     position_acceptance: list[float]
     repeat_fraction: float
+
+
+class ArmSummary(RoundFigures, kw_only=True):
+    """One arm in ``summary.json``; fields are added, never renamed."""
+
     tokens_per_s: float
     seconds: dict[str, float]
     lossless_mismatches: int | None
@@ -68,20 +73,6 @@ class RequestLog(msgspec.Struct, frozen=True):
     generated: Sequence[int]
     rounds: Sequence[RoundRow]
     finished: bool = True
-
-
-class RoundFigures(msgspec.Struct, kw_only=True):
-    """The part of an arm's figures that follows from its rounds alone."""
-
-    tokens: int
-    rounds: int
-    requests: int
-    tau: float
-    tau_novel: float | None
-    tau_mean_of_requests: float
-    tau_by_position: list[Bucket]
-    position_acceptance: list[float]
-    repeat_fraction: float
 
 
 def novel_positions(tokens: Sequence[int], ngram: int = NOVEL_NGRAM) -> list[bool]:
