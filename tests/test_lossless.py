@@ -34,7 +34,7 @@ def plain(target: Target) -> dict[str, list[int]]:
 
 
 ARMS = ("frozen", "frozen+window", "adapted", "adapted+window")
-FAST = {("adapted", 1), ("adapted", 4), ("frozen+window", 4)}
+FAST = {("adapted", 4), ("frozen+window", 4)}
 
 
 @pytest.mark.parametrize(
@@ -148,12 +148,14 @@ def exact_texts(target: Target, prompt: torch.Tensor, sampling: SamplingParams) 
     return joint
 
 
-def p_values(judge_of, observer_of, sampling: SamplingParams) -> list[float]:
+def p_values(
+    judge_of, observer_of, sampling: SamplingParams, num_draws: int = NUM_DRAWS
+) -> list[float]:
     """Of the joint text and of the token at each position."""
     target = make_target(VOCABULARY, seed=2, std=0.12)
     drafter = make_drafter(target, num_draft_tokens=2)
     prompt = torch.tensor([1, 3, 2, 5])
-    requests = [GenerationRequest(f"s{i}", prompt, 3) for i in range(NUM_DRAWS)]
+    requests = [GenerationRequest(f"s{i}", prompt, 3) for i in range(num_draws)]
     engine = make_engine(
         target,
         drafter,
@@ -169,7 +171,7 @@ def p_values(judge_of, observer_of, sampling: SamplingParams) -> list[float]:
     tables = [(counts.sum((1, 2)), joint.sum((1, 2)))]
     tables += [(counts.sum((0, 2)), joint.sum((0, 2))), (counts.sum((0, 1)), joint.sum((0, 1)))]
     tables.append((counts.flatten(), joint.flatten()))
-    return [_p_value(observed, expected * NUM_DRAWS) for observed, expected in tables]
+    return [_p_value(observed, expected * num_draws) for observed, expected in tables]
 
 
 def _p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
@@ -215,7 +217,7 @@ def test_sampling_follows_the_target(sampling: SamplingParams, updates: str) -> 
 
 def test_the_chi_square_test_can_fail() -> None:
     """A judge that accepts every draft is caught at once."""
-    found = p_values(AcceptAll, lambda _t, _d: None, SamplingParams(1.0))
+    found = p_values(AcceptAll, lambda _t, _d: None, SamplingParams(1.0), num_draws=600)
     assert min(found) < 1e-12
 
 

@@ -140,7 +140,7 @@ def test_trace_equals_engine(tmp_path: Path, settings: dict, max_batch: int) -> 
     """A frozen greedy arm has the same rounds from the trace as from the engine, one by one."""
     settings["arms"] = ["frozen", "frozen+window"]
     settings["engine"]["max_batch"] = max_batch
-    settings["workload"] |= {"max_new_tokens": 160, "max_prompts": 3}
+    settings["workload"] |= {"max_new_tokens": 96, "max_prompts": 2}
     config = load_config(write(tmp_path, settings))
     folder = new_folder(config)
     live = Experiment(config, record=True).run(folder)
