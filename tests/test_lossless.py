@@ -201,7 +201,7 @@ PLAIN, CUT = SamplingParams(1.0), SamplingParams(0.7, top_p=0.8)
         pytest.param(PLAIN, "none", marks=pytest.mark.slow),
         pytest.param(CUT, "none", marks=pytest.mark.slow),
         pytest.param(PLAIN, "scrambled", marks=pytest.mark.slow),
-        (CUT, "scrambled"),
+        pytest.param(CUT, "scrambled", marks=pytest.mark.slow),
     ],
 )
 def test_sampling_follows_the_target(sampling: SamplingParams, updates: str) -> None:
