@@ -25,7 +25,6 @@ from cosched.engines.trace import RecordedRows, TraceMeta, TraceWriter, read_met
 from cosched.errors import ConfigError
 from cosched.guard import FiniteGuard
 from cosched.publish import InPlacePublisher
-from cosched.records import SignalSpec
 from cosched.registry import DRAFTERS, LOSSES, POLICIES
 from cosched.replay import ReplayBuffer, ReplayLimits
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 
     from cosched.engines.embedded.request import GenerationRequest
     from cosched.protocols import Drafter, Sink
-
-NOTHING = SignalSpec(feature_layers=(), conditioning="none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +128,13 @@ def build_arm(
     coscheduler = None
     if base == "adapted" and drafter is not None:
         coscheduler = build_coscheduler(world, drafter, window, sink)
-    signal = drafter.signal if drafter else NOTHING
-    if drafter is None and writer is not None:
-        signal = load_drafter(world).signal
+    layers = writer.feature_layers if writer else ()
+    if drafter is not None:
+        layers = drafter.signal.feature_layers
     max_length = max(request.max_length for request in world.requests)
     num_drafted = drafter.num_draft_tokens if drafter else 0
     engine = EmbeddedEngine(
-        rows=_rows(world, max_length + num_drafted + 1, signal.feature_layers),
+        rows=_rows(world, max_length + num_drafted + 1, layers),
         judge=_judge(world),
         drafter=drafter,
         options=EngineOptions(
@@ -168,18 +165,28 @@ def build_coscheduler(
         trainer = build_trainer(world, drafter)
         publisher = InPlacePublisher(serving, world.target.model, adapt.publish.target_check_every)
     target, replay = world.target, adapt.replay
-    width = target.hidden_size if replay.teacher == "hidden" else target.vocab_size
-    element = target.dtype.itemsize if replay.teacher == "hidden" else torch.float32.itemsize
+    hidden_bytes = target.hidden_size * target.dtype.itemsize
     limits = ReplayLimits(
         window=replay.window,
         anchors=replay.anchors,
         path=drafter.num_draft_tokens,
         max_tokens=replay.max_tokens,
         max_bytes=replay.max_bytes,
-        teacher_row_bytes=width * element,
+        feature_row_bytes=hidden_bytes * len(drafter.signal.feature_layers),
+        teacher_row_bytes=(
+            hidden_bytes
+            if replay.teacher == "hidden"
+            else target.vocab_size * torch.float32.itemsize
+        ),
     )
+    rows = world.config.loss_settings.rows
+    if (needed := limits.request_bytes(keep_blocks=rows != "delayed")) > replay.max_bytes:
+        raise ConfigError(
+            f"adapt.replay.max_bytes: {replay.max_bytes} holds no request; one of "
+            f"adapt.replay.window = {replay.window} rows takes {needed}"
+        )
     return Coscheduler(
-        buffer=ReplayBuffer(limits, world.config.loss_settings.rows, window),
+        buffer=ReplayBuffer(limits, rows, window),
         policy=policy,
         trainer=trainer,
         guard=FiniteGuard(),

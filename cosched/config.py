@@ -90,7 +90,10 @@ class RecordSettings(Section, frozen=True):
 
 
 class ReplaySettings(Section, frozen=True):
-    """``adapt.replay``: rows of context kept per request, anchors per micro-step, hard limits."""
+    """``adapt.replay``: rows of context kept per request, anchors per micro-step, hard limits.
+
+    A draft learns to look as far back as ``window`` reaches: give it the length that it serves.
+    """
 
     window: Positive = 128
     anchors: Positive = 64
@@ -300,6 +303,11 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"adapt.scope.state: per_request keeps one draft for each request, so "
             f"engine.max_batch must be 1, got {engine.max_batch}; use state: shared"
+        )
+    if replay.window > replay.max_tokens:
+        raise ConfigError(
+            f"adapt.replay.max_tokens: {replay.max_tokens} holds no request of "
+            f"adapt.replay.window = {replay.window} rows"
         )
     if replay.window <= drafter.num_draft_tokens + 1:
         raise ConfigError(

@@ -10,6 +10,7 @@ publish   into the serving draft, in place, as the next version
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,7 @@ class Coscheduler:
         snapshot = self._observe(round_)
         decision = self._policy.decide(snapshot)
         if decision.num_steps:
+            self._sink.emit("decision", round=self.totals.rounds, decision=decision)
             result = self._update(decision)
             if result and self._judge(result).publish:
                 self._publish()
@@ -120,11 +122,11 @@ class Coscheduler:
         totals = self.totals
         totals.updates += 1
         totals.skipped_steps += result.num_skipped
-        totals.losses.append(result.losses[-1])
+        totals.losses.append(result.losses[-1] if math.isfinite(result.losses[-1]) else None)
         totals.round_of_update = totals.rounds
         totals.committed_at_update = totals.committed
         totals.update_seconds += self._clock() - started
-        self._sink.emit("update", round=totals.rounds, reason=decision.reason, result=result)
+        self._sink.emit("update", round=totals.rounds, result=result)
         return result
 
     def _judge(self, result: UpdateResult) -> Verdict:

@@ -115,6 +115,7 @@ class Experiment:
         if self._writer is not None:
             with explained(folder.path / "trace"):
                 self._writer.open(folder.path / "trace")
+        self._keep_progress(folder, groups_done=0)
         return 0
 
     def _restore(self, folder: RunFolder) -> int:

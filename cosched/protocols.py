@@ -203,13 +203,6 @@ class Sink(Protocol):
     def emit(self, kind: str, **fields: Any) -> None: ...
 
 
-class Request(Protocol):
-    """A prompt on its way through an engine."""
-
-    id: str
-    prompt: Sequence[int]
-
-
 class RoundObserver(Protocol):
     """Who is called by the engine after every round: the co-scheduler."""
 

@@ -143,7 +143,6 @@ class Snapshot(msgspec.Struct, frozen=True):
     seconds_verifying: float
     seconds_updating: float
     seconds_publishing: float
-    idle: bool = False
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -212,4 +211,4 @@ class Totals:
     publish_seconds: float = 0.0
     skipped_steps: int = 0
     recent: float = 0.0
-    losses: list[float] = field(default_factory=list)
+    losses: list[float | None] = field(default_factory=list)

@@ -7,12 +7,14 @@ width (hidden or vocabulary).
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cosched.records import Rows, Segment, ServedBlock, SignalBatch, VerifyRound
+
+TOKEN_BYTES = torch.int64.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +23,8 @@ class ReplayLimits:
 
     ``window`` rows of context are kept of each request, ``anchors`` are drawn for a micro-step,
     shared evenly by the requests. ``max_tokens`` and ``max_bytes`` bound the whole buffer;
-    ``teacher_row_bytes`` is what one teacher row takes, so that a request's cost is known when it
-    is let in.
+    ``feature_row_bytes`` and ``teacher_row_bytes`` are what one row of each takes, so that a
+    request's cost is known before it is let in.
     """
 
     window: int
@@ -30,7 +32,14 @@ class ReplayLimits:
     path: int
     max_tokens: int
     max_bytes: int
+    feature_row_bytes: int
     teacher_row_bytes: int
+
+    def request_bytes(self, keep_blocks: bool) -> int:
+        """Most bytes that one request takes: rows twice over, and a served block for each row."""
+        row = TOKEN_BYTES + self.feature_row_bytes + self.teacher_row_bytes
+        block = self.path * (TOKEN_BYTES + self.teacher_row_bytes) if keep_blocks else 0
+        return 2 * self.window * row + TOKEN_BYTES + self.window * block
 
 
 class ReplayBuffer:
@@ -45,6 +54,8 @@ class ReplayBuffer:
         self.rows: Rows = rows
         self.draft_window = draft_window
         self.num_evicted = 0
+        self._keep_blocks = rows != "delayed"
+        self._request_bytes = limits.request_bytes(self._keep_blocks)
         self._requests: OrderedDict[str, _RequestRows] = OrderedDict()
 
     @property
@@ -53,7 +64,8 @@ class ReplayBuffer:
 
     @property
     def num_bytes(self) -> int:
-        return sum(rows.num_bytes for rows in self._requests.values())
+        """Reserved bytes: every request counts at its most from the start."""
+        return len(self._requests) * self._request_bytes
 
     def collect(self, round_: VerifyRound) -> None:
         """Take in a round: new rows, served blocks, and which requests are done."""
@@ -62,25 +74,25 @@ class ReplayBuffer:
                 continue
             self._requests[segment.request_id].append(segment)
             self._requests.move_to_end(segment.request_id)
-        if self.rows != "delayed":
+        if self._keep_blocks:
             for block in round_.blocks:
                 if block.request_id in self._requests:
-                    self._requests[block.request_id].blocks.append(block)
+                    self._requests[block.request_id].blocks.append(_owned(block))
         for request_id in round_.finished:
             self._requests.pop(request_id, None)
 
     def _admit(self, segment: Segment) -> bool:
-        rows = _RequestRows(self.limits, segment, keep_blocks=self.rows != "delayed")
-        if rows.capacity > self.limits.max_tokens or rows.num_bytes > self.limits.max_bytes:
+        limits = self.limits
+        room = min(
+            limits.max_bytes // self._request_bytes, limits.max_tokens // limits.window
+        )  # requests
+        if room == 0:
             self.num_evicted += 1
             return False
-        while self._requests and (
-            self.num_bytes + rows.num_bytes > self.limits.max_bytes
-            or (len(self._requests) + 1) * rows.capacity > self.limits.max_tokens
-        ):
+        while len(self._requests) >= room:
             self._requests.popitem(last=False)
             self.num_evicted += 1
-        self._requests[segment.request_id] = rows
+        self._requests[segment.request_id] = _RequestRows(limits, segment)
         return True
 
     def sample(self) -> SignalBatch | None:
@@ -92,6 +104,11 @@ class ReplayBuffer:
             if (one := rows.draw(self.rows, share, self.limits.path)) is not None
         ]
         return _pad(drawn, self.draft_window) if drawn else None
+
+
+def _owned(block: ServedBlock) -> ServedBlock:
+    """The block in storage of its own: a view would keep the rows of the whole batch alive."""
+    return replace(block, path_K=block.path_K.clone(), teacher_KX=block.teacher_KX.clone())
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +131,7 @@ class _RequestRows:
     costs one copy of each row and now and then one more.
     """
 
-    def __init__(self, limits: ReplayLimits, first: Segment, keep_blocks: bool) -> None:
+    def __init__(self, limits: ReplayLimits, first: Segment) -> None:
         self.capacity = limits.window
         size = 2 * self.capacity
         self.start = first.start
@@ -125,14 +142,7 @@ class _RequestRows:
         features = first.features_RF
         self.features = None if features is None else features.new_zeros(size, features.shape[-1])
         self.teacher: Tensor | None = None
-        self.blocks: deque[ServedBlock] = deque(maxlen=limits.window if keep_blocks else 0)
-        # Everything is counted at its most from the start, the teacher's storage included.
-        token_bytes = self.tokens.element_size()
-        self.num_bytes = self.tokens.nbytes + size * limits.teacher_row_bytes
-        self.num_bytes += 0 if self.features is None else self.features.nbytes
-        if keep_blocks:
-            block_bytes = limits.path * (limits.teacher_row_bytes + token_bytes)
-            self.num_bytes += limits.window * block_bytes
+        self.blocks: deque[ServedBlock] = deque(maxlen=limits.window)
 
     def append(self, segment: Segment) -> None:
         skipped = max(0, len(segment.tokens_R1) - 1 - self.capacity)

@@ -124,6 +124,7 @@ def make_coscheduler(
         path=drafter.num_draft_tokens,
         max_tokens=100_000,
         max_bytes=1 << 28,
+        feature_row_bytes=len(drafter.signal.feature_layers) * target.hidden_size * 4,
         teacher_row_bytes=target.hidden_size * 4,
     )
     network = drafter.network()

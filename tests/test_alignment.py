@@ -34,7 +34,9 @@ def served(target: Target, drafter, window: int | None, max_batch: int = 3) -> l
 def buffer_of(
     target: Target, rounds: list[VerifyRound], rows: Rows, draft_window: int | None, window=400
 ) -> ReplayBuffer:
-    limits = ReplayLimits(window, 10_000, 3, 1 << 20, 1 << 30, target.hidden_size * 4)
+    limits = ReplayLimits(
+        window, 10_000, 3, 1 << 20, 1 << 30, 3 * target.hidden_size * 4, target.hidden_size * 4
+    )
     buffer = ReplayBuffer(limits, rows, draft_window)
     for round_ in rounds:
         if round_.finished:

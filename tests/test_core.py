@@ -21,7 +21,7 @@ from tests.helpers import decode, make_coscheduler, make_engine, make_requests
 
 def snapshot(**changes: float) -> Snapshot:
     zero = dict.fromkeys(Snapshot.__struct_fields__, 0)
-    return msgspec.convert({**zero, "idle": False, **changes}, Snapshot)
+    return msgspec.convert({**zero, **changes}, Snapshot)
 
 
 # --- replay buffer -------------------------------------------------------------------------
@@ -45,7 +45,7 @@ ROW = st.tuples(
 )
 def test_the_buffer_never_exceeds_its_limits(steps, window, max_tokens, max_bytes, rows) -> None:
     """Tokens and bytes stay below their limits, whatever arrives, and rows stay in step."""
-    limits = ReplayLimits(window, 8, 2, max_tokens, max_bytes, teacher_row_bytes=3 * 4)
+    limits = ReplayLimits(window, 8, 2, max_tokens, max_bytes, 3 * 4, 3 * 4)
     buffer = ReplayBuffer(limits, rows, None)
     ends: dict[int, int] = {}
     for request, count, teacher, finished, gap in steps:
@@ -97,7 +97,7 @@ def _check_rows_are_in_step(batch) -> None:
 
 def test_a_request_too_large_for_the_buffer_is_counted() -> None:
     """Nothing is dropped in silence: what cannot be kept is counted."""
-    buffer = ReplayBuffer(ReplayLimits(64, 8, 2, 32, 1 << 20, 12), "delayed", None)
+    buffer = ReplayBuffer(ReplayLimits(64, 8, 2, 32, 1 << 20, 12, 12), "delayed", None)
     buffer.collect(_round(0, 0, 4, True, False))
     assert (buffer.num_tokens, buffer.num_evicted) == (0, 1)
 

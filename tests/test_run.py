@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -17,8 +18,11 @@ import yaml
 
 from cosched import cli
 from cosched.config import Config, load_config, to_yaml
-from cosched.errors import ConfigError, CoschedError
+from cosched.engines.embedded.engine import EngineSeconds
+from cosched.errors import ConfigError, CoschedError, RunFolderError
 from cosched.experiment import Experiment
+from cosched.records import Totals
+from cosched.resume import ArmProgress, Progress, load, save
 from cosched.telemetry.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +105,8 @@ def test_a_run_leaves_its_folder(tmp_path: Path, settings: dict) -> None:
     assert adapted["versions"] == adapted["updates"] > 0
     assert adapted["tau"] > 1
     kinds = [json.loads(line)["kind"] for line in events_of(folder)]
-    assert {"round", "request", "update", "verdict", "publication"} <= set(kinds)
+    expected = {"round", "request", "decision", "update", "verdict", "publication"}
+    assert expected <= set(kinds)
     for arm, name in ((a, a) for a in settings["arms"]):
         rounds = summary["arms"][arm]["rounds"]
         found = sum(
@@ -223,6 +228,8 @@ def test_documents_are_forced(tmp_path: Path, settings: dict, tinyworld: Path) -
         ("drafter.path=nowhere", ("drafter.path", "nowhere")),
         ("workload.max_new_tokens=5000", ("max_new_tokens", "4096")),
         ("adapt.replay.window=3", ("adapt.replay.window", "3")),
+        ("adapt.replay.max_tokens=31", ("adapt.replay.max_tokens", "31")),
+        ("adapt.replay.max_bytes=1000", ("adapt.replay.max_bytes", "1000", "window = 32")),
         ("engine.max_batch=two", ("engine.max_batch", "two")),
         ("nonsense", ("key.sub=value", "nonsense")),
     ],
@@ -319,15 +326,15 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, settings: dict) -> None:
     assert (code, "file/runs" in err, "Traceback" in err) == (1, True, False), err
 
 
-def cosched_process(arguments: list[str], **options) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def cosched_process(arguments: list[str], preexec_fn=None, **variables) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
     return subprocess.Popen(
         [sys.executable, "-m", "cosched.cli", *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
+        preexec_fn=preexec_fn,
     )
 
 
@@ -345,6 +352,24 @@ def test_a_full_disk_is_one_message(tmp_path: Path, settings: dict) -> None:
     assert process.returncode == 1, err
     assert "cannot be written" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_no_compiler_is_needed(tmp_path: Path, settings: dict) -> None:
+    """A run that trains goes through where neither a compiler nor ninja is on the path."""
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    extensions = tmp_path / "extensions"
+    process = cosched_process(
+        ["run", "-c", str(write(tmp_path, settings))],
+        PATH=str(empty),
+        TORCH_EXTENSIONS_DIR=str(extensions),
+    )
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    summary = json.loads((tmp_path / "runs" / "one" / "summary.json").read_text())
+    assert summary["arms"]["adapted"]["updates"] > 0
+    assert not extensions.exists()  # nothing was compiled, nothing was cached
 
 
 @pytest.mark.slow
@@ -401,6 +426,46 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, settings: dict) -> N
         assert _rounds(folder.path, arm) == _rounds(tmp_path / "runs" / "whole", arm)
     code, _, err = run_cli("run", "-c", path, "--resume")
     assert (code, "nothing to resume" in err) == (1, True)
+
+
+def test_a_run_cut_in_its_first_request_can_be_resumed(tmp_path: Path, settings: dict) -> None:
+    """There is a point to go on from before anything is done."""
+    settings["arms"] = ["plain", "adapted"]
+    path = write(tmp_path, settings)
+
+    def interrupt(_arm: str, _number: int) -> None:
+        raise KeyboardInterrupt
+
+    config = load_config(path)
+    assert Experiment(config).run(new_folder(config), interrupt).run["interrupted"]
+    code, _, err = run_cli("run", "-c", path, "--resume")
+    assert code == 0, err
+    summary = json.loads((config.run_folder / "summary.json").read_text())
+    assert summary["arms"]["plain"]["tokens"] == 2 * 48
+    assert summary["arms"]["adapted"]["lossless_mismatches"] == 0
+
+
+def test_progress_with_a_loss_that_was_not_finite_is_readable(tmp_path: Path) -> None:
+    """JSON has no NaN: a skipped step must not make an interrupted run unreadable."""
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    totals = Totals(losses=[0.5, None], skipped_steps=1)
+    arm = ArmProgress([], 1.0, EngineSeconds(), totals, 1)
+    save(folder, Progress(1, 0, {"adapted": arm}), {"adapted": {}})
+    assert load(folder)[0].arms["adapted"].totals == totals
+
+
+def test_a_folder_without_permission(tmp_path: Path) -> None:
+    """The kernel's refusal is one message that names the folder."""
+    tmp_path.chmod(0o555)
+    libc = ctypes.CDLL(None)
+    libc.setfsuid(65534)  # root may write anywhere: go to the file system as nobody
+    try:
+        with pytest.raises(RunFolderError, match=r"runs/one cannot be written: Permission denied"):
+            RunFolder(tmp_path / "runs" / "one").create()
+    finally:
+        libc.setfsuid(os.geteuid())
+        tmp_path.chmod(0o755)
 
 
 # --- other commands ------------------------------------------------------------------------

@@ -161,6 +161,21 @@ def test_reset_is_exact(target: Target, batch: SignalBatch, zero_stage: int) -> 
     assert all(torch.equal(after[n], w) for n, w in trainer.weights().items())
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_a_restored_trainer_goes_on_exactly(
+    target: Target, batch: SignalBatch, zero_stage: int
+) -> None:
+    """Three steps, kept, and three more in a new trainer are six steps, to the bit."""
+    drafter = make_drafter(target)
+    whole, first, second = (make_trainer(target, drafter, zero_stage) for _ in range(3))
+    expected = whole.update(batch, Decision(6)).losses
+    first.update(batch, Decision(3))
+    second.update(batch, Decision(1))  # what is restored must replace this
+    second.restore(first.state())
+    assert second.update(batch, Decision(3)).losses == expected[3:]
+    assert all(torch.equal(whole.weights()[n], w) for n, w in second.weights().items())
+
+
 def test_per_request_state_starts_from_the_loaded_draft(target: Target) -> None:
     """With state per request, the second request is served as if it were the first."""
     requests = make_requests(target, count=2, prompt=8, new=150)

@@ -68,6 +68,7 @@ class TraceWriter:
         max_bytes: int,
     ) -> None:
         self.directory = Path()
+        self.feature_layers = feature_layers
         self._meta = (target_checksum, feature_layers, kind, temperature, top_p)
         self._dtype = dtype
         self._left = max_bytes

@@ -29,13 +29,16 @@ class RunFolder:
         Raises:
             RunFolderError: the folder exists and ``overwrite`` is off, or it is no run's.
         """
-        if not self.path.exists():
-            return
-        if not overwrite:
+        with explained(self.path):  # a parent folder may be closed to us
+            exists = self.path.exists()
+            foreign = (
+                exists and not (self.path / "config.yaml").exists() and any(self.path.iterdir())
+            )
+        if exists and not overwrite:
             raise RunFolderError(
                 f"{self.path} exists; give --overwrite to replace it, or another run.name"
             )
-        if not (self.path / "config.yaml").exists() and any(self.path.iterdir()):
+        if foreign:
             raise RunFolderError(
                 f"{self.path} is no run folder (no config.yaml); not overwriting it"
             )
@@ -47,10 +50,10 @@ class RunFolder:
             RunFolderError: it is not there, or its settings differ (the message names a line).
         """
         path = self.path / "config.yaml"
-        if not path.exists():
-            raise RunFolderError(f"{self.path} has nothing to resume: there is no such run")
         with explained(path):
-            before = path.read_text().splitlines()
+            before = path.read_text().splitlines() if path.exists() else None
+        if before is None:
+            raise RunFolderError(f"{self.path} has nothing to resume: there is no such run")
         for old, new in zip_longest(before, config_yaml.splitlines()):
             if old != new:
                 raise RunFolderError(

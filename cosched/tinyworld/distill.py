@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cosched.records import SignalBatch
+from cosched.tinyworld.optimize import muon_and_adamw, take_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,12 +107,7 @@ def distill(
     """Teach the drafter in place; ``advance(tokens, message)`` is called after every step."""
     generator = torch.Generator().manual_seed(seed)
     network = batch_loss.network.train()
-    matrices = [p for n, p in network.named_parameters() if p.ndim == 2 and "lm_head" not in n]
-    others = [p for n, p in network.named_parameters() if p.ndim != 2 or "lm_head" in n]
-    optimizers = (
-        torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", weight_decay=0.01),
-        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
-    )
+    optimizers = muon_and_adamw(network, weight_decay=0.01)
     step_tokens = plan.batch * plan.length
     num_steps = plan.tokens // step_tokens
     for step in range(num_steps):
@@ -121,13 +117,7 @@ def distill(
         )
         with torch.autocast("cpu", torch.bfloat16):
             loss = batch_loss(random_batch(target, drafter, store, plan, generator))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
+        take_step(loss, network.parameters(), optimizers, rate)
         speed = step_tokens / (time.perf_counter() - started)
         advance(step_tokens, f"loss {loss.item():.3f}, {speed:.0f} tokens/s")
     network.eval()

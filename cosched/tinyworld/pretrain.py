@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from cosched.tinyworld.optimize import Optimizers, muon_and_adamw, take_step
 from cosched.tinyworld.tokens import VOCAB_SIZE, TokenStore, load_tokens
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def pretrain(
             model = grow(model, stage.num_layers)
         model.set_attn_implementation(stage.attention)
         model.train()
-        optimizers = _optimizers(model)
+        optimizers = muon_and_adamw(model, weight_decay=0.05)
         step_tokens = stage.batch * stage.length
         for step in range(stage.tokens // step_tokens):
             rate = LEARNING_RATE * min(
@@ -125,31 +126,16 @@ def pretrain(
     return model.eval()
 
 
-def _optimizers(model: Qwen3ForCausalLM) -> tuple[torch.optim.Optimizer, ...]:
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    return (
-        torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", weight_decay=0.05),
-        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
-    )
-
-
 def _step(
     model: Qwen3ForCausalLM,
     ids_BT: torch.Tensor,
-    optimizers: tuple[torch.optim.Optimizer, ...],
+    optimizers: Optimizers,
     rate: float,
 ) -> float:
     with torch.autocast("cpu", torch.bfloat16):
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
     loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten())
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
+    take_step(loss, model.parameters(), optimizers, rate)
     return loss.item()
 
 

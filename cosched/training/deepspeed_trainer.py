@@ -160,10 +160,6 @@ class DeepSpeedTrainer:
         optimizer = self._engine.optimizer
         return getattr(optimizer, "optimizer", optimizer)
 
-    def close(self) -> None:
-        """Give DeepSpeed's buffers back."""
-        self._engine.destroy()
-
 
 def _initialize(
     module: BatchLoss,

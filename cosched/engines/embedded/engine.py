@@ -47,7 +47,6 @@ class EngineSeconds:
     prefill: float = 0.0
     draft: float = 0.0
     verify: float = 0.0
-    observer: float = 0.0
 
 
 @dataclass(slots=True)
@@ -282,7 +281,6 @@ class EmbeddedEngine:
         self._on_tokens(sum(block.num_committed for block in blocks) or len(segments))
         if self._observer is None:
             return
-        started = self._clock()
         self._observer.on_round(
             VerifyRound(
                 index=self._round_index,
@@ -295,7 +293,6 @@ class EmbeddedEngine:
                 num_running=len(self._slots),
             )
         )
-        self.seconds.observer += self._clock() - started
 
     def _now(self) -> float:
         """The time once the device has done what it was given, so that a span is true."""
