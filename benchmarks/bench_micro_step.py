@@ -66,7 +66,9 @@ def main() -> None:
     def loss_of_copy() -> tuple[BatchLoss, list[str]]:
         copy = drafter.clone(torch.float32)
         loss = ForwardKL(LossSettings(kind="forward_kl"))
-        return BatchLoss(copy, loss, world.target.head, "hidden"), list(copy.trainable("body"))
+        return BatchLoss(copy, loss, world.target.head, "hidden"), list(
+            copy.scopes()["body"].parameters
+        )
 
     steps: dict[str, Callable[[SignalBatch], object]] = {}
     batch_loss, names = loss_of_copy()

@@ -29,6 +29,7 @@ from cosched.registry import DRAFTERS, LOSSES, POLICIES
 from cosched.replay import ReplayBuffer, ReplayLimits
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
+from cosched.training.scope import parameters_of
 from cosched.workload import load_requests
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ def build_trainer(world: World, drafter: Drafter) -> DeepSpeedTrainer:
     )
     return DeepSpeedTrainer(
         batch_loss,
-        copy.trainable(adapt.scope.kind),
+        parameters_of(copy, adapt.scope.kind),
         zero_stage=adapt.trainer.zero_stage,
         learning_rate=adapt.trainer.lr,
         max_grad_norm=adapt.trainer.max_grad_norm,

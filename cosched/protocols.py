@@ -6,7 +6,7 @@ M = R * N * K student rows of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import msgspec
@@ -16,6 +16,7 @@ from cosched.records import (
     Decision,
     Proposal,
     Rows,
+    Scope,
     SignalBatch,
     SignalSpec,
     Snapshot,
@@ -73,24 +74,41 @@ class TargetInfo(Protocol):
     embedding: nn.Embedding
     head: nn.Module
 
+    def token_ids(self) -> Mapping[str, int] | None:
+        """The tokenizer's vocabulary; None where the target came without a tokenizer."""
+        ...
+
 
 class Drafter(Protocol):
     """A draft model: serves proposals, and replays them with gradients.
 
-    A plugin class also has ``Settings``, a subclass of ``DrafterSettings``, and
-    ``load(settings, target) -> Drafter``. Everything before ``replay`` is about serving;
-    what follows is used only where the drafter has a network.
+    A plugin class also has ``Settings``, a subclass of ``DrafterSettings``, and two constructors,
+    ``load(settings, target) -> Drafter`` and ``sketch(settings, target) -> Drafter``, which reads
+    no weights: its target's embedding lies on the meta device, and so does what it makes. It serves
+    to see what the drafter would take. ``examples(target, num_draft_tokens) -> Mapping[str, Drafter]``
+    makes small ones with random weights, one for each kind of checkpoint: the contract tests
+    (``cosched.testing``) run on them. Everything up to ``move_slot`` is about serving; what
+    follows ``network`` is used only where that is not None.
     """
 
     signal: SignalSpec
     num_draft_tokens: int
 
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What serving keeps of each token of a request, in bytes."""
+        ...
+
     def new_state(self, max_batch: int, max_length: int, window: int | None) -> Any:
         """Empty serving state: slots, positions in each, and how many tokens back it sees."""
         ...
 
-    def observe(self, state: Any, slot: int, tokens_R: Tensor, features_RF: Tensor | None) -> None:
-        """R rows of the request in ``slot`` were committed: their features, the token after each."""
+    def observe(self, state: Any, slot: int, tokens_R1: Tensor, features_RF: Tensor | None) -> None:
+        """R rows of the request in ``slot`` were committed: token and features of each.
+
+        ``tokens_R1`` has one token more, which the last row decided: the next anchor. A request's
+        first call starts with the first token of its text, each later call with the last anchor.
+        """
         ...
 
     def propose(self, state: Any, num_slots: int, choose: Choose) -> Proposal:
@@ -105,12 +123,8 @@ class Drafter(Protocol):
         """The weights that serve and that training may change; None if it learns by itself."""
         ...
 
-    def trainable(self, scope: str) -> Sequence[str]:
-        """Parameter names of ``network()`` that a scope trains.
-
-        Raises:
-            ConfigError: the drafter has no such scope (the message lists those it has).
-        """
+    def scopes(self) -> Mapping[str, Scope]:
+        """What of ``network()`` may be trained, by the name that ``adapt.scope.kind`` gives it."""
         ...
 
     def clone(self, dtype: torch.dtype) -> Drafter:

@@ -28,12 +28,21 @@ TeacherForm = Literal["hidden", "logits"]
 class SignalSpec:
     """What a drafter needs to see of the target, declared once when it is loaded.
 
-    ``feature_layers`` are 0-based and mean "after that layer". ``conditioning`` says what drafted
-    token k knows: ``chain`` drafters know d_1..d_k, ``block`` drafters only the context.
+    ``feature_layers`` are 0-based and mean "after that layer"; the number of layers itself means
+    after the final norm. ``conditioning`` says what drafted token k knows: ``chain`` drafters know
+    d_1..d_k, ``block`` drafters only the context, ``none`` learns by itself and replays nothing.
     """
 
     feature_layers: tuple[int, ...]
     conditioning: Literal["chain", "block", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What may be trained, by parameter name, and whether the draft's KV cache stays exact then."""
+
+    parameters: tuple[str, ...]
+    keeps_cache: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -11,17 +12,35 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cosched.errors import CheckpointError
+from drafters.config import DecoderConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
+
+C = TypeVar("C", bound=DecoderConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint(Generic[C]):
+    """A draft on disk in our own terms: its shape, its tensors, and the file it came from.
+
+    ``config`` and ``tensors`` use one convention whatever the format (layers mean "after that
+    layer"); ``raw`` is the ``config.json`` as it was, so that writing the same format back keeps
+    what we do not read.
+    """
+
+    config: C
+    tensors: dict[str, Tensor]
+    format: str
+    raw: dict[str, Any] = field(default_factory=dict)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The ``config.json`` of a checkpoint folder.
 
     Raises:
-        CheckpointError: no folder, no file, or not JSON.
+        CheckpointError: no folder, no file, or not a JSON object.
     """
     path = directory / "config.json"
     if not directory.is_dir():
@@ -29,30 +48,53 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{directory} has no config.json")
     try:
-        return json.loads(path.read_text())
+        raw = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return raw
 
 
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a folder: ``*.safetensors``, or ``pytorch_model.bin`` without unpickling code.
+def read_tensors(directory: Path, extra: Iterable[str] = ()) -> dict[str, Tensor]:
+    """All tensors of a folder: ``*.safetensors``, or ``pytorch_model*.bin`` without unpickling code.
+
+    ``extra`` names ``torch.save`` files that belong to the format besides; they may be absent.
 
     Raises:
-        CheckpointError: no weights, or a damaged file.
+        CheckpointError: no weights, a damaged file, or a file that holds more than tensors.
     """
     files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
     if not files:
         raise CheckpointError(f"{directory} has neither *.safetensors nor pytorch_model.bin")
     tensors: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            if path.suffix == ".safetensors":
-                tensors |= load_file(path)
-            else:
-                tensors |= torch.load(path, map_location="cpu", weights_only=True)
-        except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    for path in [*files, *(directory / name for name in extra if (directory / name).exists())]:
+        found = _read_file(path)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise CheckpointError(
+                f"{path} has {twice[0]}, which another file of the folder has too"
+            )
+        tensors |= found
     return tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    # torch.load raises what the unpickler raises: no narrower class covers a damaged file.
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise CheckpointError(
+            f"{path} is not read: it is damaged, or holds code besides tensors ({error})"
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+        raise CheckpointError(f"{path} is no table of named tensors")
+    return loaded
 
 
 def check_tensors(
@@ -83,8 +125,70 @@ def check_tensors(
 def write_checkpoint(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write ``config.json`` and ``model.safetensors``."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    """Write ``config.json`` and ``model.safetensors``.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{directory} cannot be written: {error}") from error
+
+
+def rename(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors with the first matching prefix of each name exchanged."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for old, new in prefixes.items():
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                break
+        if name in renamed:
+            raise CheckpointError(f"two tensors of the checkpoint are both {name}")
+        renamed[name] = tensor
+    return renamed
+
+
+def tokenizer_vocabulary(directory: Path) -> dict[str, int] | None:
+    """Token ids of the folder's own ``tokenizer.json``; None where it has none.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def transformers_defaults(model_type: str) -> dict[str, Any]:
+    """What transformers takes for keys that a configuration of that type leaves out.
+
+    Raises:
+        CheckpointError: no such type.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(model_type).to_dict()
+    except ValueError as error:
+        raise CheckpointError(f"transformer_layer_config: {error}") from error
+
+
+def speculators_block(algorithm: str, num_draft_tokens: int) -> dict[str, Any]:
+    """``speculators_config`` of a draft that does not say whose it is: the loader is told."""
+    return {
+        "algorithm": algorithm,
+        "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": num_draft_tokens}],
+        "default_proposal_method": "greedy",
+        "verifier": {"name_or_path": None, "architectures": []},
+    }

@@ -54,7 +54,7 @@ def make_drafter(target: Target, num_draft_tokens: int = 3, seed: int = 1) -> Ea
         head_dim=16,
         vocab_size=target.vocab_size,
         draft_vocab_size=target.vocab_size,
-        eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1, 2]},
+        feature_layers=[0, 1, 2],
     )
     drafter = Eagle3Drafter.initialise(config, target, num_draft_tokens)
     drafter.network().to(target.device, target.dtype).requires_grad_(False)

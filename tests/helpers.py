@@ -18,6 +18,7 @@ from cosched.records import Decision, Rows, Snapshot, VerifyRound
 from cosched.replay import ReplayBuffer, ReplayLimits
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
+from cosched.training.scope import parameters_of
 from losses.divergence import ForwardKL
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def make_trainer(
     copy = drafter.clone(torch.float32)
     settings = LossSettings(kind="forward_kl")
     batch_loss = BatchLoss(copy, ForwardKL(settings), target.head, "hidden")
-    return DeepSpeedTrainer(batch_loss, copy.trainable("full"), zero_stage, lr, max_norm)
+    return DeepSpeedTrainer(batch_loss, parameters_of(copy, "full"), zero_stage, lr, max_norm)
 
 
 def make_coscheduler(

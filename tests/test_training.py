@@ -192,7 +192,9 @@ def test_per_request_state_starts_from_the_loaded_draft(target: Target) -> None:
 
 def test_scope_body_leaves_the_head_alone(target: Target, batch: SignalBatch) -> None:
     drafter = make_drafter(target)
-    assert set(drafter.trainable("full")) - set(drafter.trainable("body")) == {"lm_head.weight"}
+    assert set(drafter.scopes()["full"].parameters) - set(drafter.scopes()["body"].parameters) == {
+        "lm_head.weight"
+    }
 
 
 def test_every_waits_for_its_rounds() -> None:

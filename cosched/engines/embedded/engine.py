@@ -255,7 +255,7 @@ class EmbeddedEngine:
         features = rows.features_BTF
         features_RF = None if features is None else features[row_index, :count]
         if self._drafter:
-            self._drafter.observe(self._state, slot_index, tokens_R1[1:], features_RF)
+            self._drafter.observe(self._state, slot_index, tokens_R1, features_RF)
         if self._recorder:
             self._recorder(slot.request, rows, row_index, start, count)
         teacher = self._teacher(rows)

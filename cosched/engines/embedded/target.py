@@ -36,7 +36,7 @@ class TargetRows:
 class Target:
     """A causal LM in evaluation mode, its embedding and head, and a forward over a SlotCache."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, path: str | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         config = model.config
         self.vocab_size: int = config.vocab_size
@@ -50,6 +50,8 @@ class Target:
         self._capture_layers: tuple[int, ...] = ()
         self._captured: dict[int, Tensor] = {}
         self._hidden: Tensor | None = None
+        self._path = path
+        self._token_ids: dict[str, int] | None = None
         decoder = model.get_decoder()
         decoder.register_forward_hook(self._keep_hidden)
         for index, layer in enumerate(decoder.layers):
@@ -79,7 +81,15 @@ class Target:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"target.path: {path} cannot be loaded: {error}") from error
-        return cls(model.to(device))
+        return cls(model.to(device), path)
+
+    def token_ids(self) -> dict[str, int] | None:
+        """The vocabulary of the tokenizer beside the model; None for a model without a folder."""
+        if self._path is None:
+            return None
+        if self._token_ids is None:
+            self._token_ids = dict(load_tokenizer(self._path).get_vocab())
+        return self._token_ids
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -142,8 +152,9 @@ class Target:
                 logits_to_keep=num_logits or 0,
             )
             hidden = self._hidden
+            assert hidden is not None
+            self._captured[self.num_layers] = hidden
             features = [self._captured[layer] for layer in feature_layers]
-        assert hidden is not None
         return TargetRows(
             logits_BTV=output.logits.float(),
             hidden_BTH=hidden,

@@ -1,0 +1,165 @@
+"""What the families' ``config.json`` files have in common: the shape of a decoder layer, and RoPE."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+import torch
+from torch import Tensor
+
+from cosched.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cosched.protocols import TargetInfo
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embedding whose angles do not depend on how long the text has become."""
+
+C = TypeVar("C", bound="DecoderConfig")
+
+
+class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Keys that transformers gives a Llama or Qwen decoder; a family adds its own in a subclass."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    vocab_size: int
+    num_hidden_layers: int = 1
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float | None = None
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    max_position_embeddings: int = 4096
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    use_sliding_window: bool = True
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def width_of_head(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """RoPE as transformers 5 writes it, whichever way the file does: with ``rope_theta`` inside."""
+        rope = {"rope_type": "default", **(self.rope_scaling or {}), **(self.rope_parameters or {})}
+        if "type" in rope:  # the older name
+            rope["rope_type"] = rope.pop("type")
+        if self.rope_theta is not None:
+            rope.setdefault("rope_theta", self.rope_theta)
+        return {"rope_theta": 10000.0, **rope}
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normed per head: that is what makes a layer Qwen3's."""
+        return self.model_type == "qwen3"
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.attention_bias or self.model_type == "qwen2"
+
+    def window_of_layer(self, layer: int) -> int | None:
+        """How many positions back a layer of type ``sliding_attention`` sees, itself included."""
+        types = self.layer_types or []
+        sliding = layer < len(types) and types[layer] == "sliding_attention"
+        return self.sliding_window if sliding else None
+
+    def inverse_frequencies(self) -> tuple[Tensor, float]:
+        """RoPE angles per position ``[D / 2]`` in float64, and the factor on cosine and sine."""
+        rope = self.rope
+        exponent = torch.arange(0, self.width_of_head, 2, dtype=torch.float64) / self.width_of_head
+        plain = float(rope["rope_theta"]) ** -exponent
+        if rope["rope_type"] == "default":
+            return plain, 1.0
+        if rope["rope_type"] == "linear":
+            return plain / float(rope["factor"]), 1.0
+        # transformers has the formulas of the rest; imported late, it takes seconds.
+        from transformers import LlamaConfig
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        config = LlamaConfig(
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            head_dim=self.width_of_head,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_parameters=rope,
+        )
+        scaled, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+        return scaled.double(), float(factor)
+
+    def problems(self) -> list[str]:
+        """What this configuration asks for and the shared layers do not do."""
+        found: list[str] = []
+        if self.rope["rope_type"] not in ROPE_TYPES:
+            found.append(
+                f"rope_type {self.rope['rope_type']!r} (implemented: {', '.join(ROPE_TYPES)})"
+            )
+        if self.hidden_act != "silu":
+            found.append(f"hidden_act {self.hidden_act!r} (implemented: silu)")
+        if self.mlp_bias:
+            found.append("mlp_bias")
+        if self.num_attention_heads % self.kv_heads:
+            found.append(
+                f"{self.num_attention_heads} heads over {self.kv_heads} key-value heads, "
+                f"which do not divide them"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            found.append("no head_dim, and num_attention_heads does not divide hidden_size")
+        types = self.layer_types
+        if types is not None:
+            if len(types) < self.num_hidden_layers:
+                found.append(f"{len(types)} layer_types for {self.num_hidden_layers} layers")
+            found += [
+                f"layer type {kind!r} (implemented: full_attention, sliding_attention)"
+                for kind in sorted(set(types) - {"full_attention", "sliding_attention"})
+            ]
+            if "sliding_attention" in types and not self.sliding_window:
+                found.append("layer type 'sliding_attention' without a sliding_window")
+        return found
+
+
+def convert_config(raw: Mapping[str, Any], cls: type[C], where: object) -> C:
+    """A family's configuration from the keys of its file; keys that shape nothing are ignored.
+
+    Raises:
+        CheckpointError: a key is missing or mistyped, or asks for what is not implemented.
+    """
+    try:
+        config = msgspec.convert(raw, cls)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
+        if getattr(config, name) < 1:
+            raise CheckpointError(f"{where}: {name} is {getattr(config, name)}")
+    if problems := config.problems():
+        raise CheckpointError(
+            f"{where} asks for what is not implemented, and loading it anyway would draft badly "
+            f"in silence:\n" + "\n".join(f"  {problem}" for problem in problems)
+        )
+    return config
+
+
+def small_layer(target: TargetInfo, model_type: str) -> dict[str, Any]:
+    """Keys of a small layer of that type over a target: what examples of drafters are made of."""
+    return {
+        "model_type": model_type,
+        "hidden_size": target.hidden_size,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": target.vocab_size,
+    }

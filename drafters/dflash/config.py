@@ -1,0 +1,60 @@
+"""The shape of a DFlash block drafter, whichever format it was published in."""
+
+from __future__ import annotations
+
+from cosched.errors import CheckpointError
+from drafters.config import DecoderConfig
+
+
+class DFlashConfig(DecoderConfig, frozen=True, kw_only=True, omit_defaults=True):
+    """Decoder layers, and what a block is made of.
+
+    A block is the anchor and ``block_size - 1`` masks. ``feature_layers`` None spreads as many as
+    there are draft layers from layer 1 to n - 3 of n. ``mask_token_id`` None looks
+    ``mask_token`` up in the target's tokenizer. ``draft_vocab_size`` None borrows the target's
+    head. ``sliding_causal``: rows of a block see only earlier rows in ``sliding_attention`` layers
+    (SGLang, SpecForge and speculators agree on that default).
+    """
+
+    model_type: str = "qwen3"
+    block_size: int = 16
+    mask_token_id: int | None = None
+    mask_token: str = "<|MASK|>"  # SGLang's default
+    feature_layers: list[int] | None = None
+    num_target_layers: int | None = None
+    draft_vocab_size: int | None = None
+    sliding_causal: bool = True
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.model_type != "qwen3":
+            found.append(f"model_type {self.model_type!r} (implemented: qwen3)")
+        if self.block_size < 2:
+            found.append(f"block_size {self.block_size}: a block is an anchor and its masks")
+        return found
+
+    def layers_of(self, num_layers: int) -> tuple[int, ...]:
+        """Target layers whose outputs are fused: 'after that layer', 0-based.
+
+        Raises:
+            CheckpointError: the target does not have them, or it is another target.
+        """
+        if self.num_target_layers not in {None, num_layers}:
+            raise CheckpointError(
+                f"the draft was trained for a target of {self.num_target_layers} layers, "
+                f"this one has {num_layers}"
+            )
+        layers = tuple(self.feature_layers or _spread(num_layers, self.num_hidden_layers))
+        if len(set(layers)) != len(layers) or not all(0 <= i < num_layers for i in layers):
+            raise CheckpointError(
+                f"the draft wants features after layers {list(layers)}, "
+                f"but the target has layers 0 to {num_layers - 1}"
+            )
+        return layers
+
+
+def _spread(num_layers: int, count: int) -> list[int]:
+    """z-lab's default: layer n / 2 for one, else evenly from 1 to n - 3, rounded half to even."""
+    if count == 1:
+        return [num_layers // 2]
+    return [round(1 + i * (num_layers - 4) / (count - 1)) for i in range(count)]

@@ -1,0 +1,198 @@
+"""DFlash checkpoints of z-lab (also SpecForge's and SGLang's) and of speculators.
+
+| | ``zlab``, ``sglang``, ``specforge`` | ``speculators`` |
+| --- | --- | --- |
+| shape of the layers | top level | under ``transformer_layer_config`` |
+| feature layers | ``dflash_config.target_layer_ids``, "after that layer" | ``aux_hidden_state_layer_ids``, one more |
+| block, mask | top level or ``dflash_config`` | top level |
+| vocabulary | the target's | ``draft_vocab_size``, with its own head and maps where it is reduced |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cosched.errors import CheckpointError
+from drafters.checkpoint import (
+    Checkpoint,
+    read_config,
+    read_tensors,
+    rename,
+    speculators_block,
+    transformers_defaults,
+    write_checkpoint,
+)
+from drafters.config import convert_config
+from drafters.dflash.config import DFlashConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+FORMATS = ("zlab", "sglang", "specforge", "speculators")
+EMBEDDING = "embed_tokens.weight"
+NAMES = {"model.": "", "encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm."}
+VERIFIERS_OWN = ("verifier_lm_head.weight", "verifier_norm.weight")  # the target's, saved by some
+# Options of later relatives (DFlash2, Domino, MiMo …) that change the arithmetic.
+SUCCESSORS = (
+    "final_logit_softcapping", "output_multiplier", "attention_sink_bias", "attention_value_scale",
+    "projector_type", "conv_kernel_size", "selector_rank", "selector_top_k", "is_causal",
+)  # fmt: skip
+
+
+def read_shape(directory: Path) -> tuple[DFlashConfig, str, dict[str, Any]]:
+    """Configuration, format, and the file itself, without weights.
+
+    Raises:
+        CheckpointError: a key is missing or mistyped, or asks for what is not implemented.
+    """
+    raw = read_config(directory)
+    where = directory / "config.json"
+    if "speculators_model_type" in raw or "speculators_config" in raw:
+        return _from_speculators(raw, where), "speculators", raw
+    nested = raw.get("dflash_config") or {}
+    both = {**raw, **nested}
+    if wanted := [key for key in SUCCESSORS if both.get(key) not in {None, False, 1.0}]:
+        raise CheckpointError(
+            f"{where} asks for {', '.join(wanted)}, which the dflash drafter does not implement"
+        )
+    if "aux_hidden_state_layer_ids" in both:
+        raise CheckpointError(
+            f"{where} has aux_hidden_state_layer_ids, which only speculators files have (they "
+            f"count one more); give dflash_config.target_layer_ids, 'after that layer'"
+        )
+    keys: dict[str, Any] = {**raw, "feature_layers": both.get("target_layer_ids")}
+    for key in ("block_size", "mask_token_id", "mask_token"):
+        if both.get(key) is not None:
+            keys[key] = both[key]
+    keys.pop("draft_vocab_size", None)  # this format has none
+    return convert_config(keys, DFlashConfig, where), "zlab", raw
+
+
+def _from_speculators(raw: Mapping[str, Any], where: Path) -> DFlashConfig:
+    if (kind := raw.get("speculators_model_type", "dflash")) != "dflash":
+        raise CheckpointError(f"{where} is a speculators {kind!r} model, not 'dflash'")
+    if raw.get("sample_from_anchor"):
+        raise CheckpointError(
+            f"{where} has sample_from_anchor: a block that drafts from its anchor as well is DSpark, "
+            f"which the dflash drafter does not implement"
+        )
+    keys = {**raw.get("transformer_layer_config", {})}
+    keys.setdefault("model_type", "qwen3")
+    for key, value in transformers_defaults(keys["model_type"]).items():
+        keys.setdefault(key, value)
+    keys["block_size"] = raw.get("block_size", 8)
+    keys["mask_token_id"] = raw.get("mask_token_id")
+    keys["sliding_causal"] = not raw.get("sliding_window_non_causal", False)
+    ids = raw.get("aux_hidden_state_layer_ids")
+    keys["feature_layers"] = ids and [i - 1 for i in ids]
+    reduced = raw.get("draft_vocab_size", 32000)
+    keys["draft_vocab_size"] = None if reduced == keys.get("vocab_size") else reduced
+    return convert_config(keys, DFlashConfig, where)
+
+
+def read(directory: Path) -> Checkpoint[DFlashConfig]:
+    """A whole checkpoint in our own terms.
+
+    Raises:
+        CheckpointError: as ``read_shape``, or the weights cannot be read.
+    """
+    config, form, raw = read_shape(directory)
+    if (directory / "mask_embedding.pt").exists():
+        raise CheckpointError(
+            f"{directory} has a mask_embedding.pt, which is meant to be written into the target's "
+            f"embedding; that would change the target, so the dflash drafter does not load it"
+        )
+    tensors = {n: t for n, t in read_tensors(directory).items() if n not in VERIFIERS_OWN}
+    if form == "speculators" and config.draft_vocab_size is None:
+        tensors.pop("lm_head.weight", None)  # a copy of the target's
+    return Checkpoint(config, rename(tensors, NAMES), form, raw)
+
+
+def write(checkpoint: Checkpoint[DFlashConfig], directory: Path, form: str) -> None:
+    """Write in a format.
+
+    Raises:
+        CheckpointError: the format cannot express this draft.
+    """
+    if problems := unfit(checkpoint.config, form):
+        raise CheckpointError(
+            f"this draft cannot be written for {form}:\n" + "\n".join(f"  {p}" for p in problems)
+        )
+    make = _to_speculators if form == "speculators" else _to_zlab
+    write_checkpoint(directory, make(checkpoint), checkpoint.tensors)
+
+
+def unfit(config: DFlashConfig, form: str, own_embedding: bool = False) -> list[str]:
+    """Why a format, or the program that reads it, cannot have this draft; empty where it can."""
+    del own_embedding  # the target's serves in every format
+    if form not in FORMATS:
+        raise CheckpointError(f"dflash has no format {form!r}; there are: {', '.join(FORMATS)}")
+    if form == "speculators":
+        return []
+    problems: list[str] = []
+    if config.draft_vocab_size is not None:
+        problems.append(
+            f"a reduced vocabulary of {config.draft_vocab_size}: SGLang and SpecForge draft with the "
+            f"target's head"
+        )
+    if not config.sliding_causal and "sliding_attention" in (config.layer_types or []):
+        problems.append("bidirectional sliding_attention layers: there they are causal")
+    return problems
+
+
+SHAPE_KEYS = (
+    "model_type", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size",
+    "num_hidden_layers", "hidden_act", "rms_norm_eps", "max_position_embeddings", "attention_bias",
+    "layer_types", "sliding_window",
+)  # fmt: skip
+
+
+def _layer_keys(config: DFlashConfig) -> dict[str, Any]:
+    keys: dict[str, Any] = {key: getattr(config, key) for key in SHAPE_KEYS}
+    keys["num_key_value_heads"], keys["head_dim"] = config.kv_heads, config.width_of_head
+    return {key: value for key, value in keys.items() if value is not None}
+
+
+def _to_zlab(checkpoint: Checkpoint[DFlashConfig]) -> dict[str, Any]:
+    config, rope = checkpoint.config, checkpoint.config.rope
+    kept = checkpoint.raw if checkpoint.format != "speculators" else {}
+    nested = dict(kept.get("dflash_config") or {})
+    if config.mask_token_id is not None:
+        nested["mask_token_id"] = config.mask_token_id
+    if config.feature_layers:
+        nested["target_layer_ids"] = config.feature_layers
+    keys: dict[str, Any] = {
+        "architectures": ["DFlashDraftModel"],
+        "tie_word_embeddings": False,
+        **kept,
+        **_layer_keys(config),
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "layer_types": config.layer_types or ["full_attention"] * config.num_hidden_layers,
+        "block_size": config.block_size,
+        "dflash_config": nested,
+    }
+    if config.num_target_layers is not None:
+        keys["num_target_layers"] = config.num_target_layers
+    return keys
+
+
+def _to_speculators(checkpoint: Checkpoint[DFlashConfig]) -> dict[str, Any]:
+    config = checkpoint.config
+    kept = checkpoint.raw if checkpoint.format == "speculators" else {}
+    layer = {**_layer_keys(config), "rope_parameters": config.rope}
+    ids = config.feature_layers
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "speculators_config": speculators_block("dflash", config.block_size - 1),
+        **kept,
+        "speculators_model_type": "dflash",
+        "transformer_layer_config": {**kept.get("transformer_layer_config", {}), **layer},
+        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
+        "block_size": config.block_size,
+        "aux_hidden_state_layer_ids": ids and [i + 1 for i in ids],
+        "mask_token_id": config.mask_token_id,
+        "sliding_window_non_causal": not config.sliding_causal,
+        "sample_from_anchor": False,
+    }

@@ -1,0 +1,358 @@
+"""EAGLE-3 as a drafter.
+
+Row t pairs the target's features after position t with the token at t + 1 and predicts the token
+at t + 2. Its keys and values depend on nothing but its own inputs, so a committed row needs no
+attention at all: only the newest row of a request attends, and the chain goes on from there with
+the layer's own output in place of the features.
+
+Letters: B slots, R rows, C context rows, N anchors, K drafted tokens, F fused feature width,
+E model width, H key-value heads, J query heads, D head width, V draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import msgspec
+import torch
+from torch import Tensor
+
+from cosched.protocols import Choose, DrafterSettings, TargetInfo
+from cosched.records import Proposal, Scope, SignalBatch, SignalSpec
+from cosched.registry import DRAFTERS
+from drafters.attention import attend_cache, attend_packed, gather_rows
+from drafters.cache import SlotCache
+from drafters.checkpoint import Checkpoint, check_tensors, tokenizer_vocabulary
+from drafters.config import small_layer
+from drafters.eagle3 import formats
+from drafters.eagle3.config import Eagle3Config
+from drafters.eagle3.network import Eagle3Network
+from drafters.fit import check_fit, place, scopes_of
+from drafters.layers import initialise
+from drafters.vocabulary import check_mapping, check_tokenizers, over_target, partial_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+EMBEDDING = "embed_tokens.weight"
+# Keys and values of committed rows are made of these; everything else may change under them.
+CACHE_WRITERS = (
+    "fc.", "fc_norm.", "input_norm.", "embed_tokens.", "midlayer.input_layernorm.",
+    "midlayer.hidden_norm.", "midlayer.self_attn.k_", "midlayer.self_attn.v_",
+)  # fmt: skip
+
+
+class Eagle3Settings(DrafterSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``norm_output`` says what that key means in a flat checkpoint that has it (formats.py)."""
+
+    norm_output: Literal["fed_back", "before_head"] | None = None
+
+
+@DRAFTERS.register("eagle3")
+class Eagle3Drafter:
+    """EAGLE-3 heads of SafeAILab, SpecForge and speculators, drafting a chain."""
+
+    Settings: ClassVar = Eagle3Settings
+    formats: ClassVar = formats
+
+    def __init__(
+        self,
+        network: Eagle3Network,
+        target: TargetInfo,
+        num_draft_tokens: int,
+        feature_layers: tuple[int, ...],
+        origin: Checkpoint[Eagle3Config] | None = None,
+    ) -> None:
+        self._network = network
+        self._target = target
+        self._embedding = target.embedding if network.embed_tokens is None else network.embed_tokens
+        self.num_draft_tokens = num_draft_tokens
+        self.signal = SignalSpec(feature_layers=feature_layers, conditioning="chain")
+        self._origin = origin
+        has_map = network.config.draft_vocab_size is not None and not network.d2t.is_meta
+        self._target_ids = partial_ids(network.d2t if has_map else None, target.vocab_size)
+
+    @classmethod
+    def load(cls, settings: Eagle3Settings, target: TargetInfo) -> Eagle3Drafter:
+        """Read a checkpoint folder.
+
+        Raises:
+            CheckpointError: it is damaged, or does not fit the target.
+        """
+        directory = Path(settings.path)
+        checkpoint = formats.read(directory, settings.norm_output)
+        config, tensors = checkpoint.config, dict(checkpoint.tensors)
+        check_tokenizers(tokenizer_vocabulary(directory), target.token_ids(), directory)
+        own = _own_embedding(checkpoint, target)
+        if not own:
+            tensors.pop(EMBEDDING, None)
+        drafter = cls._build(
+            config, target, settings, own, Checkpoint(config, {}, checkpoint.format, checkpoint.raw)
+        )
+        network = drafter._network
+        expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
+        whole = config.draft_vocab_size == config.vocab_size
+        if whole and checkpoint.format == "speculators":  # which has no map then
+            tensors |= {name: getattr(network, name) for name in ("d2t", "t2d")}
+        check_tensors(expected, tensors, directory)
+        if config.draft_vocab_size is not None:
+            check_mapping(tensors["d2t"], tensors["t2d"], directory)
+        network.load_state_dict(tensors)
+        place(network, target)
+        return cls(
+            network,
+            target,
+            settings.num_draft_tokens,
+            drafter.signal.feature_layers,
+            drafter._origin,
+        )
+
+    @classmethod
+    def sketch(cls, settings: Eagle3Settings, target: TargetInfo) -> Eagle3Drafter:
+        """The drafter of a ``config.json`` alone, without weights, to see what it would take.
+
+        Raises:
+            CheckpointError: it does not fit the target.
+        """
+        config, form, raw = formats.read_shape(Path(settings.path), settings.norm_output)
+        own = config.target_hidden_size not in {None, config.hidden_size}
+        return cls._build(config, target, settings, own, Checkpoint(config, {}, form, raw))
+
+    @classmethod
+    def _build(
+        cls,
+        config: Eagle3Config,
+        target: TargetInfo,
+        settings: Eagle3Settings,
+        own_embedding: bool,
+        origin: Checkpoint[Eagle3Config],
+    ) -> Eagle3Drafter:
+        width = config.hidden_size if own_embedding else target.hidden_size
+        check_fit(
+            Path(settings.path),
+            hidden_size=(config.hidden_size, width),
+            target_hidden_size=(
+                config.target_hidden_size or target.hidden_size,
+                target.hidden_size,
+            ),
+            vocab_size=(config.vocab_size, target.vocab_size),
+        )
+        layers = config.layers_of(target.num_layers)
+        with torch.device(target.embedding.weight.device):
+            network = Eagle3Network(config, target.hidden_size, own_embedding)
+        return cls(network, target, settings.num_draft_tokens, layers, origin)
+
+    @classmethod
+    def initialise(
+        cls, config: Eagle3Config, target: TargetInfo, num_draft_tokens: int
+    ) -> Eagle3Drafter:
+        """A head with random weights, to be trained from scratch."""
+        network = Eagle3Network(config, target.hidden_size)
+        initialise(network)
+        return cls(network, target, num_draft_tokens, config.layers_of(target.num_layers))
+
+    @classmethod
+    def examples(cls, target: TargetInfo, num_draft_tokens: int) -> Mapping[str, Eagle3Drafter]:
+        """Small drafters with random weights, one for each kind of checkpoint that there is."""
+        llama = small_layer(target, "llama")
+        shapes = {
+            "plain": Eagle3Config(**llama, draft_vocab_size=target.vocab_size),
+            "reduced vocabulary": Eagle3Config(
+                **llama, draft_vocab_size=target.vocab_size * 3 // 4
+            ),
+            "speculators": Eagle3Config(
+                **small_layer(target, "qwen3"),
+                draft_vocab_size=target.vocab_size,
+                norm_before_residual=True,
+                fc_norm=True,
+                norm_output=True,
+            ),
+            "the target's head": Eagle3Config(**llama, norm_before_fc=True),
+        }
+        features = list(range(min(3, target.num_layers)))
+        return {
+            name: cls.initialise(
+                msgspec.structs.replace(config, feature_layers=features), target, num_draft_tokens
+            )
+            for name, config in shapes.items()
+        }
+
+    # --- serving ---------------------------------------------------------------------------
+
+    def new_state(self, max_batch: int, max_length: int, window: int | None) -> SlotCache:
+        # The chain runs up to K positions past the last committed one.
+        length = max_length + self.num_draft_tokens
+        self._network.rotary.reserve(length)
+        weight = self._network.fc.weight
+        return SlotCache.make(self._network.config, weight, max_batch, length, window)
+
+    def observe(
+        self, state: SlotCache, slot: int, tokens_R1: Tensor, features_RF: Tensor | None
+    ) -> None:
+        assert features_RF is not None, "the engine must capture signal.feature_layers"
+        state.add(slot, tokens_R1[1:], features_RF)
+
+    def move_slot(self, state: SlotCache, source: int, destination: int) -> None:
+        state.move(source, destination)
+
+    @torch.no_grad()
+    def propose(self, state: SlotCache, num_slots: int, choose: Choose) -> Proposal:
+        network = self._network
+        inputs, residual = self._run_pending(state, num_slots)
+        slots_B = torch.arange(num_slots, device=inputs.device)
+        position_B = torch.tensor(state.lengths[:num_slots], device=inputs.device) - 1
+        queries = network.queries(inputs, position_B)
+        tokens, logits = [], []
+        hidden = residual
+        for k in range(self.num_draft_tokens):
+            if k:
+                inputs, residual = network.inputs(self._embedding(tokens[-1]), hidden)
+                position_B = position_B + 1
+                queries, keys, values = network.project(inputs, position_B)
+                state.keys_YBHLD[0, slots_B, :, position_B] = keys
+                state.values_YBHLD[0, slots_B, :, position_B] = values
+            attended = self._attend(state, num_slots, queries, position_B, k)
+            normed, hidden = network.finish(residual, attended)
+            logits.append(
+                over_target(self._head(normed), self._target_ids, self._target.vocab_size)
+            )
+            tokens.append(choose(k, logits[-1]))
+        return Proposal(torch.stack(tokens, 1), torch.stack(logits, 1))
+
+    def _run_pending(self, state: SlotCache, num_slots: int) -> tuple[Tensor, Tensor]:
+        """Write the keys of all committed rows; returns inputs and residual of each slot's newest."""
+        network, pending = self._network, state.take(num_slots)
+        assert pending.features is not None
+        hidden = network.fuse(pending.features)
+        inputs, residual = network.inputs(self._embedding(pending.tokens), hidden)
+        state.append(0, pending, *network.keys_values(inputs, pending.positions))
+        state.grow(pending.counts)
+        newest = [end - 1 for end in pending.ends]
+        return inputs[newest], residual[newest]
+
+    def _attend(
+        self, state: SlotCache, num_slots: int, queries_BJD: Tensor, position_B: Tensor, step: int
+    ) -> Tensor:
+        """Attention of one row a slot over its cache, ``[B, J, D]``."""
+        newest = [length - 1 + step for length in state.lengths[:num_slots]]
+        end = max(newest) + 1
+        begin = max(0, min(newest) + 1 - state.window) if state.window else 0
+        visible = None
+        if num_slots > 1:
+            at = torch.arange(begin, end, device=position_B.device)
+            visible = at <= position_B[:, None]
+            if state.window:
+                visible &= at > position_B[:, None] - state.window
+            visible = visible[:, None]
+        return attend_cache(
+            queries_BJD[:, None],
+            state.keys_YBHLD[0, :num_slots, :, begin:end],
+            state.values_YBHLD[0, :num_slots, :, begin:end],
+            visible,
+        ).squeeze(1)
+
+    def _head(self, normed: Tensor) -> Tensor:
+        own = self._network.lm_head
+        return self._target.head(normed) if own is None else own(normed)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        return self.new_state(1, 1, None).bytes_per_token
+
+    # --- learning --------------------------------------------------------------------------
+
+    def network(self) -> Eagle3Network:
+        return self._network
+
+    def scopes(self) -> Mapping[str, Scope]:
+        return scopes_of(self._network, CACHE_WRITERS)
+
+    def clone(self, dtype: torch.dtype) -> Eagle3Drafter:
+        network = copy.deepcopy(self._network).to(dtype)
+        return Eagle3Drafter(
+            network, self._target, self.num_draft_tokens, self.signal.feature_layers, self._origin
+        )
+
+    def target_ids(self) -> Tensor | None:
+        return self._target_ids
+
+    def replay(self, batch: SignalBatch) -> Tensor:
+        """Chains from many anchors at once: step-0 keys of the context, then each its own.
+
+        Step s of an anchor sees the context rows before the anchor and the s rows it drafted
+        itself (training-time test, EAGLE-3, arXiv 2503.01840).
+        """
+        assert batch.features_RCF is not None, "an EAGLE-3 batch carries features"
+        network, dtype = self._network, self._network.fc.weight.dtype
+        num_rows, steps = batch.features_RCF.shape[1], batch.paths_RNK.shape[-1]
+        at_C = torch.arange(num_rows, device=batch.anchors_RN.device)
+        position_RC = batch.starts_R[:, None] + at_C
+        network.rotary.reserve(int(batch.starts_R.max()) + num_rows + steps)
+
+        embedded = self._embed(batch.tokens_RC1[:, 1:], dtype)
+        inputs_RCX, residual_RCE = network.inputs(embedded, network.fuse(batch.features_RCF))
+        keys_RCHD, values_RCHD = network.keys_values(inputs_RCX, position_RC)
+
+        row_RN = batch.anchors_RN - 1  # the newest row whose features the anchor may use
+        inputs, residual = gather_rows(inputs_RCX, row_RN), gather_rows(residual_RCE, row_RN)
+        position_RN = batch.starts_R[:, None] + row_RN
+        queries = network.queries(inputs, position_RN)
+        own_keys: list[Tensor] = []
+        own_values: list[Tensor] = []
+        logits: list[Tensor] = []
+        hidden = residual
+        for step in range(steps):
+            if step:
+                drafted = self._embed(batch.paths_RNK[..., step - 1], dtype)
+                inputs, residual = network.inputs(drafted, hidden)
+                position_RN = position_RN + 1
+                queries, keys, values = network.project(inputs, position_RN)
+                own_keys.append(keys)
+                own_values.append(values)
+            visible_RNC = at_C <= row_RN[..., None]
+            if batch.window is not None:
+                visible_RNC = visible_RNC & (at_C > row_RN[..., None] + step - batch.window)
+            attended = attend_packed(
+                queries[:, :, None],
+                keys_RCHD,
+                values_RCHD,
+                visible_RNC[:, :, None],
+                torch.stack(own_keys, 2) if step else None,
+                torch.stack(own_values, 2) if step else None,
+                None,
+            ).squeeze(2)
+            normed, hidden = network.finish(residual, attended)
+            logits.append(self._head(normed))
+        return torch.stack(logits, 2)
+
+    def _embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embeddings; where they are the target's, training must not reach them."""
+        embedded = self._embedding(tokens)
+        return embedded.detach().to(dtype) if self._network.embed_tokens is None else embedded
+
+    def save(self, directory: Path) -> None:
+        origin = self._origin or Checkpoint(self._network.config, {}, "sglang")
+        tensors = dict(self._network.state_dict())
+        formats.write(
+            Checkpoint(self._network.config, tensors, origin.format, origin.raw),
+            directory,
+            origin.format,
+        )
+
+
+def _own_embedding(checkpoint: Checkpoint[Eagle3Config], target: TargetInfo) -> bool:
+    """Whether the checkpoint's embedding is its own.
+
+    Flat formats carry at most a copy of the target's, which SGLang replaces; speculators may have
+    trained it.
+    """
+    table = checkpoint.tensors.get(EMBEDDING)
+    if table is None:
+        return False
+    if checkpoint.config.target_hidden_size not in {None, checkpoint.config.hidden_size}:
+        return True
+    theirs = target.embedding.weight.detach().to("cpu", table.dtype)
+    same = theirs.shape == table.shape and torch.equal(theirs, table)
+    return checkpoint.format == "speculators" and not same

@@ -1,0 +1,243 @@
+"""EAGLE-3 checkpoints of SafeAILab, SpecForge, SGLang (one flat format) and speculators.
+
+| | flat (``sglang``, ``specforge``) | ``speculators`` |
+| --- | --- | --- |
+| layer tensors | ``midlayer.*`` | ``layers.0.*`` |
+| shape of the layer | top level | under ``transformer_layer_config`` |
+| feature layers | ``eagle_config``, "after that layer" | top level, one more than that |
+| ``norm_output`` | see ``norm_output_of`` | the normed state is fed back |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from cosched.errors import CheckpointError
+from drafters.checkpoint import (
+    Checkpoint,
+    read_config,
+    read_tensors,
+    rename,
+    speculators_block,
+    transformers_defaults,
+    write_checkpoint,
+)
+from drafters.config import convert_config
+from drafters.eagle3.config import Eagle3Config
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+
+FORMATS = ("sglang", "specforge", "speculators")
+NormOutput = Literal["fed_back", "before_head"]
+NORM_OUTPUT = "cosched_norm_output"  # our own word on the key below, in flat files that we write
+
+FLAT_NAMES = {
+    "model.": "",
+    "layers.0.": "midlayer.",
+    "aux_norm_low.": "fc_norm.0.",
+    "aux_norm_mid.": "fc_norm.1.",
+    "aux_norm_high.": "fc_norm.2.",
+}
+SPECULATORS_NAMES = {"layers.0.": "midlayer."}
+VERIFIERS_OWN = ("verifier_lm_head.weight", "verifier_norm.weight")  # the target's, saved by some
+
+
+def read_shape(
+    directory: Path, norm_output: NormOutput | None = None
+) -> tuple[Eagle3Config, str, dict[str, Any]]:
+    """Configuration, format, and the file itself, without weights.
+
+    Raises:
+        CheckpointError: a key is missing, mistyped, ambiguous, or asks for what is not implemented.
+    """
+    raw = read_config(directory)
+    where = directory / "config.json"
+    if "speculators_model_type" in raw or "speculators_config" in raw:
+        return _from_speculators(raw, where), "speculators", raw
+    keys = dict(raw)
+    if "eagle_aux_hidden_state_layer_ids" in raw:
+        raise CheckpointError(
+            f"{where} has eagle_aux_hidden_state_layer_ids at the top level, where SGLang ignores "
+            f"it; say which layers are meant under eagle_config (ids there mean 'after that layer')"
+        )
+    nested = raw.get("eagle_config") or {}
+    keys["feature_layers"] = nested.get("eagle_aux_hidden_state_layer_ids")
+    keys["norm_before_fc"] = bool(nested.get("norm_before_fc", raw.get("norm_before_fc", False)))
+    keys["fc_norm"] = bool(raw.get("fc_norm") or raw.get("use_aux_norm"))
+    keys["norm_output"] = _norm_output_of(raw, where, norm_output)
+    config = convert_config(keys, Eagle3Config, where)
+    if raw.get("num_aux_hidden_states", config.num_features) != config.num_features:
+        raise CheckpointError(
+            f"{where}: num_aux_hidden_states is {raw['num_aux_hidden_states']}, and eagle_config "
+            f"does not say which {raw['num_aux_hidden_states']} layers they come from"
+        )
+    return config, "sglang", raw
+
+
+def _norm_output_of(raw: Mapping[str, Any], where: Path, said: NormOutput | None) -> bool:
+    """Whether the normed state is fed back, of a flat file.
+
+    SGLang's ``norm_output`` feeds the normed state back, SpecForge's norms before the head (and
+    never feeds back): one key, two heads that differ by 70 % of the largest logit at the second
+    step. A file that has the key must be told apart by whoever knows where it came from.
+    """
+    if "norm_output" not in raw:
+        return False
+    said = said or raw.get(NORM_OUTPUT)
+    if said is None:
+        raise CheckpointError(
+            f"{where} has norm_output = {raw['norm_output']}, which means two things: SGLang feeds "
+            f"the normed state back into the chain, SpecForge norms before the head. Say which with "
+            f"drafter.norm_output=fed_back (SGLang) or drafter.norm_output=before_head (SpecForge)"
+        )
+    if said == "before_head" and not raw["norm_output"]:
+        raise CheckpointError(
+            f"{where}: SpecForge's norm_output = false leaves out the norm before the head, which "
+            f"the eagle3 drafter does not implement"
+        )
+    return bool(raw["norm_output"]) and said == "fed_back"
+
+
+def _from_speculators(raw: Mapping[str, Any], where: Path) -> Eagle3Config:
+    if (kind := raw.get("speculators_model_type", "eagle3")) != "eagle3":
+        raise CheckpointError(f"{where} is a speculators {kind!r} model, not 'eagle3'")
+    keys = {**raw.get("transformer_layer_config", {})}
+    # speculators leaves out what is transformers' default for the type.
+    keys.setdefault("model_type", "qwen3")
+    for key, value in transformers_defaults(keys["model_type"]).items():
+        keys.setdefault(key, value)
+    for key in ("draft_vocab_size", "target_hidden_size", "norm_before_residual", "norm_output"):
+        if key in raw:
+            keys[key] = raw[key]
+    for key in ("fc_norm", "norm_before_fc"):
+        keys[key] = bool(raw.get(key))
+    ids = raw.get("eagle_aux_hidden_state_layer_ids")
+    keys["feature_layers"] = ids and [i - 1 for i in ids]
+    return convert_config(keys, Eagle3Config, where)
+
+
+def read(directory: Path, norm_output: NormOutput | None = None) -> Checkpoint[Eagle3Config]:
+    """A whole checkpoint in our own terms.
+
+    Raises:
+        CheckpointError: as ``read_shape``, or the weights cannot be read.
+    """
+    config, form, raw = read_shape(directory, norm_output)
+    tensors = read_tensors(directory)
+    tensors = {name: t for name, t in tensors.items() if name not in VERIFIERS_OWN}
+    names = SPECULATORS_NAMES if form == "speculators" else FLAT_NAMES
+    return Checkpoint(config, rename(tensors, names), form, raw)
+
+
+def write(checkpoint: Checkpoint[Eagle3Config], directory: Path, form: str) -> None:
+    """Write in a format.
+
+    Raises:
+        CheckpointError: the format, or who reads it, cannot express this head.
+    """
+    config = checkpoint.config
+    if problems := unfit(config, form, own_embedding="embed_tokens.weight" in checkpoint.tensors):
+        raise CheckpointError(
+            f"this head cannot be written for {form}:\n" + "\n".join(f"  {p}" for p in problems)
+        )
+    if form == "speculators":
+        tensors = rename(checkpoint.tensors, {"midlayer.": "layers.0."})
+        if config.draft_vocab_size == config.vocab_size:  # speculators has no map then
+            tensors = {name: t for name, t in tensors.items() if name not in {"d2t", "t2d"}}
+        write_checkpoint(directory, _to_speculators(checkpoint), tensors)
+    else:
+        write_checkpoint(directory, _to_flat(checkpoint), checkpoint.tensors)
+
+
+def unfit(config: Eagle3Config, form: str, own_embedding: bool = False) -> list[str]:
+    """Why a format, or the program that reads it, cannot have this head; empty where it can."""
+    if form not in FORMATS:
+        raise CheckpointError(f"eagle3 has no format {form!r}; there are: {', '.join(FORMATS)}")
+    if form == "speculators":
+        lacks = config.draft_vocab_size is None
+        return ["a head of its own (draft_vocab_size is null)"] if lacks else []
+    who = "SGLang" if form == "sglang" else "SpecForge"
+    problems: list[str] = []
+    if config.norm_before_residual:
+        problems.append(f"norm_before_residual: {who} adds the state before the norm")
+    if config.qk_norm:
+        problems.append(f"model_type qwen3: {who} has no q_norm and k_norm in this layer")
+    if config.attention_bias:
+        problems.append(f"attention_bias: {who} has no bias in this layer")
+    if form == "sglang" and own_embedding and config.target_hidden_size is None:
+        problems.append("an embedding of its own: SGLang puts the target's in its place")
+    if form == "specforge":
+        if config.norm_output:
+            problems.append("norm_output: SpecForge feeds back the state before the norm")
+        if config.norm_before_fc:
+            problems.append("norm_before_fc: SpecForge has no such norm")
+        if config.num_features != 3:
+            problems.append(f"{config.num_features} feature layers: SpecForge has 3")
+    return problems
+
+
+def _layer_keys(config: Eagle3Config) -> dict[str, Any]:
+    ours = {
+        "feature_layers", "norm_before_residual", "norm_output", "fc_norm", "norm_before_fc",
+        "draft_vocab_size", "target_hidden_size", "rope_scaling", "rope_parameters", "rope_theta",
+    }  # fmt: skip
+    keys = {key: getattr(config, key) for key in config.__struct_fields__ if key not in ours}
+    keys["num_key_value_heads"], keys["head_dim"] = config.kv_heads, config.width_of_head
+    rope = config.rope
+    keys["rope_theta"] = rope["rope_theta"]
+    keys["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    return {key: value for key, value in keys.items() if value is not None}
+
+
+def _to_flat(checkpoint: Checkpoint[Eagle3Config]) -> dict[str, Any]:
+    config = checkpoint.config
+    kept = checkpoint.raw if checkpoint.format != "speculators" else {}
+    keys: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "tie_word_embeddings": False,
+        **kept,
+        **_layer_keys(config),
+        "model_type": "llama",
+        "draft_vocab_size": config.draft_vocab_size,  # SGLang needs the key, also where it is null
+    }
+    if config.target_hidden_size is not None:
+        keys["target_hidden_size"] = config.target_hidden_size
+    if config.fc_norm:
+        keys["fc_norm"] = True
+    if config.norm_output:
+        keys["norm_output"], keys[NORM_OUTPUT] = True, "fed_back"
+    nested = dict(keys.get("eagle_config") or {})
+    if config.feature_layers:
+        nested["eagle_aux_hidden_state_layer_ids"] = config.feature_layers
+    if config.norm_before_fc:
+        nested["norm_before_fc"] = True
+    if nested:
+        keys["eagle_config"] = nested
+    return keys
+
+
+def _to_speculators(checkpoint: Checkpoint[Eagle3Config]) -> dict[str, Any]:
+    config = checkpoint.config
+    kept = checkpoint.raw if checkpoint.format == "speculators" else {}
+    layer = _layer_keys(config)
+    rope = config.rope
+    layer.pop("rope_scaling", None)
+    layer["rope_parameters"] = rope
+    ids = config.feature_layers
+    return {
+        "architectures": ["Eagle3DraftModel"],
+        "speculators_config": speculators_block("eagle3", 3),
+        **kept,
+        "speculators_model_type": "eagle3",
+        "transformer_layer_config": {**kept.get("transformer_layer_config", {}), **layer},
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.target_hidden_size,
+        "eagle_aux_hidden_state_layer_ids": ids and [i + 1 for i in ids],
+        "norm_before_residual": config.norm_before_residual,
+        "norm_before_fc": config.norm_before_fc,
+        "fc_norm": config.fc_norm,
+        "norm_output": config.norm_output,
+    }

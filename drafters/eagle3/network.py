@@ -1,0 +1,92 @@
+"""The EAGLE-3 head as a module, under the tensor names of SafeAILab and SpecForge."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from drafters.layers import DecoderLayer, RMSNorm, Rotary
+
+if TYPE_CHECKING:
+    from drafters.eagle3.config import Eagle3Config
+
+
+class Eagle3Layer(DecoderLayer):
+    """The one decoder layer, with a norm for each half of its input."""
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__(config, input_width=2 * config.hidden_size)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Eagle3Network(nn.Module):
+    """The head; how rows attend is left to the caller.
+
+    Letters: E model width, F fused feature width, J query heads, H key-value heads, D head width.
+    """
+
+    d2t: Tensor
+    t2d: Tensor
+
+    def __init__(
+        self, config: Eagle3Config, target_hidden_size: int, own_embedding: bool = False
+    ) -> None:
+        super().__init__()
+        width, eps, features = config.hidden_size, config.rms_norm_eps, config.num_features
+        self.config = config
+        self.fc = nn.Linear(features * target_hidden_size, width, bias=False)
+        self.input_norm = (
+            RMSNorm(features * target_hidden_size, eps) if config.norm_before_fc else None
+        )
+        self.fc_norm = (
+            nn.ModuleList(RMSNorm(target_hidden_size, eps) for _ in range(features))
+            if config.fc_norm
+            else None
+        )
+        self.midlayer = Eagle3Layer(config)
+        self.norm = RMSNorm(width, eps)
+        self.embed_tokens = nn.Embedding(config.vocab_size, width) if own_embedding else None
+        self.lm_head: nn.Linear | None = None
+        if config.draft_vocab_size is not None:
+            self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+            self.register_buffer("t2d", torch.ones(config.vocab_size, dtype=torch.bool))
+        self.rotary = Rotary(config)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """Target features ``[..., F]`` to the model's width."""
+        features = features.to(self.fc.weight.dtype)
+        if self.input_norm is not None:
+            features = self.input_norm(features)
+        if self.fc_norm is not None:
+            parts = features.chunk(len(self.fc_norm), -1)
+            normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
+            features = torch.cat(normed, -1)
+        return self.fc(features)
+
+    def inputs(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What queries, keys and values are made of ``[..., 2E]``, and the residual ``[..., E]``."""
+        layer = self.midlayer
+        normed = layer.hidden_norm(hidden)
+        inputs = torch.cat((layer.input_layernorm(embedded), normed), -1)
+        return inputs, normed if self.config.norm_before_residual else hidden
+
+    def project(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[..., J, D]``, keys and values ``[..., H, D]`` of rows ``[..., 2E]``."""
+        return self.midlayer.self_attn.project(inputs, self.rotary, positions)
+
+    def keys_values(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[..., H, D]`` of rows ``[..., 2E]``."""
+        return self.midlayer.self_attn.keys_values(inputs, self.rotary, positions)
+
+    def queries(self, inputs: Tensor, positions: Tensor) -> Tensor:
+        """Queries ``[..., J, D]`` of rows ``[..., 2E]``."""
+        return self.midlayer.self_attn.queries(inputs, self.rotary, positions)
+
+    def finish(self, residual: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head reads, and what the chain feeds on: both ``[..., E]``."""
+        hidden = self.midlayer.finish(residual, attended)
+        normed = self.norm(hidden)
+        return normed, normed if self.config.norm_output else hidden

@@ -1,0 +1,59 @@
+"""The shape of a PARD draft: a language model, its mask token, and for PARD-2 target features."""
+
+from __future__ import annotations
+
+from cosched.errors import CheckpointError
+from drafters.config import DecoderConfig
+
+MODEL_TYPES = ("llama", "qwen2", "qwen3")
+
+
+class PardConfig(DecoderConfig, frozen=True, kw_only=True, omit_defaults=True):
+    """Keys of AMD's files beside those of the language model.
+
+    ``pard2_target_layers`` index transformers' ``hidden_states``: 0 is the embedding, i is after
+    layer i - 1, and -1 is the last state, after the final norm.
+    """
+
+    pard_token: int
+    tie_word_embeddings: bool = False
+    pard2: bool = False
+    spd_type: str | None = None
+    pard2_scale: float = 0.02
+    pard2_proj_bias: bool = False
+    pard2_target_dim: int | None = None
+    pard2_target_layers: list[int] | None = None
+
+    @property
+    def uses_features(self) -> bool:
+        return self.pard2 or self.spd_type == "pard2"
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.model_type not in MODEL_TYPES:
+            found.append(f"model_type {self.model_type!r} (implemented: {', '.join(MODEL_TYPES)})")
+        if not 0 <= self.pard_token < self.vocab_size:
+            found.append(
+                f"pard_token {self.pard_token}, which its vocabulary of {self.vocab_size} lacks"
+            )
+        if self.uses_features and not self.pard2_target_layers:
+            found.append("PARD-2 without pard2_target_layers")
+        return found
+
+    def layers_of(self, num_layers: int) -> tuple[int, ...]:
+        """Target layers whose outputs are added in: 'after that layer', n for 'after the norm'.
+
+        Raises:
+            CheckpointError: the target does not have them.
+        """
+        if not self.uses_features:
+            return ()
+        states = num_layers + 1
+        given = self.pard2_target_layers or []
+        layers = tuple((i if i >= 0 else states + i) for i in given)
+        if len(set(layers)) != len(layers) or not all(1 <= i <= num_layers for i in layers):
+            raise CheckpointError(
+                f"the draft wants pard2_target_layers {given}, "
+                f"but the target has hidden states 1 to {num_layers} behind its embedding"
+            )
+        return tuple(i if i == num_layers else i - 1 for i in layers)

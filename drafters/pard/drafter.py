@@ -1,0 +1,358 @@
+"""PARD and PARD-2 as a drafter.
+
+A round runs the newly committed tokens and K - 1 masks through the language model, once: logits at
+the anchor give the first drafted token, logits at mask i the one i places on. Keys of real tokens
+stay in the cache, those of masks are overwritten. PARD-2 adds to every token the target's features
+of the token before it; masks share those of the anchor.
+
+Letters: B slots, R rows, T rows of a forward, C context rows, N anchors, K drafted tokens,
+M = K - 1 masks, F fused feature width, E model width, U draft vocabulary, L cache length.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cosched.errors import CheckpointError
+from cosched.protocols import Choose, DrafterSettings, TargetInfo
+from cosched.records import Proposal, Scope, SignalBatch, SignalSpec
+from cosched.registry import DRAFTERS
+from drafters.attention import attend_cache, attend_packed, gather_rows
+from drafters.cache import SlotCache
+from drafters.checkpoint import Checkpoint, check_tensors, tokenizer_vocabulary
+from drafters.config import small_layer
+from drafters.fit import place, scopes_of
+from drafters.layers import initialise
+from drafters.pard import formats
+from drafters.pard.config import PardConfig
+from drafters.pard.network import PardNetwork
+from drafters.vocabulary import check_tokenizers, over_target
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@DRAFTERS.register("pard")
+class PardDrafter:
+    """PARD and PARD-2 parallel drafters of AMD, drafting a block through mask tokens in one pass."""
+
+    Settings: ClassVar = DrafterSettings
+    formats: ClassVar = formats
+
+    def __init__(
+        self,
+        network: PardNetwork,
+        target: TargetInfo,
+        num_draft_tokens: int,
+        feature_layers: tuple[int, ...],
+        origin: Checkpoint[PardConfig] | None = None,
+    ) -> None:
+        self._network = network
+        self._target = target
+        self.num_draft_tokens = num_draft_tokens
+        self.signal = SignalSpec(feature_layers=feature_layers, conditioning="block")
+        self._origin = origin
+        # Tables of one tokenizer are padded to different lengths; what both have is the vocabulary.
+        self._num_shared = min(network.config.vocab_size, target.vocab_size)
+        whole = self._num_shared == target.vocab_size
+        device = network.model.norm.weight.device
+        self._target_ids = None if whole else torch.arange(self._num_shared, device=device)
+
+    @classmethod
+    def load(cls, settings: DrafterSettings, target: TargetInfo) -> PardDrafter:
+        """Read a checkpoint folder.
+
+        Raises:
+            CheckpointError: it is damaged, or does not fit the target.
+        """
+        directory = Path(settings.path)
+        checkpoint = formats.read(directory)
+        config = checkpoint.config
+        check_tokenizers(tokenizer_vocabulary(directory), target.token_ids(), directory)
+        origin = Checkpoint(config, {}, checkpoint.format, checkpoint.raw)
+        drafter = cls._build(config, target, settings, origin)
+        network = drafter._network
+        expected = {n: t.shape for n, t in network.state_dict().items()}
+        check_tensors(expected, checkpoint.tensors, directory)
+        network.load_state_dict(checkpoint.tensors)
+        place(network, target)
+        return cls(
+            network, target, settings.num_draft_tokens, drafter.signal.feature_layers, origin
+        )
+
+    @classmethod
+    def sketch(cls, settings: DrafterSettings, target: TargetInfo) -> PardDrafter:
+        """The drafter of a ``config.json`` alone, without weights, to see what it would take.
+
+        Raises:
+            CheckpointError: it does not fit the target.
+        """
+        config, form, raw = formats.read_shape(Path(settings.path))
+        return cls._build(config, target, settings, Checkpoint(config, {}, form, raw))
+
+    @classmethod
+    def _build(
+        cls,
+        config: PardConfig,
+        target: TargetInfo,
+        settings: DrafterSettings,
+        origin: Checkpoint[PardConfig],
+    ) -> PardDrafter:
+        layers = config.layers_of(target.num_layers)
+        width = len(layers) * target.hidden_size
+        if config.uses_features and config.pard2_target_dim not in {None, width}:
+            raise CheckpointError(
+                f"the draft {settings.path} has pard2_target_dim {config.pard2_target_dim}, the "
+                f"target has {len(layers)} layers of {target.hidden_size} for it: this draft was "
+                f"trained for another target"
+            )
+        with torch.device(target.embedding.weight.device):
+            network = PardNetwork(config, width)
+        return cls(network, target, settings.num_draft_tokens, layers, origin)
+
+    @classmethod
+    def initialise(
+        cls, config: PardConfig, target: TargetInfo, num_draft_tokens: int
+    ) -> PardDrafter:
+        """A draft with random weights, to be trained from scratch."""
+        layers = config.layers_of(target.num_layers)
+        network = PardNetwork(config, len(layers) * target.hidden_size)
+        initialise(network)
+        return cls(network, target, num_draft_tokens, layers)
+
+    @classmethod
+    def examples(cls, target: TargetInfo, num_draft_tokens: int) -> Mapping[str, PardDrafter]:
+        """Small drafters with random weights, one for each kind of checkpoint that there is."""
+        shapes = {
+            "qwen3": PardConfig(
+                **small_layer(target, "qwen3"), tie_word_embeddings=True, pard_token=1
+            ),
+            "qwen2": PardConfig(
+                **small_layer(target, "qwen2"),
+                tie_word_embeddings=True,
+                pard_token=1,
+            ),
+            "pard2": PardConfig(
+                **small_layer(target, "llama"),
+                pard_token=1,
+                pard2=True,
+                pard2_target_layers=[-1, -2],
+            ),
+        }
+        return {
+            name: cls.initialise(
+                msgspec.structs.replace(config, num_hidden_layers=2), target, num_draft_tokens
+            )
+            for name, config in shapes.items()
+        }
+
+    # --- serving ---------------------------------------------------------------------------
+
+    def new_state(self, max_batch: int, max_length: int, window: int | None) -> SlotCache:
+        # A slot with few new tokens is padded to one with K + 1 of them, and masks follow.
+        length = max_length + 2 * self.num_draft_tokens + 2
+        self._network.rotary.reserve(length)
+        weight = self._network.model.norm.weight
+        return SlotCache.make(self._network.config, weight, max_batch, length, window)
+
+    @torch.no_grad()
+    def observe(
+        self, state: SlotCache, slot: int, tokens_R1: Tensor, features_RF: Tensor | None
+    ) -> None:
+        tokens_R = tokens_R1[1:]
+        if state.lengths[slot] == 0 and not state.rows[slot]:
+            tokens_R = tokens_R1  # the first token of a text has no feature before it
+            if features_RF is not None:
+                features_RF = F.pad(features_RF, (0, 0, 1, 0))
+        if not self.signal.feature_layers:
+            features_RF = None
+        early = len(tokens_R) - 1 - self.num_draft_tokens
+        if early > 0:  # a prompt: run it by itself, so that no other slot is padded to its length
+            assert not state.rows[slot]
+            position_T = state.lengths[slot] + torch.arange(early, device=tokens_R.device)
+            features = None if features_RF is None else features_RF[None, :early]
+            slot_1 = torch.tensor([slot], device=tokens_R.device)
+            self._run(state, slot_1, tokens_R[None, :early], features, position_T[None])
+            state.lengths[slot] += early
+            tokens_R = tokens_R[early:]
+            features_RF = None if features_RF is None else features_RF[early:]
+        state.add(slot, tokens_R, features_RF)
+
+    def move_slot(self, state: SlotCache, source: int, destination: int) -> None:
+        state.move(source, destination)
+
+    @torch.no_grad()
+    def propose(self, state: SlotCache, num_slots: int, choose: Choose) -> Proposal:
+        pending = state.take(num_slots)
+        counts, num_masks = pending.counts, self.num_draft_tokens - 1
+        num_rows = max(counts) + num_masks
+        device = pending.tokens.device
+        ids_BT = pending.tokens.new_full((num_slots, num_rows), self._network.config.pard_token)
+        features_BTF = None
+        if pending.features is not None:
+            features_BTF = pending.features.new_empty(
+                num_slots, num_rows, pending.features.shape[-1]
+            )
+        for slot, (end, count) in enumerate(zip(pending.ends, counts, strict=True)):
+            ids_BT[slot, :count] = pending.tokens[end - count : end]
+            if features_BTF is not None and pending.features is not None:
+                features_BTF[slot, :count] = pending.features[end - count : end]
+                features_BTF[slot, count:] = pending.features[end - 1]
+        starts_B = torch.tensor(state.lengths[:num_slots], device=device)
+        position_BT = starts_B[:, None] + torch.arange(num_rows, device=device)
+        slots_B = torch.arange(num_slots, device=device)
+        hidden = self._run(state, slots_B, ids_BT, features_BTF, position_BT)
+        state.grow(counts)
+        first_B = torch.tensor(counts, device=device) - 1  # the anchor's row
+        row_BK = first_B[:, None] + torch.arange(self.num_draft_tokens, device=device)
+        logits = self._network.head(gather_rows(hidden, row_BK))[..., : self._num_shared]
+        logits = over_target(logits, self._target_ids, self._target.vocab_size)
+        tokens = [choose(k, logits[:, k]) for k in range(self.num_draft_tokens)]
+        return Proposal(torch.stack(tokens, 1), logits)
+
+    def _run(
+        self,
+        state: SlotCache,
+        slots_B: Tensor,
+        ids_BT: Tensor,
+        features_BTF: Tensor | None,
+        position_BT: Tensor,
+    ) -> Tensor:
+        """Hidden states ``[B, T, E]`` of rows over the cache, which takes their keys and values."""
+        network = self._network
+        hidden = network.embed(ids_BT, features_BTF)
+        end = int(position_BT.max()) + 1  # host waits for the device
+        at_L = torch.arange(end, device=ids_BT.device)
+        visible_BTL = at_L <= position_BT[..., None]
+        if state.window:
+            visible_BTL = visible_BTL & (at_L > position_BT[..., None] - state.window)
+        slots_B1 = slots_B[:, None]
+        alone = slice(int(slots_B[0]), int(slots_B[0]) + len(slots_B))  # slots are consecutive
+        for index, layer in enumerate(network.model.layers):
+            queries, keys, values = layer.self_attn.project(
+                layer.input_layernorm(hidden), network.rotary, position_BT
+            )
+            state.keys_YBHLD[index, slots_B1, :, position_BT] = keys
+            state.values_YBHLD[index, slots_B1, :, position_BT] = values
+            visible = visible_BTL
+            if sliding := network.config.window_of_layer(index):
+                visible = visible & (at_L > position_BT[..., None] - sliding)
+            attended = attend_cache(
+                queries,
+                state.keys_YBHLD[index, alone, :, :end],
+                state.values_YBHLD[index, alone, :, :end],
+                visible,
+            )
+            hidden = layer.finish(hidden, attended)
+        return hidden
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        return self.new_state(1, 1, None).bytes_per_token
+
+    # --- learning --------------------------------------------------------------------------
+
+    def network(self) -> PardNetwork:
+        return self._network
+
+    def scopes(self) -> Mapping[str, Scope]:
+        last = self._network.config.num_hidden_layers - 1
+        below = [f"model.layers.{i}." for i in range(last)]
+        parts = ("input_layernorm.", "self_attn.k_", "self_attn.v_")
+        top = [f"model.layers.{last}.{part}" for part in parts]
+        return scopes_of(self._network, ("model.embed_tokens.", "target_proj.", *below, *top))
+
+    def clone(self, dtype: torch.dtype) -> PardDrafter:
+        network = copy.deepcopy(self._network).to(dtype)
+        return PardDrafter(
+            network, self._target, self.num_draft_tokens, self.signal.feature_layers, self._origin
+        )
+
+    def target_ids(self) -> Tensor | None:
+        return self._target_ids
+
+    def replay(self, batch: SignalBatch) -> Tensor:
+        """Masks behind many anchors at once over one run of the context.
+
+        The context starts with the buffer's first row: what came before it, which serving still had
+        in its cache, is not seen.
+        """
+        network, num_masks = self._network, batch.paths_RNK.shape[-1] - 1
+        tokens_RC, anchors_RN = batch.tokens_RC1, batch.anchors_RN
+        num_rows = tokens_RC.shape[1]
+        at_C = torch.arange(num_rows, device=tokens_RC.device)
+        ahead_M = torch.arange(1, num_masks + 1, device=tokens_RC.device)
+        place_RNM = anchors_RN[..., None] + ahead_M
+        position_RC = batch.starts_R[:, None] + at_C
+        position_RNM = batch.starts_R[:, None, None] + place_RNM
+        network.rotary.reserve(int(batch.starts_R.max()) + num_rows + num_masks)
+        features_RCF = features_RNMF = None
+        if self.signal.feature_layers:
+            assert batch.features_RCF is not None, "a PARD-2 batch carries features"
+            features_RCF = F.pad(batch.features_RCF, (0, 0, 1, 0))
+            features_RNMF = gather_rows(features_RCF, anchors_RN)[:, :, None].expand(
+                -1, -1, num_masks, -1
+            )
+        hidden = network.embed(tokens_RC, features_RCF)
+        masked = network.embed(
+            tokens_RC.new_full(place_RNM.shape, network.config.pard_token), features_RNMF
+        )
+        for index, layer in enumerate(network.model.layers):
+            window = _narrower(batch.window, network.config.window_of_layer(index))
+            queries, keys, values = layer.self_attn.project(
+                layer.input_layernorm(hidden), network.rotary, position_RC
+            )
+            attended = _attend_context(queries, keys, values, window)
+            hidden = layer.finish(hidden, attended)
+            if num_masks:
+                own = layer.self_attn.project(
+                    layer.input_layernorm(masked), network.rotary, position_RNM
+                )
+                visible = (at_C <= anchors_RN[..., None])[:, :, None]
+                own_MM = ahead_M <= ahead_M[:, None]
+                if window:
+                    visible = visible & (at_C > place_RNM[..., None] - window)
+                    own_MM = own_MM & (ahead_M > ahead_M[:, None] - window)
+                attended = attend_packed(own[0], keys, values, visible, own[1], own[2], own_MM)
+                masked = layer.finish(masked, attended)
+        rows = torch.cat((gather_rows(hidden, anchors_RN)[:, :, None], masked), 2)
+        return network.head(rows)[..., : self._num_shared]
+
+    def save(self, directory: Path) -> None:
+        origin = self._origin or Checkpoint(self._network.config, {}, "amd")
+        tensors = dict(self._network.state_dict())
+        formats.write(
+            Checkpoint(self._network.config, tensors, origin.format, origin.raw),
+            directory,
+            origin.format,
+        )
+
+
+def _narrower(one: int | None, other: int | None) -> int | None:
+    return min(one, other) if one and other else one or other
+
+
+def _attend_context(
+    queries_RCJD: Tensor, keys_RCHD: Tensor, values_RCHD: Tensor, window: int | None
+) -> Tensor:
+    """Causal attention of the context over itself, ``[R, C, J, D]``."""
+    visible = None
+    if window:
+        at_C = torch.arange(queries_RCJD.shape[1], device=queries_RCJD.device)
+        visible = (at_C <= at_C[:, None]) & (at_C > at_C[:, None] - window)
+    attended = F.scaled_dot_product_attention(
+        queries_RCJD.transpose(1, 2),
+        keys_RCHD.transpose(1, 2),
+        values_RCHD.transpose(1, 2),
+        attn_mask=visible,
+        is_causal=visible is None,
+        enable_gqa=True,
+    )
+    return attended.transpose(1, 2)

@@ -1,0 +1,99 @@
+"""PARD checkpoints: a transformers folder with ``pard_token``, and PARD-2's ``warp_model.bin``.
+
+AMD publishes one format. SGLang loads the folder as the language model that it is, so ``sglang`` is
+the same files; it has no worker that drafts with masks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from cosched.errors import CheckpointError
+from drafters.checkpoint import Checkpoint, read_config, read_tensors, write_checkpoint
+from drafters.config import convert_config
+from drafters.pard.config import PardConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FORMATS = ("amd", "sglang")
+WARP = "warp_model.bin"
+PROJECTION = "target_proj."
+TIED = "lm_head.weight"
+# Names that earlier releases of AMD's code gave the same keys.
+OLD_KEYS = {
+    "pard_scale": "pard2_scale", "feat_scale": "pard2_scale", "proj_bias": "pard2_proj_bias",
+    "pard_target_dim": "pard2_target_dim", "target_layers": "pard2_target_layers",
+}  # fmt: skip
+
+
+def read_shape(directory: Path) -> tuple[PardConfig, str, dict[str, Any]]:
+    """Configuration, format, and the file itself, without weights.
+
+    Raises:
+        CheckpointError: a key is missing or mistyped, or asks for what is not implemented.
+    """
+    raw = read_config(directory)
+    where = directory / "config.json"
+    if "pard_token" not in raw:
+        raise CheckpointError(
+            f"{where} has no pard_token: a language model that was not taught to draft through "
+            f"masks is no PARD draft"
+        )
+    keys = {OLD_KEYS.get(key, key): value for key, value in raw.items()}
+    if not keys.get("use_sliding_window", False) and keys.get("model_type") in {"qwen2", "qwen3"}:
+        keys.pop("sliding_window", None)
+    return convert_config(keys, PardConfig, where), "amd", raw
+
+
+def read(directory: Path) -> Checkpoint[PardConfig]:
+    """A whole checkpoint. ``warp_model.bin`` is read as tensors: code in it is not run.
+
+    Raises:
+        CheckpointError: as ``read_shape``, or the weights cannot be read.
+    """
+    config, form, raw = read_shape(directory)
+    tensors = read_tensors(directory, extra=[WARP] if config.uses_features else [])
+    table = tensors.get("model.embed_tokens.weight")
+    if config.tie_word_embeddings and TIED in tensors and table is not None:
+        if not torch.equal(tensors[TIED], table):
+            raise CheckpointError(
+                f"{directory} says tie_word_embeddings, but its lm_head.weight is not its embedding"
+            )
+        tensors.pop(TIED)
+    return Checkpoint(config, tensors, form, raw)
+
+
+def write(checkpoint: Checkpoint[PardConfig], directory: Path, form: str) -> None:
+    """Write in a format.
+
+    Raises:
+        CheckpointError: there is no such format, or the folder cannot be written.
+    """
+    unfit(checkpoint.config, form)
+    config, tensors = checkpoint.config, checkpoint.tensors
+    keys: dict[str, Any] = {
+        "architectures": [f"{config.model_type.capitalize()}ForCausalLM"],
+        **checkpoint.raw,
+        **msgspec.to_builtins(config),
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.width_of_head,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "spd_type": "pard2" if config.uses_features else "pard",
+    }
+    body = {name: t for name, t in tensors.items() if not name.startswith(PROJECTION)}
+    write_checkpoint(directory, keys, body)
+    if config.uses_features:
+        warp = {n: t.detach().cpu().clone() for n, t in tensors.items() if n not in body}
+        torch.save(warp, directory / WARP)
+
+
+def unfit(config: PardConfig, form: str, own_embedding: bool = True) -> list[str]:
+    """Why a format cannot have this draft: never, for those there are."""
+    del config, own_embedding
+    if form not in FORMATS:
+        raise CheckpointError(f"pard has no format {form!r}; there are: {', '.join(FORMATS)}")
+    return []

@@ -1,0 +1,61 @@
+"""A PARD draft as a module, under the tensor names of transformers and of AMD's PARD-2."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from drafters.layers import DecoderStack, RMSNorm, Rotary
+
+if TYPE_CHECKING:
+    from drafters.pard.config import PardConfig
+
+
+class PardBody(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: PardConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = DecoderStack(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class PardNetwork(nn.Module):
+    """The language model; how rows attend is left to the caller.
+
+    Letters: E model width, F fused feature width, U draft vocabulary.
+    """
+
+    def __init__(self, config: PardConfig, feature_width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.model = PardBody(config)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        self.target_proj = (
+            nn.Linear(feature_width, config.hidden_size, bias=config.pard2_proj_bias)
+            if config.uses_features
+            else None
+        )
+        self.rotary = Rotary(config)
+
+    def embed(self, tokens: Tensor, features: Tensor | None) -> Tensor:
+        """``[..., E]``: token embeddings, and for PARD-2 the feature before each token."""
+        embedded = self.model.embed_tokens(tokens)
+        if self.target_proj is None:
+            return embedded
+        assert features is not None, "PARD-2 needs the target's features"
+        projected = self.target_proj(features.to(self.target_proj.weight.dtype))
+        return embedded + projected * self.config.pard2_scale
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., U]``."""
+        hidden = self.model.norm(hidden)
+        if self.lm_head is None:
+            return nn.functional.linear(hidden, self.model.embed_tokens.weight)
+        return self.lm_head(hidden)

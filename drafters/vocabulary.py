@@ -1,0 +1,91 @@
+"""Reduced draft vocabularies: which target token each draft token is.
+
+``d2t[i]`` is the target's id less i (an offset, in every public format), ``t2d[v]`` says whether
+target token v can be drafted at all. Letters: V target vocabulary, U draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cosched.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+
+def target_ids(d2t_U: Tensor) -> Tensor:
+    """Target token of each draft token ``[U]``."""
+    return d2t_U + torch.arange(len(d2t_U), device=d2t_U.device)
+
+
+def check_mapping(d2t_U: Tensor, t2d_V: Tensor, where: object) -> None:
+    """Make sure that both maps say the same and stay inside the target's vocabulary.
+
+    Raises:
+        CheckpointError: a draft token is no target token, two are the same, or ``t2d`` disagrees.
+    """
+    ids, size = target_ids(d2t_U), len(t2d_V)
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= size):
+        raise CheckpointError(
+            f"d2t of {where} points at tokens {int(ids.min())} to {int(ids.max())}, "
+            f"the target's vocabulary has {size}"
+        )
+    said = torch.zeros(size, dtype=torch.bool, device=ids.device)
+    said[ids] = True
+    if int(said.sum()) != len(ids):
+        raise CheckpointError(f"d2t of {where} has two draft tokens for one target token")
+    # A map of the whole vocabulary is often left as all False or all True.
+    if len(ids) < size and not torch.equal(said, t2d_V.bool()):
+        different = int((said != t2d_V.bool()).sum())
+        raise CheckpointError(f"d2t and t2d of {where} disagree on {different} target tokens")
+
+
+def partial_ids(d2t_U: Tensor | None, vocab_size: int) -> Tensor | None:
+    """Target token of each draft token ``[U]``; None where the two vocabularies are one."""
+    if d2t_U is None:
+        return None
+    ids = target_ids(d2t_U)
+    whole = len(ids) == vocab_size and bool((d2t_U == 0).all())
+    return None if whole else ids
+
+
+def over_target(logits: Tensor, ids_U: Tensor | None, vocab_size: int) -> Tensor:
+    """Float32 logits over the target's vocabulary; what the draft cannot say is -inf."""
+    logits = logits.float()
+    if ids_U is None:
+        return logits
+    full = logits.new_full((*logits.shape[:-1], vocab_size), float("-inf"))
+    return full.index_copy_(-1, ids_U, logits)
+
+
+def check_tokenizers(
+    draft: Mapping[str, int] | None, target: Mapping[str, int] | None, directory: Path
+) -> None:
+    """Make sure that a draft that brings a tokenizer brings the target's.
+
+    Tokens that only the draft has (its mask) and only the target has are no harm; a token that
+    both have under different ids is.
+
+    Raises:
+        CheckpointError: a token has another id in the draft than in the target.
+    """
+    if draft is None or target is None:
+        return
+    shared = draft.keys() & target.keys()
+    wrong = sorted(token for token in shared if draft[token] != target[token])
+    if wrong or not shared:
+        example = (
+            f"for one, {wrong[0]!r} is {draft[wrong[0]]} in the draft's and {target[wrong[0]]} in "
+            f"the target's"
+            if wrong
+            else "they share no token"
+        )
+        raise CheckpointError(
+            f"the draft {directory} has another tokenizer than the target: {len(wrong)} of "
+            f"{len(target)} tokens have other ids ({example})"
+        )
