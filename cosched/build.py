@@ -23,10 +23,11 @@ from cosched.engines.embedded.target import Target, load_tokenizer
 from cosched.engines.embedded.verification import SamplingParams
 from cosched.engines.trace import RecordedRows, TraceMeta, TraceWriter, read_meta
 from cosched.errors import ConfigError
+from cosched.footprint import replay_limits
 from cosched.guard import FiniteGuard
 from cosched.publish import InPlacePublisher
 from cosched.registry import DRAFTERS, LOSSES, POLICIES
-from cosched.replay import ReplayBuffer, ReplayLimits
+from cosched.replay import ReplayBuffer
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
 from cosched.training.scope import parameters_of
@@ -165,29 +166,12 @@ def build_coscheduler(
     if serving is not None:
         trainer = build_trainer(world, drafter)
         publisher = InPlacePublisher(serving, world.target.model, adapt.publish.target_check_every)
-    target, replay = world.target, adapt.replay
-    hidden_bytes = target.hidden_size * target.dtype.itemsize
-    limits = ReplayLimits(
-        window=replay.window,
-        anchors=replay.anchors,
-        path=drafter.num_draft_tokens,
-        max_tokens=replay.max_tokens,
-        max_bytes=replay.max_bytes,
-        feature_row_bytes=hidden_bytes * len(drafter.signal.feature_layers),
-        teacher_row_bytes=(
-            hidden_bytes
-            if replay.teacher == "hidden"
-            else target.vocab_size * torch.float32.itemsize
-        ),
-    )
-    rows = world.config.loss_settings.rows
-    if (needed := limits.request_bytes(keep_blocks=rows != "delayed")) > replay.max_bytes:
-        raise ConfigError(
-            f"adapt.replay.max_bytes: {replay.max_bytes} holds no request; one of "
-            f"adapt.replay.window = {replay.window} rows takes {needed}"
-        )
+    loss = world.config.loss_settings
+    limits = replay_limits(world.config, world.target, drafter)
+    # A chain's rows behind a refusal stand on the very path that it drafted: they teach like others.
+    refused_weight = 1.0 if drafter.signal.conditioning == "chain" else loss.refused_weight
     return Coscheduler(
-        buffer=ReplayBuffer(limits, rows, window),
+        buffer=ReplayBuffer(limits, loss.rows, window, refused_weight),
         policy=policy,
         trainer=trainer,
         guard=FiniteGuard(),

@@ -102,13 +102,51 @@ def run(
 
 @app.command()
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Validate an experiment and the files it names, without loading a model."""
+    """Validate an experiment and the files it names, and say what it would take in memory.
+
+    Nothing is loaded: sizes come from the ``config.json`` files.
+    """
     from cosched.config import check_paths, load_config, to_yaml
 
     loaded = load_config(config, overrides or ())
     check_paths(loaded)
+    from cosched.footprint import footprint, sketch
+    from cosched.report.memory import footprint_table
+
+    target, drafter = sketch(loaded)
     console.print(to_yaml(loaded), markup=False, highlight=False)
+    console.print(footprint_table(footprint(loaded, target, drafter)))
+    if problems := drafter.not_for_sglang():
+        console.print(
+            "stock SGLang cannot run this draft as it is:\n"
+            + "\n".join(f"  {escape(problem)}" for problem in problems),
+            soft_wrap=True,
+        )
     console.print(f"{config}: valid; a run would write {loaded.run_folder}", soft_wrap=True)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A draft checkpoint in any format that we read.")],
+    destination: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    form: Annotated[
+        str, typer.Option("--format", help="sglang, specforge, speculators; zlab, amd.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[drafter.key=value …]", help="What the checkpoint does not say."),
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="The drafter, where config.json does not tell.")
+    ] = None,
+) -> None:
+    """Write a draft checkpoint in another public format, bit by bit the same weights."""
+    from cosched.convert import convert as convert_checkpoint
+
+    family, problems = convert_checkpoint(source, destination, form, kind, overrides or ())
+    console.print(f"{family}: {source} -> [bold]{destination}[/] ({form})", soft_wrap=True)
+    for problem in problems:
+        console.print(f"stock SGLang cannot run it as it is: {escape(problem)}", soft_wrap=True)
 
 
 @app.command()

@@ -6,7 +6,7 @@ M = R * N * K student rows of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import msgspec
@@ -40,9 +40,17 @@ class PolicySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``adapt.loss``: weights that every loss shares; a loss adds its own fields in a subclass."""
+    """``adapt.loss``: weights that every loss shares; a loss adds its own fields in a subclass.
+
+    ``rows`` says which text teaches: ``delayed``, what the target went on to say from any anchor;
+    ``accepted``, what was drafted, up to the first refusal; ``all``, what was drafted to its end.
+    Behind a refusal a chain is taught on the path that it drafted itself, as before; a block, which
+    does not know what it drafted, would be taught the continuation of a refused text: there
+    ``refused_weight`` says how much such rows count.
+    """
 
     kind: str
+    refused_weight: Annotated[float, Meta(ge=0, le=1)] = 0.3
     position_decay: Annotated[float, Meta(gt=0, le=1)] = 0.85
     rows: Rows = "delayed"
 
@@ -117,6 +125,10 @@ class Drafter(Protocol):
 
     def move_slot(self, state: Any, source: int, destination: int) -> None:
         """The request in slot ``source`` goes on in slot ``destination``, ``source`` is empty."""
+        ...
+
+    def not_for_sglang(self) -> Sequence[str]:
+        """Why stock SGLang cannot run this draft as it is; empty where it can."""
         ...
 
     def network(self) -> nn.Module | None:

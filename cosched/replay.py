@@ -49,10 +49,18 @@ class ReplayBuffer:
     the requests that have been silent longest are dropped, and counted in ``num_evicted``.
     """
 
-    def __init__(self, limits: ReplayLimits, rows: Rows, draft_window: int | None) -> None:
+    def __init__(
+        self,
+        limits: ReplayLimits,
+        rows: Rows,
+        draft_window: int | None,
+        refused_weight: float = 1.0,
+    ) -> None:
         self.limits = limits
         self.rows: Rows = rows
         self.draft_window = draft_window
+        # What rows behind the first refusal weigh: as set where they are kept, nothing where cut.
+        self._refused_weight = refused_weight if rows == "all" else 0.0
         self.num_evicted = 0
         self._keep_blocks = rows != "delayed"
         self._request_bytes = limits.request_bytes(self._keep_blocks)
@@ -101,7 +109,8 @@ class ReplayBuffer:
         drawn = [
             one
             for rows in self._requests.values()
-            if (one := rows.draw(self.rows, share, self.limits.path)) is not None
+            if (one := rows.draw(self.rows, share, self.limits.path, self._refused_weight))
+            is not None
         ]
         return _pad(drawn, self.draft_window) if drawn else None
 
@@ -186,14 +195,14 @@ class _RequestRows:
                 storage[: self.count] = storage[source].clone()
         self.begin = 0
 
-    def draw(self, rows: Rows, num_anchors: int, path: int) -> _Drawn | None:
+    def draw(self, rows: Rows, num_anchors: int, path: int, refused_weight: float) -> _Drawn | None:
         """The newest anchors with their paths, or None while there is none."""
         if self.teacher is None or self.teacher_from is None:
             return None
         if rows == "delayed":
             found = self._committed_paths(num_anchors, path)
         else:
-            found = self._served_paths(num_anchors, cut=rows == "accepted")
+            found = self._served_paths(num_anchors, refused_weight)
         if found is None:
             return None
         anchors, paths, teacher, weights = found
@@ -228,9 +237,12 @@ class _RequestRows:
         )
 
     def _served_paths(
-        self, num_anchors: int, cut: bool
+        self, num_anchors: int, refused_weight: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Anchors that were served with what was drafted; ``cut`` masks rows after a refusal."""
+        """Anchors that were served with what was drafted, and the weight of rows after a refusal.
+
+        The row of the refused token itself stands on accepted text and counts in full.
+        """
         blocks = [b for b in self.blocks if 1 <= b.anchor - self.start <= self.count]
         blocks = blocks[-num_anchors:]
         if not blocks:
@@ -239,9 +251,9 @@ class _RequestRows:
         anchors = torch.tensor([b.anchor - self.start for b in blocks], device=device)
         paths = torch.stack([b.path_K for b in blocks])
         weights = torch.ones(paths.shape, device=device)
-        if cut:
-            valid = torch.tensor([b.num_accepted for b in blocks], device=device)
-            weights *= torch.arange(paths.shape[1], device=device) <= valid[:, None]
+        accepted_N = torch.tensor([b.num_accepted for b in blocks], device=device)
+        behind_NK = torch.arange(paths.shape[1], device=device) > accepted_N[:, None]
+        weights = weights.masked_fill(behind_NK, refused_weight)
         return anchors, paths, torch.stack([b.teacher_KX for b in blocks]), weights
 
 

@@ -140,16 +140,20 @@ def write_checkpoint(
 
 
 def rename(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors with the first matching prefix of each name exchanged."""
+    """Tensors with the beginnings of their names exchanged, one after the other in that order.
+
+    Raises:
+        CheckpointError: two tensors come to have one name.
+    """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
+        ours = name
         for old, new in prefixes.items():
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
-                break
-        if name in renamed:
-            raise CheckpointError(f"two tensors of the checkpoint are both {name}")
-        renamed[name] = tensor
+            if ours.startswith(old):
+                ours = new + ours.removeprefix(old)
+        if ours in renamed:
+            raise CheckpointError(f"two tensors of the checkpoint are both {ours}")
+        renamed[ours] = tensor
     return renamed
 
 
@@ -170,17 +174,18 @@ def tokenizer_vocabulary(directory: Path) -> dict[str, int] | None:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def transformers_defaults(model_type: str) -> dict[str, Any]:
-    """What transformers takes for keys that a configuration of that type leaves out.
+def completed(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``transformer_layer_config`` with what transformers takes for the keys that it leaves out.
 
     Raises:
-        CheckpointError: no such type.
+        CheckpointError: transformers knows no such type, or not these keys.
     """
     from transformers import AutoConfig
 
+    keys = {"model_type": "qwen3", **layer}  # the type that speculators takes
     try:
-        return AutoConfig.for_model(model_type).to_dict()
-    except ValueError as error:
+        return AutoConfig.for_model(**keys).to_dict()
+    except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"transformer_layer_config: {error}") from error
 
 

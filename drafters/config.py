@@ -42,7 +42,6 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     mlp_bias: bool = False
     layer_types: list[str] | None = None
     sliding_window: int | None = None
-    use_sliding_window: bool = True
 
     @property
     def kv_heads(self) -> int:

@@ -63,6 +63,15 @@ class DFlashDrafter:
         self._target_ids = partial_ids(network.d2t if has_map else None, target.vocab_size)
 
     @classmethod
+    def checkpoint(cls, settings: DrafterSettings) -> Checkpoint[DFlashConfig]:
+        """The checkpoint as it lies on disk, whatever target it is for.
+
+        Raises:
+            CheckpointError: it is damaged, or asks for what is not implemented.
+        """
+        return formats.read(Path(settings.path))
+
+    @classmethod
     def load(cls, settings: DrafterSettings, target: TargetInfo) -> DFlashDrafter:
         """Read a checkpoint folder.
 
@@ -71,7 +80,7 @@ class DFlashDrafter:
             ConfigError: more tokens are to be drafted than a block has masks.
         """
         directory = Path(settings.path)
-        checkpoint = formats.read(directory)
+        checkpoint = cls.checkpoint(settings)
         config, tensors = checkpoint.config, dict(checkpoint.tensors)
         check_tokenizers(tokenizer_vocabulary(directory), target.token_ids(), directory)
         origin = Checkpoint(config, {}, checkpoint.format, checkpoint.raw)
@@ -238,6 +247,9 @@ class DFlashDrafter:
     @property
     def cache_bytes_per_token(self) -> int:
         return self.new_state(1, 1, None).bytes_per_token
+
+    def not_for_sglang(self) -> list[str]:
+        return formats.not_for_sglang(self._network.config)
 
     # --- learning --------------------------------------------------------------------------
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from cosched.errors import CheckpointError
 from drafters.checkpoint import (
     Checkpoint,
+    completed,
     read_config,
     read_tensors,
     rename,
     speculators_block,
-    transformers_defaults,
     write_checkpoint,
 )
 from drafters.config import convert_config
@@ -38,6 +38,18 @@ SUCCESSORS = (
     "final_logit_softcapping", "output_multiplier", "attention_sink_bias", "attention_value_scale",
     "projector_type", "conv_kernel_size", "selector_rank", "selector_top_k", "is_causal",
 )  # fmt: skip
+
+
+def recognises(raw: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of a DFlash draft."""
+    if "speculators_model_type" in raw:
+        return raw["speculators_model_type"] == "dflash"
+    return "DFlashDraftModel" in (raw.get("architectures") or []) or "dflash_config" in raw
+
+
+def not_for_sglang(config: DFlashConfig) -> list[str]:
+    """Why stock SGLang would not run this draft as it is; empty where it would."""
+    return unfit(config, "sglang")
 
 
 def read_shape(directory: Path) -> tuple[DFlashConfig, str, dict[str, Any]]:
@@ -77,10 +89,7 @@ def _from_speculators(raw: Mapping[str, Any], where: Path) -> DFlashConfig:
             f"{where} has sample_from_anchor: a block that drafts from its anchor as well is DSpark, "
             f"which the dflash drafter does not implement"
         )
-    keys = {**raw.get("transformer_layer_config", {})}
-    keys.setdefault("model_type", "qwen3")
-    for key, value in transformers_defaults(keys["model_type"]).items():
-        keys.setdefault(key, value)
+    keys = completed(raw.get("transformer_layer_config", {}))
     keys["block_size"] = raw.get("block_size", 8)
     keys["mask_token_id"] = raw.get("mask_token_id")
     keys["sliding_causal"] = not raw.get("sliding_window_non_causal", False)
@@ -123,9 +132,8 @@ def write(checkpoint: Checkpoint[DFlashConfig], directory: Path, form: str) -> N
     write_checkpoint(directory, make(checkpoint), checkpoint.tensors)
 
 
-def unfit(config: DFlashConfig, form: str, own_embedding: bool = False) -> list[str]:
+def unfit(config: DFlashConfig, form: str) -> list[str]:
     """Why a format, or the program that reads it, cannot have this draft; empty where it can."""
-    del own_embedding  # the target's serves in every format
     if form not in FORMATS:
         raise CheckpointError(f"dflash has no format {form!r}; there are: {', '.join(FORMATS)}")
     if form == "speculators":
@@ -151,6 +159,8 @@ SHAPE_KEYS = (
 def _layer_keys(config: DFlashConfig) -> dict[str, Any]:
     keys: dict[str, Any] = {key: getattr(config, key) for key in SHAPE_KEYS}
     keys["num_key_value_heads"], keys["head_dim"] = config.kv_heads, config.width_of_head
+    if "sliding_attention" in (config.layer_types or []):
+        keys["use_sliding_window"] = True  # without it transformers forgets the window
     return {key: value for key, value in keys.items() if value is not None}
 
 

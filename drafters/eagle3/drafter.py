@@ -75,6 +75,15 @@ class Eagle3Drafter:
         self._target_ids = partial_ids(network.d2t if has_map else None, target.vocab_size)
 
     @classmethod
+    def checkpoint(cls, settings: Eagle3Settings) -> Checkpoint[Eagle3Config]:
+        """The checkpoint as it lies on disk, whatever target it is for.
+
+        Raises:
+            CheckpointError: it is damaged, or asks for what is not implemented.
+        """
+        return formats.read(Path(settings.path), settings.norm_output)
+
+    @classmethod
     def load(cls, settings: Eagle3Settings, target: TargetInfo) -> Eagle3Drafter:
         """Read a checkpoint folder.
 
@@ -82,7 +91,7 @@ class Eagle3Drafter:
             CheckpointError: it is damaged, or does not fit the target.
         """
         directory = Path(settings.path)
-        checkpoint = formats.read(directory, settings.norm_output)
+        checkpoint = cls.checkpoint(settings)
         config, tensors = checkpoint.config, dict(checkpoint.tensors)
         check_tokenizers(tokenizer_vocabulary(directory), target.token_ids(), directory)
         own = _own_embedding(checkpoint, target)
@@ -260,6 +269,10 @@ class Eagle3Drafter:
     @property
     def cache_bytes_per_token(self) -> int:
         return self.new_state(1, 1, None).bytes_per_token
+
+    def not_for_sglang(self) -> list[str]:
+        own = self._network.embed_tokens is not None
+        return formats.unfit(self._network.config, "sglang", own_embedding=own)
 
     # --- learning --------------------------------------------------------------------------
 

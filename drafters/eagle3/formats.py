@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from cosched.errors import CheckpointError
 from drafters.checkpoint import (
     Checkpoint,
+    completed,
     read_config,
     read_tensors,
     rename,
     speculators_block,
-    transformers_defaults,
     write_checkpoint,
 )
 from drafters.config import convert_config
@@ -43,6 +43,18 @@ FLAT_NAMES = {
 }
 SPECULATORS_NAMES = {"layers.0.": "midlayer."}
 VERIFIERS_OWN = ("verifier_lm_head.weight", "verifier_norm.weight")  # the target's, saved by some
+
+
+def recognises(raw: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of an EAGLE-3 head."""
+    if "speculators_model_type" in raw:
+        return raw["speculators_model_type"] == "eagle3"
+    return any("eagle3" in str(name).lower() for name in raw.get("architectures") or [])
+
+
+def not_for_sglang(config: Eagle3Config) -> list[str]:
+    """Why stock SGLang would not run this head as it is; empty where it would."""
+    return unfit(config, "sglang")
 
 
 def read_shape(
@@ -104,11 +116,7 @@ def _norm_output_of(raw: Mapping[str, Any], where: Path, said: NormOutput | None
 def _from_speculators(raw: Mapping[str, Any], where: Path) -> Eagle3Config:
     if (kind := raw.get("speculators_model_type", "eagle3")) != "eagle3":
         raise CheckpointError(f"{where} is a speculators {kind!r} model, not 'eagle3'")
-    keys = {**raw.get("transformer_layer_config", {})}
-    # speculators leaves out what is transformers' default for the type.
-    keys.setdefault("model_type", "qwen3")
-    for key, value in transformers_defaults(keys["model_type"]).items():
-        keys.setdefault(key, value)
+    keys = completed(raw.get("transformer_layer_config", {}))
     for key in ("draft_vocab_size", "target_hidden_size", "norm_before_residual", "norm_output"):
         if key in raw:
             keys[key] = raw[key]
@@ -223,9 +231,9 @@ def _to_speculators(checkpoint: Checkpoint[Eagle3Config]) -> dict[str, Any]:
     config = checkpoint.config
     kept = checkpoint.raw if checkpoint.format == "speculators" else {}
     layer = _layer_keys(config)
-    rope = config.rope
     layer.pop("rope_scaling", None)
-    layer["rope_parameters"] = rope
+    layer.pop("rope_theta")  # transformers 5 keeps it with the rest
+    layer["rope_parameters"] = config.rope
     ids = config.feature_layers
     return {
         "architectures": ["Eagle3DraftModel"],

@@ -66,6 +66,15 @@ class PardDrafter:
         self._target_ids = None if whole else torch.arange(self._num_shared, device=device)
 
     @classmethod
+    def checkpoint(cls, settings: DrafterSettings) -> Checkpoint[PardConfig]:
+        """The checkpoint as it lies on disk, whatever target it is for.
+
+        Raises:
+            CheckpointError: it is damaged, or asks for what is not implemented.
+        """
+        return formats.read(Path(settings.path))
+
+    @classmethod
     def load(cls, settings: DrafterSettings, target: TargetInfo) -> PardDrafter:
         """Read a checkpoint folder.
 
@@ -73,7 +82,7 @@ class PardDrafter:
             CheckpointError: it is damaged, or does not fit the target.
         """
         directory = Path(settings.path)
-        checkpoint = formats.read(directory)
+        checkpoint = cls.checkpoint(settings)
         config = checkpoint.config
         check_tokenizers(tokenizer_vocabulary(directory), target.token_ids(), directory)
         origin = Checkpoint(config, {}, checkpoint.format, checkpoint.raw)
@@ -256,6 +265,9 @@ class PardDrafter:
     @property
     def cache_bytes_per_token(self) -> int:
         return self.new_state(1, 1, None).bytes_per_token
+
+    def not_for_sglang(self) -> list[str]:
+        return formats.not_for_sglang(self._network.config)
 
     # --- learning --------------------------------------------------------------------------
 

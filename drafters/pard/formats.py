@@ -17,6 +17,7 @@ from drafters.config import convert_config
 from drafters.pard.config import PardConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 FORMATS = ("amd", "sglang")
@@ -28,6 +29,20 @@ OLD_KEYS = {
     "pard_scale": "pard2_scale", "feat_scale": "pard2_scale", "proj_bias": "pard2_proj_bias",
     "pard_target_dim": "pard2_target_dim", "target_layers": "pard2_target_layers",
 }  # fmt: skip
+
+
+def recognises(raw: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of a PARD draft."""
+    return "pard_token" in raw
+
+
+def not_for_sglang(config: PardConfig) -> list[str]:
+    """Why stock SGLang would not run this draft as it is."""
+    del config
+    return [
+        "SGLang has no worker that drafts through mask tokens; it would run the folder as a language "
+        "model that drafts one token after the other (STANDALONE)"
+    ]
 
 
 def read_shape(directory: Path) -> tuple[PardConfig, str, dict[str, Any]]:
@@ -44,8 +59,6 @@ def read_shape(directory: Path) -> tuple[PardConfig, str, dict[str, Any]]:
             f"masks is no PARD draft"
         )
     keys = {OLD_KEYS.get(key, key): value for key, value in raw.items()}
-    if not keys.get("use_sliding_window", False) and keys.get("model_type") in {"qwen2", "qwen3"}:
-        keys.pop("sliding_window", None)
     return convert_config(keys, PardConfig, where), "amd", raw
 
 
@@ -73,7 +86,8 @@ def write(checkpoint: Checkpoint[PardConfig], directory: Path, form: str) -> Non
     Raises:
         CheckpointError: there is no such format, or the folder cannot be written.
     """
-    unfit(checkpoint.config, form)
+    if form not in FORMATS:
+        raise CheckpointError(f"pard has no format {form!r}; there are: {', '.join(FORMATS)}")
     config, tensors = checkpoint.config, checkpoint.tensors
     keys: dict[str, Any] = {
         "architectures": [f"{config.model_type.capitalize()}ForCausalLM"],
@@ -89,11 +103,3 @@ def write(checkpoint: Checkpoint[PardConfig], directory: Path, form: str) -> Non
     if config.uses_features:
         warp = {n: t.detach().cpu().clone() for n, t in tensors.items() if n not in body}
         torch.save(warp, directory / WARP)
-
-
-def unfit(config: PardConfig, form: str, own_embedding: bool = True) -> list[str]:
-    """Why a format cannot have this draft: never, for those there are."""
-    del config, own_embedding
-    if form not in FORMATS:
-        raise CheckpointError(f"pard has no format {form!r}; there are: {', '.join(FORMATS)}")
-    return []

@@ -1,0 +1,218 @@
+"""What an experiment will take in memory, from its settings and ``config.json`` files alone."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cosched.errors import CheckpointError, ConfigError
+from cosched.registry import DRAFTERS
+from cosched.replay import ReplayLimits
+from cosched.training.scope import parameters_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cosched.config import Config
+    from cosched.protocols import Drafter, TargetInfo
+
+SAFETENSORS_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+"""Bytes of an element by the name that a safetensors header gives its type; one where not listed."""
+
+
+@dataclass(slots=True)
+class TargetSketch:
+    """A ``TargetInfo`` of a ``config.json`` alone: embedding and head lie on the meta device."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_length: int
+    embedding: nn.Embedding
+    head: nn.Module
+    directory: Path
+
+    @classmethod
+    def read(cls, path: str, dtype: torch.dtype) -> TargetSketch:
+        """Read the folder of a target.
+
+        Raises:
+            CheckpointError: no ``config.json``, or it lacks a size.
+        """
+        directory = Path(path)
+        try:
+            raw = json.loads((directory / "config.json").read_text())
+            text: dict[str, Any] = raw.get("text_config", raw)
+            vocab, hidden = int(text["vocab_size"]), int(text["hidden_size"])
+            layers = int(text["num_hidden_layers"])
+            longest = int(text.get("max_position_embeddings", 0))
+        except OSError as error:
+            raise CheckpointError(
+                f"target.path: no Hugging Face model folder at {directory}"
+            ) from error
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{directory / 'config.json'} is damaged: {error}") from error
+        except KeyError as error:
+            raise CheckpointError(f"{directory / 'config.json'} has no {error}") from error
+        with torch.device("meta"):
+            embedding = nn.Embedding(vocab, hidden, dtype=dtype)
+            head = nn.Linear(hidden, vocab, bias=False, dtype=dtype)
+        return cls(vocab, hidden, layers, longest, embedding, head, directory)
+
+    def token_ids(self) -> Mapping[str, int] | None:
+        """The vocabulary of the folder's ``tokenizer.json``; None where it has none."""
+        path = self.directory / "tokenizer.json"
+        if not path.exists():
+            return None
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+
+    def num_parameters(self) -> int | None:
+        """Elements of the safetensors files, read from their headers; None where there are none."""
+        files = sorted(self.directory.glob("*.safetensors"))
+        return sum(map(_num_elements, files)) if files else None
+
+
+def _num_elements(path: Path) -> int:
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (OSError, ValueError, struct.error) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    entries = [entry for name, entry in header.items() if name != "__metadata__"]
+    return sum(
+        (entry["data_offsets"][1] - entry["data_offsets"][0])
+        // SAFETENSORS_BYTES.get(entry["dtype"], 1)
+        for entry in entries
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes by what they are for, and the rates behind them; None where the files do not say.
+
+    ``trainer_copy`` is the float32 draft that learns and ``first_weights`` what a reset goes back
+    to; ``masters`` (ZeRO keeps its own), ``moments`` and ``gradients`` are DeepSpeed's.
+    """
+
+    num_target_parameters: int | None
+    num_draft_parameters: int
+    num_trained: int
+    target: int | None
+    draft: int
+    trainer_copy: int
+    first_weights: int
+    masters: int
+    moments: int
+    gradients: int
+    replay: int
+    draft_cache: int
+    feature_bytes_per_token: int
+    teacher_bytes_per_row: int
+    cache_bytes_per_token: int
+
+    @property
+    def added(self) -> int:
+        """Everything but the target: what speculation and adaptation cost on top of it."""
+        return sum(
+            (
+                self.draft,
+                self.trainer_copy,
+                self.first_weights,
+                self.masters,
+                self.moments,
+                self.gradients,
+                self.replay,
+                self.draft_cache,
+            )
+        )
+
+
+def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> ReplayLimits:
+    """The replay buffer's bounds, with what a row of it takes.
+
+    Raises:
+        ConfigError: they hold no request.
+    """
+    replay = config.adapt.replay
+    hidden_bytes = target.hidden_size * target.embedding.weight.dtype.itemsize
+    limits = ReplayLimits(
+        window=replay.window,
+        anchors=replay.anchors,
+        path=drafter.num_draft_tokens,
+        max_tokens=replay.max_tokens,
+        max_bytes=replay.max_bytes,
+        feature_row_bytes=hidden_bytes * len(drafter.signal.feature_layers),
+        teacher_row_bytes=(
+            hidden_bytes
+            if replay.teacher == "hidden"
+            else target.vocab_size * torch.float32.itemsize
+        ),
+    )
+    needed = limits.request_bytes(keep_blocks=config.loss_settings.rows != "delayed")
+    if needed > replay.max_bytes:
+        raise ConfigError(
+            f"adapt.replay.max_bytes: {replay.max_bytes} holds no request; one of "
+            f"adapt.replay.window = {replay.window} rows takes {needed}"
+        )
+    return limits
+
+
+def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footprint:
+    """Add up a run of these settings; ``drafter`` may be a sketch."""
+    network = drafter.network()
+    dtype: torch.dtype = getattr(torch, config.engine.dtype)
+    parameters = dict(network.named_parameters()) if network is not None else {}
+    trained = 0
+    if network is not None and any(arm.startswith("adapted") for arm in config.arms):
+        trained = sum(
+            parameters[n].numel() for n in parameters_of(drafter, config.adapt.scope.kind)
+        )
+    held = sum(parameter.numel() for parameter in parameters.values())
+    limits = replay_limits(config, target, drafter)
+    rows = config.loss_settings.rows
+    one = limits.request_bytes(keep_blocks=rows != "delayed")
+    requests = min(config.engine.max_batch, limits.max_bytes // one)
+    target_parameters = target.num_parameters()
+    longest = config.workload.prompt_tokens + config.workload.max_new_tokens
+    cache = drafter.cache_bytes_per_token
+    return Footprint(
+        num_target_parameters=target_parameters,
+        num_draft_parameters=held,
+        num_trained=trained,
+        target=None if target_parameters is None else target_parameters * dtype.itemsize,
+        draft=held * dtype.itemsize,
+        trainer_copy=4 * held if trained else 0,
+        first_weights=4 * trained,
+        masters=4 * trained if config.adapt.trainer.zero_stage else 0,
+        moments=8 * trained,
+        gradients=4 * trained,
+        replay=requests * one if trained else 0,
+        draft_cache=cache * config.engine.max_batch * longest,
+        feature_bytes_per_token=limits.feature_row_bytes,
+        teacher_bytes_per_row=limits.teacher_row_bytes,
+        cache_bytes_per_token=cache,
+    )
+
+
+def sketch(config: Config) -> tuple[TargetSketch, Drafter]:
+    """The target and the drafter of an experiment, without weights.
+
+    Raises:
+        CheckpointError: a folder is missing or damaged, or the two do not fit.
+    """
+    target = TargetSketch.read(config.target.path, getattr(torch, config.engine.dtype))
+    settings = config.drafter_settings
+    drafter = DRAFTERS.get(settings.kind).sketch(settings, target)
+    network = drafter.network()
+    if network is not None:
+        network.to(getattr(torch, config.engine.dtype))
+    return target, drafter

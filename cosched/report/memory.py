@@ -1,0 +1,58 @@
+"""What an experiment will take in memory, as a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from cosched.footprint import Footprint
+
+DASH = "\u2013"  # an en dash
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def footprint_table(footprint: Footprint) -> Table:
+    """One line for each thing that takes memory, with what it comes from."""
+    table = Table(title="memory", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("what")
+    table.add_column("takes", justify="right")
+    table.add_column("because")
+    known = footprint.num_target_parameters
+    draft, trained = footprint.num_draft_parameters, footprint.num_trained
+    per_token = in_units(footprint.cache_bytes_per_token)
+    rows = (
+        (
+            "target weights",
+            footprint.target,
+            f"{known:,} parameters" if known else "no weights yet",
+        ),
+        ("draft weights", footprint.draft, f"{draft:,} parameters"),
+        ("draft KV cache", footprint.draft_cache, f"{per_token} a token, of every running request"),
+        ("draft that learns", footprint.trainer_copy, "all of it, in float32"),
+        ("its first weights", footprint.first_weights, f"{trained:,} trained, to reset to"),
+        ("ZeRO masters", footprint.masters, "4 bytes a trained parameter (none in stage 0)"),
+        ("Adam moments", footprint.moments, "8 bytes a trained parameter"),
+        ("gradients", footprint.gradients, "4 bytes a trained parameter"),
+        (
+            "replay buffer",
+            footprint.replay,
+            f"{in_units(footprint.feature_bytes_per_token)} of features and "
+            f"{in_units(footprint.teacher_bytes_per_row)} of teacher a token",
+        ),
+    )
+    for what, takes, why in rows:
+        table.add_row(what, DASH if takes is None else in_units(takes), why)
+    table.add_section()
+    table.add_row("on top of the target", in_units(footprint.added), "activations come on top")
+    return table
+
+
+def in_units(number: int) -> str:
+    """Bytes in the largest unit that leaves at least one."""
+    value, unit = float(number), 0
+    while value >= 1024 and unit < len(UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.3g} {UNITS[unit]}" if value < 1000 else f"{value:.0f} {UNITS[unit]}"

@@ -1,0 +1,454 @@
+"""Public checkpoint formats: read and written bit by bit, or refused with what is wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from cosched.convert import convert, family_of
+from cosched.engines.embedded.target import Target
+from cosched.errors import CheckpointError, ConfigError
+from cosched.registry import DRAFTERS
+from drafters.checkpoint import Checkpoint, read_tensors
+from drafters.eagle3 import Eagle3Config
+from drafters.eagle3 import formats as eagle3_formats
+from drafters.layers import Rotary
+
+FAMILIES = ("eagle3", "dflash", "pard")
+
+
+def example(target: Target, kind: str, name: str) -> Any:
+    """An example with every tensor random, in bfloat16 as published, its vocabulary map valid."""
+    torch.manual_seed(5)
+    drafter = DRAFTERS.get(kind).examples(target, 3)[name]
+    network = drafter.network().to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_()
+    if getattr(network, "lm_head", None) is not None and hasattr(network, "d2t"):
+        ids = torch.randperm(target.vocab_size)[: len(network.d2t)].sort().values
+        network.d2t.copy_(ids - torch.arange(len(ids)))
+        network.t2d.zero_()
+        network.t2d[ids] = True
+    return drafter
+
+
+def save(target: Target, kind: str, name: str, directory: Path, form: str | None = None) -> None:
+    drafter = example(target, kind, name)
+    cls = DRAFTERS.get(kind)
+    network = drafter.network()
+    tensors = dict(network.state_dict())
+    form = form or cls.formats.FORMATS[0]
+    cls.formats.write(Checkpoint(network.config, tensors, form), directory, form)
+
+
+def read(kind: str, directory: Path, **settings: Any) -> Checkpoint:
+    cls = DRAFTERS.get(kind)
+    return cls.checkpoint(cls.Settings(kind=kind, path=str(directory), **settings))
+
+
+def load(kind: str, directory: Path, target: Target, **settings: Any) -> Any:
+    cls = DRAFTERS.get(kind)
+    return cls.load(cls.Settings(kind=kind, path=str(directory), **settings), target)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Names, types and every bit."""
+    return one.keys() == other.keys() and all(
+        one[n].dtype == other[n].dtype and torch.equal(one[n], other[n]) for n in one
+    )
+
+
+def examples() -> list[tuple[str, str]]:
+    from tests.conftest import make_target
+
+    target = make_target()
+    return [(kind, name) for kind in FAMILIES for name in DRAFTERS.get(kind).examples(target, 3)]
+
+
+@pytest.mark.parametrize(("kind", "name"), examples())
+def test_round_trip(tmp_path: Path, target: Target, kind: str, name: str) -> None:
+    """Written in each format that can express it and read back: the same shape, the same bits."""
+    cls = DRAFTERS.get(kind)
+    network = example(target, kind, name).network()
+    tensors = dict(network.state_dict())
+    written = 0
+    for form in cls.formats.FORMATS:
+        checkpoint = Checkpoint(network.config, tensors, form)
+        if kind != "pard" and cls.formats.unfit(network.config, form):
+            refused(lambda f=form, c=checkpoint: cls.formats.write(c, tmp_path / f, f), form)
+            continue
+        cls.formats.write(checkpoint, tmp_path / form, form)
+        back = read(kind, tmp_path / form)
+        expected = dict(tensors)
+        whole = getattr(network.config, "draft_vocab_size", None) == target.vocab_size
+        if kind == "eagle3" and form == "speculators" and whole:
+            del expected["d2t"], expected["t2d"]  # that format has no map of a whole vocabulary
+        assert same(back.tensors, expected)
+        again = tmp_path / f"{form}-again"
+        cls.formats.write(back, again, form)
+        assert same(read(kind, again).tensors, expected)
+        for found in (back, read(kind, again)):
+            assert comparable(found.config) == comparable(network.config)
+        written += 1
+    assert written > 0
+
+
+def comparable(config: Any) -> dict[str, Any]:
+    """A shape with what may be said in two ways said in one, and what shapes nothing left out."""
+    keys = {key: getattr(config, key) for key in config.__struct_fields__}
+    for key in ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings"):
+        del keys[key]
+    full = ["full_attention"] * config.num_hidden_layers
+    keys |= {
+        "rope": config.rope,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.width_of_head,
+        "layer_types": config.layer_types or full,
+    }
+    if "sliding_attention" not in keys["layer_types"]:
+        keys["sliding_window"] = None
+    keys.pop("spd_type", None)
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "there", "back"),
+    [
+        ("eagle3", "reduced vocabulary", "speculators", "sglang"),
+        ("eagle3", "reduced vocabulary", "specforge", "sglang"),
+        ("dflash", "sliding", "speculators", "zlab"),
+    ],
+)
+def test_convert_there_and_back(
+    tmp_path: Path, target: Target, kind: str, name: str, there: str, back: str
+) -> None:
+    """Through another format and home again: the same drafter, and its companions come along."""
+    save(target, kind, name, tmp_path / "a")
+    (tmp_path / "a" / "tokenizer_config.json").write_text("{}")
+    convert(tmp_path / "a", tmp_path / "b", there, None, ())
+    convert(tmp_path / "b", tmp_path / "c", back, None, ())
+    first, last = (load(kind, tmp_path / folder, target) for folder in "ac")
+    assert same(dict(first.network().state_dict()), dict(last.network().state_dict()))
+    assert first.signal == last.signal
+    assert comparable(first.network().config) == comparable(last.network().config)
+    assert (tmp_path / "c" / "tokenizer_config.json").read_text() == "{}"
+
+
+def test_feature_layers_are_counted_as_each_format_does(tmp_path: Path, target: Target) -> None:
+    """'After layer 0, 1, 2' is [0, 1, 2] for SGLang and [1, 2, 3] for speculators."""
+    save(target, "eagle3", "plain", tmp_path / "e-sgl")
+    save(target, "eagle3", "plain", tmp_path / "e-spec", "speculators")
+    save(target, "dflash", "plain", tmp_path / "d-zlab")
+    save(target, "dflash", "plain", tmp_path / "d-spec", "speculators")
+    raw = {p.name: json.loads((p / "config.json").read_text()) for p in tmp_path.iterdir()}
+    assert raw["e-sgl"]["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
+    assert raw["e-spec"]["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
+    assert raw["d-zlab"]["dflash_config"]["target_layer_ids"] == [0, 1, 2]
+    assert raw["d-spec"]["aux_hidden_state_layer_ids"] == [1, 2, 3]
+
+
+def test_names_of_other_writers(tmp_path: Path, target: Target) -> None:
+    """``layers.0``, a ``model.`` in front, ``aux_norm_low`` and a copy of the embedding are known."""
+    network = example(target, "eagle3", "plain").network()
+    config = msgspec.structs.replace(network.config, fc_norm=True)
+    norms = {f"fc_norm.{i}.weight": torch.randn(target.hidden_size) for i in range(3)}
+    tensors = {**network.state_dict(), **norms}
+    eagle3_formats.write(Checkpoint(config, tensors, "sglang"), tmp_path, "sglang")
+    stored = load_file(tmp_path / "model.safetensors")
+    for old, new in (("midlayer", "model.layers.0"), ("fc_norm.0", "aux_norm_low")):
+        stored = {n.replace(old, new): t for n, t in stored.items()}
+    stored = {n.replace("fc_norm.1", "aux_norm_mid"): t for n, t in stored.items()}
+    stored = {n.replace("fc_norm.2", "aux_norm_high"): t for n, t in stored.items()}
+    stored["embed_tokens.weight"] = target.embedding.weight.clone()
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(stored, tmp_path / "pytorch_model.bin")
+    found = load("eagle3", tmp_path, target).network().state_dict()
+    assert found.keys() == tensors.keys()
+    assert torch.equal(found["fc_norm.2.weight"], norms["fc_norm.2.weight"])
+
+
+def test_an_embedding_of_its_own_is_kept(tmp_path: Path, target: Target) -> None:
+    """speculators may have trained the embedding: then it serves, is saved, and SGLang is named."""
+    save(target, "eagle3", "plain", tmp_path, "speculators")
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["embed_tokens.weight"] = target.embedding.weight.clone()
+    save_file(stored, tmp_path / "model.safetensors")
+    assert load("eagle3", tmp_path, target).network().embed_tokens is None  # a copy
+    stored["embed_tokens.weight"] += 1
+    save_file(stored, tmp_path / "model.safetensors")
+    drafter = load("eagle3", tmp_path, target)
+    assert torch.equal(drafter.network().embed_tokens.weight, stored["embed_tokens.weight"])
+    assert "embedding of its own" in drafter.not_for_sglang()[0]
+    drafter.save(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert torch.equal(saved["embed_tokens.weight"], stored["embed_tokens.weight"])
+
+
+# --- rope ------------------------------------------------------------------------------------
+
+
+def test_rope_theta_is_found_where_transformers_5_puts_it() -> None:
+    """``rope_parameters`` alone must not silently mean a base of 10,000."""
+    shape: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 8,
+    }  # fmt: skip
+    old = Eagle3Config(**shape, rope_theta=1e6)
+    new = Eagle3Config(**shape, rope_parameters={"rope_theta": 1e6, "rope_type": "default"})
+    assert torch.equal(old.inverse_frequencies()[0], new.inverse_frequencies()[0])
+    other = Eagle3Config(**shape)
+    assert not torch.equal(old.inverse_frequencies()[0], other.inverse_frequencies()[0])
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default"},
+        {"type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    ],
+    ids=lambda scaling: str(scaling.get("rope_type", "older key")),
+)
+def test_rope_scaling(scaling: dict[str, Any]) -> None:
+    """Rotations are those of transformers, to float32 rounding of angles up to 300 (1e-4)."""
+    config = Eagle3Config(
+        hidden_size=64, intermediate_size=64, num_attention_heads=4, vocab_size=8,
+        max_position_embeddings=512, rope_theta=500.0, rope_scaling=scaling,
+    )  # fmt: skip
+    theirs = LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=64, num_attention_heads=4, max_position_embeddings=512,
+            rope_parameters={"rope_theta": 500.0, **config.rope},
+        )
+    )  # fmt: skip
+    at = torch.arange(300)
+    cos, sin = theirs(torch.zeros(1), at[None])
+    ours = Rotary(config)
+    ours.reserve(300)
+    table = torch.cat((cos[0, :, :8], sin[0, :, :8]), -1)
+    assert torch.allclose(ours.table_TD, table, atol=1e-4)
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+def change(directory: Path, **keys: Any) -> None:
+    path = directory / "config.json"
+    raw = json.loads(path.read_text()) | keys
+    path.write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+
+
+def refused(call: Any, *words: str) -> None:
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value), (word, str(caught.value))
+
+
+BAD_CONFIGS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("eagle3", {"hidden_size": 64}, ("hidden_size 64", "has 32", "another target")),
+    ("eagle3", {"vocab_size": 32}, ("vocab_size 32", "64")),
+    ("eagle3", {"hidden_size": ...}, ("config.json", "hidden_size")),
+    ("eagle3", {"hidden_size": "wide"}, ("config.json", "hidden_size", "int")),
+    ("eagle3", {"rope_scaling": {"type": "dynamic", "factor": 2}}, ("dynamic", "llama3")),
+    ("eagle3", {"hidden_act": "gelu"}, ("gelu", "silu")),
+    ("eagle3", {"num_hidden_layers": 2}, ("num_hidden_layers 2",)),
+    ("eagle3", {"norm_output": True}, ("drafter.norm_output=fed_back", "SpecForge")),
+    ("eagle3", {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}, ("eagle_config", "top level")),
+    ("eagle3", {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 3]}}, ("[0, 1, 3]", "0 to 2")),
+    ("eagle3", {"num_aux_hidden_states": 5}, ("num_aux_hidden_states", "5")),
+    ("eagle3", {"num_attention_heads": 3}, ("3 heads", "2 key-value heads")),
+    ("dflash", {"dflash_config": {"mask_token_id": 64}}, ("mask_token_id", "64", "lacks")),
+    ("dflash", {"dflash_config": {}}, ("mask_token_id", "'<|MASK|>'", "tokenizer lacks")),
+    ("dflash", {"block_size": 3}, ("num_draft_tokens", "3", "2 masks")),
+    ("dflash", {"num_target_layers": 36}, ("36 layers", "has 3")),
+    ("dflash", {"layer_types": ["full_attention"]}, ("1 layer_types for 2 layers",)),
+    ("dflash", {"layer_types": ["chunked_attention"] * 2}, ("chunked_attention",)),
+    ("dflash", {"layer_types": ["sliding_attention"] * 2}, ("sliding_window",)),
+    ("dflash", {"final_logit_softcapping": 30.0}, ("final_logit_softcapping",)),
+    ("dflash", {"model_type": "llama"}, ("llama", "qwen3")),
+    ("dflash", {"aux_hidden_state_layer_ids": [1]}, ("target_layer_ids", "speculators")),
+    ("pard", {"pard_token": ...}, ("pard_token", "no PARD draft")),
+    ("pard", {"pard_token": 64}, ("pard_token 64", "64 lacks")),
+    ("pard", {"model_type": "mamba"}, ("mamba", "llama, qwen2, qwen3")),
+    ("pard", {"pard2": True}, ("pard2_target_layers",)),
+    ("pard", {"pard2": True, "pard2_target_layers": [-9]}, ("[-9]", "1 to 3")),
+    (
+        "pard",
+        {"pard2": True, "pard2_target_layers": [-1], "pard2_target_dim": 99},
+        ("pard2_target_dim 99", "1 layers of 32"),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "keys", "words"), BAD_CONFIGS)
+def test_bad_configurations(
+    tmp_path: Path, target: Target, kind: str, keys: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    """What a file asks for and we do not do, or the target does not have, is named."""
+    save(target, kind, {"pard": "qwen3"}.get(kind, "plain"), tmp_path)
+    load(kind, tmp_path, target)
+    change(tmp_path, **keys)
+    refused(lambda: load(kind, tmp_path, target), *words)
+
+
+def test_norm_output_must_be_told_apart(tmp_path: Path, target: Target) -> None:
+    """Once said, SGLang's key feeds the normed state back and SpecForge's does nothing new."""
+    save(target, "eagle3", "plain", tmp_path)
+    change(tmp_path, norm_output=True)
+    assert read("eagle3", tmp_path, norm_output="fed_back").config.norm_output
+    assert not read("eagle3", tmp_path, norm_output="before_head").config.norm_output
+    convert(tmp_path, tmp_path / "b", "sglang", None, ["drafter.norm_output=fed_back"])
+    assert read("eagle3", tmp_path / "b").config.norm_output  # our own file says which
+    change(tmp_path, norm_output=False)
+    refused(lambda: read("eagle3", tmp_path, norm_output="before_head"), "norm before the head")
+
+
+def test_a_table_of_wrong_tensors(tmp_path: Path, target: Target) -> None:
+    """Missing, unknown and misshapen tensors come one a line, with both shapes."""
+    save(target, "eagle3", "plain", tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["norm.weight"]
+    stored["fc.weight"] = stored["fc.weight"][:-1].clone()
+    stored["extra.weight"] = torch.zeros(2)
+    save_file(stored, tmp_path / "model.safetensors")
+    refused(
+        lambda: load("eagle3", tmp_path, target),
+        "norm.weight: expected [32], missing",
+        "fc.weight: expected [32, 96], found [31, 96]",
+        "extra.weight: not a tensor of this drafter, found [2]",
+    )
+
+
+def test_damaged_files(tmp_path: Path, target: Target) -> None:
+    """A file cut short, and one that holds code: neither is loaded, neither is run."""
+    save(target, "eagle3", "plain", tmp_path / "a")
+    path = tmp_path / "a" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(lambda: load("eagle3", tmp_path / "a", target), "model.safetensors cannot be read")
+    path.unlink()
+    refused(lambda: load("eagle3", tmp_path / "a", target), "neither *.safetensors nor")
+    (path.parent / "config.json").write_text("{")
+    refused(lambda: load("eagle3", tmp_path / "a", target), "is not JSON")
+    (path.parent / "config.json").write_text("[]")
+    refused(lambda: load("eagle3", tmp_path / "a", target), "not a JSON object")
+
+
+class Touch:
+    """A pickle that would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("form", ["zip", "pickle"])
+def test_code_in_a_warp_model_is_not_run(tmp_path: Path, target: Target, form: str) -> None:
+    """PARD-2's ``warp_model.bin`` is read as tensors, whatever else is in it."""
+    save(target, "pard", "pard2", tmp_path)
+    assert "target_proj.weight" in read("pard", tmp_path).tensors
+    spoilt, proof = {"target_proj.weight": Touch(tmp_path / "run")}, tmp_path / "run"
+    if form == "zip":
+        torch.save(spoilt, tmp_path / "warp_model.bin")
+    else:
+        (tmp_path / "warp_model.bin").write_bytes(pickle.dumps(spoilt, protocol=2))
+    refused(lambda: read("pard", tmp_path), "warp_model.bin")
+    assert not proof.exists()
+    (tmp_path / "warp_model.bin").unlink()
+    refused(lambda: load("pard", tmp_path, target), "target_proj.weight", "missing")
+
+
+def test_bad_vocabulary_maps(tmp_path: Path, target: Target) -> None:
+    """A draft token that is no target token, two that are one, and maps that disagree."""
+    save(target, "eagle3", "reduced vocabulary", tmp_path)
+    good = load_file(tmp_path / "model.safetensors")
+
+    def with_map(d2t: Tensor, t2d: Tensor = good["t2d"]) -> Any:
+        save_file({**good, "d2t": d2t, "t2d": t2d}, tmp_path / "model.safetensors")
+        return lambda: load("eagle3", tmp_path, target)
+
+    outside = good["d2t"].clone()
+    outside[-1] = 64
+    refused(with_map(outside), "d2t", "111", "has 64")
+    refused(with_map(good["d2t"] - 64), "d2t", "points at tokens -")
+    twice = good["d2t"].clone()
+    twice[1] = twice[0] - 1
+    refused(with_map(twice), "two draft tokens for one")
+    refused(with_map(good["d2t"], ~good["t2d"]), "d2t and t2d", "disagree on 64")
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_another_tokenizer(tmp_path: Path, tiny_target: Target, kind: str) -> None:
+    """A draft that brings another tokenizer than the target's was trained on other ids."""
+    tinyworld = Path(__file__).parent.parent / "tinyworld"
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tinyworld / kind / name).read_bytes())
+    tokenizer = json.loads((tinyworld / "target" / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    load(kind, tmp_path, tiny_target)
+    ids = tokenizer["model"]["vocab"]
+    one, other = list(ids)[500], list(ids)[501]
+    ids[one], ids[other] = ids[other], ids[one]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(lambda: load(kind, tmp_path, tiny_target), "another tokenizer", "2 of 2048")
+
+
+# --- convert ---------------------------------------------------------------------------------
+
+
+def test_what_a_format_cannot_say_is_refused(tmp_path: Path, target: Target) -> None:
+    """A head that SGLang would run wrongly is not written for it, and nothing is left behind."""
+    save(target, "eagle3", "speculators", tmp_path / "a", "speculators")
+    refused(
+        lambda: convert(tmp_path / "a", tmp_path / "b", "sglang", None, ()),
+        "norm_before_residual", "q_norm and k_norm",
+    )  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    save(target, "dflash", "reduced vocabulary", tmp_path / "d", "speculators")
+    refused(
+        lambda: convert(tmp_path / "d", tmp_path / "b", "zlab", None, ()),
+        "reduced vocabulary of 48",
+    )
+    drafter = load("dflash", tmp_path / "d", target)
+    assert "reduced vocabulary" in drafter.not_for_sglang()[0]
+
+
+def test_convert_refuses(tmp_path: Path, target: Target) -> None:
+    """Formats and families that there are not, and folders that exist."""
+    save(target, "eagle3", "plain", tmp_path / "a")
+    a, b = tmp_path / "a", tmp_path / "b"
+    refused(lambda: convert(a, b, "gguf", None, ()), "gguf", "sglang, specforge, speculators")
+    refused(lambda: convert(a, a, "sglang", None, ()), "exists")
+    refused(lambda: convert(a, b, "sglang", None, ["drafter.toes=5"]), "toes")
+    refused(lambda: convert(a, b, "sglang", None, ["lr=5"]), "drafter.KEY=VALUE")
+    refused(lambda: convert(tmp_path, b, "sglang", None, ()), "config.json cannot be read")
+    change(a, architectures=["BertModel"])
+    refused(lambda: family_of(a), "no family", "dflash, eagle3, pard", "--kind")
+    convert(a, b, "sglang", "eagle3", ())
+    refused(lambda: convert(b, tmp_path / "c", "sglang", "pard", ()), "no PARD draft")
+
+
+def test_two_files_with_one_tensor(tmp_path: Path) -> None:
+    """Shards that both have a tensor leave open which one counts."""
+    for name in ("a", "b"):
+        save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    refused(lambda: read_tensors(tmp_path), "b.safetensors has x")
