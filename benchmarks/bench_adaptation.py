@@ -1,12 +1,14 @@
 """Does adaptation pay on text that the draft never saw? Paired, on recorded text.
 
-Usage: python benchmarks/bench_adaptation.py [--work DIR] [--tokens 1024] [--set key.sub=value …]
+Usage: python benchmarks/bench_adaptation.py [--drafters eagle3 dflash pard] [--work DIR]
+           [--tokens 1024] [--domains …] [--texts …] [--set key.sub=value …]
 
 Records, once, what the target says at temperature 1 and real held-out documents, in the domain that
-the draft was taught on (``code``), in a near one (``manuals``, English) and in a far one
+the drafts were taught on (``code``), in a near one (``manuals``, English) and in a far one
 (``translated``, German and French). Then every arm is judged on the same recordings by the trace
-engine. Prints acceptance length on all and on novel
-positions, and by generated position. Overrides apply to the arms, not to the recording.
+engine, every drafter on the same ones. Prints acceptance length on all and on novel positions, by
+generated position, and in the end one table of all drafters. Overrides apply to the arms, not to
+the recording.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from rich.table import Table
 
 from cosched.config import load_config
 from cosched.experiment import Experiment
+from cosched.footprint import sketch
 from cosched.telemetry.metrics import RunSummary
 from cosched.telemetry.run_folder import RunFolder
 
@@ -50,6 +53,7 @@ def run(overrides: list[str], overwrite: bool, record: bool = False) -> RunSumma
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--drafters", nargs="+", default=["eagle3", "dflash", "pard"])
     parser.add_argument("--work", default="runs/bench_adaptation")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--texts", nargs="+", default=["sampled", "documents"])
@@ -57,34 +61,71 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value")
     options = parser.parse_args()
     console = Console(width=120)
+    found: dict[str, dict[str, RunSummary]] = {drafter: {} for drafter in options.drafters}
+    place = [f"run.dir={options.work}"]
     for domain in options.domains:
         for text in options.texts:
             name = f"{domain}-{text}"
-            place = [f"run.dir={options.work}"]
             run(
                 [
                     *place,
                     *workload(domain, text, options.tokens),
                     f"run.name={name}-recorded",
                     "arms=[plain]",
+                    f"record.feature_layers={sorted(layers_of(options.drafters))}",
                 ],
                 overwrite=False,
                 record=True,
             )
-            summary = run(
-                [
-                    *place,
-                    f"run.name={name}-judged",
-                    "engine.kind=trace",
-                    f"engine.trace={options.work}/{name}-recorded/trace",
-                    f"arms=[{','.join(ARMS)}]",
-                    "workload.max_prompts=null",
-                    *options.overrides,
-                ],
-                overwrite=True,
+            for drafter in options.drafters:
+                summary = run(
+                    [
+                        *place,
+                        f"run.name={name}-{drafter}",
+                        "engine.kind=trace",
+                        f"engine.trace={options.work}/{name}-recorded/trace",
+                        f"drafter.kind={drafter}",
+                        f"arms=[{','.join(ARMS)}]",
+                        "workload.max_prompts=null",
+                        *options.overrides,
+                    ],
+                    overwrite=True,
+                )
+                assert summary is not None
+                found[drafter][name] = summary
+                console.print(table(f"{drafter}, {name}", summary))
+    console.print(overview(found))
+
+
+def layers_of(drafters: list[str]) -> set[int]:
+    """Target layers whose features any of the drafters needs."""
+    layers: set[int] = set()
+    for drafter in drafters:
+        config = load_config(ROOT / "configs" / "sampled.yaml", [f"drafter.kind={drafter}"])
+        layers |= set(sketch(config)[1].signal.feature_layers)
+    return layers
+
+
+def overview(found: dict[str, dict[str, RunSummary]]) -> Table:
+    """One line for each drafter and text: acceptance length on all and on novel positions."""
+    rows = Table(
+        "drafter", "text", *(f"{arm}\nall / novel" for arm in ARMS), "adapted vs\nfrozen",
+        "adapted vs\nwindow", title="acceptance length, all and novel positions",
+    )  # fmt: skip
+    for drafter, texts in found.items():
+        for name, summary in texts.items():
+            arms = [summary.arms[arm] for arm in ARMS]
+            novel = [arm.tau_novel or 0.0 for arm in arms]
+            rows.add_row(
+                drafter,
+                name,
+                *(f"{arm.tau:.3f} / {at:.3f}" for arm, at in zip(arms, novel, strict=True)),
+                f"{novel[2] / novel[0] - 1:+.1%}",
+                f"{novel[2] / novel[1] - 1:+.1%}",
             )
-            assert summary is not None
-            console.print(table(name, summary))
+        rows.add_section()
+    rows.caption = "gains are those of novel positions"
+    return rows
 
 
 def table(name: str, summary: RunSummary) -> Table:

@@ -133,6 +133,11 @@ def build_arm(
     layers = writer.feature_layers if writer else ()
     if drafter is not None:
         layers = drafter.signal.feature_layers
+        if writer is not None and writer.feature_layers != layers:
+            raise ConfigError(
+                f"record.feature_layers: the arm {name!r} has the features of its own draft only; "
+                f"record with plain as the first arm"
+            )
     max_length = max(request.max_length for request in world.requests)
     num_drafted = drafter.num_draft_tokens if drafter else 0
     engine = EmbeddedEngine(
@@ -182,7 +187,7 @@ def build_coscheduler(
 
 
 def build_recorder(world: World) -> TraceWriter:
-    """A trace of what the target says in this run, with the features that the drafter needs."""
+    """A trace of what the target says in this run, with the features that drafters need."""
     world.target.require_plain_head()
     record = world.config.record
     return TraceWriter(
@@ -190,10 +195,21 @@ def build_recorder(world: World) -> TraceWriter:
         world.sampling.temperature,
         world.sampling.top_p,
         world.target.checksum(),
-        load_drafter(world).signal.feature_layers,
+        _recorded_layers(world),
         getattr(torch, record.dtype),
         record.max_bytes,
     )
+
+
+def _recorded_layers(world: World) -> tuple[int, ...]:
+    wanted = world.config.record.feature_layers
+    most = world.target.num_layers
+    if beyond := [layer for layer in wanted if layer > most]:
+        raise ConfigError(
+            f"record.feature_layers: the target has layers 0 to {most - 1} (and {most}, after its "
+            f"final norm), not {beyond[0]}"
+        )
+    return tuple(dict.fromkeys((*load_drafter(world).signal.feature_layers, *wanted)))
 
 
 def build_trainer(world: World, drafter: Drafter) -> DeepSpeedTrainer:

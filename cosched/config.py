@@ -83,7 +83,13 @@ class WorkloadSettings(Section, frozen=True):
 
 
 class RecordSettings(Section, frozen=True):
-    """``record``: how ``--record`` stores a trace; float32 makes it exact."""
+    """``record``: how ``--record`` stores a trace; float32 makes it exact.
+
+    ``feature_layers`` are stored beside those that the drafter needs, so that other drafters can be
+    judged on the same trace ("after that layer", 0-based).
+    """
+
+    feature_layers: tuple[Annotated[int, Meta(ge=0)], ...] = ()
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_bytes: Positive = 2147483648

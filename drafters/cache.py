@@ -65,6 +65,12 @@ class SlotCache:
     def take(self, num_slots: int) -> Pending:
         """All waiting rows of the first slots, which follow on what the cache holds."""
         rows = self.rows[:num_slots]
+        if num_slots == 1 and len(rows[0]) == 1:  # one request, one round: nothing to put together
+            (tokens, features), start = rows[0][0], self.lengths[0]
+            self.rows[0] = []
+            count = len(tokens)
+            positions = torch.arange(start, start + count, device=tokens.device)
+            return Pending(tokens, features, positions, [count], [count])
         counts = [sum(len(tokens) for tokens, _ in slot) for slot in rows]
         features = [part for slot in rows for _, part in slot if part is not None]
         tokens = torch.cat([part for slot in rows for part, _ in slot])
@@ -91,6 +97,28 @@ class SlotCache:
                 cache[layer, slot, :, start : start + count] = new[end - count : end].transpose(
                     0, 1
                 )
+
+    def put(
+        self,
+        layer: int,
+        starts: list[int],
+        keys_BTHD: Tensor,
+        values_BTHD: Tensor,
+        first_slot: int = 0,
+    ) -> None:
+        """Write T rows of consecutive slots from ``starts`` on, without making them the slots' own."""
+        num_slots, num_rows = keys_BTHD.shape[:2]
+        caches = (self.keys_YBHLD[layer], keys_BTHD), (self.values_YBHLD[layer], values_BTHD)
+        if min(starts) == max(starts):
+            for cache, new in caches:
+                place = slice(starts[0], starts[0] + num_rows)
+                cache[first_slot : first_slot + num_slots, :, place] = new.transpose(1, 2)
+            return
+        slots_B1 = first_slot + torch.arange(num_slots, device=keys_BTHD.device)[:, None]
+        ahead_T = torch.arange(num_rows, device=keys_BTHD.device)
+        place_BT = torch.tensor(starts, device=keys_BTHD.device)[:, None] + ahead_T
+        for cache, new in caches:
+            cache[slots_B1, :, place_BT] = new
 
     def grow(self, counts: list[int]) -> None:
         """Rows were written in every layer: they belong to the slots now."""

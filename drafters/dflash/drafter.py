@@ -199,20 +199,20 @@ class DFlashDrafter:
             keys, values = layer.self_attn.keys_values(context, network.rotary, pending.positions)
             state.append(index, pending, keys, values)
         state.grow(pending.counts)
-        at_B = torch.tensor(state.lengths[:num_slots], device=hidden.device)
+        starts = state.lengths[:num_slots]
+        at_B = torch.tensor(starts, device=hidden.device)
         position_BS = at_B[:, None] + torch.arange(block_BS.shape[1], device=hidden.device)
-        slots_B1 = torch.arange(num_slots, device=hidden.device)[:, None]
-        end = max(state.lengths[:num_slots]) + block_BS.shape[1]
+        end = max(starts) + block_BS.shape[1]
+        ragged = min(starts) < max(starts)
         for index, layer in enumerate(network.layers):
             inputs = layer.input_layernorm(hidden)
             queries, keys, values = layer.self_attn.project(inputs, network.rotary, position_BS)
-            state.keys_YBHLD[index, slots_B1, :, position_BS] = keys
-            state.values_YBHLD[index, slots_B1, :, position_BS] = values
+            state.put(index, starts, keys, values)
             attended = attend_cache(
                 queries,
                 state.keys_YBHLD[index, :num_slots, :, :end],
                 state.values_YBHLD[index, :num_slots, :, :end],
-                self._visible(index, at_B, position_BS, end, state.window),
+                self._visible(index, at_B, position_BS, end, state.window, ragged),
             )
             hidden = layer.finish(hidden, attended)
         logits = self._head(network.norm(hidden[:, 1:]))
@@ -221,11 +221,17 @@ class DFlashDrafter:
         return Proposal(torch.stack(tokens, 1), logits)
 
     def _visible(
-        self, layer: int, at_B: Tensor, position_BS: Tensor, end: int, window: int | None
+        self,
+        layer: int,
+        at_B: Tensor,
+        position_BS: Tensor,
+        end: int,
+        window: int | None,
+        ragged: bool,
     ) -> Tensor | None:
         """Which cache places each row of a block sees, ``[B, S, L]``; None sees all."""
         sliding = self._network.config.window_of_layer(layer)
-        if len(at_B) == 1 and not window and not sliding:
+        if not (ragged or window or sliding):
             return None
         at_L = torch.arange(end, device=at_B.device)
         last_BS1 = (at_B[:, None] + position_BS.shape[1] - 1)[..., None].expand_as(

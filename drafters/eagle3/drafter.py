@@ -210,8 +210,8 @@ class Eagle3Drafter:
     def propose(self, state: SlotCache, num_slots: int, choose: Choose) -> Proposal:
         network = self._network
         inputs, residual = self._run_pending(state, num_slots)
-        slots_B = torch.arange(num_slots, device=inputs.device)
-        position_B = torch.tensor(state.lengths[:num_slots], device=inputs.device) - 1
+        newest = [length - 1 for length in state.lengths[:num_slots]]
+        position_B = torch.tensor(newest, device=inputs.device)
         queries = network.queries(inputs, position_B)
         tokens, logits = [], []
         hidden = residual
@@ -219,10 +219,10 @@ class Eagle3Drafter:
             if k:
                 inputs, residual = network.inputs(self._embedding(tokens[-1]), hidden)
                 position_B = position_B + 1
+                newest = [row + 1 for row in newest]
                 queries, keys, values = network.project(inputs, position_B)
-                state.keys_YBHLD[0, slots_B, :, position_B] = keys
-                state.values_YBHLD[0, slots_B, :, position_B] = values
-            attended = self._attend(state, num_slots, queries, position_B, k)
+                state.put(0, newest, keys[:, None], values[:, None])
+            attended = self._attend(state, queries, newest, position_B)
             normed, hidden = network.finish(residual, attended)
             logits.append(
                 over_target(self._head(normed), self._target_ids, self._target.vocab_size)
@@ -238,18 +238,19 @@ class Eagle3Drafter:
         inputs, residual = network.inputs(self._embedding(pending.tokens), hidden)
         state.append(0, pending, *network.keys_values(inputs, pending.positions))
         state.grow(pending.counts)
+        if num_slots == 1:
+            return inputs[-1:], residual[-1:]
         newest = [end - 1 for end in pending.ends]
         return inputs[newest], residual[newest]
 
     def _attend(
-        self, state: SlotCache, num_slots: int, queries_BJD: Tensor, position_B: Tensor, step: int
+        self, state: SlotCache, queries_BJD: Tensor, newest: list[int], position_B: Tensor
     ) -> Tensor:
-        """Attention of one row a slot over its cache, ``[B, J, D]``."""
-        newest = [length - 1 + step for length in state.lengths[:num_slots]]
-        end = max(newest) + 1
+        """Attention of each slot's newest row over its cache, ``[B, J, D]``."""
+        num_slots, end = len(newest), max(newest) + 1
         begin = max(0, min(newest) + 1 - state.window) if state.window else 0
         visible = None
-        if num_slots > 1:
+        if min(newest) + 1 < end:
             at = torch.arange(begin, end, device=position_B.device)
             visible = at <= position_B[:, None]
             if state.window:

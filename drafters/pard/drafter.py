@@ -185,10 +185,8 @@ class PardDrafter:
         early = len(tokens_R) - 1 - self.num_draft_tokens
         if early > 0:  # a prompt: run it by itself, so that no other slot is padded to its length
             assert not state.rows[slot]
-            position_T = state.lengths[slot] + torch.arange(early, device=tokens_R.device)
             features = None if features_RF is None else features_RF[None, :early]
-            slot_1 = torch.tensor([slot], device=tokens_R.device)
-            self._run(state, slot_1, tokens_R[None, :early], features, position_T[None])
+            self._run(state, slot, [state.lengths[slot]], tokens_R[None, :early], features)
             state.lengths[slot] += early
             tokens_R = tokens_R[early:]
             features_RF = None if features_RF is None else features_RF[early:]
@@ -200,28 +198,27 @@ class PardDrafter:
     @torch.no_grad()
     def propose(self, state: SlotCache, num_slots: int, choose: Choose) -> Proposal:
         pending = state.take(num_slots)
-        counts, num_masks = pending.counts, self.num_draft_tokens - 1
-        num_rows = max(counts) + num_masks
-        device = pending.tokens.device
+        counts, starts = pending.counts, state.lengths[:num_slots]
+        num_rows = max(counts) + self.num_draft_tokens - 1
         ids_BT = pending.tokens.new_full((num_slots, num_rows), self._network.config.pard_token)
         features_BTF = None
         if pending.features is not None:
-            features_BTF = pending.features.new_empty(
-                num_slots, num_rows, pending.features.shape[-1]
-            )
+            shape = (num_slots, num_rows, pending.features.shape[-1])
+            features_BTF = pending.features.new_empty(shape)
         for slot, (end, count) in enumerate(zip(pending.ends, counts, strict=True)):
             ids_BT[slot, :count] = pending.tokens[end - count : end]
             if features_BTF is not None and pending.features is not None:
                 features_BTF[slot, :count] = pending.features[end - count : end]
                 features_BTF[slot, count:] = pending.features[end - 1]
-        starts_B = torch.tensor(state.lengths[:num_slots], device=device)
-        position_BT = starts_B[:, None] + torch.arange(num_rows, device=device)
-        slots_B = torch.arange(num_slots, device=device)
-        hidden = self._run(state, slots_B, ids_BT, features_BTF, position_BT)
+        hidden = self._run(state, 0, starts, ids_BT, features_BTF)
         state.grow(counts)
-        first_B = torch.tensor(counts, device=device) - 1  # the anchor's row
-        row_BK = first_B[:, None] + torch.arange(self.num_draft_tokens, device=device)
-        logits = self._network.head(gather_rows(hidden, row_BK))[..., : self._num_shared]
+        if min(counts) == max(counts):  # the anchors' rows and those of their masks are the last
+            hidden = hidden[:, -self.num_draft_tokens :]
+        else:
+            anchor_B = torch.tensor(counts, device=hidden.device) - 1
+            ahead_K = torch.arange(self.num_draft_tokens, device=hidden.device)
+            hidden = gather_rows(hidden, anchor_B[:, None] + ahead_K)
+        logits = self._network.head(hidden)[..., : self._num_shared]
         logits = over_target(logits, self._target_ids, self._target.vocab_size)
         tokens = [choose(k, logits[:, k]) for k in range(self.num_draft_tokens)]
         return Proposal(torch.stack(tokens, 1), logits)
@@ -229,34 +226,34 @@ class PardDrafter:
     def _run(
         self,
         state: SlotCache,
-        slots_B: Tensor,
+        first_slot: int,
+        starts: list[int],
         ids_BT: Tensor,
         features_BTF: Tensor | None,
-        position_BT: Tensor,
     ) -> Tensor:
-        """Hidden states ``[B, T, E]`` of rows over the cache, which takes their keys and values."""
+        """Hidden states ``[B, T, E]`` of rows over the cache, which takes their keys and values.
+
+        The rows are those of the slots from ``first_slot`` on, and begin at ``starts``.
+        """
         network = self._network
         hidden = network.embed(ids_BT, features_BTF)
-        end = int(position_BT.max()) + 1  # host waits for the device
+        end = max(starts) + ids_BT.shape[1]
         at_L = torch.arange(end, device=ids_BT.device)
-        visible_BTL = at_L <= position_BT[..., None]
-        if state.window:
-            visible_BTL = visible_BTL & (at_L > position_BT[..., None] - state.window)
-        slots_B1 = slots_B[:, None]
-        alone = slice(int(slots_B[0]), int(slots_B[0]) + len(slots_B))  # slots are consecutive
+        position_BT = torch.tensor(starts, device=ids_BT.device)[:, None] + at_L[: ids_BT.shape[1]]
+        causal_BTL = at_L <= position_BT[..., None]
+        slots = slice(first_slot, first_slot + len(starts))
         for index, layer in enumerate(network.model.layers):
             queries, keys, values = layer.self_attn.project(
                 layer.input_layernorm(hidden), network.rotary, position_BT
             )
-            state.keys_YBHLD[index, slots_B1, :, position_BT] = keys
-            state.values_YBHLD[index, slots_B1, :, position_BT] = values
-            visible = visible_BTL
-            if sliding := network.config.window_of_layer(index):
-                visible = visible & (at_L > position_BT[..., None] - sliding)
+            state.put(index, starts, keys, values, first_slot)
+            visible = causal_BTL
+            if window := _narrower(state.window, network.config.window_of_layer(index)):
+                visible = visible & (at_L > position_BT[..., None] - window)
             attended = attend_cache(
                 queries,
-                state.keys_YBHLD[index, alone, :, :end],
-                state.values_YBHLD[index, alone, :, :end],
+                state.keys_YBHLD[index, slots, :, :end],
+                state.values_YBHLD[index, slots, :, :end],
                 visible,
             )
             hidden = layer.finish(hidden, attended)

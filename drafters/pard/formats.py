@@ -13,7 +13,7 @@ import torch
 
 from cosched.errors import CheckpointError
 from drafters.checkpoint import Checkpoint, read_config, read_tensors, write_checkpoint
-from drafters.config import convert_config
+from drafters.config import DecoderConfig, convert_config
 from drafters.pard.config import PardConfig
 
 if TYPE_CHECKING:
@@ -89,9 +89,14 @@ def write(checkpoint: Checkpoint[PardConfig], directory: Path, form: str) -> Non
     if form not in FORMATS:
         raise CheckpointError(f"pard has no format {form!r}; there are: {', '.join(FORMATS)}")
     config, tensors = checkpoint.config, checkpoint.tensors
+    # Written out where it is our default, too: transformers has others (32 layers).
+    shape = {name: getattr(config, name) for name in DecoderConfig.__struct_fields__}
+    if "sliding_attention" in (config.layer_types or []):
+        shape["use_sliding_window"] = True  # without it transformers forgets the window
     keys: dict[str, Any] = {
         "architectures": [f"{config.model_type.capitalize()}ForCausalLM"],
         **checkpoint.raw,
+        **{name: value for name, value in shape.items() if value is not None},
         **msgspec.to_builtins(config),
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.width_of_head,
