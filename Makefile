@@ -9,10 +9,12 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+PARITY_BIN := .venv-parity/bin
+PARITY_STAMP := .venv-parity/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint format bench clean
+.PHONY: help venv demo test parity examples lint format bench clean
 
 help:  ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +39,22 @@ demo: $(STAMP)  ## Decode real text with and without adaptation, and compare (mi
 test: $(STAMP)  ## Run the tests that need neither a GPU nor SGLang
 	env -u OMP_NUM_THREADS $(BIN)/pytest -m "not gpu and not sglang" $(PYTEST_ARGS)
 
+# Into a folder of its own, as pip leaves a stranger's package; .venv stays what `make venv` made.
+examples: $(STAMP)  ## Install the example plugin from examples/ and run the contract tests on it
+	rm -rf build/examples
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --target build/examples ./examples/token_recycling
+	cd examples/token_recycling && env -u OMP_NUM_THREADS PYTHONPATH=$(abspath build/examples) \
+	  $(abspath $(BIN))/pytest $(PYTEST_ARGS)
+
+$(PARITY_STAMP): tests/parity/requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv-parity
+	$(PARITY_BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt torch
+	$(PARITY_BIN)/python -m pip install $(PIP_ARGS) --no-deps -r tests/parity/requirements.txt
+	@touch $@
+
+parity: $(PARITY_STAMP)  ## Compare the drafters with SpecForge, speculators and SGLang, in .venv-parity
+	$(PARITY_BIN)/pytest tests/parity $(PYTEST_ARGS)
+
 lint: $(STAMP)  ## Check style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,6 +69,6 @@ bench: $(STAMP)  ## Run every benchmark; results go to benchmarks/results
 	@set -e; for script in $(sort $(wildcard benchmarks/bench_*.py)); do \
 	  echo "== $$script"; $(BIN)/python "$$script"; done
 
-clean:  ## Remove .venv, dist and what tools left (runs/ and build/ stay)
-	rm -rf .venv dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
-	find cosched drafters losses schedulers tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+clean:  ## Remove .venv, .venv-parity, dist and what tools left (runs/ and build/ stay)
+	rm -rf .venv .venv-parity dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find cosched drafters losses schedulers tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -27,7 +27,11 @@ RECENT_WEIGHT = 0.05  # of the newest round in the moving acceptance length
 
 
 class Coscheduler:
-    """Turns verification rounds into better drafts, and never touches the target."""
+    """Turns verification rounds into better drafts, and never touches the target.
+
+    Without a trainer the draft learns by itself: rounds are counted, the policy is not asked and
+    nothing is kept of them.
+    """
 
     def __init__(
         self,
@@ -70,6 +74,9 @@ class Coscheduler:
 
     def on_round(self, round_: VerifyRound) -> None:
         """Called by the engine after each verification round and after each prefill."""
+        if self._trainer is None:
+            self._observe(round_)  # a draft that learns by itself: counted, and nothing to decide
+            return
         self._buffer.collect(round_)
         snapshot = self._observe(round_)
         decision = self._policy.decide(snapshot)
@@ -113,7 +120,7 @@ class Coscheduler:
         )
 
     def _update(self, decision: Decision) -> UpdateResult | None:
-        assert self._trainer is not None, "a policy that trains needs a trainer"
+        assert self._trainer is not None
         started = self._clock()
         batch = self._buffer.sample()
         if batch is None:

@@ -194,6 +194,7 @@ class Experiment:
                 "recorded": self._writer is not None,
                 "num_draft_tokens": self.config.drafter_settings.num_draft_tokens,
                 "drafter": self.config.drafter_settings.kind,
+                "learns_by_itself": any(_learns_by_itself(one.arm) for one in running),
                 "window": self.config.drafter_settings.window,
                 "device": str(self.world.target.device),
                 "num_threads": torch.get_num_threads(),
@@ -218,6 +219,10 @@ def _groups(requests: list[GenerationRequest], size: int) -> Iterator[list[Gener
     left = iter(requests)
     while group := list(islice(left, size)):
         yield group
+
+
+def _learns_by_itself(arm: Arm) -> bool:
+    return arm.drafter is not None and arm.drafter.network() is None
 
 
 def _num_tokens(one: _Running) -> int:

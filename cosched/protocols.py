@@ -87,6 +87,45 @@ class TargetInfo(Protocol):
         ...
 
 
+class CheckpointFormats(Protocol):
+    """The public formats of a family, as a module: ``drafters.eagle3.formats`` is one.
+
+    A checkpoint is the family's own record of shape and tensors; ``cosched convert`` passes it from
+    ``read`` to ``write`` unseen.
+    """
+
+    @property
+    def FORMATS(self) -> tuple[str, ...]:  # noqa: N802  a constant of the module
+        """Names for ``--format``."""
+        ...
+
+    def recognises(self, raw: Mapping[str, Any]) -> bool:
+        """Whether a ``config.json`` is of this family."""
+        ...
+
+    def read_shape(
+        self, directory: Path, settings: DrafterSettings | None = None
+    ) -> tuple[Any, str, dict[str, Any]]:
+        """Configuration, format, and the file itself, without weights."""
+        ...
+
+    def read(self, directory: Path, settings: DrafterSettings | None = None) -> Any:
+        """A whole checkpoint."""
+        ...
+
+    def write(self, checkpoint: Any, directory: Path, form: str) -> None:
+        """Write in a format, or refuse what it cannot express."""
+        ...
+
+    def first_fit(self, config: Any) -> str:
+        """The format for a draft that was never in any."""
+        ...
+
+    def not_for_sglang(self, config: Any, names: frozenset[str]) -> list[str]:
+        """Why stock SGLang would not run it as it is; empty where it would."""
+        ...
+
+
 class Drafter(Protocol):
     """A draft model: serves proposals, and replays them with gradients.
 
@@ -96,7 +135,7 @@ class Drafter(Protocol):
     to see what the drafter would take. ``examples(target, num_draft_tokens) -> Mapping[str, Drafter]``
     makes small ones with random weights, one for each kind of checkpoint: the contract tests
     (``cosched.testing``) run on them. Everything up to ``move_slot`` is about serving; what
-    follows ``network`` is used only where that is not None.
+    follows ``network`` is used only where that is not None, ``save`` excepted.
     """
 
     signal: SignalSpec

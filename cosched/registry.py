@@ -94,16 +94,20 @@ class Registry:
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
         for entry in importlib.metadata.entry_points(group=f"cosched.{self.package}"):
-            try:
-                entry.load()
-            except PluginError:
-                raise
-            except Exception as error:
-                raise PluginError(
-                    f"the {self.role} plugin {entry.name!r} ({entry.value}) failed to import: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
+            self._load_entry(entry)
         self._loaded = True
+
+    def _load_entry(self, entry: importlib.metadata.EntryPoint) -> None:
+        """Import a stranger's plugin; one that fails leaves nothing behind."""
+        before = dict(self._plugins)
+        try:
+            entry.load()
+        except Exception as error:
+            self._plugins = before
+            raise PluginError(
+                f"the {self.role} plugin {entry.name!r} ({entry.value}) failed to import: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 def _origin(cls: type) -> str:

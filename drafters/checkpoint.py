@@ -79,12 +79,27 @@ def read_tensors(directory: Path, extra: Iterable[str] = ()) -> dict[str, Tensor
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        saved = read_saved(path)
+        if not all(isinstance(tensor, Tensor) for tensor in saved.values()):
+            raise CheckpointError(f"{path} is no table of named tensors")
+        return saved
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def read_saved(path: Path) -> dict[str, Any]:
+    """What ``torch.save`` wrote, without running code that may be in it.
+
+    Raises:
+        CheckpointError: it is damaged, holds code, or is no dictionary.
+    """
+    try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     # torch.load raises what the unpickler raises: no narrower class covers a damaged file.
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except Exception as error:
         if type(error).__name__ != "UnpicklingError":
@@ -92,7 +107,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is not read: it is damaged, or holds code besides tensors ({error})"
         ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+    if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} is no table of named tensors")
     return loaded
 

@@ -99,6 +99,10 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         scaled, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
         return scaled.double(), float(factor)
 
+    def layers_of(self, num_layers: int) -> tuple[int, ...]:
+        """Target layers whose outputs the draft sees: 'after that layer', 0-based."""
+        raise NotImplementedError
+
     def problems(self) -> list[str]:
         """What this configuration asks for and the shared layers do not do."""
         found: list[str] = []

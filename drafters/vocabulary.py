@@ -23,6 +23,15 @@ def target_ids(d2t_U: Tensor) -> Tensor:
     return d2t_U + torch.arange(len(d2t_U), device=d2t_U.device)
 
 
+def spread_mapping(draft_vocab_size: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """``d2t`` and ``t2d`` of a draft that nobody has chosen tokens for: every n-th of the target."""
+    at_U = torch.arange(draft_vocab_size)
+    ids = at_U * vocab_size // draft_vocab_size
+    t2d_V = torch.zeros(vocab_size, dtype=torch.bool)
+    t2d_V[ids] = True
+    return ids - at_U, t2d_V
+
+
 def check_mapping(d2t_U: Tensor, t2d_V: Tensor, where: object) -> None:
     """Make sure that both maps say the same and stay inside the target's vocabulary.
 
@@ -47,7 +56,7 @@ def check_mapping(d2t_U: Tensor, t2d_V: Tensor, where: object) -> None:
 
 def partial_ids(d2t_U: Tensor | None, vocab_size: int) -> Tensor | None:
     """Target token of each draft token ``[U]``; None where the two vocabularies are one."""
-    if d2t_U is None:
+    if d2t_U is None or d2t_U.is_meta:
         return None
     ids = target_ids(d2t_U)
     whole = len(ids) == vocab_size and bool((d2t_U == 0).all())

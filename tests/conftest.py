@@ -7,40 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from cosched.engines.embedded.target import Target
+from cosched.testing.harness import make_target
 from drafters.eagle3 import Eagle3Config, Eagle3Drafter
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 TINYWORLD = Path(__file__).parent.parent / "tinyworld"
-
-
-def make_target(
-    vocab_size: int = 64, seed: int = 0, std: float = 0.25, dtype: torch.dtype = torch.float32
-) -> Target:
-    """A random Qwen3 whose next-token distributions are far from uniform and from one another."""
-    torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocab_size,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            max_position_embeddings=1024,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=0,
-        )
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=std)
-    return Target(model.to(dtype))
 
 
 def make_drafter(target: Target, num_draft_tokens: int = 3, seed: int = 1) -> Eagle3Drafter:

@@ -15,8 +15,14 @@ from cosched.publish import InPlacePublisher, checksum
 from cosched.records import Segment, ServedBlock, Snapshot, VerifyRound
 from cosched.registry import DRAFTERS, LOSSES, POLICIES, Registry
 from cosched.replay import ReplayBuffer, ReplayLimits
-from tests.conftest import make_drafter, make_target
-from tests.helpers import decode, make_coscheduler, make_engine, make_requests
+from cosched.testing.harness import (
+    decode,
+    make_coscheduler,
+    make_engine,
+    make_requests,
+    make_target,
+)
+from tests.conftest import make_drafter
 
 
 def snapshot(**changes: float) -> Snapshot:
@@ -276,10 +282,43 @@ def test_another_package_brings_a_policy(tmp_path, monkeypatch) -> None:
         )
 
 
-def test_a_plugin_that_raises_is_named(tmp_path, monkeypatch) -> None:
-    """A broken package is one message that names it and what it raised."""
-    _install_plugin(tmp_path, "broken_policy", "raise RuntimeError('no luck')\n")
+POLICY = (
+    "from cosched.protocols import PolicySettings\n"
+    "from cosched.registry import POLICIES\n"
+    "@POLICIES.register('{name}')\n"
+    "class Stranger:\n"
+    "    'Waits.'\n"
+    "    Settings = PolicySettings\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("raise RuntimeError('no luck')\n", r"broken_policy.*RuntimeError: no luck"),
+        ("import nothing_of_that_name\n", r"broken_policy.*nothing_of_that_name"),
+        (POLICY.format(name="half") + "1 / 0\n", r"broken_policy.*ZeroDivisionError"),
+        (
+            POLICY.format(name="half") + POLICY.format(name="never"),
+            r"broken_policy.*'never' is registered twice: by schedulers\.never\.Never "
+            r"and by broken_policy\.Stranger; rename one",
+        ),
+    ],
+)
+def test_a_broken_plugin_is_named_and_leaves_nothing(
+    tmp_path, monkeypatch, source: str, says: str
+) -> None:
+    """One message names the package and what it raised, also the second time it is asked for.
+
+    What it had registered before it broke is gone, and what was there before is untouched.
+    """
+    monkeypatch.setattr(POLICIES, "_plugins", dict(POLICIES._plugins))
+    never = POLICIES.get("never")
+    _install_plugin(tmp_path, "broken_policy", source)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(POLICIES, "_loaded", False)
-    with pytest.raises(PluginError, match=r"broken_policy.*no luck"):
-        POLICIES.get("never")
+    for _ in range(2):
+        with pytest.raises(PluginError, match=says):
+            POLICIES.get("never")
+    assert "half" not in POLICIES._plugins
+    assert POLICIES._plugins["never"].cls is never

@@ -70,7 +70,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def examples() -> list[tuple[str, str]]:
-    from tests.conftest import make_target
+    from cosched.testing.harness import make_target
 
     target = make_target()
     return [(kind, name) for kind in FAMILIES for name in DRAFTERS.get(kind).examples(target, 3)]
@@ -90,14 +90,10 @@ def test_round_trip(tmp_path: Path, target: Target, kind: str, name: str) -> Non
             continue
         cls.formats.write(checkpoint, tmp_path / form, form)
         back = read(kind, tmp_path / form)
-        expected = dict(tensors)
-        whole = getattr(network.config, "draft_vocab_size", None) == target.vocab_size
-        if kind == "eagle3" and form == "speculators" and whole:
-            del expected["d2t"], expected["t2d"]  # that format has no map of a whole vocabulary
-        assert same(back.tensors, expected)
+        assert same(back.tensors, tensors)
         again = tmp_path / f"{form}-again"
         cls.formats.write(back, again, form)
-        assert same(read(kind, again).tensors, expected)
+        assert same(read(kind, again).tensors, tensors)
         for found in (back, read(kind, again)):
             assert comparable(found.config) == comparable(network.config)
         written += 1
@@ -117,7 +113,8 @@ def comparable(config: Any) -> dict[str, Any]:
         "layer_types": config.layer_types or full,
     }
     if "sliding_attention" not in keys["layer_types"]:
-        keys["sliding_window"] = None
+        for key in ("sliding_window", "sliding_causal", "window_from"):
+            keys.pop(key, None)
     keys.pop("spd_type", None)
     return keys
 
@@ -127,7 +124,8 @@ def comparable(config: Any) -> dict[str, Any]:
     [
         ("eagle3", "reduced vocabulary", "speculators", "sglang"),
         ("eagle3", "reduced vocabulary", "specforge", "sglang"),
-        ("dflash", "sliding", "speculators", "zlab"),
+        ("dflash", "plain", "speculators", "zlab"),
+        ("dflash", "sliding", "specforge", "sglang"),
     ],
 )
 def test_convert_there_and_back(
@@ -193,6 +191,35 @@ def test_an_embedding_of_its_own_is_kept(tmp_path: Path, target: Target) -> None
     drafter.save(tmp_path / "saved")
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert torch.equal(saved["embed_tokens.weight"], stored["embed_tokens.weight"])
+
+
+def test_a_trained_mask_embedding_stays_with_the_draft(tmp_path: Path, target: Target) -> None:
+    """``mask_embedding.pt`` changes what is drafted and is saved again; the target stays as it is."""
+    save(target, "dflash", "plain", tmp_path)
+    before, table = load("dflash", tmp_path, target), target.embedding.weight.clone()
+    own = torch.randn(target.hidden_size)
+    torch.save({"embedding": own, "mask_token_id": 1}, tmp_path / "mask_embedding.pt")
+    after = load("dflash", tmp_path, target)
+    assert not torch.equal(proposed(before), proposed(after))
+    assert torch.equal(target.embedding.weight, table)
+    after.save(tmp_path / "saved")
+    again = load("dflash", tmp_path / "saved", target)
+    assert torch.equal(again.network().mask_embedding, own)
+    assert torch.equal(proposed(again), proposed(after))
+    # The row of the target's embedding as a mask of the draft's own is what was there before.
+    torch.save({"embedding": table[1], "mask_token_id": 1}, tmp_path / "mask_embedding.pt")
+    assert torch.equal(proposed(load("dflash", tmp_path, target)), proposed(before))
+    torch.save({"embedding": own, "mask_token_id": 2}, tmp_path / "mask_embedding.pt")
+    refused(lambda: load("dflash", tmp_path, target), "mask token 2", "mask_token_id 1")
+    (tmp_path / "mask_embedding.pt").write_bytes(b"PK")
+    refused(lambda: load("dflash", tmp_path, target), "mask_embedding.pt")
+
+
+def proposed(drafter: Any) -> Tensor:
+    state = drafter.new_state(1, 16, None)
+    generator = torch.Generator().manual_seed(7)
+    drafter.observe(state, 0, torch.arange(2, 8), torch.randn(5, 96, generator=generator))
+    return drafter.propose(state, 1, lambda _k, logits: logits.argmax(-1)).logits_BKV
 
 
 # --- rope ------------------------------------------------------------------------------------
@@ -275,8 +302,8 @@ BAD_CONFIGS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("eagle3", {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 3]}}, ("[0, 1, 3]", "0 to 2")),
     ("eagle3", {"num_aux_hidden_states": 5}, ("num_aux_hidden_states", "5")),
     ("eagle3", {"num_attention_heads": 3}, ("3 heads", "2 key-value heads")),
-    ("dflash", {"dflash_config": {"mask_token_id": 64}}, ("mask_token_id", "64", "lacks")),
-    ("dflash", {"dflash_config": {}}, ("mask_token_id", "'<|MASK|>'", "tokenizer lacks")),
+    ("dflash", {"dflash_config": {"target_layer_ids": [0, 1, 2], "mask_token_id": 64}}, ("mask_token_id", "64", "lacks")),
+    ("dflash", {"dflash_config": {"target_layer_ids": [0, 1, 2]}}, ("mask_token_id", "'<|MASK|>'", "tokenizer lacks")),
     ("dflash", {"block_size": 3}, ("num_draft_tokens", "3", "2 masks")),
     ("dflash", {"num_target_layers": 36}, ("36 layers", "has 3")),
     ("dflash", {"layer_types": ["full_attention"]}, ("1 layer_types for 2 layers",)),
@@ -396,6 +423,17 @@ def test_bad_vocabulary_maps(tmp_path: Path, target: Target) -> None:
     refused(with_map(good["d2t"], ~good["t2d"]), "d2t and t2d", "disagree on 64")
 
 
+def test_default_feature_layers_are_written_out(tmp_path: Path) -> None:
+    """DFlash's and speculators' defaults differ: a file of one must say it when it becomes the other."""
+    tiny = Path(__file__).parent.parent / "tinyworld" / "dflash"
+    assert "target_layer_ids" not in json.loads((tiny / "config.json").read_text())["dflash_config"]
+    convert(tiny, tmp_path / "a", "speculators", None, ())
+    raw = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert raw["aux_hidden_state_layer_ids"] == [2, 8, 14]  # after layers 1, 7 and 13 of 16
+    change(tmp_path / "a", aux_hidden_state_layer_ids=None)
+    refused(lambda: read("dflash", tmp_path / "a"), "aux_hidden_state_layer_ids", "which layers")
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_another_tokenizer(tmp_path: Path, tiny_target: Target, kind: str) -> None:
     """A draft that brings another tokenizer than the target's was trained on other ids."""
@@ -410,6 +448,16 @@ def test_another_tokenizer(tmp_path: Path, tiny_target: Target, kind: str) -> No
     ids[one], ids[other] = ids[other], ids[one]
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     refused(lambda: load(kind, tmp_path, tiny_target), "another tokenizer", "2 of 2048")
+
+
+def test_layer_types_that_transformers_derives(tmp_path: Path, target: Target) -> None:
+    """``use_sliding_window`` without ``layer_types``: layers from ``max_window_layers`` on slide."""
+    save(target, "pard", "qwen3", tmp_path)
+    change(
+        tmp_path, use_sliding_window=True, sliding_window=9, max_window_layers=1, layer_types=...
+    )
+    config = read("pard", tmp_path).config
+    assert [config.window_of_layer(layer) for layer in range(2)] == [None, 9]
 
 
 # --- convert ---------------------------------------------------------------------------------
@@ -427,6 +475,11 @@ def test_what_a_format_cannot_say_is_refused(tmp_path: Path, target: Target) -> 
     refused(
         lambda: convert(tmp_path / "d", tmp_path / "b", "zlab", None, ()),
         "reduced vocabulary of 48",
+    )
+    save(target, "dflash", "sliding", tmp_path / "s")
+    refused(
+        lambda: convert(tmp_path / "s", tmp_path / "b", "speculators", None, ()),
+        "end at the anchor",
     )
     drafter = load("dflash", tmp_path / "d", target)
     assert "reduced vocabulary" in drafter.not_for_sglang()[0]

@@ -7,8 +7,14 @@ import torch
 
 from cosched.engines.embedded.request import GenerationRequest
 from cosched.engines.embedded.target import Target
-from tests.conftest import make_drafter, make_target
-from tests.helpers import decode, make_coscheduler, make_engine, make_requests
+from cosched.testing.harness import (
+    decode,
+    make_coscheduler,
+    make_engine,
+    make_requests,
+    make_target,
+)
+from tests.conftest import make_drafter
 
 pytestmark = [
     pytest.mark.gpu,

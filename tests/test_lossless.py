@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,48 +17,19 @@ from cosched.engines.embedded.verification import (
     draw,
     probabilities,
 )
-from tests.conftest import make_drafter, make_target
-from tests.helpers import decode, make_coscheduler, make_engine, make_requests
+from cosched.testing.harness import (
+    decode,
+    make_coscheduler,
+    make_engine,
+    make_requests,
+    make_target,
+)
+from cosched.testing.sampling import FALSE_ALARM, p_value, p_values, sampling_target
+from tests.conftest import make_drafter
 
 if TYPE_CHECKING:
     from cosched.engines.embedded.target import Target
     from cosched.records import Proposal
-
-
-@pytest.fixture(scope="module")
-def plain(target: Target) -> dict[str, list[int]]:
-    """Plain decoding of four prompts, 512 tokens each."""
-    requests = make_requests(target, count=4, prompt=7, new=512)
-    return decode(make_engine(target, None, requests), requests)
-
-
-ARMS = ("frozen", "frozen+window", "adapted", "adapted+window")
-FAST = {("adapted", 4), ("frozen+window", 4)}
-
-
-@pytest.mark.parametrize(
-    ("arm", "max_batch"),
-    [
-        pytest.param(arm, size, marks=() if (arm, size) in FAST else pytest.mark.slow)
-        for arm in ARMS
-        for size in (1, 3, 4)
-    ],
-)
-def test_greedy_equals_plain(
-    target: Target, plain: dict[str, list[int]], arm: str, max_batch: int
-) -> None:
-    """Greedy text of every arm is plain decoding's, token for token, across publications."""
-    requests = make_requests(target, count=4, prompt=7, new=512)
-    drafter = make_drafter(target)
-    window = 24 if arm.endswith("+window") else None
-    observer = None
-    if arm.startswith("adapted"):
-        observer = make_coscheduler(target, drafter, every=10, lr=3e-3, window=window)
-    engine = make_engine(target, drafter, requests, max_batch, observer=observer, window=window)
-    assert decode(engine, requests) == plain
-    if observer is not None:
-        assert observer.version >= 20
-        assert observer.totals.accepted > 100  # else nothing but refusals was tested
 
 
 @pytest.mark.slow
@@ -102,15 +72,7 @@ def test_stop_token_ends_inside_a_block(target: Target) -> None:
     assert len(plain["r0"]) <= 41
 
 
-# --- sampling: chi-square against exact probabilities --------------------------------------
-#
-# Vocabulary 6, three generated tokens: 216 texts whose probabilities are computed exactly. The
-# seeds are fixed, so the tests are deterministic; over seeds each would fail by chance with
-# probability FALSE_ALARM.
-
-FALSE_ALARM = 1e-3
-VOCABULARY = 6
-NUM_DRAWS = 2000
+# --- sampling: chi-square against exact probabilities, see cosched.testing.sampling ---------
 
 
 class AcceptAll(SamplingJudge):
@@ -134,91 +96,37 @@ class Scrambler:
         weight.data.copy_(torch.randn(weight.shape, generator=self.generator) * 0.3)
 
 
-def exact_texts(target: Target, prompt: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    """Probability of every text of three tokens ``[V, V, V]``."""
-    joint = torch.ones(())
-    for length in range(3):
-        prefixes = list(itertools.product(range(VOCABULARY), repeat=length))
-        ids = torch.stack(
-            [torch.cat((prompt, torch.tensor(p, dtype=torch.int64))) for p in prefixes]
-        )
-        logits = target.model(input_ids=ids).logits[:, -1].float()
-        rows = probabilities(logits, sampling).view(*[VOCABULARY] * (length + 1))
-        joint = joint[..., None] * rows
-    return joint
-
-
-def p_values(
-    judge_of, observer_of, sampling: SamplingParams, num_draws: int = NUM_DRAWS
-) -> list[float]:
-    """Of the joint text and of the token at each position."""
-    target = make_target(VOCABULARY, seed=2, std=0.12)
-    drafter = make_drafter(target, num_draft_tokens=2)
-    prompt = torch.tensor([1, 3, 2, 5])
-    requests = [GenerationRequest(f"s{i}", prompt, 3) for i in range(num_draws)]
-    engine = make_engine(
-        target,
-        drafter,
-        requests,
-        max_batch=100,
-        judge=judge_of(sampling),
-        observer=observer_of(target, drafter),
-    )
-    counts = torch.zeros(VOCABULARY, VOCABULARY, VOCABULARY)
-    for tokens in decode(engine, requests).values():
-        counts[tuple(tokens)] += 1
-    joint = exact_texts(target, prompt, sampling)
-    tables = [(counts.sum((1, 2)), joint.sum((1, 2)))]
-    tables += [(counts.sum((0, 2)), joint.sum((0, 2))), (counts.sum((0, 1)), joint.sum((0, 1)))]
-    tables.append((counts.flatten(), joint.flatten()))
-    return [_p_value(observed, expected * num_draws) for observed, expected in tables]
-
-
-def _p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
-    """Chi-square after pooling cells that expect fewer than five."""
-    rare = expected < 5
-    if float(observed[expected == 0].sum()):
-        return 0.0
-    observed, expected = observed.double(), expected.double()
-    observed = torch.cat((observed[~rare], observed[rare].sum()[None]))
-    expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
-    if expected[-1] < 5:
-        observed[-2] += observed[-1]
-        expected[-2] += expected[-1]
-        observed, expected = observed[:-1], expected[:-1]
-    expected = expected * observed.sum() / expected.sum()
-    return float(chisquare(observed.numpy(), expected.numpy()).pvalue)
-
-
-PLAIN, CUT = SamplingParams(1.0), SamplingParams(0.7, top_p=0.8)
-
-
-@pytest.mark.parametrize(
-    ("sampling", "updates"),
-    [
-        (PLAIN, "trained"),
-        pytest.param(CUT, "trained", marks=pytest.mark.slow),
-        pytest.param(PLAIN, "none", marks=pytest.mark.slow),
-        pytest.param(CUT, "none", marks=pytest.mark.slow),
-        pytest.param(PLAIN, "scrambled", marks=pytest.mark.slow),
-        pytest.param(CUT, "scrambled", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("updates", ["trained", "none", "scrambled"])
+@pytest.mark.parametrize("sampling", [SamplingParams(1.0), SamplingParams(0.7, top_p=0.8)])
 def test_sampling_follows_the_target(sampling: SamplingParams, updates: str) -> None:
-    """Sampled text has the target's exact distribution, also while the draft keeps changing."""
-
-    def observer_of(target: Target, drafter):
-        if updates == "trained":
-            return make_coscheduler(target, drafter, every=2, lr=3e-3)
-        return Scrambler(drafter.network()) if updates == "scrambled" else None
-
-    assert min(p_values(SamplingJudge, observer_of, sampling)) > FALSE_ALARM
+    """Sampled text has the target's exact distribution, cut or not, whatever the draft becomes."""
+    target = sampling_target()
+    drafter = make_drafter(target, num_draft_tokens=2)
+    observer = None
+    if updates == "trained":
+        observer = make_coscheduler(target, drafter, every=2, lr=3e-3)
+    elif updates == "scrambled":
+        observer = Scrambler(drafter.network())
+    found = p_values(target, drafter, SamplingJudge(sampling), sampling, observer)
+    assert min(found) > FALSE_ALARM
 
 
 def test_the_chi_square_test_can_fail() -> None:
     """A judge that accepts every draft is caught at once."""
-    found = p_values(AcceptAll, lambda _t, _d: None, SamplingParams(1.0), num_draws=600)
+    target, sampling = sampling_target(), SamplingParams(1.0)
+    drafter = make_drafter(target, num_draft_tokens=2)
+    found = p_values(target, drafter, AcceptAll(sampling), sampling, num_draws=600)
     assert min(found) < 1e-12
+
+
+def test_p_values_are_those_of_scipy() -> None:
+    """A second implementation agrees, to the last digits of its own."""
+    generator = torch.Generator().manual_seed(0)
+    observed = torch.randint(5, 40, (20,), generator=generator).double()
+    expected = torch.full((20,), float(observed.mean()), dtype=torch.float64)
+    reference = chisquare(observed.numpy(), expected.numpy()).pvalue
+    assert p_value(observed, expected) == pytest.approx(reference, rel=1e-9)
 
 
 def test_requests_draw_the_same_numbers_whatever_the_batch() -> None:

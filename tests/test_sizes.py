@@ -16,9 +16,9 @@ from cosched.config import load_config
 from cosched.footprint import TargetSketch, footprint
 from cosched.footprint import sketch as sketch_of
 from cosched.registry import DRAFTERS
+from cosched.testing.harness import make_target, make_trainer
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
-from tests.conftest import make_drafter, make_target
-from tests.helpers import make_trainer
+from tests.conftest import make_drafter
 
 QWEN3_8B = {
     "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288,

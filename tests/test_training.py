@@ -11,24 +11,27 @@ import torch
 from cosched.engines.embedded.target import Target
 from cosched.protocols import LossSettings
 from cosched.records import Decision, SignalBatch
+from cosched.testing.harness import (
+    Every,
+    collected,
+    make_coscheduler,
+    make_engine,
+    make_requests,
+    make_trainer,
+    serve,
+)
 from cosched.training.deepspeed_trainer import BETAS
 from cosched.training.micro_step import BatchLoss
 from losses.divergence import ForwardKL
 from losses.reduction import decayed, weighted_mean
 from tests.conftest import make_drafter
-from tests.helpers import (
-    Every,
-    make_coscheduler,
-    make_engine,
-    make_requests,
-    make_trainer,
-)
-from tests.test_alignment import buffer_of, served
 
 
 @pytest.fixture(scope="module")
 def batch(target: Target) -> SignalBatch:
-    sample = buffer_of(target, served(target, make_drafter(target), None), "delayed", None).sample()
+    drafter, requests = make_drafter(target), make_requests(target, count=3, prompt=9, new=150)
+    rounds = serve(target, drafter, requests, max_batch=3)
+    sample = collected(target, drafter, "delayed", None, rounds)
     assert sample is not None
     return sample
 

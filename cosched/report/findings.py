@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 SAME_SPEED = 0.02  # two clocks on one machine do not agree better than this
 
+NO_CONTROL = "No adapted arm with a frozen one to hold it against."
+LEARNS_BY_ITSELF = (
+    "This draft has no network: it learns by itself while it serves, in the frozen arm as in the "
+    "adapted one, and nothing is trained or published. Arms differ by what the clock does."
+)
+
 Verdict = Literal["paid", "even", "lost", "none"]
 
 
@@ -45,7 +51,8 @@ class Headline:
 def headline(summary: RunSummary, events: RunEvents) -> Headline:
     """What this run found."""
     found = comparisons(summary, events)
-    if found:
+    alone = summary.run.get("learns_by_itself", False)
+    if found and not alone:
         return _adapted_headline(summary, found)
     drafted = [n for n, arm in summary.arms.items() if arm.position_acceptance]
     if drafted:
@@ -55,7 +62,7 @@ def headline(summary: RunSummary, events: RunEvents) -> Headline:
         sentence = (
             f"{name} committed {summary.arms[name].tau:.2f} tokens per request and round{pace}."
         )
-        return Headline("none", sentence, ["No adapted arm with a frozen one to hold it against."])
+        return Headline("none", sentence, [LEARNS_BY_ITSELF if alone else NO_CONTROL])
     done = [(n, arm) for n, arm in summary.arms.items() if arm.tokens]
     if not done:
         return Headline("none", "Nothing was decoded.", [])

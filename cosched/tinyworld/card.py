@@ -67,23 +67,28 @@ def write_card(directory: Path, facts: CardFacts) -> None:
         *(_row([d, *(f"{x:.2f}" for x in v)]) for d, v in facts.losses.items()),
     ]
     for name, draft in facts.drafts.items():
-        lines += [
-            "",
-            f"## Draft: `{name}/`",
-            "",
-            f"{draft['parameters']:,} parameters, taught with forward KL on {draft['tokens']:,} "
-            f"tokens of **code only**, in crops of 256, in {draft['seconds'] / 60:.0f} minutes on "
-            f"one target. Chance that drafted token 1, 2, 3 is accepted on held-out text",
-            "(sum of min(p, q), the text itself as the path):",
-            "",
-            _row(["domain", *_spans(facts.edges[:5])]),
-            _row(["---"] * 5),
-            *(
-                _row([d, *(" / ".join(f"{x:.2f}" for x in bucket) for bucket in buckets)])
-                for d, buckets in draft["acceptance"].items()
-            ),
-        ]
+        lines += draft_section(name, draft, facts.edges[:5])
     (directory / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def draft_section(name: str, draft: dict[str, Any], edges: tuple[int, ...]) -> list[str]:
+    """What one draft is and what it reached."""
+    return [
+        "",
+        f"## Draft: `{name}/`",
+        "",
+        f"{draft['parameters']:,} parameters, taught with forward KL on {draft['tokens']:,} tokens of",
+        f"**code only**, in crops of 256, in {draft['seconds'] / 60:.0f} minutes. Chance that drafted "
+        "token 1, 2, 3 is accepted on",
+        "held-out text (sum of min(p, q), the text itself as the path):",
+        "",
+        _row(["domain", *_spans(edges)]),
+        _row(["---"] * len(edges)),
+        *(
+            _row([domain, *(" / ".join(f"{x:.2f}" for x in bucket) for bucket in buckets)])
+            for domain, buckets in draft["acceptance"].items()
+        ),
+    ]
 
 
 def _shown(root: Path) -> str:

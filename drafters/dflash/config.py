@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from cosched.errors import CheckpointError
 from drafters.config import DecoderConfig
 
@@ -12,8 +14,11 @@ class DFlashConfig(DecoderConfig, frozen=True, kw_only=True, omit_defaults=True)
     A block is the anchor and ``block_size - 1`` masks. ``feature_layers`` None spreads as many as
     there are draft layers from layer 1 to n - 3 of n. ``mask_token_id`` None looks
     ``mask_token`` up in the target's tokenizer. ``draft_vocab_size`` None borrows the target's
-    head. ``sliding_causal``: rows of a block see only earlier rows in ``sliding_attention`` layers
-    (SGLang, SpecForge and speculators agree on that default).
+    head.
+
+    In ``sliding_attention`` layers ``sliding_causal`` rows of a block see only earlier ones, and the
+    window is counted back from each row, as SGLang and SpecForge do, or for all rows of a block from
+    its anchor, as speculators does (``window_from``).
     """
 
     model_type: str = "qwen3"
@@ -24,6 +29,7 @@ class DFlashConfig(DecoderConfig, frozen=True, kw_only=True, omit_defaults=True)
     num_target_layers: int | None = None
     draft_vocab_size: int | None = None
     sliding_causal: bool = True
+    window_from: Literal["row", "anchor"] = "row"
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -10,7 +10,6 @@ F fused feature width, E model width, V draft vocabulary.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,100 +18,44 @@ import torch
 from torch import Tensor
 
 from cosched.errors import CheckpointError, ConfigError
-from cosched.protocols import Choose, DrafterSettings, TargetInfo
-from cosched.records import Proposal, Scope, SignalBatch, SignalSpec
+from cosched.records import Proposal, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed
+from drafters.base import NetworkDrafter, check_fit
 from drafters.cache import SlotCache
-from drafters.checkpoint import Checkpoint, check_tensors, tokenizer_vocabulary
 from drafters.config import small_layer
 from drafters.dflash import formats
 from drafters.dflash.config import DFlashConfig
 from drafters.dflash.network import DFlashNetwork
-from drafters.fit import check_fit, place, scopes_of
-from drafters.layers import initialise
-from drafters.vocabulary import check_mapping, check_tokenizers, over_target, partial_ids
+from drafters.vocabulary import over_target, partial_ids
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from cosched.protocols import Choose, DrafterSettings, TargetInfo
+    from drafters.checkpoint import Checkpoint
+
 
 @DRAFTERS.register("dflash")
-class DFlashDrafter:
+class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
     """DFlash block drafters of z-lab, SpecForge and speculators, drafting a block in one pass."""
 
-    Settings: ClassVar = DrafterSettings
     formats: ClassVar = formats
+    conditioning: ClassVar = "block"
 
     def __init__(
         self,
         network: DFlashNetwork,
         target: TargetInfo,
         num_draft_tokens: int,
-        feature_layers: tuple[int, ...],
-        mask_token_id: int,
         origin: Checkpoint[DFlashConfig] | None = None,
     ) -> None:
-        self._network = network
-        self._target = target
-        self._mask = mask_token_id
-        self.num_draft_tokens = num_draft_tokens
-        self.signal = SignalSpec(feature_layers=feature_layers, conditioning="block")
-        self._origin = origin
-        has_map = network.config.draft_vocab_size is not None and not network.d2t.is_meta
-        self._target_ids = partial_ids(network.d2t if has_map else None, target.vocab_size)
+        super().__init__(network, target, num_draft_tokens, origin)
+        self._mask = find_mask(network.config, target)
+        self._target_ids = partial_ids(network.d2t, target.vocab_size)
 
     @classmethod
-    def checkpoint(cls, settings: DrafterSettings) -> Checkpoint[DFlashConfig]:
-        """The checkpoint as it lies on disk, whatever target it is for.
-
-        Raises:
-            CheckpointError: it is damaged, or asks for what is not implemented.
-        """
-        return formats.read(Path(settings.path))
-
-    @classmethod
-    def load(cls, settings: DrafterSettings, target: TargetInfo) -> DFlashDrafter:
-        """Read a checkpoint folder.
-
-        Raises:
-            CheckpointError: it is damaged, or does not fit the target.
-            ConfigError: more tokens are to be drafted than a block has masks.
-        """
-        directory = Path(settings.path)
-        checkpoint = cls.checkpoint(settings)
-        config, tensors = checkpoint.config, dict(checkpoint.tensors)
-        check_tokenizers(tokenizer_vocabulary(directory), target.token_ids(), directory)
-        origin = Checkpoint(config, {}, checkpoint.format, checkpoint.raw)
-        sketch = cls._build(config, target, settings, origin)
-        network = sketch._network
-        tensors.pop(formats.EMBEDDING, None)  # at most a copy of the target's, which is used
-        check_tensors({n: t.shape for n, t in network.state_dict().items()}, tensors, directory)
-        if config.draft_vocab_size is not None:
-            check_mapping(tensors["d2t"], tensors["t2d"], directory)
-        network.load_state_dict(tensors)
-        place(network, target)
-        layers = sketch.signal.feature_layers
-        return cls(network, target, settings.num_draft_tokens, layers, sketch._mask, origin)
-
-    @classmethod
-    def sketch(cls, settings: DrafterSettings, target: TargetInfo) -> DFlashDrafter:
-        """The drafter of a ``config.json`` alone, without weights, to see what it would take.
-
-        Raises:
-            CheckpointError: it does not fit the target.
-        """
-        config, form, raw = formats.read_shape(Path(settings.path))
-        return cls._build(config, target, settings, Checkpoint(config, {}, form, raw))
-
-    @classmethod
-    def _build(
-        cls,
-        config: DFlashConfig,
-        target: TargetInfo,
-        settings: DrafterSettings,
-        origin: Checkpoint[DFlashConfig],
-    ) -> DFlashDrafter:
+    def check(cls, config: DFlashConfig, settings: DrafterSettings, target: TargetInfo) -> None:
         check_fit(
             Path(settings.path),
             hidden_size=(config.hidden_size, target.hidden_size),
@@ -123,21 +66,27 @@ class DFlashDrafter:
                 f"drafter.num_draft_tokens: {settings.num_draft_tokens} is too many, a block of "
                 f"{settings.path} has the anchor and {config.block_size - 1} masks"
             )
-        layers = config.layers_of(target.num_layers)
-        mask = find_mask(config, target, settings.path)
-        with torch.device(target.embedding.weight.device):
-            network = DFlashNetwork(config, len(layers) * target.hidden_size)
-        return cls(network, target, settings.num_draft_tokens, layers, mask, origin)
+        find_mask(config, target)
 
     @classmethod
-    def initialise(
-        cls, config: DFlashConfig, target: TargetInfo, num_draft_tokens: int
-    ) -> DFlashDrafter:
-        """A draft with random weights, to be trained from scratch."""
-        layers = config.layers_of(target.num_layers)
-        network = DFlashNetwork(config, len(layers) * target.hidden_size)
-        initialise(network)
-        return cls(network, target, num_draft_tokens, layers, find_mask(config, target, "draft"))
+    def make_network(
+        cls, config: DFlashConfig, target: TargetInfo, names: frozenset[str]
+    ) -> DFlashNetwork:
+        width = len(config.layers_of(target.num_layers)) * target.hidden_size
+        return DFlashNetwork(config, width, formats.MASK_EMBEDDING in names)
+
+    @classmethod
+    def select_tensors(
+        cls, checkpoint: Checkpoint[DFlashConfig], target: TargetInfo
+    ) -> dict[str, Tensor]:
+        del target
+        # At most a copy of the target's embedding, which is used.
+        return {n: t for n, t in checkpoint.tensors.items() if n != formats.EMBEDDING}
+
+    def cache_writers(self) -> tuple[str, ...]:
+        layers = range(self._config.num_hidden_layers)
+        keys = [f"layers.{i}.self_attn.{part}_" for i in layers for part in "kv"]
+        return ("fc.", "hidden_norm.", *keys)
 
     @classmethod
     def examples(cls, target: TargetInfo, num_draft_tokens: int) -> Mapping[str, DFlashDrafter]:
@@ -148,6 +97,13 @@ class DFlashDrafter:
                 **small_layer(target, "qwen3"),
                 layer_types=["full_attention", "sliding_attention"],
                 sliding_window=7,
+            ),
+            "sliding, speculators": DFlashConfig(
+                **small_layer(target, "qwen3"),
+                layer_types=["full_attention", "sliding_attention"],
+                sliding_window=7,
+                sliding_causal=False,
+                window_from="anchor",
             ),
             "reduced vocabulary": DFlashConfig(
                 **small_layer(target, "qwen3"), draft_vocab_size=target.vocab_size * 3 // 4
@@ -182,9 +138,6 @@ class DFlashDrafter:
         assert features_RF is not None, "the engine must capture signal.feature_layers"
         state.add(slot, tokens_R1[1:], features_RF)
 
-    def move_slot(self, state: SlotCache, source: int, destination: int) -> None:
-        state.move(source, destination)
-
     @torch.no_grad()
     def propose(self, state: SlotCache, num_slots: int, choose: Choose) -> Proposal:
         network = self._network
@@ -194,7 +147,7 @@ class DFlashDrafter:
         anchor_B = pending.tokens[[end - 1 for end in pending.ends]]
         block_BS = anchor_B.new_full((num_slots, self.num_draft_tokens + 1), self._mask)
         block_BS[:, 0] = anchor_B
-        hidden = self._target.embedding(block_BS)
+        hidden = network.block(self._target.embedding(block_BS))
         for index, layer in enumerate(network.layers):
             keys, values = layer.self_attn.keys_values(context, network.rotary, pending.positions)
             state.append(index, pending, keys, values)
@@ -230,17 +183,19 @@ class DFlashDrafter:
         ragged: bool,
     ) -> Tensor | None:
         """Which cache places each row of a block sees, ``[B, S, L]``; None sees all."""
-        sliding = self._network.config.window_of_layer(layer)
+        sliding = self._config.window_of_layer(layer)
         if not (ragged or window or sliding):
             return None
         at_L = torch.arange(end, device=at_B.device)
         last_BS1 = (at_B[:, None] + position_BS.shape[1] - 1)[..., None].expand_as(
             position_BS[..., None]
         )
-        if sliding and self._network.config.sliding_causal:
+        if sliding and self._config.sliding_causal:
             last_BS1 = position_BS[..., None]
         visible = at_L <= last_BS1
-        if sliding:
+        if sliding and self._config.window_from == "anchor":
+            visible = visible & (at_L >= at_B[:, None, None] - sliding)
+        elif sliding:
             visible = visible & (at_L > position_BS[..., None] - sliding)
         if window:
             visible = visible & (at_L >= at_B[:, None, None] - window)
@@ -250,33 +205,7 @@ class DFlashDrafter:
         own = self._network.lm_head
         return self._target.head(normed) if own is None else own(normed)
 
-    @property
-    def cache_bytes_per_token(self) -> int:
-        return self.new_state(1, 1, None).bytes_per_token
-
-    def not_for_sglang(self) -> list[str]:
-        return formats.not_for_sglang(self._network.config)
-
     # --- learning --------------------------------------------------------------------------
-
-    def network(self) -> DFlashNetwork:
-        return self._network
-
-    def scopes(self) -> Mapping[str, Scope]:
-        parts = ("self_attn.k_", "self_attn.v_")
-        layers = range(self._network.config.num_hidden_layers)
-        writers = [f"layers.{i}.{part}" for i in layers for part in parts]
-        return scopes_of(self._network, ("fc.", "hidden_norm.", *writers))
-
-    def clone(self, dtype: torch.dtype) -> DFlashDrafter:
-        return DFlashDrafter(
-            copy.deepcopy(self._network).to(dtype),
-            self._target,
-            self.num_draft_tokens,
-            self.signal.feature_layers,
-            self._mask,
-            self._origin,
-        )
 
     def target_ids(self) -> Tensor | None:
         return self._target_ids
@@ -296,7 +225,7 @@ class DFlashDrafter:
         context_RCE = network.context(batch.features_RCF)
         block_RNS = batch.tokens_RC1.new_full(place_RNS.shape, self._mask)
         block_RNS[..., 0] = batch.tokens_RC1.gather(1, batch.anchors_RN)
-        hidden = self._target.embedding(block_RNS).detach().to(dtype)
+        hidden = network.block(self._target.embedding(block_RNS).detach().to(dtype))
         for index, layer in enumerate(network.layers):
             attention = layer.self_attn
             keys_RCHD, values_RCHD = attention.keys_values(context_RCE, network.rotary, position_RC)
@@ -309,27 +238,20 @@ class DFlashDrafter:
                 )
             own_ST = None
             if sliding := network.config.window_of_layer(index):
-                visible_RNSC = visible_RNSC & (at_C > place_RNS[..., None] - sliding)
-                own_ST = at_S > at_S[:, None] - sliding
-                if network.config.sliding_causal:
-                    own_ST = own_ST & (at_S <= at_S[:, None])
+                own_ST = at_S <= (at_S[:, None] if self._config.sliding_causal else steps)
+                if self._config.window_from == "anchor":
+                    visible_RNSC = visible_RNSC & (at_C >= place_RNS[..., :1, None] - sliding)
+                else:
+                    visible_RNSC = visible_RNSC & (at_C > place_RNS[..., None] - sliding)
+                    own_ST = own_ST & (at_S > at_S[:, None] - sliding)
             attended = attend_packed(
                 queries, keys_RCHD, values_RCHD, visible_RNSC, keys, values, own_ST
             )
             hidden = layer.finish(hidden, attended)
         return self._head(network.norm(hidden[:, :, 1:]))
 
-    def save(self, directory: Path) -> None:
-        origin = self._origin or Checkpoint(self._network.config, {}, "zlab")
-        tensors = dict(self._network.state_dict())
-        formats.write(
-            Checkpoint(self._network.config, tensors, origin.format, origin.raw),
-            directory,
-            origin.format,
-        )
 
-
-def find_mask(config: DFlashConfig, target: TargetInfo, where: str) -> int:
+def find_mask(config: DFlashConfig, target: TargetInfo) -> int:
     """The mask token's id.
 
     Raises:
@@ -339,18 +261,18 @@ def find_mask(config: DFlashConfig, target: TargetInfo, where: str) -> int:
     if config.mask_token_id is None:
         if config.mask_token not in known:
             raise CheckpointError(
-                f"{where} names no mask_token_id, and the target's tokenizer lacks its mask token "
+                f"the draft names no mask_token_id, and the target's tokenizer lacks its mask token "
                 f"{config.mask_token!r}"
             )
         return known[config.mask_token]
     if not 0 <= config.mask_token_id < target.vocab_size:
         raise CheckpointError(
-            f"mask_token_id of {where} is {config.mask_token_id}, the target's embedding has "
+            f"mask_token_id of the draft is {config.mask_token_id}, the target's embedding has "
             f"{target.vocab_size} rows: its tokenizer lacks the mask token"
         )
     if known.get(config.mask_token, config.mask_token_id) != config.mask_token_id:
         raise CheckpointError(
-            f"mask_token_id of {where} is {config.mask_token_id}, but the target's tokenizer has "
+            f"mask_token_id of the draft is {config.mask_token_id}, but the target's tokenizer has "
             f"{config.mask_token!r} at {known[config.mask_token]}"
         )
     return config.mask_token_id

@@ -12,11 +12,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from cosched.errors import CheckpointError
 from drafters.checkpoint import (
     Checkpoint,
     completed,
     read_config,
+    read_saved,
     read_tensors,
     rename,
     speculators_block,
@@ -29,8 +33,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from cosched.protocols import DrafterSettings
+
 FORMATS = ("zlab", "sglang", "specforge", "speculators")
 EMBEDDING = "embed_tokens.weight"
+MASK_FILE, MASK_EMBEDDING = "mask_embedding.pt", "mask_embedding"
 NAMES = {"model.": "", "encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm."}
 VERIFIERS_OWN = ("verifier_lm_head.weight", "verifier_norm.weight")  # the target's, saved by some
 # Options of later relatives (DFlash2, Domino, MiMo …) that change the arithmetic.
@@ -47,17 +54,21 @@ def recognises(raw: Mapping[str, Any]) -> bool:
     return "DFlashDraftModel" in (raw.get("architectures") or []) or "dflash_config" in raw
 
 
-def not_for_sglang(config: DFlashConfig) -> list[str]:
+def not_for_sglang(config: DFlashConfig, names: frozenset[str]) -> list[str]:
     """Why stock SGLang would not run this draft as it is; empty where it would."""
+    del names
     return unfit(config, "sglang")
 
 
-def read_shape(directory: Path) -> tuple[DFlashConfig, str, dict[str, Any]]:
+def read_shape(
+    directory: Path, settings: DrafterSettings | None = None
+) -> tuple[DFlashConfig, str, dict[str, Any]]:
     """Configuration, format, and the file itself, without weights.
 
     Raises:
         CheckpointError: a key is missing or mistyped, or asks for what is not implemented.
     """
+    del settings  # these files say everything themselves
     raw = read_config(directory)
     where = directory / "config.json"
     if "speculators_model_type" in raw or "speculators_config" in raw:
@@ -93,29 +104,51 @@ def _from_speculators(raw: Mapping[str, Any], where: Path) -> DFlashConfig:
     keys["block_size"] = raw.get("block_size", 8)
     keys["mask_token_id"] = raw.get("mask_token_id")
     keys["sliding_causal"] = not raw.get("sliding_window_non_causal", False)
+    keys["window_from"] = "anchor"
     ids = raw.get("aux_hidden_state_layer_ids")
-    keys["feature_layers"] = ids and [i - 1 for i in ids]
+    if not ids:
+        raise CheckpointError(
+            f"{where} has no aux_hidden_state_layer_ids; speculators' default for them is not that "
+            f"of DFlash, so say which layers the draft was trained on"
+        )
+    keys["feature_layers"] = [i - 1 for i in ids]
     reduced = raw.get("draft_vocab_size", 32000)
     keys["draft_vocab_size"] = None if reduced == keys.get("vocab_size") else reduced
     return convert_config(keys, DFlashConfig, where)
 
 
-def read(directory: Path) -> Checkpoint[DFlashConfig]:
+def read(directory: Path, settings: DrafterSettings | None = None) -> Checkpoint[DFlashConfig]:
     """A whole checkpoint in our own terms.
 
     Raises:
         CheckpointError: as ``read_shape``, or the weights cannot be read.
     """
-    config, form, raw = read_shape(directory)
-    if (directory / "mask_embedding.pt").exists():
-        raise CheckpointError(
-            f"{directory} has a mask_embedding.pt, which is meant to be written into the target's "
-            f"embedding; that would change the target, so the dflash drafter does not load it"
-        )
+    config, form, raw = read_shape(directory, settings)
     tensors = {n: t for n, t in read_tensors(directory).items() if n not in VERIFIERS_OWN}
+    if (directory / MASK_FILE).exists():
+        tensors[MASK_EMBEDDING] = _read_mask(directory / MASK_FILE, config.mask_token_id)
     if form == "speculators" and config.draft_vocab_size is None:
         tensors.pop("lm_head.weight", None)  # a copy of the target's
     return Checkpoint(config, rename(tensors, NAMES), form, raw)
+
+
+def _read_mask(path: Path, mask_token_id: int | None) -> Tensor:
+    """A trained mask embedding. SGLang writes it into the target's table; here the draft keeps it.
+
+    Raises:
+        CheckpointError: it is damaged, of another mask token, or one for each place.
+    """
+    saved = read_saved(path)
+    if saved.get("per_position"):
+        raise CheckpointError(f"{path} has an embedding for each place; the dflash drafter has one")
+    embedding, token = saved.get("embedding"), saved.get("mask_token_id")
+    if not isinstance(embedding, Tensor) or embedding.numel() != embedding.shape[-1]:
+        raise CheckpointError(f"{path} has no embedding of one token")
+    if mask_token_id is not None and token != mask_token_id:
+        raise CheckpointError(
+            f"{path} is of mask token {token}, config.json says mask_token_id {mask_token_id}"
+        )
+    return embedding.flatten()
 
 
 def write(checkpoint: Checkpoint[DFlashConfig], directory: Path, form: str) -> None:
@@ -128,24 +161,39 @@ def write(checkpoint: Checkpoint[DFlashConfig], directory: Path, form: str) -> N
         raise CheckpointError(
             f"this draft cannot be written for {form}:\n" + "\n".join(f"  {p}" for p in problems)
         )
+    tensors = dict(checkpoint.tensors)
+    embedding = tensors.pop(MASK_EMBEDDING, None)
+    if embedding is not None and form == "speculators":
+        raise CheckpointError("a mask embedding of its own cannot be written for speculators")
     make = _to_speculators if form == "speculators" else _to_zlab
-    write_checkpoint(directory, make(checkpoint), checkpoint.tensors)
+    write_checkpoint(directory, make(checkpoint), tensors)
+    if embedding is not None:
+        token = checkpoint.config.mask_token_id
+        saved = {"embedding": embedding.detach().cpu().clone(), "mask_token_id": token}
+        torch.save(saved, directory / MASK_FILE)
 
 
 def unfit(config: DFlashConfig, form: str) -> list[str]:
     """Why a format, or the program that reads it, cannot have this draft; empty where it can."""
     if form not in FORMATS:
         raise CheckpointError(f"dflash has no format {form!r}; there are: {', '.join(FORMATS)}")
-    if form == "speculators":
-        return []
     problems: list[str] = []
+    sliding = "sliding_attention" in (config.layer_types or [])
+    if form == "speculators":
+        if config.feature_layers is None and config.num_target_layers is None:
+            problems.append("neither feature layers nor num_target_layers, from which they follow")
+        if sliding and config.window_from != "anchor":
+            problems.append("sliding_attention windows of each row: there they end at the anchor")
+        return problems
     if config.draft_vocab_size is not None:
         problems.append(
             f"a reduced vocabulary of {config.draft_vocab_size}: SGLang and SpecForge draft with the "
             f"target's head"
         )
-    if not config.sliding_causal and "sliding_attention" in (config.layer_types or []):
+    if sliding and not config.sliding_causal:
         problems.append("bidirectional sliding_attention layers: there they are causal")
+    if sliding and config.window_from != "row":
+        problems.append("sliding_attention windows from the anchor: there each row has its own")
     return problems
 
 
@@ -154,6 +202,11 @@ SHAPE_KEYS = (
     "num_hidden_layers", "hidden_act", "rms_norm_eps", "max_position_embeddings", "attention_bias",
     "layer_types", "sliding_window",
 )  # fmt: skip
+
+
+def first_fit(config: DFlashConfig) -> str:
+    """The format that a draft which was never in any is written in: the first that can."""
+    return next(form for form in FORMATS if not unfit(config, form))
 
 
 def _layer_keys(config: DFlashConfig) -> dict[str, Any]:
@@ -192,7 +245,7 @@ def _to_speculators(checkpoint: Checkpoint[DFlashConfig]) -> dict[str, Any]:
     config = checkpoint.config
     kept = checkpoint.raw if checkpoint.format == "speculators" else {}
     layer = {**_layer_keys(config), "rope_parameters": config.rope}
-    ids = config.feature_layers
+    ids = config.layers_of(config.num_target_layers or 1 + max(config.feature_layers or [0]))
     return {
         "architectures": ["DFlashDraftModel"],
         "speculators_config": speculators_block("dflash", config.block_size - 1),
@@ -201,7 +254,7 @@ def _to_speculators(checkpoint: Checkpoint[DFlashConfig]) -> dict[str, Any]:
         "transformer_layer_config": {**kept.get("transformer_layer_config", {}), **layer},
         "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         "block_size": config.block_size,
-        "aux_hidden_state_layer_ids": ids and [i + 1 for i in ids],
+        "aux_hidden_state_layer_ids": [i + 1 for i in ids],
         "mask_token_id": config.mask_token_id,
         "sliding_window_non_causal": not config.sliding_causal,
         "sample_from_anchor": False,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from drafters.layers import DecoderStack, RMSNorm, Rotary
+from drafters.vocabulary import spread_mapping
 
 if TYPE_CHECKING:
     from drafters.dflash.config import DFlashConfig
@@ -19,10 +20,10 @@ class DFlashNetwork(nn.Module):
     Letters: E model width, F fused feature width.
     """
 
-    d2t: Tensor
-    t2d: Tensor
+    d2t: Tensor | None
+    t2d: Tensor | None
 
-    def __init__(self, config: DFlashConfig, feature_width: int) -> None:
+    def __init__(self, config: DFlashConfig, feature_width: int, own_mask: bool = False) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
         self.config = config
@@ -30,12 +31,24 @@ class DFlashNetwork(nn.Module):
         self.hidden_norm = RMSNorm(width, eps)
         self.layers = DecoderStack(config)
         self.norm = RMSNorm(width, eps)
+        # What stands at masked places; None borrows the row of the target's embedding.
+        self.mask_embedding = nn.Parameter(torch.zeros(width)) if own_mask else None
         self.lm_head: nn.Linear | None = None
         if config.draft_vocab_size is not None:
             self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
-            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
-            self.register_buffer("t2d", torch.ones(config.vocab_size, dtype=torch.bool))
+            d2t, t2d = spread_mapping(config.draft_vocab_size, config.vocab_size)
+        else:
+            d2t = t2d = None
+        self.register_buffer("d2t", d2t)
+        self.register_buffer("t2d", t2d)
         self.rotary = Rotary(config)
+
+    def block(self, embedded: Tensor) -> Tensor:
+        """Rows of blocks ``[..., S, E]``: the anchor as the target embeds it, then the masks."""
+        if self.mask_embedding is None:
+            return embedded
+        masks = self.mask_embedding.expand_as(embedded[..., 1:, :])
+        return torch.cat((embedded[..., :1, :], masks), -2)
 
     def context(self, features: Tensor) -> Tensor:
         """Context features ``[..., E]`` that every layer makes its keys and values of."""

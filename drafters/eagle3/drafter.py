@@ -11,7 +11,6 @@ E model width, H key-value heads, J query heads, D head width, V draft vocabular
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -20,21 +19,21 @@ import torch
 from torch import Tensor
 
 from cosched.protocols import Choose, DrafterSettings, TargetInfo
-from cosched.records import Proposal, Scope, SignalBatch, SignalSpec
+from cosched.records import Proposal, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed, gather_rows
+from drafters.base import NetworkDrafter, check_fit
 from drafters.cache import SlotCache
-from drafters.checkpoint import Checkpoint, check_tensors, tokenizer_vocabulary
 from drafters.config import small_layer
 from drafters.eagle3 import formats
 from drafters.eagle3.config import Eagle3Config
 from drafters.eagle3.network import Eagle3Network
-from drafters.fit import check_fit, place, scopes_of
-from drafters.layers import initialise
-from drafters.vocabulary import check_mapping, check_tokenizers, over_target, partial_ids
+from drafters.vocabulary import over_target, partial_ids
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from drafters.checkpoint import Checkpoint
 
 EMBEDDING = "embed_tokens.weight"
 # Keys and values of committed rows are made of these; everything else may change under them.
@@ -51,116 +50,51 @@ class Eagle3Settings(DrafterSettings, frozen=True, kw_only=True, forbid_unknown_
 
 
 @DRAFTERS.register("eagle3")
-class Eagle3Drafter:
+class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
     """EAGLE-3 heads of SafeAILab, SpecForge and speculators, drafting a chain."""
 
     Settings: ClassVar = Eagle3Settings
     formats: ClassVar = formats
+    conditioning: ClassVar = "chain"
 
     def __init__(
         self,
         network: Eagle3Network,
         target: TargetInfo,
         num_draft_tokens: int,
-        feature_layers: tuple[int, ...],
         origin: Checkpoint[Eagle3Config] | None = None,
     ) -> None:
-        self._network = network
-        self._target = target
+        super().__init__(network, target, num_draft_tokens, origin)
         self._embedding = target.embedding if network.embed_tokens is None else network.embed_tokens
-        self.num_draft_tokens = num_draft_tokens
-        self.signal = SignalSpec(feature_layers=feature_layers, conditioning="chain")
-        self._origin = origin
-        has_map = network.config.draft_vocab_size is not None and not network.d2t.is_meta
-        self._target_ids = partial_ids(network.d2t if has_map else None, target.vocab_size)
+        self._target_ids = partial_ids(network.d2t, target.vocab_size)
 
     @classmethod
-    def checkpoint(cls, settings: Eagle3Settings) -> Checkpoint[Eagle3Config]:
-        """The checkpoint as it lies on disk, whatever target it is for.
-
-        Raises:
-            CheckpointError: it is damaged, or asks for what is not implemented.
-        """
-        return formats.read(Path(settings.path), settings.norm_output)
+    def check(cls, config: Eagle3Config, settings: Eagle3Settings, target: TargetInfo) -> None:
+        directory, width = Path(settings.path), target.hidden_size
+        if config.target_hidden_size is None:
+            check_fit(directory, hidden_size=(config.hidden_size, width))
+        else:
+            check_fit(directory, target_hidden_size=(config.target_hidden_size, width))
+        check_fit(directory, vocab_size=(config.vocab_size, target.vocab_size))
 
     @classmethod
-    def load(cls, settings: Eagle3Settings, target: TargetInfo) -> Eagle3Drafter:
-        """Read a checkpoint folder.
+    def make_network(
+        cls, config: Eagle3Config, target: TargetInfo, names: frozenset[str]
+    ) -> Eagle3Network:
+        narrower = config.hidden_size != target.hidden_size
+        return Eagle3Network(config, target.hidden_size, narrower or EMBEDDING in names)
 
-        Raises:
-            CheckpointError: it is damaged, or does not fit the target.
-        """
-        directory = Path(settings.path)
-        checkpoint = cls.checkpoint(settings)
-        config, tensors = checkpoint.config, dict(checkpoint.tensors)
-        check_tokenizers(tokenizer_vocabulary(directory), target.token_ids(), directory)
-        own = _own_embedding(checkpoint, target)
-        if not own:
+    @classmethod
+    def select_tensors(
+        cls, checkpoint: Checkpoint[Eagle3Config], target: TargetInfo
+    ) -> dict[str, Tensor]:
+        tensors = dict(checkpoint.tensors)
+        if not _own_embedding(checkpoint, target):
             tensors.pop(EMBEDDING, None)
-        drafter = cls._build(
-            config, target, settings, own, Checkpoint(config, {}, checkpoint.format, checkpoint.raw)
-        )
-        network = drafter._network
-        expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
-        whole = config.draft_vocab_size == config.vocab_size
-        if whole and checkpoint.format == "speculators":  # which has no map then
-            tensors |= {name: getattr(network, name) for name in ("d2t", "t2d")}
-        check_tensors(expected, tensors, directory)
-        if config.draft_vocab_size is not None:
-            check_mapping(tensors["d2t"], tensors["t2d"], directory)
-        network.load_state_dict(tensors)
-        place(network, target)
-        return cls(
-            network,
-            target,
-            settings.num_draft_tokens,
-            drafter.signal.feature_layers,
-            drafter._origin,
-        )
+        return tensors
 
-    @classmethod
-    def sketch(cls, settings: Eagle3Settings, target: TargetInfo) -> Eagle3Drafter:
-        """The drafter of a ``config.json`` alone, without weights, to see what it would take.
-
-        Raises:
-            CheckpointError: it does not fit the target.
-        """
-        config, form, raw = formats.read_shape(Path(settings.path), settings.norm_output)
-        own = config.target_hidden_size not in {None, config.hidden_size}
-        return cls._build(config, target, settings, own, Checkpoint(config, {}, form, raw))
-
-    @classmethod
-    def _build(
-        cls,
-        config: Eagle3Config,
-        target: TargetInfo,
-        settings: Eagle3Settings,
-        own_embedding: bool,
-        origin: Checkpoint[Eagle3Config],
-    ) -> Eagle3Drafter:
-        width = config.hidden_size if own_embedding else target.hidden_size
-        check_fit(
-            Path(settings.path),
-            hidden_size=(config.hidden_size, width),
-            target_hidden_size=(
-                config.target_hidden_size or target.hidden_size,
-                target.hidden_size,
-            ),
-            vocab_size=(config.vocab_size, target.vocab_size),
-        )
-        layers = config.layers_of(target.num_layers)
-        with torch.device(target.embedding.weight.device):
-            network = Eagle3Network(config, target.hidden_size, own_embedding)
-        return cls(network, target, settings.num_draft_tokens, layers, origin)
-
-    @classmethod
-    def initialise(
-        cls, config: Eagle3Config, target: TargetInfo, num_draft_tokens: int
-    ) -> Eagle3Drafter:
-        """A head with random weights, to be trained from scratch."""
-        network = Eagle3Network(config, target.hidden_size)
-        initialise(network)
-        return cls(network, target, num_draft_tokens, config.layers_of(target.num_layers))
+    def cache_writers(self) -> tuple[str, ...]:
+        return CACHE_WRITERS
 
     @classmethod
     def examples(cls, target: TargetInfo, num_draft_tokens: int) -> Mapping[str, Eagle3Drafter]:
@@ -202,9 +136,6 @@ class Eagle3Drafter:
     ) -> None:
         assert features_RF is not None, "the engine must capture signal.feature_layers"
         state.add(slot, tokens_R1[1:], features_RF)
-
-    def move_slot(self, state: SlotCache, source: int, destination: int) -> None:
-        state.move(source, destination)
 
     @torch.no_grad()
     def propose(self, state: SlotCache, num_slots: int, choose: Choose) -> Proposal:
@@ -267,27 +198,7 @@ class Eagle3Drafter:
         own = self._network.lm_head
         return self._target.head(normed) if own is None else own(normed)
 
-    @property
-    def cache_bytes_per_token(self) -> int:
-        return self.new_state(1, 1, None).bytes_per_token
-
-    def not_for_sglang(self) -> list[str]:
-        own = self._network.embed_tokens is not None
-        return formats.unfit(self._network.config, "sglang", own_embedding=own)
-
     # --- learning --------------------------------------------------------------------------
-
-    def network(self) -> Eagle3Network:
-        return self._network
-
-    def scopes(self) -> Mapping[str, Scope]:
-        return scopes_of(self._network, CACHE_WRITERS)
-
-    def clone(self, dtype: torch.dtype) -> Eagle3Drafter:
-        network = copy.deepcopy(self._network).to(dtype)
-        return Eagle3Drafter(
-            network, self._target, self.num_draft_tokens, self.signal.feature_layers, self._origin
-        )
 
     def target_ids(self) -> Tensor | None:
         return self._target_ids
@@ -345,15 +256,6 @@ class Eagle3Drafter:
         """Embeddings; where they are the target's, training must not reach them."""
         embedded = self._embedding(tokens)
         return embedded.detach().to(dtype) if self._network.embed_tokens is None else embedded
-
-    def save(self, directory: Path) -> None:
-        origin = self._origin or Checkpoint(self._network.config, {}, "sglang")
-        tensors = dict(self._network.state_dict())
-        formats.write(
-            Checkpoint(self._network.config, tensors, origin.format, origin.raw),
-            directory,
-            origin.format,
-        )
 
 
 def _own_embedding(checkpoint: Checkpoint[Eagle3Config], target: TargetInfo) -> bool:

@@ -24,10 +24,13 @@ from drafters.checkpoint import (
 )
 from drafters.config import convert_config
 from drafters.eagle3.config import Eagle3Config
+from drafters.vocabulary import spread_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from cosched.protocols import DrafterSettings
 
 
 FORMATS = ("sglang", "specforge", "speculators")
@@ -52,13 +55,13 @@ def recognises(raw: Mapping[str, Any]) -> bool:
     return any("eagle3" in str(name).lower() for name in raw.get("architectures") or [])
 
 
-def not_for_sglang(config: Eagle3Config) -> list[str]:
-    """Why stock SGLang would not run this head as it is; empty where it would."""
-    return unfit(config, "sglang")
+def not_for_sglang(config: Eagle3Config, names: frozenset[str]) -> list[str]:
+    """Why stock SGLang would not run a head of these tensors as it is; empty where it would."""
+    return unfit(config, "sglang", own_embedding="embed_tokens.weight" in names)
 
 
 def read_shape(
-    directory: Path, norm_output: NormOutput | None = None
+    directory: Path, settings: DrafterSettings | None = None
 ) -> tuple[Eagle3Config, str, dict[str, Any]]:
     """Configuration, format, and the file itself, without weights.
 
@@ -79,7 +82,7 @@ def read_shape(
     keys["feature_layers"] = nested.get("eagle_aux_hidden_state_layer_ids")
     keys["norm_before_fc"] = bool(nested.get("norm_before_fc", raw.get("norm_before_fc", False)))
     keys["fc_norm"] = bool(raw.get("fc_norm") or raw.get("use_aux_norm"))
-    keys["norm_output"] = _norm_output_of(raw, where, norm_output)
+    keys["norm_output"] = _norm_output_of(raw, where, getattr(settings, "norm_output", None))
     config = convert_config(keys, Eagle3Config, where)
     if raw.get("num_aux_hidden_states", config.num_features) != config.num_features:
         raise CheckpointError(
@@ -127,15 +130,18 @@ def _from_speculators(raw: Mapping[str, Any], where: Path) -> Eagle3Config:
     return convert_config(keys, Eagle3Config, where)
 
 
-def read(directory: Path, norm_output: NormOutput | None = None) -> Checkpoint[Eagle3Config]:
+def read(directory: Path, settings: DrafterSettings | None = None) -> Checkpoint[Eagle3Config]:
     """A whole checkpoint in our own terms.
 
     Raises:
         CheckpointError: as ``read_shape``, or the weights cannot be read.
     """
-    config, form, raw = read_shape(directory, norm_output)
+    config, form, raw = read_shape(directory, settings)
     tensors = read_tensors(directory)
     tensors = {name: t for name, t in tensors.items() if name not in VERIFIERS_OWN}
+    if form == "speculators" and config.draft_vocab_size == config.vocab_size:
+        # That format has no map of a whole vocabulary; in our terms there is one.
+        tensors["d2t"], tensors["t2d"] = spread_mapping(config.vocab_size, config.vocab_size)
     names = SPECULATORS_NAMES if form == "speculators" else FLAT_NAMES
     return Checkpoint(config, rename(tensors, names), form, raw)
 
@@ -185,6 +191,11 @@ def unfit(config: Eagle3Config, form: str, own_embedding: bool = False) -> list[
         if config.num_features != 3:
             problems.append(f"{config.num_features} feature layers: SpecForge has 3")
     return problems
+
+
+def first_fit(config: Eagle3Config) -> str:
+    """The format that a draft which was never in any is written in: the first that can."""
+    return next(form for form in FORMATS if not unfit(config, form))
 
 
 def _layer_keys(config: Eagle3Config) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from drafters.layers import DecoderLayer, RMSNorm, Rotary
+from drafters.vocabulary import spread_mapping
 
 if TYPE_CHECKING:
     from drafters.eagle3.config import Eagle3Config
@@ -27,8 +28,8 @@ class Eagle3Network(nn.Module):
     Letters: E model width, F fused feature width, J query heads, H key-value heads, D head width.
     """
 
-    d2t: Tensor
-    t2d: Tensor
+    d2t: Tensor | None
+    t2d: Tensor | None
 
     def __init__(
         self, config: Eagle3Config, target_hidden_size: int, own_embedding: bool = False
@@ -51,8 +52,11 @@ class Eagle3Network(nn.Module):
         self.lm_head: nn.Linear | None = None
         if config.draft_vocab_size is not None:
             self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
-            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
-            self.register_buffer("t2d", torch.ones(config.vocab_size, dtype=torch.bool))
+            d2t, t2d = spread_mapping(config.draft_vocab_size, config.vocab_size)
+        else:
+            d2t = t2d = None
+        self.register_buffer("d2t", d2t)
+        self.register_buffer("t2d", t2d)
         self.rotary = Rotary(config)
 
     def fuse(self, features: Tensor) -> Tensor:

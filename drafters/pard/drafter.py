@@ -11,8 +11,6 @@ M = K - 1 masks, F fused feature width, E model width, U draft vocabulary, L cac
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
@@ -21,99 +19,47 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosched.errors import CheckpointError
-from cosched.protocols import Choose, DrafterSettings, TargetInfo
-from cosched.records import Proposal, Scope, SignalBatch, SignalSpec
+from cosched.records import Proposal, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed, gather_rows
+from drafters.base import NetworkDrafter
 from drafters.cache import SlotCache
-from drafters.checkpoint import Checkpoint, check_tensors, tokenizer_vocabulary
 from drafters.config import small_layer
-from drafters.fit import place, scopes_of
-from drafters.layers import initialise
 from drafters.pard import formats
 from drafters.pard.config import PardConfig
 from drafters.pard.network import PardNetwork
-from drafters.vocabulary import check_tokenizers, over_target
+from drafters.vocabulary import over_target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from cosched.protocols import Choose, DrafterSettings, TargetInfo
+    from drafters.checkpoint import Checkpoint
+
 
 @DRAFTERS.register("pard")
-class PardDrafter:
+class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
     """PARD and PARD-2 parallel drafters of AMD, drafting a block through mask tokens in one pass."""
 
-    Settings: ClassVar = DrafterSettings
     formats: ClassVar = formats
+    conditioning: ClassVar = "block"
 
     def __init__(
         self,
         network: PardNetwork,
         target: TargetInfo,
         num_draft_tokens: int,
-        feature_layers: tuple[int, ...],
         origin: Checkpoint[PardConfig] | None = None,
     ) -> None:
-        self._network = network
-        self._target = target
-        self.num_draft_tokens = num_draft_tokens
-        self.signal = SignalSpec(feature_layers=feature_layers, conditioning="block")
-        self._origin = origin
+        super().__init__(network, target, num_draft_tokens, origin)
         # Tables of one tokenizer are padded to different lengths; what both have is the vocabulary.
-        self._num_shared = min(network.config.vocab_size, target.vocab_size)
+        self._num_shared = min(self._config.vocab_size, target.vocab_size)
         whole = self._num_shared == target.vocab_size
         device = network.model.norm.weight.device
         self._target_ids = None if whole else torch.arange(self._num_shared, device=device)
 
     @classmethod
-    def checkpoint(cls, settings: DrafterSettings) -> Checkpoint[PardConfig]:
-        """The checkpoint as it lies on disk, whatever target it is for.
-
-        Raises:
-            CheckpointError: it is damaged, or asks for what is not implemented.
-        """
-        return formats.read(Path(settings.path))
-
-    @classmethod
-    def load(cls, settings: DrafterSettings, target: TargetInfo) -> PardDrafter:
-        """Read a checkpoint folder.
-
-        Raises:
-            CheckpointError: it is damaged, or does not fit the target.
-        """
-        directory = Path(settings.path)
-        checkpoint = cls.checkpoint(settings)
-        config = checkpoint.config
-        check_tokenizers(tokenizer_vocabulary(directory), target.token_ids(), directory)
-        origin = Checkpoint(config, {}, checkpoint.format, checkpoint.raw)
-        drafter = cls._build(config, target, settings, origin)
-        network = drafter._network
-        expected = {n: t.shape for n, t in network.state_dict().items()}
-        check_tensors(expected, checkpoint.tensors, directory)
-        network.load_state_dict(checkpoint.tensors)
-        place(network, target)
-        return cls(
-            network, target, settings.num_draft_tokens, drafter.signal.feature_layers, origin
-        )
-
-    @classmethod
-    def sketch(cls, settings: DrafterSettings, target: TargetInfo) -> PardDrafter:
-        """The drafter of a ``config.json`` alone, without weights, to see what it would take.
-
-        Raises:
-            CheckpointError: it does not fit the target.
-        """
-        config, form, raw = formats.read_shape(Path(settings.path))
-        return cls._build(config, target, settings, Checkpoint(config, {}, form, raw))
-
-    @classmethod
-    def _build(
-        cls,
-        config: PardConfig,
-        target: TargetInfo,
-        settings: DrafterSettings,
-        origin: Checkpoint[PardConfig],
-    ) -> PardDrafter:
+    def check(cls, config: PardConfig, settings: DrafterSettings, target: TargetInfo) -> None:
         layers = config.layers_of(target.num_layers)
         width = len(layers) * target.hidden_size
         if config.uses_features and config.pard2_target_dim not in {None, width}:
@@ -122,19 +68,20 @@ class PardDrafter:
                 f"target has {len(layers)} layers of {target.hidden_size} for it: this draft was "
                 f"trained for another target"
             )
-        with torch.device(target.embedding.weight.device):
-            network = PardNetwork(config, width)
-        return cls(network, target, settings.num_draft_tokens, layers, origin)
 
     @classmethod
-    def initialise(
-        cls, config: PardConfig, target: TargetInfo, num_draft_tokens: int
-    ) -> PardDrafter:
-        """A draft with random weights, to be trained from scratch."""
-        layers = config.layers_of(target.num_layers)
-        network = PardNetwork(config, len(layers) * target.hidden_size)
-        initialise(network)
-        return cls(network, target, num_draft_tokens, layers)
+    def make_network(
+        cls, config: PardConfig, target: TargetInfo, names: frozenset[str]
+    ) -> PardNetwork:
+        del names  # every tensor of a language model is its own
+        return PardNetwork(config, len(config.layers_of(target.num_layers)) * target.hidden_size)
+
+    def cache_writers(self) -> tuple[str, ...]:
+        last = self._config.num_hidden_layers - 1
+        below = [f"model.layers.{i}." for i in range(last)]
+        parts = ("input_layernorm.", "self_attn.k_", "self_attn.v_")
+        top = [f"model.layers.{last}.{part}" for part in parts]
+        return ("model.embed_tokens.", "target_proj.", *below, *top)
 
     @classmethod
     def examples(cls, target: TargetInfo, num_draft_tokens: int) -> Mapping[str, PardDrafter]:
@@ -191,9 +138,6 @@ class PardDrafter:
             tokens_R = tokens_R[early:]
             features_RF = None if features_RF is None else features_RF[early:]
         state.add(slot, tokens_R, features_RF)
-
-    def move_slot(self, state: SlotCache, source: int, destination: int) -> None:
-        state.move(source, destination)
 
     @torch.no_grad()
     def propose(self, state: SlotCache, num_slots: int, choose: Choose) -> Proposal:
@@ -259,30 +203,7 @@ class PardDrafter:
             hidden = layer.finish(hidden, attended)
         return hidden
 
-    @property
-    def cache_bytes_per_token(self) -> int:
-        return self.new_state(1, 1, None).bytes_per_token
-
-    def not_for_sglang(self) -> list[str]:
-        return formats.not_for_sglang(self._network.config)
-
     # --- learning --------------------------------------------------------------------------
-
-    def network(self) -> PardNetwork:
-        return self._network
-
-    def scopes(self) -> Mapping[str, Scope]:
-        last = self._network.config.num_hidden_layers - 1
-        below = [f"model.layers.{i}." for i in range(last)]
-        parts = ("input_layernorm.", "self_attn.k_", "self_attn.v_")
-        top = [f"model.layers.{last}.{part}" for part in parts]
-        return scopes_of(self._network, ("model.embed_tokens.", "target_proj.", *below, *top))
-
-    def clone(self, dtype: torch.dtype) -> PardDrafter:
-        network = copy.deepcopy(self._network).to(dtype)
-        return PardDrafter(
-            network, self._target, self.num_draft_tokens, self.signal.feature_layers, self._origin
-        )
 
     def target_ids(self) -> Tensor | None:
         return self._target_ids
@@ -333,15 +254,6 @@ class PardDrafter:
                 masked = layer.finish(masked, attended)
         rows = torch.cat((gather_rows(hidden, anchors_RN)[:, :, None], masked), 2)
         return network.head(rows)[..., : self._num_shared]
-
-    def save(self, directory: Path) -> None:
-        origin = self._origin or Checkpoint(self._network.config, {}, "amd")
-        tensors = dict(self._network.state_dict())
-        formats.write(
-            Checkpoint(self._network.config, tensors, origin.format, origin.raw),
-            directory,
-            origin.format,
-        )
 
 
 def _narrower(one: int | None, other: int | None) -> int | None:

@@ -12,13 +12,15 @@ import msgspec
 import torch
 
 from cosched.errors import CheckpointError
-from drafters.checkpoint import Checkpoint, read_config, read_tensors, write_checkpoint
+from drafters.checkpoint import Checkpoint, completed, read_config, read_tensors, write_checkpoint
 from drafters.config import DecoderConfig, convert_config
 from drafters.pard.config import PardConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from cosched.protocols import DrafterSettings
 
 FORMATS = ("amd", "sglang")
 WARP = "warp_model.bin"
@@ -36,21 +38,30 @@ def recognises(raw: Mapping[str, Any]) -> bool:
     return "pard_token" in raw
 
 
-def not_for_sglang(config: PardConfig) -> list[str]:
-    """Why stock SGLang would not run this draft as it is."""
+def first_fit(config: PardConfig) -> str:
+    """The format that a draft which was never in any is written in."""
     del config
+    return FORMATS[0]
+
+
+def not_for_sglang(config: PardConfig, names: frozenset[str]) -> list[str]:
+    """Why stock SGLang would not run this draft as it is."""
+    del config, names
     return [
         "SGLang has no worker that drafts through mask tokens; it would run the folder as a language "
         "model that drafts one token after the other (STANDALONE)"
     ]
 
 
-def read_shape(directory: Path) -> tuple[PardConfig, str, dict[str, Any]]:
+def read_shape(
+    directory: Path, settings: DrafterSettings | None = None
+) -> tuple[PardConfig, str, dict[str, Any]]:
     """Configuration, format, and the file itself, without weights.
 
     Raises:
         CheckpointError: a key is missing or mistyped, or asks for what is not implemented.
     """
+    del settings  # these files say everything themselves
     raw = read_config(directory)
     where = directory / "config.json"
     if "pard_token" not in raw:
@@ -58,17 +69,19 @@ def read_shape(directory: Path) -> tuple[PardConfig, str, dict[str, Any]]:
             f"{where} has no pard_token: a language model that was not taught to draft through "
             f"masks is no PARD draft"
         )
+    if raw.get("use_sliding_window") and "layer_types" not in raw:
+        raw = {**raw, "layer_types": completed(raw).get("layer_types")}
     keys = {OLD_KEYS.get(key, key): value for key, value in raw.items()}
     return convert_config(keys, PardConfig, where), "amd", raw
 
 
-def read(directory: Path) -> Checkpoint[PardConfig]:
+def read(directory: Path, settings: DrafterSettings | None = None) -> Checkpoint[PardConfig]:
     """A whole checkpoint. ``warp_model.bin`` is read as tensors: code in it is not run.
 
     Raises:
         CheckpointError: as ``read_shape``, or the weights cannot be read.
     """
-    config, form, raw = read_shape(directory)
+    config, form, raw = read_shape(directory, settings)
     tensors = read_tensors(directory, extra=[WARP] if config.uses_features else [])
     table = tensors.get("model.embed_tokens.weight")
     if config.tie_word_embeddings and TIED in tensors and table is not None:

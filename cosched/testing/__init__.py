@@ -1,0 +1,24 @@
+"""Contract tests for drafters, losses and policies, ours and anybody's (needs pytest).
+
+A file of three lines runs them::
+
+    from cosched.testing import DrafterContract
+
+    class TestMyDrafter(DrafterContract):
+        names = ("my_drafter",)
+
+Without ``names`` everything that is registered is tested. The long cells are marked ``slow``, which
+a project with ``--strict-markers`` has to list among its markers.
+"""
+
+import pytest
+
+pytest.register_assert_rewrite(
+    *(f"{__name__}.{module}" for module in ("drafters", "losses", "policies", "sampling"))
+)
+
+from cosched.testing.drafters import DrafterContract  # noqa: E402  what it asserts is rewritten
+from cosched.testing.losses import LossContract  # noqa: E402
+from cosched.testing.policies import PolicyContract  # noqa: E402
+
+__all__ = ["DrafterContract", "LossContract", "PolicyContract"]

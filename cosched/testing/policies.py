@@ -1,0 +1,118 @@
+"""What every policy owes: a pure function of the snapshot, made of numbers alone."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import msgspec
+import pytest
+
+from cosched.records import Decision, Snapshot
+from cosched.registry import POLICIES
+from cosched.testing.registered import registered
+
+if TYPE_CHECKING:
+    from cosched.protocols import Policy
+    from cosched.registry import Plugin
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "numpy", "transformers", "deepspeed"):
+    sys.modules[name] = None  # importing it raises
+import importlib, msgspec
+from cosched.records import Snapshot
+module, name, kind = sys.argv[1:]
+cls = getattr(importlib.import_module(module), name)
+settings = msgspec.json.decode(sys.stdin.buffer.read(), type=cls.Settings)
+snapshot = msgspec.convert(dict.fromkeys(Snapshot.__struct_fields__, 1), Snapshot)
+cls(settings).decide(snapshot)
+"""
+
+
+class PolicyContract:
+    """Every registered policy, or those in ``names``."""
+
+    names: ClassVar[tuple[str, ...] | None] = None
+
+    def settings(self, plugin: Plugin) -> list[Any]:
+        """What to test a policy with; override it where a policy has settings worth more cells."""
+        return [plugin.cls.Settings(kind=plugin.name)]
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        cases = [
+            pytest.param((plugin, settings), id=f"{plugin.name}{number or ''}")
+            for plugin in registered(POLICIES, self.names)
+            for number, settings in enumerate(self.settings(plugin))
+        ]
+        metafunc.parametrize("case", cases)
+
+    def test_it_is_pure(self, case: tuple[Plugin, Any]) -> None:
+        """The same snapshot gives the same decision, whatever was asked before and of whom."""
+        plugin, settings = case
+        assert plugin.summary
+        policy: Policy = plugin.cls(settings)
+        snapshots = [random_snapshot(seed) for seed in range(200)]
+        decisions = [policy.decide(snapshot) for snapshot in snapshots]
+        assert [policy.decide(snapshot) for snapshot in reversed(snapshots)] == decisions[::-1]
+        other: Policy = plugin.cls(settings)
+        assert [other.decide(snapshot) for snapshot in snapshots[100:]] == decisions[100:]
+
+    def test_decisions_make_sense(self, case: tuple[Plugin, Any]) -> None:
+        """Steps are not negative, a learning rate is positive, and training is explained."""
+        plugin, settings = case
+        policy: Policy = plugin.cls(settings)
+        for seed in range(500):
+            decision = policy.decide(random_snapshot(seed))
+            assert isinstance(decision, Decision)
+            assert decision.num_steps >= 0
+            assert decision.learning_rate is None or decision.learning_rate > 0
+            assert decision.reason or not decision.num_steps
+
+    def test_it_does_without_a_tensor_library(self, case: tuple[Plugin, Any]) -> None:
+        """It is imported and decides where neither torch nor numpy can be imported."""
+        plugin, settings = case
+        process = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                WITHOUT_TORCH,
+                plugin.cls.__module__,
+                plugin.cls.__qualname__,
+                plugin.name,
+            ],
+            input=msgspec.json.encode(settings),
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert process.returncode == 0, process.stderr.decode()
+
+
+def random_snapshot(seed: int) -> Snapshot:
+    """A state that a run might be in; zeros now and then, as at its start."""
+    draw = random.Random(seed)
+    rounds = draw.choice([0, draw.randrange(10), draw.randrange(100_000)])
+    drafted = 4 * rounds
+    accepted = draw.randint(0, drafted)
+    committed = rounds + accepted
+    updates = draw.randint(0, rounds)
+    return Snapshot(
+        round_index=rounds,
+        num_running=draw.randrange(1, 64),
+        num_committed=committed,
+        num_drafted=drafted,
+        num_accepted=accepted,
+        recent_acceptance_length=draw.uniform(1, 5) if rounds else 0.0,
+        rounds_since_update=draw.randint(0, rounds),
+        tokens_since_update=draw.randint(0, committed),
+        num_updates=updates,
+        draft_version=draw.randint(0, updates),
+        buffered_tokens=draw.choice([0, draw.randrange(65_536)]),
+        seconds_drafting=draw.uniform(0, 100),
+        seconds_verifying=draw.uniform(0, 1000),
+        seconds_updating=draw.uniform(0, 100) if updates else 0.0,
+        seconds_publishing=draw.uniform(0, 10) if updates else 0.0,
+    )

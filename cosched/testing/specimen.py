@@ -1,0 +1,270 @@
+"""One example of one drafter, and what several statements about it need.
+
+Letters: T tokens of a text, F feature width, B slots, K drafted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cosched.records import SignalBatch
+from cosched.testing.harness import (
+    Watcher,
+    collected,
+    decode,
+    make_coscheduler,
+    make_engine,
+    make_requests,
+    make_target,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cosched.coscheduler import Coscheduler
+    from cosched.engines.embedded.target import Target
+    from cosched.protocols import Drafter, TargetInfo
+    from cosched.records import Rows, VerifyRound
+    from cosched.registry import Plugin
+
+NUM_DRAFT_TOKENS = 3
+NUM_REQUESTS = 4
+PROMPT = 9
+NEW_TOKENS = 72
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Tokens of each request, and the rounds that they came from."""
+
+    texts: dict[str, list[int]]
+    rounds: list[VerifyRound]
+
+
+class Specimen:
+    """The example ``key`` of a registered drafter, made anew or taught, over one target."""
+
+    def __init__(self, plugin: Plugin, key: str, target: Target) -> None:
+        self.plugin = plugin
+        self.key = key
+        self.target = target
+        self._served: dict[tuple[int, int | None], Served] = {}
+
+    def make(self, target: Target | None = None, num_draft_tokens: int = NUM_DRAFT_TOKENS) -> Any:
+        """A new drafter, ready to serve; the same bits every time."""
+        target = target or self.target
+        torch.manual_seed(1)
+        drafter = self.plugin.cls.examples(target, num_draft_tokens)[self.key]
+        network = drafter.network()
+        if network is not None:
+            network.to(target.device, target.dtype).requires_grad_(False)
+        return drafter
+
+    @cached_property
+    def requests(self) -> list[Any]:
+        return make_requests(self.target, NUM_REQUESTS, PROMPT, NEW_TOKENS)
+
+    @cached_property
+    def plain(self) -> dict[str, list[int]]:
+        """What the target says by itself."""
+        return _plain(self.target)
+
+    def decode(
+        self, drafter: Drafter, max_batch: int, window: int | None, teacher: Coscheduler | None
+    ) -> Served:
+        """Greedy text of all requests; with three slots the fourth waits and one is moved."""
+        observer = Watcher(teacher)
+        engine = make_engine(
+            self.target, drafter, self.requests, max_batch, observer=observer, window=window
+        )
+        return Served(decode(engine, self.requests), observer.rounds)
+
+    def served(self, max_batch: int, window: int | None) -> Served:
+        """What a new drafter serves."""
+        key = (max_batch, window)
+        if key not in self._served:
+            self._served[key] = self.decode(self.make(), max_batch, window, None)
+        return self._served[key]
+
+    @cached_property
+    def taught(self) -> tuple[Drafter, Served, Coscheduler]:
+        """A drafter that learns while it serves, what it serves, and who teaches it.
+
+        It sees the same few words again and again, so that many of its drafts are accepted and
+        many are not.
+        """
+        drafter = self.make()
+        teacher = make_coscheduler(self.target, drafter, every=2, lr=3e-3)
+        return drafter, self.decode(drafter, 3, None, teacher), teacher
+
+    def batch(self, rows: Rows, max_batch: int = 3, window: int | None = None) -> SignalBatch:
+        """Everything that a new drafter served before the first request ended."""
+        rounds = self.served(max_batch, window).rounds
+        batch = collected(self.target, self.make(), rows, window, rounds)
+        assert batch is not None
+        return batch
+
+    def settings(self, path: str, num_draft_tokens: int = NUM_DRAFT_TOKENS) -> Any:
+        """The plugin's settings for a checkpoint folder."""
+        return self.plugin.cls.Settings(
+            kind=self.plugin.name, path=path, num_draft_tokens=num_draft_tokens
+        )
+
+
+@cache
+def contract_target() -> Target:
+    """The target that all specimens are made for: it uses a dozen words a text."""
+    return make_target(std=0.15)
+
+
+@cache
+def specimen(plugin: Plugin, key: str) -> Specimen:
+    """That example of that drafter; what was found out about it is kept."""
+    return Specimen(plugin, key, contract_target())
+
+
+@cache
+def _plain(target: Target) -> dict[str, list[int]]:
+    requests = make_requests(target, NUM_REQUESTS, PROMPT, NEW_TOKENS)
+    return decode(make_engine(target, None, requests), requests)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Given tokens, and the target's features at each."""
+
+    tokens_T: Tensor
+    features_TF: Tensor | None
+
+
+def make_texts(target: Target, drafter: Drafter, count: int, length: int) -> list[Text]:
+    """Random texts of one length, with what the drafter asks to see of them."""
+    generator = torch.Generator().manual_seed(11)
+    texts: list[Text] = []
+    for _ in range(count):
+        tokens_T = torch.randint(1, target.vocab_size, (length,), generator=generator)
+        cache_ = target.new_cache(1, length)
+        positions_1T = torch.arange(length)[None]
+        layers = drafter.signal.feature_layers
+        features = target.forward(tokens_T[None], positions_1T, cache_, layers).features_BTF
+        texts.append(Text(tokens_T, None if features is None else features[0]))
+    return texts
+
+
+class Feeder:
+    """Leads a drafter along given texts, as an engine would: some rows, a proposal, some rows.
+
+    Drafted tokens are the text's own, so that proposals of two drafters can be compared number by
+    number, whichever token each would have chosen.
+    """
+
+    def __init__(
+        self, drafter: Drafter, texts: Sequence[Text], window: int | None = None, first: int = 0
+    ) -> None:
+        self.drafter = drafter
+        self.texts = list(texts)
+        self.lengths = [0] * len(texts)
+        self._first = first  # the place of its first text among all of them: steps depend on it
+        self._step = 0
+        longest = max(len(text.tokens_T) for text in texts)
+        self.state = drafter.new_state(len(texts), longest, window)
+
+    def observe(self, lengths: Sequence[int]) -> None:
+        """Commit rows up to those lengths."""
+        for slot, (text, start, end) in enumerate(
+            zip(self.texts, self.lengths, lengths, strict=True)
+        ):
+            features = None if text.features_TF is None else text.features_TF[start:end]
+            self.drafter.observe(self.state, slot, text.tokens_T[start : end + 1], features)
+        self.lengths = list(lengths)
+
+    def move(self, source: int, destination: int) -> None:
+        """The text in the last slot goes on in another, whose own is done."""
+        self.drafter.move_slot(self.state, source, destination)
+        self.texts[destination] = self.texts.pop(source)
+        self.lengths[destination] = self.lengths.pop(source)
+
+    def admit(self, text: Text) -> None:
+        """A new text in the next free slot."""
+        self.texts.append(text)
+        self.lengths.append(0)
+
+    def propose(self) -> Tensor:
+        """Logits ``[B, K, V]`` from the newest tokens on."""
+        path_BK = torch.stack(
+            [
+                text.tokens_T[at + 1 : at + 1 + self.drafter.num_draft_tokens]
+                for text, at in zip(self.texts, self.lengths, strict=True)
+            ]
+        )
+        proposal = self.drafter.propose(
+            self.state, len(self.texts), lambda k, _logits_BV: path_BK[:, k]
+        )
+        assert torch.equal(proposal.tokens_BK, path_BK), "drafted tokens are those that were chosen"
+        return proposal.logits_BKV
+
+    def step(self) -> Tensor:
+        """Commit a prompt or a round, of another length for every text, and propose."""
+        for_each = range(self._first, self._first + len(self.texts))
+        if self._step == 0:
+            new = [5 + 2 * place for place in for_each]
+        else:
+            new = [
+                1 + (self._step + place) % (self.drafter.num_draft_tokens + 1) for place in for_each
+            ]
+        self._step += 1
+        self.observe([length + count for length, count in zip(self.lengths, new, strict=True)])
+        return self.propose()
+
+    def run(self, steps: int) -> Tensor:
+        """Logits of several steps ``[steps, B, K, V]``."""
+        return torch.stack([self.step() for _ in range(steps)])
+
+
+class MetaTarget:
+    """What a ``sketch`` may know of a target: its sizes, with weights on the meta device."""
+
+    def __init__(self, target: TargetInfo) -> None:
+        self.vocab_size = target.vocab_size
+        self.hidden_size = target.hidden_size
+        self.num_layers = target.num_layers
+        self.max_length = target.max_length
+        self._target = target
+        with torch.device("meta"):
+            self.embedding = nn.Embedding(target.vocab_size, target.hidden_size)
+            self.head: nn.Module = nn.Linear(target.hidden_size, target.vocab_size, bias=False)
+
+    def token_ids(self) -> Any:
+        return copy(self._target.token_ids())
+
+
+def as_batch(
+    texts: Sequence[Text], anchors_RN: Tensor, num_draft_tokens: int, window: int | None
+) -> SignalBatch:
+    """The same texts for ``replay``, with the text itself behind every anchor."""
+    tokens_RC1 = torch.stack([text.tokens_T for text in texts])
+    features = [text.features_TF[:-1] for text in texts if text.features_TF is not None]
+    ahead_RNK = anchors_RN[..., None] + 1 + torch.arange(num_draft_tokens)
+    paths_RNK = tokens_RC1.gather(1, ahead_RNK.flatten(1)).view(ahead_RNK.shape)
+    return SignalBatch(
+        starts_R=torch.zeros(len(texts), dtype=torch.int64),
+        lengths_R=torch.full((len(texts),), tokens_RC1.shape[1] - 1),
+        tokens_RC1=tokens_RC1,
+        features_RCF=torch.stack(features) if features else None,
+        anchors_RN=anchors_RN,
+        paths_RNK=paths_RNK,
+        teacher_RNKX=torch.zeros(*paths_RNK.shape, 1),
+        weights_RNK=torch.ones(paths_RNK.shape),
+        window=window,
+    )
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding: float32 sums in another order, at logits of about ten."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-4)

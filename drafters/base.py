@@ -1,0 +1,200 @@
+"""What every drafter with a network does alike: read, fit, clone and write it."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from cosched.errors import CheckpointError
+from cosched.protocols import CheckpointFormats, DrafterSettings, TargetInfo
+from cosched.records import Scope, SignalSpec
+from drafters.checkpoint import Checkpoint, check_tensors, tokenizer_vocabulary
+from drafters.config import DecoderConfig
+from drafters.layers import initialise
+from drafters.vocabulary import check_mapping, check_tokenizers
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Self
+
+    from drafters.cache import SlotCache
+
+C = TypeVar("C", bound=DecoderConfig)
+N = TypeVar("N", bound=nn.Module)
+
+
+class NetworkDrafter(Generic[C, N]):
+    """A drafter whose network is read from a public checkpoint; serving and replay are the family's.
+
+    A family gives ``formats``, ``conditioning``, ``Settings``, and the methods below that are empty
+    here.
+    """
+
+    Settings: ClassVar[type[DrafterSettings]] = DrafterSettings
+    formats: ClassVar[CheckpointFormats]
+    conditioning: ClassVar[Any]
+
+    def __init__(
+        self,
+        network: N,
+        target: TargetInfo,
+        num_draft_tokens: int,
+        origin: Checkpoint[C] | None = None,
+    ) -> None:
+        self._network = network
+        self._target = target
+        self._config = cast("C", network.config)
+        self._origin = origin
+        self.num_draft_tokens = num_draft_tokens
+        layers = self._config.layers_of(target.num_layers)
+        self.signal = SignalSpec(feature_layers=layers, conditioning=self.conditioning)
+
+    # --- what a family gives ---------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def make_network(cls, config: C, target: TargetInfo, names: frozenset[str]) -> N:
+        """The network for a target, without weights; ``names`` are the checkpoint's tensors.
+
+        Raises:
+            CheckpointError: the two do not fit.
+        """
+
+    @classmethod
+    def select_tensors(cls, checkpoint: Checkpoint[C], target: TargetInfo) -> dict[str, Tensor]:
+        """The checkpoint's tensors that are the network's own, not copies of the target's."""
+        del target
+        return dict(checkpoint.tensors)
+
+    @abstractmethod
+    def cache_writers(self) -> tuple[str, ...]:
+        """Beginnings of parameter names that the keys and values of committed rows are made of."""
+
+    @abstractmethod
+    def target_ids(self) -> Tensor | None:
+        """Target token of each draft token; None where the vocabularies are one."""
+
+    @abstractmethod
+    def new_state(self, max_batch: int, max_length: int, window: int | None) -> SlotCache: ...
+
+    # --- from and to files -----------------------------------------------------------------
+
+    @classmethod
+    def checkpoint(cls, settings: Any) -> Checkpoint[C]:
+        """The checkpoint as it lies on disk, whatever target it is for.
+
+        Raises:
+            CheckpointError: it is damaged, or asks for what is not implemented.
+        """
+        return cls.formats.read(Path(settings.path), settings)
+
+    @classmethod
+    def load(cls, settings: Any, target: TargetInfo) -> Self:
+        """Read a checkpoint folder.
+
+        Raises:
+            CheckpointError: it is damaged, or does not fit the target.
+            ConfigError: the settings ask for what it cannot do.
+        """
+        directory = Path(settings.path)
+        checkpoint = cls.checkpoint(settings)
+        check_tokenizers(tokenizer_vocabulary(directory), target.token_ids(), directory)
+        tensors = cls.select_tensors(checkpoint, target)
+        network = cls._place(checkpoint.config, settings, target, frozenset(tensors))
+        check_tensors({n: t.shape for n, t in network.state_dict().items()}, tensors, directory)
+        if "d2t" in tensors:
+            check_mapping(tensors["d2t"], tensors["t2d"], directory)
+        network.load_state_dict(tensors)
+        network.to(target.embedding.weight.dtype).requires_grad_(False)
+        origin = Checkpoint(checkpoint.config, {}, checkpoint.format, checkpoint.raw)
+        return cls(network, target, settings.num_draft_tokens, origin)
+
+    @classmethod
+    def sketch(cls, settings: Any, target: TargetInfo) -> Self:
+        """The drafter of a ``config.json`` alone, without weights, to see what it would take.
+
+        Raises:
+            CheckpointError: it does not fit the target.
+            ConfigError: the settings ask for what it cannot do.
+        """
+        config, form, raw = cls.formats.read_shape(Path(settings.path), settings)
+        network = cls._place(config, settings, target, frozenset())
+        return cls(network, target, settings.num_draft_tokens, Checkpoint(config, {}, form, raw))
+
+    @classmethod
+    def _place(cls, config: C, settings: Any, target: TargetInfo, names: frozenset[str]) -> N:
+        cls.check(config, settings, target)
+        with torch.device(target.embedding.weight.device):
+            return cls.make_network(config, target, names)
+
+    @classmethod
+    def check(cls, config: C, settings: Any, target: TargetInfo) -> None:
+        """What a family has to say of a configuration before anything is built.
+
+        Raises:
+            CheckpointError: it does not fit the target.
+            ConfigError: the settings ask for what it cannot do.
+        """
+
+    @classmethod
+    def initialise(cls, config: C, target: TargetInfo, num_draft_tokens: int) -> Self:
+        """A drafter with random weights, to be trained from scratch."""
+        network = cls.make_network(config, target, frozenset())
+        initialise(network)
+        return cls(network, target, num_draft_tokens)
+
+    def save(self, directory: Path) -> None:
+        form = self.formats.first_fit(self._config) if self._origin is None else self._origin.format
+        raw = {} if self._origin is None else self._origin.raw
+        tensors = dict(self._network.state_dict())
+        self.formats.write(Checkpoint(self._config, tensors, form, raw), directory, form)
+
+    def not_for_sglang(self) -> list[str]:
+        names = frozenset(self._network.state_dict())
+        return self.formats.not_for_sglang(self._config, names)
+
+    # --- what is the same in all -----------------------------------------------------------
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        return self.new_state(1, 1, None).bytes_per_token
+
+    def move_slot(self, state: SlotCache, source: int, destination: int) -> None:
+        state.move(source, destination)
+
+    def network(self) -> N:
+        return self._network
+
+    def clone(self, dtype: torch.dtype) -> Self:
+        network = copy.deepcopy(self._network).to(dtype)
+        return type(self)(network, self._target, self.num_draft_tokens, self._origin)
+
+    def scopes(self) -> Mapping[str, Scope]:
+        """``full``, ``body`` (all but the head), and ``tail``: what no committed key is made of."""
+        names = [name for name, _ in self._network.named_parameters()]
+        body = (name for name in names if "lm_head." not in name)
+        tail = (name for name in names if not name.startswith(self.cache_writers()))
+        return {
+            "full": Scope(tuple(names), keeps_cache=False),
+            "body": Scope(tuple(body), keeps_cache=False),
+            "tail": Scope(tuple(tail), keeps_cache=True),
+        }
+
+
+def check_fit(directory: Path, **sizes: tuple[int, int]) -> None:
+    """Compare what the draft has with what the target has, by name.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    for key, (ours, theirs) in sizes.items():
+        if ours != theirs:
+            raise CheckpointError(
+                f"the draft {directory} has {key} {ours}, the target has {theirs}: "
+                f"this draft was trained for another target"
+            )

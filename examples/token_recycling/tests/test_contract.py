@@ -1,0 +1,15 @@
+"""The contract tests that come with cosched, on what this package brings."""
+
+from cosched.testing import DrafterContract, LossContract, PolicyContract
+
+
+class TestTokenRecycling(DrafterContract):
+    names = ("token_recycling",)
+
+
+class TestTotalVariation(LossContract):
+    names = ("total_variation",)
+
+
+class TestEveryNTokens(PolicyContract):
+    names = ("every_n_tokens",)

@@ -1,0 +1,107 @@
+"""What is its own: the matrix learns what the target says, and whole runs go through."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from token_recycling.drafter import TokenRecycling, TokenRecyclingSettings
+
+from cosched.config import load_config
+from cosched.errors import CheckpointError
+from cosched.experiment import Experiment
+from cosched.footprint import footprint, sketch
+from cosched.report.html import write_report
+from cosched.telemetry.run_folder import RunFolder
+from cosched.testing.harness import make_requests, make_target, serve
+
+ROOT = Path(__file__).parents[3]
+SETTINGS = TokenRecyclingSettings(kind="token_recycling", num_draft_tokens=3, num_candidates=4)
+
+
+def test_it_drafts_what_the_target_said_last_time() -> None:
+    """Behind a token that stood in the text come the target's best tokens, in their order."""
+    target = make_target()
+    drafter = TokenRecycling.load(SETTINGS, target)
+    state = drafter.new_state(1, 16, None)
+    hidden = torch.randn(4, target.hidden_size)
+    drafter.observe(state, 0, torch.tensor([5, 6, 5, 7, 6]), hidden)
+    proposal = drafter.propose(state, 1, lambda _k, logits: logits.argmax(-1))
+    expected = target.head(hidden).topk(4)
+    assert proposal.tokens_BK[0, 0] == expected.indices[1, 0]  # behind 6, seen in row 1
+    ranked = proposal.logits_BKV[0, 0].topk(5)
+    assert torch.equal(ranked.indices[:4], expected.indices[1])
+    assert ranked.values[4] == -torch.inf
+    assert torch.equal(state.matrix_BVC[0, 5], expected.indices[2])  # the later row of the two
+
+
+def test_behind_an_unknown_token_any_may_come() -> None:
+    """The proposal stays a distribution, as sampled verification asks."""
+    drafter = TokenRecycling.load(SETTINGS, make_target())
+    proposal = drafter.propose(drafter.new_state(2, 16, None), 2, lambda _k, row: row.argmax(-1))
+    assert not proposal.logits_BKV.any()
+
+
+def test_a_request_learns_for_itself() -> None:
+    """What one request has seen does not change the drafts of the next."""
+    target = make_target()
+    requests = make_requests(target, count=2, prompt=9, new=60)
+    both = serve(target, TokenRecycling.load(SETTINGS, target), requests)
+    alone = serve(target, TokenRecycling.load(SETTINGS, target), requests[1:])
+    paths = [
+        torch.stack([b.path_K for r in rounds for b in r.blocks if b.request_id == "r1"])
+        for rounds in (both, alone)
+    ]
+    assert torch.equal(*paths)
+
+
+def test_a_matrix_for_another_target_is_refused(tmp_path: Path) -> None:
+    TokenRecycling.load(SETTINGS, make_target()).save(tmp_path / "matrix")
+    found = TokenRecyclingSettings(kind="token_recycling", path=str(tmp_path / "matrix"))
+    with pytest.raises(CheckpointError, match="64 tokens, not 32"):
+        TokenRecycling.load(found, make_target(vocab_size=32))
+    nowhere = TokenRecyclingSettings(kind="token_recycling", path=str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"drafter\.path: no matrix"):
+        TokenRecycling.load(nowhere, make_target())
+
+
+def test_check_says_what_a_run_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation sketches the drafter over a target that has sizes and no weights."""
+    monkeypatch.chdir(ROOT)
+    config = load_config(Path(__file__).parents[1] / "experiment.yaml")
+    found = footprint(config, *sketch(config))
+    assert (found.num_draft_parameters, found.num_trained, found.replay) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("teacher", ["token_recycling", "eagle3"])
+def test_the_experiment_runs(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the shipped file to a report; and our loss and policy teach a draft with a network."""
+    monkeypatch.chdir(ROOT)
+    overrides = [
+        f"run.dir={tmp_path}", "workload.max_prompts=2", "workload.max_new_tokens=48",
+        "adapt.policy.tokens=16", "engine.num_threads=1",
+    ]  # fmt: skip
+    if teacher == "eagle3":
+        overrides += ["drafter.kind=eagle3", "drafter.path=tinyworld/eagle3"]
+    config = load_config(Path(__file__).parents[1] / "experiment.yaml", overrides)
+    folder = RunFolder(config.run_folder)
+    folder.create()
+    summary = Experiment(config).run(folder)
+    page = write_report(folder.path).read_text()
+    arms = summary.arms
+    assert {arm.lossless_mismatches for arm in arms.values()} == {0}
+    assert arms["plain"].tau == 1
+    events = [json.loads(line) for line in (folder.path / "events.jsonl").open()]
+    updates = [event for event in events if event["kind"] == "update"]
+    assert len(updates) == arms["adapted"].updates
+    if teacher == "eagle3":
+        assert arms["adapted"].updates >= 4
+        assert "learns by itself" not in page
+    else:
+        assert arms["adapted"].updates == arms["adapted"].versions == 0
+        assert arms["adapted"].seconds["update"] == 0
+        assert "learns by itself" in page
+        assert arms["adapted"].tau == arms["frozen"].tau > 1
+        assert (folder.path / "checkpoints" / "adapted" / "model.safetensors").exists()

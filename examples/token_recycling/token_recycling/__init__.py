@@ -1,0 +1,1 @@
+"""A drafter, a loss and a policy for cosched, from outside its repository."""

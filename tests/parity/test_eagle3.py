@@ -1,0 +1,85 @@
+"""EAGLE-3: logits of replay and of serving against SpecForge, speculators and SGLang."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cosched.engines.embedded.target import Target
+from drafters.eagle3 import Eagle3Drafter
+from tests.parity import sglang_peer, specforge_peer, speculators_peer
+from tests.parity.world import ROPES, STEPS, assert_same_logits, load_draft, make_eagle3
+
+Options = dict[str, Any]
+
+PLAIN: dict[str, Options] = {"plain": {}, "fc_norm": {"fc_norm": True}}
+LINEAR, LLAMA3, YARN = ({f"{name} rope": {"rope_scaling": ROPES[name]}} for name in ROPES)
+FED_BACK: dict[str, Options] = {"norm_output": {"norm_output": True}}
+NORM_BEFORE_FC: dict[str, Options] = {"norm_before_fc": {"norm_before_fc": True}}
+# It reads yarn as well, but wants keys that transformers has defaults for.
+SPECFORGE = PLAIN | LINEAR | LLAMA3
+SPECULATORS: dict[str, Options] = {
+    **(PLAIN | FED_BACK | NORM_BEFORE_FC | LLAMA3 | YARN),
+    "qwen3": {"model_type": "qwen3"},
+    "norm_before_residual": {"norm_before_residual": True},
+    "whole vocabulary": {"draft_vocab_size": 96},
+    "all at once": {
+        "model_type": "qwen3",
+        "norm_before_residual": True,
+        "norm_output": True,
+        "fc_norm": True,
+    },
+}
+SGLANG: dict[str, Options] = {
+    **(PLAIN | FED_BACK | NORM_BEFORE_FC | LLAMA3 | YARN),
+    "the target's head": {"draft_vocab_size": None},
+}
+
+
+@pytest.mark.parametrize("options", SPECFORGE.values(), ids=SPECFORGE)
+def test_specforge(target: Target, target_folder: Path, tmp_path: Path, options: Options) -> None:
+    """SpecForge reads what we wrote and unrolls to our logits at every step; we read what it saves."""
+    drafter = make_eagle3(target, tmp_path / "ours", "specforge", **options)
+    model = specforge_peer.load_eagle3(tmp_path / "ours", target_folder)
+    assert_same_logits(drafter, target, lambda b: specforge_peer.eagle3_logits(model, b, STEPS))
+    model.save_pretrained(tmp_path / "theirs")
+    again = load_draft(Eagle3Drafter, tmp_path / "theirs", target)
+    assert_same_logits(again, target, lambda b: specforge_peer.eagle3_logits(model, b, STEPS))
+
+
+@pytest.mark.parametrize("options", SPECULATORS.values(), ids=SPECULATORS)
+def test_speculators(target: Target, target_folder: Path, tmp_path: Path, options: Options) -> None:
+    """speculators reads what we wrote and unrolls to our logits; we read what it saves."""
+    drafter = make_eagle3(target, tmp_path / "ours", "speculators", **options)
+    model = speculators_peer.load_eagle3(tmp_path / "ours", target_folder)
+    assert_same_logits(drafter, target, lambda b: speculators_peer.eagle3_logits(model, b, STEPS))
+    model.save_pretrained(tmp_path / "theirs")
+    again = load_draft(Eagle3Drafter, tmp_path / "theirs", target)
+    assert_same_logits(again, target, lambda b: speculators_peer.eagle3_logits(model, b, STEPS))
+
+
+def test_an_embedding_of_its_own(target: Target, target_folder: Path, tmp_path: Path) -> None:
+    """Where speculators trained the embedding with the head, we draft with that one."""
+    make_eagle3(target, tmp_path / "ours", "speculators")
+    model = speculators_peer.load_eagle3(tmp_path / "ours", target_folder)
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(torch.rand_like(model.embed_tokens.weight))
+    model.save_pretrained(tmp_path / "theirs")
+    drafter = load_draft(Eagle3Drafter, tmp_path / "theirs", target)
+    assert_same_logits(drafter, target, lambda b: speculators_peer.eagle3_logits(model, b, STEPS))
+
+
+@pytest.mark.parametrize("options", SGLANG.values(), ids=SGLANG)
+def test_sglang(target: Target, target_folder: Path, tmp_path: Path, options: Options) -> None:
+    """SGLang's class reads what we wrote, and drafts row by row with our logits."""
+    drafter = make_eagle3(target, tmp_path, "sglang", **options)
+    sglang_peer.start(target_folder)
+    model = sglang_peer.load_eagle3(tmp_path)
+    assert_same_logits(
+        drafter, target, lambda b: sglang_peer.eagle3_logits(model, b, STEPS, target)
+    )
+    ids = drafter.target_ids()
+    assert (model.hot_token_id is None) if ids is None else torch.equal(model.hot_token_id, ids)
