@@ -1,10 +1,4 @@
-"""A cadence that follows the text, not the rounds: a good draft commits more of it in each."""
-
-from __future__ import annotations
-
-from typing import Annotated
-
-from msgspec import Meta
+"""A cadence that follows the text, not the rounds."""
 
 from cosched.protocols import PolicySettings
 from cosched.records import Decision, Snapshot
@@ -12,10 +6,7 @@ from cosched.registry import POLICIES
 
 
 class EveryNTokensSettings(PolicySettings, frozen=True, kw_only=True):
-    """``tokens`` committed between updates, and micro-steps in each."""
-
-    tokens: Annotated[int, Meta(ge=1)] = 64
-    num_steps: Annotated[int, Meta(ge=1)] = 1
+    tokens: int = 64
 
 
 @POLICIES.register("every_n_tokens")
@@ -29,4 +20,4 @@ class EveryNTokens:
 
     def decide(self, snapshot: Snapshot) -> Decision:
         due = snapshot.tokens_since_update >= self.settings.tokens
-        return Decision(self.settings.num_steps if due else 0, reason="enough new text")
+        return Decision(int(due), reason="enough new text")
