@@ -9,6 +9,8 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+# One process a core; more than four of them want more memory than a laptop has.
+PARALLEL := -n auto --maxprocesses=4
 PARITY_BIN := .venv-parity/bin
 PARITY_STAMP := .venv-parity/.installed
 
@@ -37,7 +39,7 @@ demo: $(STAMP)  ## Decode real text with and without adaptation, and compare (mi
 
 # A thread limit inherited from the shell would change speeds and, through summation order, last digits.
 test: $(STAMP)  ## Run the tests that need neither a GPU nor SGLang
-	env -u OMP_NUM_THREADS $(BIN)/pytest -m "not gpu and not sglang" $(PYTEST_ARGS)
+	env -u OMP_NUM_THREADS $(BIN)/pytest $(PARALLEL) -m "not gpu and not sglang" $(PYTEST_ARGS)
 
 # Into a folder of its own, as pip leaves a stranger's package; .venv stays what `make venv` made.
 examples: $(STAMP)  ## Install the example plugin from examples/ and run the contract tests on it

@@ -1,6 +1,6 @@
 """What the shared interface costs: ``propose`` and ``replay`` against loops written by hand.
 
-Usage: python benchmarks/bench_drafters.py [--pairs 200] [--threads 1]
+Usage: python benchmarks/bench_drafters.py [--pairs 200] [--threads 1] [--device cuda]
 
 Every family of the tiny world, over the very same module. The hand-written serving loop knows that
 all slots have the same length, keeps its own cache, masks only what it must and has no window. The
@@ -263,7 +263,7 @@ def time_propose(name: str, target: Target, batch: int, pairs: int) -> tuple[flo
     drafter.network().requires_grad_(False)
     length = START + NEW * (pairs + 5) + 2 * K + 4
     sides = [shared(drafter, target, batch, length), LOOPS[name](drafter, target, batch, length)]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     width = max(1, len(drafter.signal.feature_layers)) * target.hidden_size
     times: list[list[float]] = [[], []]
     last = torch.randint(2, target.vocab_size, (batch, 1), generator=generator)
@@ -274,10 +274,10 @@ def time_propose(name: str, target: Target, batch: int, pairs: int) -> tuple[flo
         features = torch.randn(batch, rows, width, generator=generator)
         found = []
         for side in (0, 1) if turn % 2 else (1, 0):
-            started = time.perf_counter()
+            started = now()
             found.append(sides[side](tokens, features))
             if turn >= 5:
-                times[side].append(time.perf_counter() - started)
+                times[side].append(now() - started)
         assert torch.equal(*found), f"{name}: the two sides draft different tokens"
     return compare(*times)
 
@@ -286,7 +286,7 @@ def time_replay(name: str, target: Target, batch: int, pairs: int) -> tuple[floa
     drafter = DRAFTS[name](target)
     drafter.network().rotary.reserve(257 + K)
     parameters = list(drafter.network().parameters())
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     ids = torch.randint(2, target.vocab_size, (batch, 257), generator=generator)
     # An EAGLE-3 step trains every row of a crop; the others draw anchors.
     count = 252 if name == "eagle3" else 64
@@ -308,13 +308,20 @@ def time_replay(name: str, target: Target, batch: int, pairs: int) -> tuple[floa
     for turn in range(pairs + 2):
         found = []
         for side in (0, 1) if turn % 2 else (1, 0):
-            started = time.perf_counter()
+            started = now()
             found.append(step(sides[side]))
             if turn >= 2:
-                times[side].append(time.perf_counter() - started)
+                times[side].append(now() - started)
         # The text is the path, so both compute the same; float32 sums in another order.
         assert torch.allclose(*found, atol=1e-3), f"{name}: the two sides compute different logits"
     return compare(*times)
+
+
+def now() -> float:
+    """The time once the device has done what it was given."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def compare(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
@@ -326,10 +333,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--families", nargs="+", default=list(LOOPS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    target = Target.load(str(ROOT / "tinyworld/target"), torch.device("cpu"), torch.float32)
+    torch.set_default_device(options.device)  # of everything that the loops make
+    device = torch.device(options.device)
+    target = Target.load(str(ROOT / "tinyworld/target"), device, torch.float32)
     print(f"{'':<8}{'':<22}{'shared':>10}{'by hand':>10}{'ratio':>8}")
     for name in options.families:
         for batch in (1, 8):

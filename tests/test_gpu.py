@@ -7,6 +7,7 @@ import torch
 
 from cosched.engines.embedded.request import GenerationRequest
 from cosched.engines.embedded.target import Target
+from cosched.registry import DRAFTERS
 from cosched.testing.harness import (
     decode,
     make_coscheduler,
@@ -14,7 +15,6 @@ from cosched.testing.harness import (
     make_requests,
     make_target,
 )
-from tests.conftest import make_drafter
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +24,8 @@ pytestmark = [
 
 @pytest.mark.parametrize("max_batch", [1, 4])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_greedy_equals_plain_on_cuda(adapted: bool, max_batch: int) -> None:
+@pytest.mark.parametrize("kind", ["eagle3", "dflash", "pard"])
+def test_greedy_equals_plain_on_cuda(kind: str, adapted: bool, max_batch: int) -> None:
     """Token for token in float32, with updates and publications on the device."""
     torch.backends.cuda.matmul.allow_tf32 = False
     target = Target(make_target().model.to("cuda"))
@@ -33,7 +34,9 @@ def test_greedy_equals_plain_on_cuda(adapted: bool, max_batch: int) -> None:
         for r in make_requests(target, count=4, prompt=7, new=256)
     ]
     plain = decode(make_engine(target, None, requests, max_batch), requests)
-    drafter = make_drafter(target)
+    drafter = next(iter(DRAFTERS.get(kind).examples(target, 3).values()))
+    drafter.network().to("cuda").requires_grad_(False)
+    drafter = drafter.clone(torch.float32)  # vocabulary maps are read where the weights are
     observer = make_coscheduler(target, drafter, every=10, lr=3e-3) if adapted else None
     engine = make_engine(target, drafter, requests, max_batch, observer=observer)
     before = target.checksum()
