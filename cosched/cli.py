@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ from rich.progress import (
 from rich.table import Table
 
 from cosched.errors import ConfigError, CoschedError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -79,6 +82,7 @@ def run(
         from cosched.experiment import Experiment
 
         experiment = Experiment(loaded, record)
+    _say_what_sglang_cannot(experiment.not_for_sglang)
     if not resume:
         folder.create(overwrite)
     with _progress() as progress:
@@ -116,12 +120,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     target, drafter = sketch(loaded)
     console.print(to_yaml(loaded), markup=False, highlight=False)
     console.print(footprint_table(footprint(loaded, target, drafter)))
-    if problems := drafter.not_for_sglang():
-        console.print(
-            "stock SGLang cannot run this draft as it is:\n"
-            + "\n".join(f"  {escape(problem)}" for problem in problems),
-            soft_wrap=True,
-        )
+    _say_what_sglang_cannot(drafter.not_for_sglang())
     console.print(f"{config}: valid; a run would write {loaded.run_folder}", soft_wrap=True)
 
 
@@ -145,8 +144,7 @@ def convert(
 
     family, problems = convert_checkpoint(source, destination, form, kind, overrides or ())
     console.print(f"{family}: {source} -> [bold]{destination}[/] ({form})", soft_wrap=True)
-    for problem in problems:
-        console.print(f"stock SGLang cannot run it as it is: {escape(problem)}", soft_wrap=True)
+    _say_what_sglang_cannot(problems)
 
 
 @app.command()
@@ -187,12 +185,17 @@ def tinyworld_build(
         float, typer.Option(min=0.001, max=1.0, help="Share of the training, to try it out.")
     ] = 1.0,
 ) -> None:
-    """Train the tiny world from this machine's own text (about an hour on two cores)."""
+    """Train the tiny world from this machine's own text (two to three hours on two cores)."""
     from cosched.tinyworld.build import build
 
     with _progress() as progress:
         build(directory, seed, threads, share, progress)
     console.print(f"built: [bold]{directory}[/]", soft_wrap=True)
+
+
+def _say_what_sglang_cannot(problems: Sequence[str]) -> None:
+    for problem in problems:
+        console.print(f"stock SGLang cannot run this draft: {escape(problem)}", soft_wrap=True)
 
 
 def _progress() -> Progress:

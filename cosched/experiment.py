@@ -62,6 +62,12 @@ class Experiment:
         self._on_tokens: OnTokens = lambda _arm, _n: None
 
     @property
+    def not_for_sglang(self) -> list[str]:
+        """Why stock SGLang cannot run the draft of these arms as it is; empty where it can."""
+        drafters = [one.arm.drafter for one in self._arms if one.arm.drafter is not None]
+        return list(drafters[0].not_for_sglang()) if drafters else []
+
+    @property
     def total_tokens(self) -> int:
         """Tokens that all arms together have to decode, if no request stops early."""
         one = sum(request.max_new_tokens for request in self.world.requests)

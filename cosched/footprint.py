@@ -37,6 +37,7 @@ class TargetSketch:
     embedding: nn.Embedding
     head: nn.Module
     directory: Path
+    cache_width: int
 
     @classmethod
     def read(cls, path: str, dtype: torch.dtype) -> TargetSketch:
@@ -52,18 +53,21 @@ class TargetSketch:
             vocab, hidden = int(text["vocab_size"]), int(text["hidden_size"])
             layers = int(text["num_hidden_layers"])
             longest = int(text.get("max_position_embeddings", 0))
+            heads = int(text["num_attention_heads"])
+            head_dim = int(text.get("head_dim") or hidden // heads)
+            cache_width = 2 * layers * int(text.get("num_key_value_heads") or heads) * head_dim
         except OSError as error:
             raise CheckpointError(
                 f"target.path: no Hugging Face model folder at {directory}"
             ) from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{directory / 'config.json'} is damaged: {error}") from error
         except KeyError as error:
             raise CheckpointError(f"{directory / 'config.json'} has no {error}") from error
         with torch.device("meta"):
             embedding = nn.Embedding(vocab, hidden, dtype=dtype)
             head = nn.Linear(hidden, vocab, bias=False, dtype=dtype)
-        return cls(vocab, hidden, layers, longest, embedding, head, directory)
+        return cls(vocab, hidden, layers, longest, embedding, head, directory, cache_width)
 
     def token_ids(self) -> Mapping[str, int] | None:
         """The vocabulary of the folder's ``tokenizer.json``; None where it has none."""
@@ -72,7 +76,10 @@ class TargetSketch:
             return None
         from tokenizers import Tokenizer
 
-        return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+        try:
+            return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+        except Exception as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def num_parameters(self) -> int | None:
         """Elements of the safetensors files, read from their headers; None where there are none."""
@@ -85,14 +92,14 @@ def _num_elements(path: Path) -> int:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
-    except (OSError, ValueError, struct.error) as error:
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        return sum(
+            (entry["data_offsets"][1] - entry["data_offsets"][0])
+            // SAFETENSORS_BYTES.get(entry["dtype"], 1)
+            for entry in entries
+        )
+    except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    entries = [entry for name, entry in header.items() if name != "__metadata__"]
-    return sum(
-        (entry["data_offsets"][1] - entry["data_offsets"][0])
-        // SAFETENSORS_BYTES.get(entry["dtype"], 1)
-        for entry in entries
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +108,7 @@ class Footprint:
 
     ``trainer_copy`` is the float32 draft that learns and ``first_weights`` what a reset goes back
     to; ``masters`` (ZeRO keeps its own), ``moments`` and ``gradients`` are DeepSpeed's.
+    ``last_good`` is what the publisher can undo to.
     """
 
     num_target_parameters: int | None
@@ -110,11 +118,13 @@ class Footprint:
     draft: int
     trainer_copy: int
     first_weights: int
+    last_good: int
     masters: int
     moments: int
     gradients: int
     replay: int
     draft_cache: int
+    target_cache: int
     feature_bytes_per_token: int
     teacher_bytes_per_row: int
     cache_bytes_per_token: int
@@ -127,6 +137,7 @@ class Footprint:
                 self.draft,
                 self.trainer_copy,
                 self.first_weights,
+                self.last_good,
                 self.masters,
                 self.moments,
                 self.gradients,
@@ -180,7 +191,7 @@ def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footpri
     limits = replay_limits(config, target, drafter)
     rows = config.loss_settings.rows
     one = limits.request_bytes(keep_blocks=rows != "delayed")
-    requests = min(config.engine.max_batch, limits.max_bytes // one)
+    requests = min(config.engine.max_batch, limits.room(one))
     target_parameters = target.num_parameters()
     longest = config.workload.prompt_tokens + config.workload.max_new_tokens
     cache = drafter.cache_bytes_per_token
@@ -192,11 +203,13 @@ def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footpri
         draft=held * dtype.itemsize,
         trainer_copy=4 * held if trained else 0,
         first_weights=4 * trained,
+        last_good=dtype.itemsize * held if trained else 0,
         masters=4 * trained if config.adapt.trainer.zero_stage else 0,
         moments=8 * trained,
         gradients=4 * trained,
         replay=requests * one if trained else 0,
         draft_cache=cache * config.engine.max_batch * longest,
+        target_cache=target.cache_width * dtype.itemsize * config.engine.max_batch * longest,
         feature_bytes_per_token=limits.feature_row_bytes,
         teacher_bytes_per_row=limits.teacher_row_bytes,
         cache_bytes_per_token=cache,

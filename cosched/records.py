@@ -125,7 +125,11 @@ class SignalBatch:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Drafted tokens of a batch and the logits they were chosen from, in target vocabulary ids."""
+    """Drafted tokens of a batch and the logits they were chosen from, in target vocabulary ids.
+
+    One chain a request. A tree would be a proposal with more tokens and, for each, the index of its
+    parent; row j would then be judged behind its parents, and training sees paths either way.
+    """
 
     tokens_BK: Tensor
     logits_BKV: Tensor

@@ -41,6 +41,10 @@ class ReplayLimits:
         block = self.path * (TOKEN_BYTES + self.teacher_row_bytes) if keep_blocks else 0
         return 2 * self.window * row + TOKEN_BYTES + self.window * block
 
+    def room(self, request_bytes: int) -> int:
+        """How many requests fit."""
+        return min(self.max_bytes // request_bytes, self.max_tokens // self.window)
+
 
 class ReplayBuffer:
     """Committed rows and served blocks of the running requests.
@@ -91,9 +95,7 @@ class ReplayBuffer:
 
     def _admit(self, segment: Segment) -> bool:
         limits = self.limits
-        room = min(
-            limits.max_bytes // self._request_bytes, limits.max_tokens // limits.window
-        )  # requests
+        room = limits.room(self._request_bytes)
         if room == 0:
             self.num_evicted += 1
             return False

@@ -38,6 +38,9 @@ class NetworkDrafter(Generic[C, N]):
     Settings: ClassVar[type[DrafterSettings]] = DrafterSettings
     formats: ClassVar[CheckpointFormats]
     conditioning: ClassVar[Any]
+    borrowed: ClassVar[
+        tuple[str, ...]
+    ] = ()  # tensors that a file may have as copies of the target's
 
     def __init__(
         self,
@@ -58,12 +61,8 @@ class NetworkDrafter(Generic[C, N]):
 
     @classmethod
     @abstractmethod
-    def make_network(cls, config: C, target: TargetInfo, names: frozenset[str]) -> N:
-        """The network for a target, without weights; ``names`` are the checkpoint's tensors.
-
-        Raises:
-            CheckpointError: the two do not fit.
-        """
+    def make_network(cls, config: C, target_width: int, names: frozenset[str]) -> N:
+        """The network for a target of that hidden size; ``names`` are the checkpoint's tensors."""
 
     @classmethod
     def select_tensors(cls, checkpoint: Checkpoint[C], target: TargetInfo) -> dict[str, Tensor]:
@@ -86,12 +85,23 @@ class NetworkDrafter(Generic[C, N]):
 
     @classmethod
     def checkpoint(cls, settings: Any) -> Checkpoint[C]:
-        """The checkpoint as it lies on disk, whatever target it is for.
+        """The checkpoint as it lies on disk, whole, whatever target it is for.
 
         Raises:
-            CheckpointError: it is damaged, or asks for what is not implemented.
+            CheckpointError: it is damaged, lacks a tensor or has one too many, or asks for what is
+                not implemented.
         """
-        return cls.formats.read(Path(settings.path), settings)
+        directory = Path(settings.path)
+        checkpoint = cls.formats.read(directory, settings)
+        config, tensors = checkpoint.config, checkpoint.tensors
+        with torch.device("meta"):
+            network = cls.make_network(config, config.target_width, frozenset(tensors))
+        expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
+        own = {n: t for n, t in tensors.items() if n in expected or n not in cls.borrowed}
+        check_tensors(expected, own, directory)
+        if "d2t" in own:
+            check_mapping(own["d2t"], own["t2d"], directory)
+        return checkpoint
 
     @classmethod
     def load(cls, settings: Any, target: TargetInfo) -> Self:
@@ -102,16 +112,16 @@ class NetworkDrafter(Generic[C, N]):
             ConfigError: the settings ask for what it cannot do.
         """
         directory = Path(settings.path)
+        config, _, _ = cls.formats.read_shape(directory, settings)
+        cls._check(config, settings, target)  # before any weight is read
         checkpoint = cls.checkpoint(settings)
         check_tokenizers(tokenizer_vocabulary(directory), target.token_ids(), directory)
         tensors = cls.select_tensors(checkpoint, target)
-        network = cls._place(checkpoint.config, settings, target, frozenset(tensors))
-        check_tensors({n: t.shape for n, t in network.state_dict().items()}, tensors, directory)
-        if "d2t" in tensors:
-            check_mapping(tensors["d2t"], tensors["t2d"], directory)
+        with torch.device(target.embedding.weight.device):
+            network = cls.make_network(config, target.hidden_size, frozenset(tensors))
         network.load_state_dict(tensors)
         network.to(target.embedding.weight.dtype).requires_grad_(False)
-        origin = Checkpoint(checkpoint.config, {}, checkpoint.format, checkpoint.raw)
+        origin = Checkpoint(config, {}, checkpoint.format, checkpoint.raw)
         return cls(network, target, settings.num_draft_tokens, origin)
 
     @classmethod
@@ -123,14 +133,15 @@ class NetworkDrafter(Generic[C, N]):
             ConfigError: the settings ask for what it cannot do.
         """
         config, form, raw = cls.formats.read_shape(Path(settings.path), settings)
-        network = cls._place(config, settings, target, frozenset())
+        cls._check(config, settings, target)
+        with torch.device(target.embedding.weight.device):
+            network = cls.make_network(config, target.hidden_size, frozenset())
         return cls(network, target, settings.num_draft_tokens, Checkpoint(config, {}, form, raw))
 
     @classmethod
-    def _place(cls, config: C, settings: Any, target: TargetInfo, names: frozenset[str]) -> N:
+    def _check(cls, config: C, settings: Any, target: TargetInfo) -> None:
         cls.check(config, settings, target)
-        with torch.device(target.embedding.weight.device):
-            return cls.make_network(config, target, names)
+        config.layers_of(target.num_layers)
 
     @classmethod
     def check(cls, config: C, settings: Any, target: TargetInfo) -> None:
@@ -144,7 +155,8 @@ class NetworkDrafter(Generic[C, N]):
     @classmethod
     def initialise(cls, config: C, target: TargetInfo, num_draft_tokens: int) -> Self:
         """A drafter with random weights, to be trained from scratch."""
-        network = cls.make_network(config, target, frozenset())
+        with torch.device(target.embedding.weight.device):
+            network = cls.make_network(config, target.hidden_size, frozenset())
         initialise(network)
         return cls(network, target, num_draft_tokens)
 
@@ -157,6 +169,13 @@ class NetworkDrafter(Generic[C, N]):
     def not_for_sglang(self) -> list[str]:
         names = frozenset(self._network.state_dict())
         return self.formats.not_for_sglang(self._config, names)
+
+    def head(self, normed: Tensor) -> Tensor:
+        """Logits of the draft's own head, or of the target's, which may be in another type."""
+        own = getattr(self._network, "lm_head", None)
+        if own is not None:
+            return own(normed)
+        return self._target.head(normed.to(self._target.embedding.weight.dtype))
 
     # --- what is the same in all -----------------------------------------------------------
 
@@ -198,3 +217,10 @@ def check_fit(directory: Path, **sizes: tuple[int, int]) -> None:
                 f"the draft {directory} has {key} {ours}, the target has {theirs}: "
                 f"this draft was trained for another target"
             )
+
+
+def is_copy(table: Tensor, theirs: Tensor) -> bool:
+    """Whether a checkpoint's tensor is the target's, up to the rounding of a 16-bit type."""
+    if table.shape != theirs.shape:
+        return False
+    return torch.allclose(table.float(), theirs.detach().cpu().float(), rtol=0.02, atol=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -15,7 +16,7 @@ from cosched.errors import CheckpointError
 from drafters.config import DecoderConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Generator, Iterable, Mapping
     from pathlib import Path
 
 C = TypeVar("C", bound=DecoderConfig)
@@ -98,12 +99,7 @@ def read_saved(path: Path) -> dict[str, Any]:
     """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    # torch.load raises what the unpickler raises: no narrower class covers a damaged file.
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
     except Exception as error:
-        if type(error).__name__ != "UnpicklingError":
-            raise
         raise CheckpointError(
             f"{path} is not read: it is damaged, or holds code besides tensors ({error})"
         ) from error
@@ -138,20 +134,58 @@ def check_tensors(
 
 
 def write_checkpoint(
-    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    saved: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write ``config.json`` and ``model.safetensors``.
+    """Write ``model.safetensors``, files of ``torch.save`` by name, and last ``config.json``.
+
+    Each file appears whole or not at all, and without the last one the folder is no checkpoint.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    dtype = next((t.dtype for t in contiguous.values() if t.is_floating_point()), torch.float32)
+    said = str(dtype).removeprefix("torch.")
+    keys = {k: said if k in {"dtype", "torch_dtype"} else value for k, value in config.items()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
+        (directory / "config.json").unlink(missing_ok=True)
+        with _whole(directory / "model.safetensors") as partial:
+            save_file(contiguous, partial, metadata={"format": "pt"})
+        for name, content in (saved or {}).items():
+            with _whole(directory / name) as partial:
+                torch.save(dict(content), partial)
+        with _whole(directory / "config.json") as partial:
+            partial.write_text(json.dumps(keys, indent=2) + "\n")
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{directory} cannot be written: {error}") from error
+
+
+@contextmanager
+def _whole(path: Path) -> Generator[Path]:
+    """A name to write under; the file takes its own when that is done."""
+    partial = path.with_name(f".{path.name}.partial")
+    yield partial
+    partial.replace(path)
+
+
+def first_form(forms: Iterable[str], unfit: Callable[[str], list[str]]) -> str:
+    """The first format that can express a draft.
+
+    Raises:
+        CheckpointError: none can.
+    """
+    reasons = {form: unfit(form) for form in forms}
+    fitting = [form for form, problems in reasons.items() if not problems]
+    if not fitting:
+        raise CheckpointError(
+            "no format can express this draft:\n"
+            + "\n".join(f"  {form}: {'; '.join(why)}" for form, why in reasons.items())
+        )
+    return fitting[0]
 
 
 def rename(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:

@@ -42,6 +42,8 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     mlp_bias: bool = False
     layer_types: list[str] | None = None
     sliding_window: int | None = None
+    use_sliding_window: bool | None = None
+    partial_rotary_factor: float | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -74,7 +76,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         """How many positions back a layer of type ``sliding_attention`` sees, itself included."""
         types = self.layer_types or []
         sliding = layer < len(types) and types[layer] == "sliding_attention"
-        return self.sliding_window if sliding else None
+        return self.sliding_window if sliding and self.use_sliding_window is not False else None
 
     def inverse_frequencies(self) -> tuple[Tensor, float]:
         """RoPE angles per position ``[D / 2]`` in float64, and the factor on cosine and sine."""
@@ -103,6 +105,16 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         """Target layers whose outputs the draft sees: 'after that layer', 0-based."""
         raise NotImplementedError
 
+    @property
+    def num_features(self) -> int:
+        """How many target layers the draft sees."""
+        raise NotImplementedError
+
+    @property
+    def target_width(self) -> int:
+        """Hidden size of the target that the draft was trained for."""
+        return self.hidden_size
+
     def problems(self) -> list[str]:
         """What this configuration asks for and the shared layers do not do."""
         found: list[str] = []
@@ -110,6 +122,11 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
             found.append(
                 f"rope_type {self.rope['rope_type']!r} (implemented: {', '.join(ROPE_TYPES)})"
             )
+        if any(isinstance(value, dict) for value in self.rope.values()):
+            found.append("rope_parameters for each type of layer")
+        factor = self.rope.get("partial_rotary_factor", self.partial_rotary_factor)
+        if factor not in {None, 1.0}:
+            found.append(f"partial_rotary_factor {factor}")
         if self.hidden_act != "silu":
             found.append(f"hidden_act {self.hidden_act!r} (implemented: silu)")
         if self.mlp_bias:
@@ -129,7 +146,8 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
                 f"layer type {kind!r} (implemented: full_attention, sliding_attention)"
                 for kind in sorted(set(types) - {"full_attention", "sliding_attention"})
             ]
-            if "sliding_attention" in types and not self.sliding_window:
+            off = self.use_sliding_window is False  # then transformers forgets the window
+            if "sliding_attention" in types and (off or not self.sliding_window):
                 found.append("layer type 'sliding_attention' without a sliding_window")
         return found
 
@@ -153,6 +171,22 @@ def convert_config(raw: Mapping[str, Any], cls: type[C], where: object) -> C:
             f"in silence:\n" + "\n".join(f"  {problem}" for problem in problems)
         )
     return config
+
+
+def check_layers(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """The layers, if a target of ``num_layers`` has each of them, and none is named twice.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    if not all(0 <= i < num_layers for i in layers):
+        raise CheckpointError(
+            f"the draft wants features after layers {list(layers)}, "
+            f"but the target has layers 0 to {num_layers - 1}"
+        )
+    if len(set(layers)) != len(layers):
+        raise CheckpointError(f"the draft wants features after layers {list(layers)}, one twice")
+    return layers
 
 
 def small_layer(target: TargetInfo, model_type: str) -> dict[str, Any]:

@@ -47,27 +47,32 @@ class SwiGLU(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding, half rotation (the Llama convention), from a growing table."""
+    """Rotary position embedding, half rotation (the Llama convention), from a growing table.
 
-    table_TD: Tensor
+    The table is no buffer: it stays in float32 when the network is cast, so a float32 copy of a
+    bfloat16 draft rotates exactly.
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self._config = config
-        head_dim = config.width_of_head
-        self.register_buffer("table_TD", torch.empty(0, head_dim), persistent=False)
+        self.table_TD = torch.empty(0, config.width_of_head, device="cpu")
 
     def reserve(self, length: int) -> None:
-        """Make the table long enough for positions below ``length``."""
+        """Make the table long enough for positions below ``length``; it doubles, so this is rare."""
         if length <= len(self.table_TD):
             return
-        frequencies, factor = self._config.inverse_frequencies()
-        angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
-        table = torch.cat((angles.cos(), angles.sin()), -1) * factor
-        self.table_TD = table.to(self.table_TD.device, self.table_TD.dtype)
+        length = max(length, 2 * len(self.table_TD))
+        with torch.device("cpu"):
+            frequencies, factor = self._config.inverse_frequencies()
+            angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+            table = torch.cat((angles.cos(), angles.sin()), -1) * factor
+        self.table_TD = table.to(self.table_TD.device, torch.float32)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate ``x [..., heads, D]`` at ``positions [...]``, which must be reserved."""
+        if self.table_TD.device != positions.device:
+            self.table_TD = self.table_TD.to(positions.device)
         cos, sin = self.table_TD[positions].unsqueeze(-2).to(x.dtype).chunk(2, -1)
         first, second = x.chunk(2, -1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

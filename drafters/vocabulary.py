@@ -38,6 +38,8 @@ def check_mapping(d2t_U: Tensor, t2d_V: Tensor, where: object) -> None:
     Raises:
         CheckpointError: a draft token is no target token, two are the same, or ``t2d`` disagrees.
     """
+    if d2t_U.is_floating_point() or d2t_U.dtype == torch.bool:
+        raise CheckpointError(f"d2t of {where} is {d2t_U.dtype}, expected integers")
     ids, size = target_ids(d2t_U), len(t2d_V)
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= size):
         raise CheckpointError(

@@ -115,7 +115,8 @@ def comparable(config: Any) -> dict[str, Any]:
     if "sliding_attention" not in keys["layer_types"]:
         for key in ("sliding_window", "sliding_causal", "window_from"):
             keys.pop(key, None)
-    keys.pop("spd_type", None)
+    for key in ("spd_type", "use_sliding_window", "pard2_target_dim"):
+        keys.pop(key, None)
     return keys
 
 
@@ -310,6 +311,19 @@ BAD_CONFIGS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("dflash", {"layer_types": ["chunked_attention"] * 2}, ("chunked_attention",)),
     ("dflash", {"layer_types": ["sliding_attention"] * 2}, ("sliding_window",)),
     ("dflash", {"final_logit_softcapping": 30.0}, ("final_logit_softcapping",)),
+    ("dflash", {"is_causal": True}, ("is_causal",)),
+    ("dflash", {"attention_sink_bias": True}, ("attention_sink_bias",)),
+    ("dflash", {"attention_sink_bias": [1.0]}, ("attention_sink_bias",)),
+    ("eagle3", {"norm_before_residual": True}, ("norm_before_residual", "no reader")),
+    ("eagle3", {"model_type": "qwen3"}, ("q_norm",)),
+    ("eagle3", {"attention_bias": True}, ("attention_bias",)),
+    ("eagle3", {"partial_rotary_factor": 0.5}, ("partial_rotary_factor 0.5",)),
+    ("eagle3", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, ("each type",)),
+    (
+        "dflash",
+        {"layer_types": ["sliding_attention"] * 2, "sliding_window": 7, "use_sliding_window": False},
+        ("sliding_window",),
+    ),
     ("dflash", {"model_type": "llama"}, ("llama", "qwen3")),
     ("dflash", {"aux_hidden_state_layer_ids": [1]}, ("target_layer_ids", "speculators")),
     ("pard", {"pard_token": ...}, ("pard_token", "no PARD draft")),
@@ -346,6 +360,63 @@ def test_norm_output_must_be_told_apart(tmp_path: Path, target: Target) -> None:
     assert read("eagle3", tmp_path / "b").config.norm_output  # our own file says which
     change(tmp_path, norm_output=False)
     refused(lambda: read("eagle3", tmp_path, norm_output="before_head"), "norm before the head")
+
+
+def test_a_key_with_two_meanings_is_not_passed_on(tmp_path: Path, target: Target) -> None:
+    """SpecForge's ``norm_output: true`` in a file for SGLang would feed the normed state back."""
+    save(target, "eagle3", "plain", tmp_path / "a")
+    change(tmp_path / "a", norm_output=True)
+    convert(tmp_path / "a", tmp_path / "b", "sglang", None, ["drafter.norm_output=before_head"])
+    assert "norm_output" not in json.loads((tmp_path / "b" / "config.json").read_text())
+    assert not read("eagle3", tmp_path / "b").config.norm_output
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_convert_checks_every_tensor(tmp_path: Path, target: Target, kind: str) -> None:
+    """A checkpoint with a shard missing, or a tensor too many, does not become a new checkpoint."""
+    save(target, kind, {"pard": "qwen3"}.get(kind, "plain"), tmp_path / "a")
+    path = tmp_path / "a" / "model.safetensors"
+    stored = load_file(path)
+    gone = next(name for name in stored if name.endswith("up_proj.weight"))
+    save_file({n: t for n, t in stored.items() if n != gone}, path)
+    form = DRAFTERS.get(kind).formats.FORMATS[0]
+    refused(lambda: convert(tmp_path / "a", tmp_path / "b", form, None, ()), gone, "missing")
+    save_file({**stored, "junk": torch.zeros(1)}, path)
+    refused(lambda: convert(tmp_path / "a", tmp_path / "b", form, None, ()), "junk")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "tensor"),
+    [
+        ("eagle3", "sglang", "embed_tokens.weight"),
+        ("dflash", "zlab", "embed_tokens.weight"),
+        ("dflash", "speculators", "lm_head.weight"),
+    ],
+)
+def test_what_should_be_a_copy_of_the_targets(
+    tmp_path: Path, target: Target, kind: str, form: str, tensor: str
+) -> None:
+    """A copy, rounded or not, is left to the target; another one is of another target."""
+    save(target, kind, "plain", tmp_path, form)
+    stored = load_file(tmp_path / "model.safetensors")
+    weight = target.embedding.weight if "embed" in tensor else target.head.weight
+    save_file({**stored, tensor: weight.detach().half()}, tmp_path / "model.safetensors")
+    load(kind, tmp_path, target)
+    save_file({**stored, tensor: torch.randn_like(weight)}, tmp_path / "model.safetensors")
+    refused(lambda: load(kind, tmp_path, target), tensor, "another target")
+
+
+def test_a_name_for_the_mask_is_written(tmp_path: Path, target: Target) -> None:
+    """``mask_token`` without an id survives, and is no mask of speculators."""
+    save(target, "dflash", "plain", tmp_path / "a")
+    nested = {"target_layer_ids": [0, 1, 2], "mask_token": "<m>"}
+    change(tmp_path / "a", dflash_config=nested)
+    convert(tmp_path / "a", tmp_path / "b", "sglang", None, ())
+    assert read("dflash", tmp_path / "b").config.mask_token == "<m>"
+    refused(
+        lambda: convert(tmp_path / "a", tmp_path / "c", "speculators", None, ()), "mask_token_id"
+    )
 
 
 def test_a_table_of_wrong_tensors(tmp_path: Path, target: Target) -> None:

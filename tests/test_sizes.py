@@ -197,10 +197,25 @@ def test_memory_of_published_drafts(case: tuple[Path, tuple]) -> None:
     assert found.teacher_bytes_per_row == 8 * 1024  # the last hidden state
     assert found.draft == 2 * held
     assert (found.masters, found.moments, found.gradients) == (4 * held, 8 * held, 4 * held)
+    assert (found.trainer_copy, found.first_weights) == (4 * held, 4 * held)
+    assert found.last_good == 2 * held  # in the serving type
+    # Of both targets 2 x layers x 8 heads x 128 x 2 bytes a token, for two requests of 2048.
+    assert found.target_cache == 2 * 2048 * 4096 * target.num_layers
     assert found.draft_cache == cache * 1024 * 2 * 2048
     # Two requests, each with room for twice its window.
     assert found.replay == 2 * (2 * 512 * (8 + (features + 8) * 1024) + 8)
     assert found.target is None  # there are no weights to count
+
+
+def test_the_buffer_admits_what_is_counted(case: tuple[Path, tuple]) -> None:
+    """Requests that ``max_tokens`` keeps out take no memory."""
+    folder, (_, _, kind, drafted, *_) = case
+    path = write_experiment(folder, kind, drafted)
+    both, one = (
+        footprint(config, *sketch_of(config)).replay
+        for config in (load_config(path), load_config(path, ["adapt.replay.max_tokens=1000"]))
+    )
+    assert both == 2 * one
 
 
 def test_a_frozen_run_takes_nothing_for_training(case: tuple[Path, tuple]) -> None:

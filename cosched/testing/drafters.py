@@ -15,7 +15,7 @@ from cosched.engines.embedded.verification import SamplingParams
 from cosched.publish import InPlacePublisher
 from cosched.records import Decision
 from cosched.registry import DRAFTERS
-from cosched.testing.harness import make_coscheduler, make_trainer
+from cosched.testing.harness import make_coscheduler, make_target, make_trainer
 from cosched.testing.registered import OneThread, registered
 from cosched.testing.sampling import FALSE_ALARM, p_values, sampling_target
 from cosched.testing.specimen import (
@@ -236,7 +236,7 @@ class DrafterContract(OneThread):
         other = path_RNK.roll(1, dims=1)
         assert float(_behind(logits, other)[rows].max()) > 0.1  # the comparison can tell
 
-    @pytest.mark.parametrize("window", [None, 16])
+    @pytest.mark.parametrize("window", [None, 16, 1])
     def test_replay_gives_the_served_logits(self, specimen: Specimen, window: int | None) -> None:
         """Behind every anchor of a text, replayed rows are what serving computed, number by number."""
         _needs_network(specimen)
@@ -265,6 +265,28 @@ class DrafterContract(OneThread):
         without = [name for name, p in network.named_parameters() if p.grad is None]
         assert not without, "no gradient reaches them"
         assert all(p.grad is None for p in specimen.target.model.parameters())
+
+    def test_a_float32_copy_learns_over_a_bfloat16_target(self, specimen: Specimen) -> None:
+        """A draft that serves in 16 bits is trained in 32, whatever it borrows of the target."""
+        _needs_network(specimen)
+        target = make_target(dtype=torch.bfloat16)
+        drafter = specimen.make(target)
+        texts = make_texts(target, drafter, count=2, length=32)
+        feeder = Feeder(drafter, texts, None)
+        served_RKV, anchors = feeder.step(), feeder.lengths
+        batch = as_batch(texts, torch.tensor([anchors]).T, NUM_DRAFT_TOKENS, None)
+        copy = drafter.clone(torch.float32)
+        copy.network().requires_grad_(True)
+        logits = copy.replay(batch)
+        logits.float().square().mean().backward()
+        gradients = [p.grad for p in copy.network().parameters() if p.grad is not None]
+        assert gradients
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        if (ids := drafter.target_ids()) is not None:
+            served_RKV = served_RKV.index_select(-1, ids)
+        # 16-bit products of small networks: a few per cent of the largest logit.
+        error = (logits[:, 0].detach() - served_RKV).abs().max() / served_RKV.abs().max()
+        assert float(error) < 0.1
 
     def test_a_clone_is_its_own(self, specimen: Specimen) -> None:
         """A clone replays the same and shares no parameter with what serves."""

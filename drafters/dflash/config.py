@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from cosched.errors import CheckpointError
-from drafters.config import DecoderConfig
+from drafters.config import DecoderConfig, check_layers
 
 
 class DFlashConfig(DecoderConfig, frozen=True, kw_only=True, omit_defaults=True):
@@ -31,6 +31,10 @@ class DFlashConfig(DecoderConfig, frozen=True, kw_only=True, omit_defaults=True)
     sliding_causal: bool = True
     window_from: Literal["row", "anchor"] = "row"
 
+    @property
+    def num_features(self) -> int:
+        return len(self.feature_layers) if self.feature_layers else self.num_hidden_layers
+
     def problems(self) -> list[str]:
         found = super().problems()
         if self.model_type != "qwen3":
@@ -51,12 +55,7 @@ class DFlashConfig(DecoderConfig, frozen=True, kw_only=True, omit_defaults=True)
                 f"this one has {num_layers}"
             )
         layers = tuple(self.feature_layers or _spread(num_layers, self.num_hidden_layers))
-        if len(set(layers)) != len(layers) or not all(0 <= i < num_layers for i in layers):
-            raise CheckpointError(
-                f"the draft wants features after layers {list(layers)}, "
-                f"but the target has layers 0 to {num_layers - 1}"
-            )
-        return layers
+        return check_layers(layers, num_layers)
 
 
 def _spread(num_layers: int, count: int) -> list[int]:

@@ -21,7 +21,7 @@ from cosched.errors import CheckpointError, ConfigError
 from cosched.records import Proposal, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed
-from drafters.base import NetworkDrafter, check_fit
+from drafters.base import NetworkDrafter, check_fit, is_copy
 from drafters.cache import SlotCache
 from drafters.config import small_layer
 from drafters.dflash import formats
@@ -42,6 +42,7 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
 
     formats: ClassVar = formats
     conditioning: ClassVar = "block"
+    borrowed: ClassVar = formats.BORROWED
 
     def __init__(
         self,
@@ -70,18 +71,27 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
 
     @classmethod
     def make_network(
-        cls, config: DFlashConfig, target: TargetInfo, names: frozenset[str]
+        cls, config: DFlashConfig, target_width: int, names: frozenset[str]
     ) -> DFlashNetwork:
-        width = len(config.layers_of(target.num_layers)) * target.hidden_size
+        width = config.num_features * target_width
         return DFlashNetwork(config, width, formats.MASK_EMBEDDING in names)
 
     @classmethod
     def select_tensors(
         cls, checkpoint: Checkpoint[DFlashConfig], target: TargetInfo
     ) -> dict[str, Tensor]:
-        del target
-        # At most a copy of the target's embedding, which is used.
-        return {n: t for n, t in checkpoint.tensors.items() if n != formats.EMBEDDING}
+        tensors = dict(checkpoint.tensors)
+        theirs = {"embed_tokens.weight": target.embedding.weight}
+        if checkpoint.config.draft_vocab_size is None:
+            theirs["lm_head.weight"] = next(target.head.parameters())
+        for name, weight in theirs.items():
+            table = tensors.pop(name, None)
+            if table is not None and not is_copy(table, weight):
+                raise CheckpointError(
+                    f"{name} of the draft is not the target's, which a DFlash draft borrows: this "
+                    f"draft was trained for another target"
+                )
+        return tensors
 
     def cache_writers(self) -> tuple[str, ...]:
         layers = range(self._config.num_hidden_layers)
@@ -168,7 +178,7 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
                 self._visible(index, at_B, position_BS, end, state.window, ragged),
             )
             hidden = layer.finish(hidden, attended)
-        logits = self._head(network.norm(hidden[:, 1:]))
+        logits = self.head(network.norm(hidden[:, 1:]))
         logits = over_target(logits, self._target_ids, self._target.vocab_size)
         tokens = [choose(k, logits[:, k]) for k in range(self.num_draft_tokens)]
         return Proposal(torch.stack(tokens, 1), logits)
@@ -201,10 +211,6 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
             visible = visible & (at_L >= at_B[:, None, None] - window)
         return visible
 
-    def _head(self, normed: Tensor) -> Tensor:
-        own = self._network.lm_head
-        return self._target.head(normed) if own is None else own(normed)
-
     # --- learning --------------------------------------------------------------------------
 
     def target_ids(self) -> Tensor | None:
@@ -220,7 +226,7 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
         position_RC = batch.starts_R[:, None] + at_C
         place_RNS = batch.anchors_RN[..., None] + at_S
         position_RNS = batch.starts_R[:, None, None] + place_RNS
-        network.rotary.reserve(int(batch.starts_R.max()) + num_rows + steps + 1)
+        network.rotary.reserve(int(batch.starts_R.max()) + num_rows + steps + 1)  # host waits
 
         context_RCE = network.context(batch.features_RCF)
         block_RNS = batch.tokens_RC1.new_full(place_RNS.shape, self._mask)
@@ -248,7 +254,7 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
                 queries, keys_RCHD, values_RCHD, visible_RNSC, keys, values, own_ST
             )
             hidden = layer.finish(hidden, attended)
-        return self._head(network.norm(hidden[:, :, 1:]))
+        return self.head(network.norm(hidden[:, :, 1:]))
 
 
 def find_mask(config: DFlashConfig, target: TargetInfo) -> int:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from cosched.errors import CheckpointError
 from drafters.checkpoint import (
     Checkpoint,
     completed,
+    first_form,
     read_config,
     read_saved,
     read_tensors,
@@ -40,11 +40,19 @@ EMBEDDING = "embed_tokens.weight"
 MASK_FILE, MASK_EMBEDDING = "mask_embedding.pt", "mask_embedding"
 NAMES = {"model.": "", "encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm."}
 VERIFIERS_OWN = ("verifier_lm_head.weight", "verifier_norm.weight")  # the target's, saved by some
-# Options of later relatives (DFlash2, Domino, MiMo …) that change the arithmetic.
-SUCCESSORS = (
-    "final_logit_softcapping", "output_multiplier", "attention_sink_bias", "attention_value_scale",
-    "projector_type", "conv_kernel_size", "selector_rank", "selector_top_k", "is_causal",
-)  # fmt: skip
+BORROWED = (EMBEDDING, "lm_head.weight")  # at most copies of the target's
+# Options of later relatives (DFlash2, Domino, MiMo …) that change the arithmetic, and the value that
+# does not.
+SUCCESSORS: dict[str, Any] = {
+    "final_logit_softcapping": 0,
+    "output_multiplier": 1,
+    "attention_sink_bias": False,
+    "attention_value_scale": None,
+    "projector_type": None,
+    "conv_kernel_size": None,
+    "selector_rank": None,
+    "selector_top_k": None,
+}
 
 
 def recognises(raw: Mapping[str, Any]) -> bool:
@@ -75,7 +83,10 @@ def read_shape(
         return _from_speculators(raw, where), "speculators", raw
     nested = raw.get("dflash_config") or {}
     both = {**raw, **nested}
-    if wanted := [key for key in SUCCESSORS if both.get(key) not in {None, False, 1.0}]:
+    wanted = [key for key, neutral in SUCCESSORS.items() if _asks(both.get(key), neutral)]
+    if both.get("is_causal"):
+        wanted.append("is_causal")
+    if wanted:
         raise CheckpointError(
             f"{where} asks for {', '.join(wanted)}, which the dflash drafter does not implement"
         )
@@ -89,7 +100,13 @@ def read_shape(
         if both.get(key) is not None:
             keys[key] = both[key]
     keys.pop("draft_vocab_size", None)  # this format has none
+    keys["sliding_causal"] = both.get("is_causal") is None  # false frees sliding layers, too
     return convert_config(keys, DFlashConfig, where), "zlab", raw
+
+
+def _asks(value: Any, neutral: Any) -> bool:
+    """Whether an option is there and on; ``True`` is not the number 1 here."""
+    return value is not None and (type(value) is bool or value != neutral) and value is not False
 
 
 def _from_speculators(raw: Mapping[str, Any], where: Path) -> DFlashConfig:
@@ -127,8 +144,6 @@ def read(directory: Path, settings: DrafterSettings | None = None) -> Checkpoint
     tensors = {n: t for n, t in read_tensors(directory).items() if n not in VERIFIERS_OWN}
     if (directory / MASK_FILE).exists():
         tensors[MASK_EMBEDDING] = _read_mask(directory / MASK_FILE, config.mask_token_id)
-    if form == "speculators" and config.draft_vocab_size is None:
-        tensors.pop("lm_head.weight", None)  # a copy of the target's
     return Checkpoint(config, rename(tensors, NAMES), form, raw)
 
 
@@ -166,11 +181,11 @@ def write(checkpoint: Checkpoint[DFlashConfig], directory: Path, form: str) -> N
     if embedding is not None and form == "speculators":
         raise CheckpointError("a mask embedding of its own cannot be written for speculators")
     make = _to_speculators if form == "speculators" else _to_zlab
-    write_checkpoint(directory, make(checkpoint), tensors)
+    saved: dict[str, dict[str, Any]] = {}
     if embedding is not None:
         token = checkpoint.config.mask_token_id
-        saved = {"embedding": embedding.detach().cpu().clone(), "mask_token_id": token}
-        torch.save(saved, directory / MASK_FILE)
+        saved[MASK_FILE] = {"embedding": embedding.detach().cpu().clone(), "mask_token_id": token}
+    write_checkpoint(directory, make(checkpoint), tensors, saved)
 
 
 def unfit(config: DFlashConfig, form: str) -> list[str]:
@@ -182,6 +197,8 @@ def unfit(config: DFlashConfig, form: str) -> list[str]:
     if form == "speculators":
         if config.feature_layers is None and config.num_target_layers is None:
             problems.append("neither feature layers nor num_target_layers, from which they follow")
+        if config.mask_token_id is None:
+            problems.append("no mask_token_id, only a token's name")
         if sliding and config.window_from != "anchor":
             problems.append("sliding_attention windows of each row: there they end at the anchor")
         return problems
@@ -190,8 +207,11 @@ def unfit(config: DFlashConfig, form: str) -> list[str]:
             f"a reduced vocabulary of {config.draft_vocab_size}: SGLang and SpecForge draft with the "
             f"target's head"
         )
-    if sliding and not config.sliding_causal:
+    if sliding and not config.sliding_causal and form == "specforge":
         problems.append("bidirectional sliding_attention layers: there they are causal")
+    layers = config.feature_layers or []
+    if layers != sorted(layers):
+        problems.append(f"feature layers {layers}: SGLang fuses them in the target's order")
     if sliding and config.window_from != "row":
         problems.append("sliding_attention windows from the anchor: there each row has its own")
     return problems
@@ -206,7 +226,7 @@ SHAPE_KEYS = (
 
 def first_fit(config: DFlashConfig) -> str:
     """The format that a draft which was never in any is written in: the first that can."""
-    return next(form for form in FORMATS if not unfit(config, form))
+    return first_form(FORMATS, lambda form: unfit(config, form))
 
 
 def _layer_keys(config: DFlashConfig) -> dict[str, Any]:
@@ -223,6 +243,8 @@ def _to_zlab(checkpoint: Checkpoint[DFlashConfig]) -> dict[str, Any]:
     nested = dict(kept.get("dflash_config") or {})
     if config.mask_token_id is not None:
         nested["mask_token_id"] = config.mask_token_id
+    else:
+        nested["mask_token"] = config.mask_token
     if config.feature_layers:
         nested["target_layer_ids"] = config.feature_layers
     keys: dict[str, Any] = {
@@ -238,6 +260,9 @@ def _to_zlab(checkpoint: Checkpoint[DFlashConfig]) -> dict[str, Any]:
     }
     if config.num_target_layers is not None:
         keys["num_target_layers"] = config.num_target_layers
+    if not config.sliding_causal:
+        keys["is_causal"] = False
+    keys.pop("auto_map", None)  # of code that does not come along
     return keys
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from cosched.errors import CheckpointError
-from drafters.config import DecoderConfig
+from drafters.config import DecoderConfig, check_layers
 
 
 class Eagle3Config(DecoderConfig, frozen=True, kw_only=True, omit_defaults=True):
@@ -27,6 +26,10 @@ class Eagle3Config(DecoderConfig, frozen=True, kw_only=True, omit_defaults=True)
     def num_features(self) -> int:
         return len(self.feature_layers) if self.feature_layers else 3
 
+    @property
+    def target_width(self) -> int:
+        return self.target_hidden_size or self.hidden_size
+
     def problems(self) -> list[str]:
         found = super().problems()
         if self.model_type not in {"llama", "qwen3"}:
@@ -47,9 +50,4 @@ class Eagle3Config(DecoderConfig, frozen=True, kw_only=True, omit_defaults=True)
         """
         default = (1, num_layers // 2 - 1, num_layers - 4)
         layers = tuple(self.feature_layers) if self.feature_layers else default
-        if len(set(layers)) != len(layers) or not all(0 <= i < num_layers for i in layers):
-            raise CheckpointError(
-                f"the draft wants features after layers {list(layers)}, "
-                f"but the target has layers 0 to {num_layers - 1}"
-            )
-        return layers
+        return check_layers(layers, num_layers)

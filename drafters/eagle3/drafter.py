@@ -18,11 +18,12 @@ import msgspec
 import torch
 from torch import Tensor
 
+from cosched.errors import CheckpointError
 from cosched.protocols import Choose, DrafterSettings, TargetInfo
 from cosched.records import Proposal, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed, gather_rows
-from drafters.base import NetworkDrafter, check_fit
+from drafters.base import NetworkDrafter, check_fit, is_copy
 from drafters.cache import SlotCache
 from drafters.config import small_layer
 from drafters.eagle3 import formats
@@ -56,6 +57,7 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
     Settings: ClassVar = Eagle3Settings
     formats: ClassVar = formats
     conditioning: ClassVar = "chain"
+    borrowed: ClassVar = (EMBEDDING,)
 
     def __init__(
         self,
@@ -76,13 +78,15 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
         else:
             check_fit(directory, target_hidden_size=(config.target_hidden_size, width))
         check_fit(directory, vocab_size=(config.vocab_size, target.vocab_size))
+        if config.draft_vocab_size is None:  # it drafts with the target's head
+            check_fit(directory, hidden_size=(config.hidden_size, width))
 
     @classmethod
     def make_network(
-        cls, config: Eagle3Config, target: TargetInfo, names: frozenset[str]
+        cls, config: Eagle3Config, target_width: int, names: frozenset[str]
     ) -> Eagle3Network:
-        narrower = config.hidden_size != target.hidden_size
-        return Eagle3Network(config, target.hidden_size, narrower or EMBEDDING in names)
+        narrower = config.hidden_size != target_width
+        return Eagle3Network(config, target_width, narrower or EMBEDDING in names)
 
     @classmethod
     def select_tensors(
@@ -155,9 +159,7 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
                 state.put(0, newest, keys[:, None], values[:, None])
             attended = self._attend(state, queries, newest, position_B)
             normed, hidden = network.finish(residual, attended)
-            logits.append(
-                over_target(self._head(normed), self._target_ids, self._target.vocab_size)
-            )
+            logits.append(over_target(self.head(normed), self._target_ids, self._target.vocab_size))
             tokens.append(choose(k, logits[-1]))
         return Proposal(torch.stack(tokens, 1), torch.stack(logits, 1))
 
@@ -194,10 +196,6 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
             visible,
         ).squeeze(1)
 
-    def _head(self, normed: Tensor) -> Tensor:
-        own = self._network.lm_head
-        return self._target.head(normed) if own is None else own(normed)
-
     # --- learning --------------------------------------------------------------------------
 
     def target_ids(self) -> Tensor | None:
@@ -214,7 +212,7 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
         num_rows, steps = batch.features_RCF.shape[1], batch.paths_RNK.shape[-1]
         at_C = torch.arange(num_rows, device=batch.anchors_RN.device)
         position_RC = batch.starts_R[:, None] + at_C
-        network.rotary.reserve(int(batch.starts_R.max()) + num_rows + steps)
+        network.rotary.reserve(int(batch.starts_R.max()) + num_rows + steps)  # host waits
 
         embedded = self._embed(batch.tokens_RC1[:, 1:], dtype)
         inputs_RCX, residual_RCE = network.inputs(embedded, network.fuse(batch.features_RCF))
@@ -239,6 +237,9 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
             visible_RNC = at_C <= row_RN[..., None]
             if batch.window is not None:
                 visible_RNC = visible_RNC & (at_C > row_RN[..., None] + step - batch.window)
+            own_1S = None
+            if batch.window is not None and batch.window < step + 1:  # as short as the draft itself
+                own_1S = torch.arange(1, step + 1, device=at_C.device)[None] > step - batch.window
             attended = attend_packed(
                 queries[:, :, None],
                 keys_RCHD,
@@ -246,10 +247,10 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
                 visible_RNC[:, :, None],
                 torch.stack(own_keys, 2) if step else None,
                 torch.stack(own_values, 2) if step else None,
-                None,
+                own_1S,
             ).squeeze(2)
             normed, hidden = network.finish(residual, attended)
-            logits.append(self._head(normed))
+            logits.append(self.head(normed))
         return torch.stack(logits, 2)
 
     def _embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
@@ -259,16 +260,21 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
 
 
 def _own_embedding(checkpoint: Checkpoint[Eagle3Config], target: TargetInfo) -> bool:
-    """Whether the checkpoint's embedding is its own.
+    """Whether the checkpoint's embedding is its own, and not a copy of the target's.
 
-    Flat formats carry at most a copy of the target's, which SGLang replaces; speculators may have
-    trained it.
+    Raises:
+        CheckpointError: it is its own in a flat file, whose readers would take the target's.
     """
     table = checkpoint.tensors.get(EMBEDDING)
     if table is None:
         return False
-    if checkpoint.config.target_hidden_size not in {None, checkpoint.config.hidden_size}:
+    if checkpoint.config.target_width != checkpoint.config.hidden_size:
         return True
-    theirs = target.embedding.weight.detach().to("cpu", table.dtype)
-    same = theirs.shape == table.shape and torch.equal(theirs, table)
-    return checkpoint.format == "speculators" and not same
+    if is_copy(table, target.embedding.weight):
+        return False
+    if checkpoint.format != "speculators":
+        raise CheckpointError(
+            f"{EMBEDDING} of the draft is not the target's, and who reads this format would draft "
+            f"with the target's: this draft was trained for another target"
+        )
+    return True

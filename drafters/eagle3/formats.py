@@ -16,6 +16,7 @@ from cosched.errors import CheckpointError
 from drafters.checkpoint import (
     Checkpoint,
     completed,
+    first_form,
     read_config,
     read_tensors,
     rename,
@@ -84,6 +85,11 @@ def read_shape(
     keys["fc_norm"] = bool(raw.get("fc_norm") or raw.get("use_aux_norm"))
     keys["norm_output"] = _norm_output_of(raw, where, getattr(settings, "norm_output", None))
     config = convert_config(keys, Eagle3Config, where)
+    if problems := unfit(config, "sglang"):
+        raise CheckpointError(
+            f"{where} asks for what no reader of its format does:\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+        )
     if raw.get("num_aux_hidden_states", config.num_features) != config.num_features:
         raise CheckpointError(
             f"{where}: num_aux_hidden_states is {raw['num_aux_hidden_states']}, and eagle_config "
@@ -120,7 +126,8 @@ def _from_speculators(raw: Mapping[str, Any], where: Path) -> Eagle3Config:
     if (kind := raw.get("speculators_model_type", "eagle3")) != "eagle3":
         raise CheckpointError(f"{where} is a speculators {kind!r} model, not 'eagle3'")
     keys = completed(raw.get("transformer_layer_config", {}))
-    for key in ("draft_vocab_size", "target_hidden_size", "norm_before_residual", "norm_output"):
+    keys["draft_vocab_size"] = raw.get("draft_vocab_size", 32000)  # what speculators takes
+    for key in ("target_hidden_size", "norm_before_residual", "norm_output"):
         if key in raw:
             keys[key] = raw[key]
     for key in ("fc_norm", "norm_before_fc"):
@@ -141,7 +148,8 @@ def read(directory: Path, settings: DrafterSettings | None = None) -> Checkpoint
     tensors = {name: t for name, t in tensors.items() if name not in VERIFIERS_OWN}
     if form == "speculators" and config.draft_vocab_size == config.vocab_size:
         # That format has no map of a whole vocabulary; in our terms there is one.
-        tensors["d2t"], tensors["t2d"] = spread_mapping(config.vocab_size, config.vocab_size)
+        d2t, t2d = spread_mapping(config.vocab_size, config.vocab_size)
+        tensors = {"d2t": d2t, "t2d": t2d, **tensors}
     names = SPECULATORS_NAMES if form == "speculators" else FLAT_NAMES
     return Checkpoint(config, rename(tensors, names), form, raw)
 
@@ -172,7 +180,7 @@ def unfit(config: Eagle3Config, form: str, own_embedding: bool = False) -> list[
         raise CheckpointError(f"eagle3 has no format {form!r}; there are: {', '.join(FORMATS)}")
     if form == "speculators":
         lacks = config.draft_vocab_size is None
-        return ["a head of its own (draft_vocab_size is null)"] if lacks else []
+        return ["no head of its own (draft_vocab_size is null)"] if lacks else []
     who = "SGLang" if form == "sglang" else "SpecForge"
     problems: list[str] = []
     if config.norm_before_residual:
@@ -181,6 +189,9 @@ def unfit(config: Eagle3Config, form: str, own_embedding: bool = False) -> list[
         problems.append(f"model_type qwen3: {who} has no q_norm and k_norm in this layer")
     if config.attention_bias:
         problems.append(f"attention_bias: {who} has no bias in this layer")
+    layers = config.feature_layers or []
+    if layers != sorted(layers):
+        problems.append(f"feature layers {layers}: {who} fuses them in the target's order")
     if form == "sglang" and own_embedding and config.target_hidden_size is None:
         problems.append("an embedding of its own: SGLang puts the target's in its place")
     if form == "specforge":
@@ -195,7 +206,7 @@ def unfit(config: Eagle3Config, form: str, own_embedding: bool = False) -> list[
 
 def first_fit(config: Eagle3Config) -> str:
     """The format that a draft which was never in any is written in: the first that can."""
-    return next(form for form in FORMATS if not unfit(config, form))
+    return first_form(FORMATS, lambda form: unfit(config, form))
 
 
 def _layer_keys(config: Eagle3Config) -> dict[str, Any]:
@@ -226,6 +237,8 @@ def _to_flat(checkpoint: Checkpoint[Eagle3Config]) -> dict[str, Any]:
         keys["target_hidden_size"] = config.target_hidden_size
     if config.fc_norm:
         keys["fc_norm"] = True
+    for key in ("norm_output", NORM_OUTPUT, "auto_map"):  # said below, or of code left behind
+        keys.pop(key, None)
     if config.norm_output:
         keys["norm_output"], keys[NORM_OUTPUT] = True, "fed_back"
     nested = dict(keys.get("eagle_config") or {})

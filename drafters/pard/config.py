@@ -28,6 +28,15 @@ class PardConfig(DecoderConfig, frozen=True, kw_only=True, omit_defaults=True):
     def uses_features(self) -> bool:
         return self.pard2 or self.spd_type == "pard2"
 
+    @property
+    def num_features(self) -> int:
+        return len(self.pard2_target_layers or []) if self.uses_features else 0
+
+    @property
+    def target_width(self) -> int:
+        """Zero where the draft sees nothing of the target, or its file does not say."""
+        return (self.pard2_target_dim or 0) // max(1, self.num_features)
+
     def problems(self) -> list[str]:
         found = super().problems()
         if self.model_type not in MODEL_TYPES:

@@ -71,10 +71,10 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
 
     @classmethod
     def make_network(
-        cls, config: PardConfig, target: TargetInfo, names: frozenset[str]
+        cls, config: PardConfig, target_width: int, names: frozenset[str]
     ) -> PardNetwork:
         del names  # every tensor of a language model is its own
-        return PardNetwork(config, len(config.layers_of(target.num_layers)) * target.hidden_size)
+        return PardNetwork(config, config.num_features * target_width)
 
     def cache_writers(self) -> tuple[str, ...]:
         last = self._config.num_hidden_layers - 1
@@ -212,7 +212,7 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
         """Masks behind many anchors at once over one run of the context.
 
         The context starts with the buffer's first row: what came before it, which serving still had
-        in its cache, is not seen.
+        in its cache, is not seen; nor is, in PARD-2, the feature before that row.
         """
         network, num_masks = self._network, batch.paths_RNK.shape[-1] - 1
         tokens_RC, anchors_RN = batch.tokens_RC1, batch.anchors_RN
@@ -222,7 +222,7 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
         place_RNM = anchors_RN[..., None] + ahead_M
         position_RC = batch.starts_R[:, None] + at_C
         position_RNM = batch.starts_R[:, None, None] + place_RNM
-        network.rotary.reserve(int(batch.starts_R.max()) + num_rows + num_masks)
+        network.rotary.reserve(int(batch.starts_R.max()) + num_rows + num_masks)  # host waits
         features_RCF = features_RNMF = None
         if self.signal.feature_layers:
             assert batch.features_RCF is not None, "a PARD-2 batch carries features"

@@ -72,6 +72,8 @@ def read_shape(
     if raw.get("use_sliding_window") and "layer_types" not in raw:
         raw = {**raw, "layer_types": completed(raw).get("layer_types")}
     keys = {OLD_KEYS.get(key, key): value for key, value in raw.items()}
+    if keys.get("pard2") or keys.get("spd_type") == "pard2":
+        keys.setdefault("pard2_target_dim", 4096)  # what AMD's code takes
     return convert_config(keys, PardConfig, where), "amd", raw
 
 
@@ -117,7 +119,8 @@ def write(checkpoint: Checkpoint[PardConfig], directory: Path, form: str) -> Non
         "spd_type": "pard2" if config.uses_features else "pard",
     }
     body = {name: t for name, t in tensors.items() if not name.startswith(PROJECTION)}
-    write_checkpoint(directory, keys, body)
+    warp = {n: t.detach().cpu().clone() for n, t in tensors.items() if n not in body}
     if config.uses_features:
-        warp = {n: t.detach().cpu().clone() for n, t in tensors.items() if n not in body}
-        torch.save(warp, directory / WARP)
+        keys["pard2_target_dim"] = warp[f"{PROJECTION}weight"].shape[1]
+    keys.pop("auto_map", None)  # of code that does not come along
+    write_checkpoint(directory, keys, body, {WARP: warp} if warp else {})
