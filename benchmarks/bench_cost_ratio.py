@@ -1,0 +1,98 @@
+"""What a round is made of: a plain step, a verification, a proposal; and what a draft must reach to pay.
+
+Usage: python benchmarks/bench_cost_ratio.py [--context 512] [--turns 60] [--threads 2]
+
+Break-even is the acceptance length at which speculation is as fast as plain decoding:
+(verification of K + 1 rows + proposal) / plain step. All parts run in turns in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cosched.build import build_world, load_drafter
+from cosched.config import load_config
+from cosched.engines.embedded.target import Target
+from cosched.protocols import Drafter
+
+ROOT = Path(__file__).parent.parent
+
+
+def target_step(target: Target, context: int, rows: int) -> Callable[[], object]:
+    """A forward of some rows behind a context; the cache is written again at the same place."""
+    cache = target.new_cache(1, context + rows)
+    at = torch.arange(context + rows, device=target.device)[None]
+    ids = at % target.vocab_size
+    target.forward(ids[:, :context], at[:, :context], cache, num_logits=1)
+    return lambda: target.forward(ids[:, context:], at[:, context:], cache)
+
+
+def proposal(drafter: Drafter, target: Target, context: int, turns: int) -> Callable[[], object]:
+    """A round of the draft: two newly committed tokens, then K drafts."""
+    state = drafter.new_state(1, context + 2 * (turns + 10), None)
+    width = len(drafter.signal.feature_layers) * target.hidden_size
+
+    def observe(count: int) -> None:
+        tokens = torch.arange(2, count + 3, device=target.device)
+        features = torch.randn(count, width, device=target.device) if width else None
+        drafter.observe(state, 0, tokens, features)
+
+    observe(context)
+
+    def step() -> None:
+        drafter.propose(state, 1, lambda _k, logits: logits.argmax(-1))
+        observe(2)
+
+    return step
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--turns", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--drafters", nargs="+", default=["eagle3", "dflash", "pard"])
+    options = parser.parse_args()
+    steps: dict[str, Callable[[], object]] = {}
+    for kind in options.drafters:
+        overrides = [f"drafter.kind={kind}", "workload.max_prompts=1"]
+        world = build_world(load_config(ROOT / "configs" / "quickstart.yaml", overrides))
+        drafter, target = load_drafter(world), world.target
+        rows = drafter.num_draft_tokens + 1
+        steps["plain step"] = target_step(target, options.context, 1)
+        steps[f"verify {rows} rows"] = target_step(target, options.context, rows)
+        steps[kind] = proposal(drafter, target, options.context, options.turns)
+    torch.set_num_threads(options.threads)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(options.turns + 5):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if target.device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 5:
+                times[name].append(time.perf_counter() - started)
+    plain, verify, *_ = (statistics.median(seconds) for seconds in times.values())
+    print(
+        f"{options.context} tokens of context, {options.threads} threads, {rows - 1} drafts a round"
+    )
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        share = f"{median / plain:6.3f} plain steps"
+        if name in options.drafters:
+            share += (
+                f", one of {rows - 1} tokens {plain / (median / (rows - 1)):5.1f} times cheaper"
+            )
+            share += f", break-even at {(verify + median) / plain:.2f}"
+        print(f"{name:<14} {median * 1e3:7.2f} ms  {share}")
+
+
+if __name__ == "__main__":
+    main()
