@@ -16,7 +16,7 @@ from cosched.records import Scope, SignalSpec
 from drafters.checkpoint import Checkpoint, check_tensors, tokenizer_vocabulary
 from drafters.config import DecoderConfig
 from drafters.layers import initialise
-from drafters.vocabulary import check_mapping, check_tokenizers
+from drafters.vocabulary import check_mapping, check_tokenizers, partial_ids
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,6 +54,7 @@ class NetworkDrafter(Generic[C, N]):
         self._config = cast("C", network.config)
         self._origin = origin
         self.num_draft_tokens = num_draft_tokens
+        self._target_ids = partial_ids(getattr(network, "d2t", None), target.vocab_size)
         layers = self._config.layers_of(target.num_layers)
         self.signal = SignalSpec(feature_layers=layers, conditioning=self.conditioning)
 
@@ -73,10 +74,6 @@ class NetworkDrafter(Generic[C, N]):
     @abstractmethod
     def cache_writers(self) -> tuple[str, ...]:
         """Beginnings of parameter names that the keys and values of committed rows are made of."""
-
-    @abstractmethod
-    def target_ids(self) -> Tensor | None:
-        """Target token of each draft token; None where the vocabularies are one."""
 
     @abstractmethod
     def new_state(self, max_batch: int, max_length: int, window: int | None) -> SlotCache: ...
@@ -188,6 +185,9 @@ class NetworkDrafter(Generic[C, N]):
 
     def network(self) -> N:
         return self._network
+
+    def target_ids(self) -> Tensor | None:
+        return self._target_ids
 
     def clone(self, dtype: torch.dtype) -> Self:
         network = copy.deepcopy(self._network).to(dtype)

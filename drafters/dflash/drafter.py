@@ -27,7 +27,7 @@ from drafters.config import small_layer
 from drafters.dflash import formats
 from drafters.dflash.config import DFlashConfig
 from drafters.dflash.network import DFlashNetwork
-from drafters.vocabulary import over_target, partial_ids
+from drafters.vocabulary import over_target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,7 +53,6 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
     ) -> None:
         super().__init__(network, target, num_draft_tokens, origin)
         self._mask = find_mask(network.config, target)
-        self._target_ids = partial_ids(network.d2t, target.vocab_size)
 
     @classmethod
     def check(cls, config: DFlashConfig, settings: DrafterSettings, target: TargetInfo) -> None:
@@ -212,9 +211,6 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
         return visible
 
     # --- learning --------------------------------------------------------------------------
-
-    def target_ids(self) -> Tensor | None:
-        return self._target_ids
 
     def replay(self, batch: SignalBatch) -> Tensor:
         """Blocks from many anchors at once over the keys and values of one context."""

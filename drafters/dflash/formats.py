@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cosched.errors import CheckpointError
 from drafters.checkpoint import (
+    VERIFIERS_OWN,
     Checkpoint,
     completed,
     first_form,
@@ -39,7 +40,6 @@ FORMATS = ("zlab", "sglang", "specforge", "speculators")
 EMBEDDING = "embed_tokens.weight"
 MASK_FILE, MASK_EMBEDDING = "mask_embedding.pt", "mask_embedding"
 NAMES = {"model.": "", "encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm."}
-VERIFIERS_OWN = ("verifier_lm_head.weight", "verifier_norm.weight")  # the target's, saved by some
 BORROWED = (EMBEDDING, "lm_head.weight")  # at most copies of the target's
 # Options of later relatives (DFlash2, Domino, MiMo …) that change the arithmetic, and the value that
 # does not.

@@ -29,7 +29,7 @@ from drafters.config import small_layer
 from drafters.eagle3 import formats
 from drafters.eagle3.config import Eagle3Config
 from drafters.eagle3.network import Eagle3Network
-from drafters.vocabulary import over_target, partial_ids
+from drafters.vocabulary import over_target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,7 +68,6 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
     ) -> None:
         super().__init__(network, target, num_draft_tokens, origin)
         self._embedding = target.embedding if network.embed_tokens is None else network.embed_tokens
-        self._target_ids = partial_ids(network.d2t, target.vocab_size)
 
     @classmethod
     def check(cls, config: Eagle3Config, settings: Eagle3Settings, target: TargetInfo) -> None:
@@ -197,9 +196,6 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
         ).squeeze(1)
 
     # --- learning --------------------------------------------------------------------------
-
-    def target_ids(self) -> Tensor | None:
-        return self._target_ids
 
     def replay(self, batch: SignalBatch) -> Tensor:
         """Chains from many anchors at once: step-0 keys of the context, then each its own.

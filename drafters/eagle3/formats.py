@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cosched.errors import CheckpointError
 from drafters.checkpoint import (
+    VERIFIERS_OWN,
     Checkpoint,
     completed,
     first_form,
@@ -46,7 +47,6 @@ FLAT_NAMES = {
     "aux_norm_high.": "fc_norm.2.",
 }
 SPECULATORS_NAMES = {"layers.0.": "midlayer."}
-VERIFIERS_OWN = ("verifier_lm_head.weight", "verifier_norm.weight")  # the target's, saved by some
 
 
 def recognises(raw: Mapping[str, Any]) -> bool:

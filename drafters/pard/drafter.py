@@ -205,9 +205,6 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
 
     # --- learning --------------------------------------------------------------------------
 
-    def target_ids(self) -> Tensor | None:
-        return self._target_ids
-
     def replay(self, batch: SignalBatch) -> Tensor:
         """Masks behind many anchors at once over one run of the context.
 
