@@ -114,10 +114,11 @@ class NetworkDrafter(Generic[C, N]):
         checkpoint = cls.checkpoint(settings)
         check_tokenizers(tokenizer_vocabulary(directory), target.token_ids(), directory)
         tensors = cls.select_tensors(checkpoint, target)
-        with torch.device(target.embedding.weight.device):
+        with torch.device("meta"):  # no memory and no time for weights that are overwritten
             network = cls.make_network(config, target.hidden_size, frozenset(tensors))
-        network.load_state_dict(tensors)
-        network.to(target.embedding.weight.dtype).requires_grad_(False)
+        network.load_state_dict(tensors, assign=True)
+        weight = target.embedding.weight
+        network.to(device=weight.device, dtype=weight.dtype).requires_grad_(False)
         origin = Checkpoint(config, {}, checkpoint.format, checkpoint.raw)
         return cls(network, target, settings.num_draft_tokens, origin)
 
@@ -131,7 +132,7 @@ class NetworkDrafter(Generic[C, N]):
         """
         config, form, raw = cls.formats.read_shape(Path(settings.path), settings)
         cls._check(config, settings, target)
-        with torch.device(target.embedding.weight.device):
+        with torch.device("meta"):
             network = cls.make_network(config, target.hidden_size, frozenset())
         return cls(network, target, settings.num_draft_tokens, Checkpoint(config, {}, form, raw))
 
