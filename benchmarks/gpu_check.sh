@@ -10,4 +10,5 @@ python="${PYTHON:-python3}"
 "$python" benchmarks/bench_overhead.py
 "$python" benchmarks/bench_micro_step.py
 "$python" benchmarks/bench_drafters.py --device cuda
+"$python" benchmarks/bench_cost_ratio.py
 "$python" benchmarks/bench_speed.py --work runs/gpu_speed
