@@ -16,7 +16,7 @@ PARITY_STAMP := .venv-parity/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test parity examples lint format bench clean
+.PHONY: help venv demo test parity sglang examples lint format bench clean
 
 help:  ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +56,9 @@ $(PARITY_STAMP): tests/parity/requirements.txt constraints.txt
 
 parity: $(PARITY_STAMP)  ## Compare the drafters with SpecForge, speculators and SGLang, in .venv-parity
 	$(PARITY_BIN)/pytest tests/parity $(PYTEST_ARGS)
+
+sglang: $(PARITY_STAMP)  ## Run SGLang itself on the CPU with the tiny world, in .venv-parity
+	$(PARITY_BIN)/pytest tests/sglang $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## Check style, types and the direction of imports
 	$(BIN)/ruff check .
