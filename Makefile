@@ -13,6 +13,7 @@ STAMP := .venv/.installed
 PARALLEL := -n auto --maxprocesses=4
 PARITY_BIN := .venv-parity/bin
 PARITY_STAMP := .venv-parity/.installed
+SGLANG_STAMP := .venv-parity/.installed-sglang
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -57,7 +58,11 @@ $(PARITY_STAMP): tests/parity/requirements.txt constraints.txt
 parity: $(PARITY_STAMP)  ## Compare the drafters with SpecForge, speculators and SGLang, in .venv-parity
 	$(PARITY_BIN)/pytest tests/parity $(PYTEST_ARGS)
 
-sglang: $(PARITY_STAMP)  ## Run SGLang itself on the CPU with the tiny world, in .venv-parity
+$(SGLANG_STAMP): $(PARITY_STAMP) tests/sglang/requirements.txt
+	$(PARITY_BIN)/python -m pip install $(PIP_ARGS) --no-deps -r tests/sglang/requirements.txt
+	@touch $@
+
+sglang: $(SGLANG_STAMP)  ## Run SGLang itself on the CPU with the tiny world, in .venv-parity
 	$(PARITY_BIN)/pytest tests/sglang $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## Check style, types and the direction of imports
