@@ -13,10 +13,11 @@ STAMP := .venv/.installed
 PARALLEL := -n auto --maxprocesses=4
 PARITY_BIN := .venv-parity/bin
 PARITY_STAMP := .venv-parity/.installed
+SGLANG_STAMP := .venv-parity/.installed-sglang
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test parity examples lint format bench clean
+.PHONY: help venv demo test parity sglang examples lint format bench clean
 
 help:  ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +57,13 @@ $(PARITY_STAMP): tests/parity/requirements.txt constraints.txt
 
 parity: $(PARITY_STAMP)  ## Compare the drafters with SpecForge, speculators and SGLang, in .venv-parity
 	$(PARITY_BIN)/pytest tests/parity $(PYTEST_ARGS)
+
+$(SGLANG_STAMP): $(PARITY_STAMP) tests/sglang/requirements.txt
+	$(PARITY_BIN)/python -m pip install $(PIP_ARGS) --no-deps -r tests/sglang/requirements.txt
+	@touch $@
+
+sglang: $(SGLANG_STAMP)  ## Run SGLang itself on the CPU with the tiny world, in .venv-parity
+	$(PARITY_BIN)/pytest tests/sglang $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""SGLang as an engine: plugins of the stock package, found through its entry points."""

@@ -1,0 +1,99 @@
+"""The SGLang plugin ``cosched_cpu``: what stock SGLang lacks to speculate on a CPU.
+
+SGLang finds it by its entry point and calls ``register`` in every process. A plugin that raises is
+only logged there, so what depends on it must look whether it took hold: without it, a server with
+``torch_native`` attention and EAGLE3 or DFLASH does not start.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cosched.engines.sglang.cpu.environment import requested
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def register() -> None:
+    """Teach ``torch_native`` to speculate, and let DFLASH start on a CPU.
+
+    Does nothing, and imports nothing, unless ``SGLANG_USE_CPU_ENGINE=1``; nothing either where
+    there is a CUDA device.
+    """
+    if not requested():
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    from cosched.engines.sglang.cpu import compat
+    from cosched.engines.sglang.cpu.attention import NativeBackend
+
+    compat.ATTENTION_BACKENDS[compat.BACKEND] = NativeBackend
+    compat.add_draft_attention_backend_choices([compat.BACKEND])
+    around = compat.HookType.AROUND
+    compat.HookRegistry.register(compat.CREATE_DRAFT_BACKEND, _create_draft_backend, around)
+    compat.HookRegistry.register(compat.DFLASH_ARGUMENTS, _accept_cpu, around)
+    compat.HookRegistry.register(compat.DFLASH_ATTENTION, _without_triton, around)
+    # DFLASH's worker notes which stream uses a tensor. A CPU has no streams, and torch refuses
+    # its stand-in for one (torch.cpu.Stream); there is nothing to note.
+    torch.Tensor.record_stream = _nothing_to_record
+
+
+def _create_draft_backend(
+    original: Callable[..., Any],
+    factory: Any,
+    backend_name: str,
+    backend_map: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Add ``torch_native`` to the backends that a draft may have."""
+    from cosched.engines.sglang.cpu.attention import DraftStepsBackend, NativeBackend
+    from cosched.engines.sglang.cpu.compat import BACKEND
+
+    def create() -> tuple[str, Any]:
+        runner = factory.draft_model_runner
+        if backend_name == "decode_attention_backend":
+            steps = factory.speculative_num_steps
+            return BACKEND, DraftStepsBackend(runner, factory.topk, steps)
+        return BACKEND, NativeBackend(runner)
+
+    return original(factory, backend_name, {**backend_map, BACKEND: create}, *args, **kwargs)
+
+
+def _accept_cpu(original: Callable[..., Any], server_args: Any) -> None:
+    """Check DFLASH's arguments as for an XPU, whose worker takes the same PyTorch paths.
+
+    Only the check asks for the device: the arguments themselves keep ``cpu``.
+    """
+    from cosched.engines.sglang.cpu import compat
+
+    class AsXpu:
+        def __init__(self, view: Any) -> None:
+            self._view = view
+
+        def __getattr__(self, name: str) -> Any:
+            return "xpu" if name == "device" else getattr(self._view, name)
+
+    hook = compat.speculative_hook
+    view_of = hook.resolving_view
+    hook.resolving_view = lambda args: AsXpu(view_of(args))
+    try:
+        original(server_args)
+    finally:
+        hook.resolving_view = view_of
+    hook._disable_overlap_schedule_for_cpu(server_args)
+
+
+def _without_triton(
+    original: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Turn off a Triton shortcut of DFLASH's attention; its PyTorch code stands beside it."""
+    original(attention, *args, **kwargs)
+    attention.use_table_qk_norm_rope = False
+
+
+def _nothing_to_record(self: Any, s: Any) -> None:
+    pass

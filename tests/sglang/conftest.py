@@ -1,0 +1,45 @@
+"""SGLang's environment, in this process and in those that tests start."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from cosched.engines.sglang.cpu.environment import environment, install_stand_ins
+
+ROOT = Path(__file__).resolve().parents[2]
+
+os.environ.update(
+    {name: value for name, value in environment().items() if name != "PYTHONPATH"},
+    TRITON_INTERPRET="1",  # in this process Triton kernels run as Python
+)
+install_stand_ins()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if importlib.util.find_spec("sglang") is None:
+        for item in items:
+            if item.get_closest_marker("sglang"):
+                item.add_marker(pytest.mark.skip(reason="SGLang is not installed"))
+
+
+@pytest.fixture(scope="session")
+def server_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Of a process that serves: as the product makes it, cosched found as if it were installed."""
+    site = tmp_path_factory.mktemp("site")
+    metadata = site / "cosched-0.dist-info"
+    metadata.mkdir()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = ["[sglang.srt.plugins]"]
+    for name, target in project["entry-points"]["sglang.srt.plugins"].items():
+        lines.append(f"{name} = {target}")
+    (metadata / "entry_points.txt").write_text("\n".join(lines))
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: cosched\nVersion: 0\n")
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ours = environment()
+    paths = [str(ROOT), str(site), ours["PYTHONPATH"]]
+    return {**inherited, **ours, "PYTHONPATH": os.pathsep.join(paths)}
