@@ -170,7 +170,9 @@ def build_coscheduler(
     trainer = publisher = None
     if serving is not None:
         trainer = build_trainer(world, drafter)
-        publisher = InPlacePublisher(serving, world.target.model, adapt.publish.target_check_every)
+        publisher = InPlacePublisher.of_modules(
+            serving, world.target.model, adapt.publish.target_check_every, adapt.publish.keep
+        )
     loss = world.config.loss_settings
     limits = replay_limits(world.config, world.target, drafter)
     # A chain's rows behind a refusal stand on the very path that it drafted: they teach like others.

@@ -132,9 +132,13 @@ class GuardSettings(Section, frozen=True):
 
 
 class PublishSettings(Section, frozen=True):
-    """``adapt.publish``: every n-th publication checksums all of the target; 0 is never."""
+    """``adapt.publish``: every n-th publication checksums all of the target; 0 is never.
+
+    ``keep`` is how many versions can be served again, beside the draft as it was loaded.
+    """
 
     target_check_every: Annotated[int, Meta(ge=0)] = 16
+    keep: Positive = 1
 
 
 class AdaptSettings(Section, frozen=True):

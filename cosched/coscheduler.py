@@ -14,6 +14,7 @@ import math
 import time
 from typing import TYPE_CHECKING
 
+from cosched.errors import PublicationError
 from cosched.records import Decision, Snapshot, Totals, UpdateResult, Verdict, VerifyRound
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Coscheduler:
         self._reset_when_finished = reset_when_finished
         self._clock = clock
         self.totals = Totals()
+        self.learning = True  # off: rounds are counted, nothing is kept and nothing is trained
 
     @property
     def version(self) -> int:
@@ -74,21 +76,42 @@ class Coscheduler:
 
     def on_round(self, round_: VerifyRound) -> None:
         """Called by the engine after each verification round and after each prefill."""
-        if self._trainer is None:
-            self._observe(round_)  # a draft that learns by itself: counted, and nothing to decide
+        if self._trainer is None or not self.learning:
+            self._observe(round_)  # counted, and nothing to decide
             return
         self._buffer.collect(round_)
-        snapshot = self._observe(round_)
-        decision = self._policy.decide(snapshot)
-        if decision.num_steps:
-            self._sink.emit("decision", round=self.totals.rounds, decision=decision)
-            result = self._update(decision)
-            if result and self._judge(result).publish:
-                self._publish()
+        self._observe(round_)
+        self._learn(self._snapshot(round_.num_running))
         if round_.finished and self._reset_when_finished:
             self._reset()
 
-    def _observe(self, round_: VerifyRound) -> Snapshot:
+    def on_idle(self) -> None:
+        """Called by an engine that has nothing to decode: the policy may train on what is kept."""
+        if self._trainer is not None and self.learning:
+            self._learn(self._snapshot(num_running=0))
+
+    def roll_back(self, version: int) -> int:
+        """Serve an earlier version's weights, as the next version, and go on learning from there.
+
+        Raises:
+            PublicationError: that version is not kept, or this draft is never published.
+        """
+        if self._trainer is None or self._publisher is None:
+            raise PublicationError("this draft is not trained here: it has no versions")
+        self._trainer.load(self._publisher.weights_of(version))
+        self._sink.emit("rollback", round=self.totals.rounds, to=version)
+        self._publish()
+        return self.version
+
+    def _learn(self, snapshot: Snapshot) -> None:
+        decision = self._policy.decide(snapshot)
+        if not decision.num_steps:
+            return
+        result = self._update(decision)
+        if result and self._judge(result).publish:
+            self._publish()
+
+    def _observe(self, round_: VerifyRound) -> None:
         totals = self.totals
         committed = round_.num_committed
         if round_.blocks:
@@ -101,9 +124,12 @@ class Coscheduler:
         totals.accepted += sum(block.num_accepted for block in round_.blocks)
         totals.draft_seconds += round_.draft_seconds
         totals.verify_seconds += round_.verify_seconds
+
+    def _snapshot(self, num_running: int) -> Snapshot:
+        totals = self.totals
         return Snapshot(
             round_index=totals.rounds,
-            num_running=round_.num_running,
+            num_running=num_running,
             num_committed=totals.committed,
             num_drafted=totals.drafted,
             num_accepted=totals.accepted,
@@ -122,11 +148,14 @@ class Coscheduler:
     def _update(self, decision: Decision) -> UpdateResult | None:
         assert self._trainer is not None
         started = self._clock()
+        totals = self.totals
         batch = self._buffer.sample()
         if batch is None:
+            totals.starved += 1
             return None
+        totals.starved = 0
+        self._sink.emit("decision", round=totals.rounds, decision=decision)
         result = self._trainer.update(batch, decision)
-        totals = self.totals
         totals.updates += 1
         totals.skipped_steps += result.num_skipped
         totals.losses.append(result.losses[-1] if math.isfinite(result.losses[-1]) else None)

@@ -235,6 +235,10 @@ class Trainer(Protocol):
         """Back to the first weights, with an empty optimizer, to the bit."""
         ...
 
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Go on from these weights, with an empty optimizer."""
+        ...
+
     def state(self) -> Mapping[str, Tensor]:
         """Everything that the next step depends on."""
         ...
@@ -260,6 +264,10 @@ class Publisher(Protocol):
         ...
 
     def publish(self, weights: Mapping[str, Tensor]) -> WeightVersion: ...
+
+    def weights_of(self, version: int) -> Mapping[str, Tensor]:
+        """The trained weights of a version that is still kept."""
+        ...
 
 
 class Sink(Protocol):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
 from cosched.errors import PublicationError
 from cosched.records import WeightVersion
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from torch import Tensor, nn
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -34,6 +36,23 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """The weights that serve, as their runtime holds them.
+
+    ``draft`` names views of the runtime's own storage as the drafter's network names them;
+    ``target`` is all that must never change. A runtime that shards gives ``share``, this process's
+    part of a whole tensor, and ``agree``, whether all processes hold the same text. One that
+    derives something from the draft's weights makes it anew in ``refresh``.
+    """
+
+    draft: Mapping[str, Tensor]
+    target: Mapping[str, Tensor]
+    share: Callable[[str, Tensor], Tensor] = lambda _name, whole: whole
+    agree: Callable[[str], bool] | None = None
+    refresh: Callable[[], None] = lambda: None
+
+
 class InPlacePublisher:
     """Copies weights into the serving draft and proves that nothing else changed.
 
@@ -41,43 +60,77 @@ class InPlacePublisher:
     draft's checksum with the candidate's. Of the target it checks that no tensor was written to
     since the start, and on every ``target_check_every``-th publication (0: never) the checksum of
     all its bits. If anything is wrong the draft's last good weights are put back and an error is
-    raised.
+    raised. ``first`` are the draft's whole weights as loaded, which serve now; they and the newest
+    ``keep`` versions can be served again.
+
+    Raises:
+        PublicationError: a tensor of the draft is the target's, or serves other weights than
+            ``first``.
     """
 
     def __init__(
         self,
-        serving: nn.Module,
-        target: nn.Module,
+        serving: Serving,
+        first: Mapping[str, Tensor],
         target_check_every: int = 1,
+        keep: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.version = 0
-        self._serving = dict(serving.named_parameters())
-        self._target = target
+        self._serving = serving
+        self._first = first
         self._target_check_every = target_check_every
+        self._keep = keep
         self._clock = clock
-        shared = {p.data_ptr() for p in target.parameters()}
-        aliases = [name for name, p in self._serving.items() if p.data_ptr() in shared]
+        self._kept: dict[int, dict[str, Tensor]] = {}
+        shared = {tensor.data_ptr() for tensor in serving.target.values()}
+        aliases = [name for name, t in serving.draft.items() if t.data_ptr() in shared]
         if aliases:
             raise PublicationError(
                 f"the draft's {', '.join(aliases)} are the target's own storage; publishing them "
                 f"would change what the target says"
             )
-        self.target_checksum = self._checksum_of_target()
+        for name, tensor in serving.draft.items():
+            if not torch.equal(tensor, self._part(name, first[name])):  # host waits for the device
+                raise PublicationError(f"the serving draft's {name} is not that of its checkpoint")
+        self.target_checksum = checksum(serving.target)
         self._target_writes = self._writes_to_target()
-        self._last_good = {name: p.detach().clone() for name, p in self._serving.items()}
 
-    def _checksum_of_target(self) -> str:
-        return checksum(dict(self._target.state_dict()))
+    @classmethod
+    def of_modules(
+        cls, draft: nn.Module, target: nn.Module, target_check_every: int = 1, keep: int = 1
+    ) -> InPlacePublisher:
+        """For a draft and a target that are modules of this process, under their own names."""
+        serving = Serving(dict(draft.named_parameters()), dict(target.state_dict()))
+        first = {name: p.detach().clone() for name, p in serving.draft.items()}
+        return cls(serving, first, target_check_every, keep)
 
     def _writes_to_target(self) -> list[int]:
         """How often each tensor was written in place, as autograd counts it: free to ask."""
-        return [p._version for p in self._target.parameters()]
+        return [tensor._version for tensor in self._serving.target.values()]
+
+    def _part(self, name: str, whole: Tensor) -> Tensor:
+        """What this process serves of a whole tensor, in the serving type."""
+        return self._serving.share(name, whole).to(self._serving.draft[name].dtype)
 
     def resume(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Serve the weights of an earlier run under the version they had."""
         self.publish(weights)
+        self._kept[version] = self._kept.pop(self.version)
         self.version = version
+
+    def weights_of(self, version: int) -> Mapping[str, Tensor]:
+        """The weights that every publication names, as they served under ``version``.
+
+        Raises:
+            PublicationError: it never served, or is no longer kept.
+        """
+        if version in self._kept:
+            return self._kept[version]
+        if version != 0:
+            known = ", ".join(map(str, [0, *self._kept]))
+            raise PublicationError(f"version {version} is not kept; there are {known}")
+        return self._first
 
     @torch.no_grad()
     def publish(self, weights: Mapping[str, Tensor]) -> WeightVersion:
@@ -87,25 +140,22 @@ class InPlacePublisher:
             PublicationError: a name or shape is foreign, or a checksum is wrong (then undone).
         """
         started = self._clock()
+        draft = self._serving.draft
         for name, new in weights.items():
-            if name not in self._serving or self._serving[name].shape != new.shape:
+            if name not in draft or self._first[name].shape != new.shape:
                 raise PublicationError(
                     f"the serving draft has no {name} of shape {list(new.shape)}"
                 )
-        expected = checksum(
-            {
-                name: weights[name].to(old.dtype) if name in weights else old
-                for name, old in self._serving.items()
-            }
-        )
-        for name, new in weights.items():
-            self._serving[name].copy_(new)
+        parts = {name: self._part(name, new) for name, new in weights.items()}
+        expected = checksum({name: parts.get(name, old) for name, old in draft.items()})
+        for name, new in parts.items():
+            draft[name].copy_(new)
+        self._serving.refresh()
         every = self._target_check_every
         checks_target = every > 0 and (self.version + 1) % every == 0
-        self._prove(expected, checks_target)
-        for name in weights:
-            self._last_good[name].copy_(self._serving[name])
+        self._prove(weights, expected, checks_target)
         self.version += 1
+        self._remember(weights)
         return WeightVersion(
             version=self.version,
             draft_checksum=expected,
@@ -113,16 +163,31 @@ class InPlacePublisher:
             seconds=self._clock() - started,
         )
 
-    def _prove(self, expected: str, checks_target: bool) -> None:
+    def _remember(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep what serves now, in the storage of the version that is forgotten for it."""
+        storage: dict[str, Tensor] = {}
+        if len(self._kept) == self._keep:
+            storage = self._kept.pop(min(self._kept))
+        for name, new in weights.items():
+            if name not in storage:
+                storage[name] = torch.empty_like(new, dtype=self._serving.draft[name].dtype)
+            storage[name].copy_(new)
+        self._kept[self.version] = storage
+
+    def _prove(self, weights: Mapping[str, Tensor], expected: str, checks_target: bool) -> None:
         wrong = ""
-        if (found := checksum(self._serving)) != expected:
+        if (found := checksum(self._serving.draft)) != expected:
             wrong = f"the draft's checksum is {found}, not {expected}"
+        elif (agree := self._serving.agree) and not agree(checksum(weights)):
+            wrong = "the ranks were given different weights"
         elif self._writes_to_target() != self._target_writes:
             wrong = "a tensor of the target was written to"
-        elif checks_target and (found := self._checksum_of_target()) != self.target_checksum:
+        elif checks_target and (found := checksum(self._serving.target)) != self.target_checksum:
             wrong = f"the target's checksum became {found}, it was {self.target_checksum}"
         if not wrong:
             return
-        for name, old in self._last_good.items():
-            self._serving[name].copy_(old)
+        last_good = {**self._first, **self._kept.get(self.version, {})}
+        for name in weights:
+            self._serving.draft[name].copy_(self._part(name, last_good[name]))
+        self._serving.refresh()
         raise PublicationError(f"publication {self.version + 1} undone: {wrong}")

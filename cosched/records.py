@@ -216,6 +216,7 @@ class Totals:
     accepted: int = 0
     updates: int = 0
     updates_at_reset: int = 0
+    starved: int = 0  # decisions to train in a row for which the buffer had no rows
     round_of_update: int = 0
     committed_at_update: int = 0
     draft_seconds: float = 0.0

@@ -115,7 +115,7 @@ def test_publication_changes_the_draft_in_place_and_nothing_else() -> None:
     """New bits under the same storage, version + 1, the checksum of what was asked for."""
     target = make_target()
     network = make_drafter(target).network()
-    publisher = InPlacePublisher(network, target.model, target_check_every=1)
+    publisher = InPlacePublisher.of_modules(network, target.model)
     pointers = [p.data_ptr() for p in network.parameters()]
     new = {name: torch.randn_like(p) for name, p in network.named_parameters()}
     version = publisher.publish(new)
@@ -143,7 +143,7 @@ def test_a_write_to_the_target_undoes_the_publication() -> None:
     """A target tensor that was written to raises, and the draft is what it was."""
     target = make_target(seed=8)
     network = make_drafter(target).network()
-    publisher = InPlacePublisher(network, target.model, target_check_every=1)
+    publisher = InPlacePublisher.of_modules(network, target.model)
     before = checksum(dict(network.named_parameters()))
     with torch.no_grad():
         target.embedding.weight[0, 0] += 1
@@ -157,11 +157,39 @@ def test_bits_flipped_behind_autograd_are_found_by_the_full_checksum() -> None:
     """A write through ``.data``, which no counter sees, is found by the checksum of all bits."""
     target = make_target(seed=9)
     network = make_drafter(target).network()
-    publisher = InPlacePublisher(network, target.model, target_check_every=2)
+    publisher = InPlacePublisher.of_modules(network, target.model, target_check_every=2)
     target.embedding.weight.data[3, 3] += 1e-3
     publisher.publish({"norm.weight": network.norm.weight + 1})
     with pytest.raises(PublicationError, match="checksum"):
         publisher.publish({"norm.weight": network.norm.weight + 1})
+
+
+def test_a_kept_version_serves_again_to_the_bit() -> None:
+    """Rolling back gives the weights of then under a new number; what is not kept is named."""
+    target = make_target(seed=10)
+    drafter = make_drafter(target)
+    observer = make_coscheduler(target, drafter, every=1, lr=3e-3)
+    served = {0: checksum(dict(drafter.network().named_parameters()))}
+
+    class Recorder:
+        def emit(self, kind: str, **fields: object) -> None:
+            if kind == "publication":
+                version = fields["version"]
+                served[version.version] = version.draft_checksum
+
+    observer._sink = Recorder()
+    requests = make_requests(target, count=1, prompt=6, new=12)
+    decode(make_engine(target, drafter, requests, observer=observer), requests)
+    newest = observer.version
+    assert newest >= 3
+    assert len(set(served.values())) == len(served)
+    for kept in (newest, 0):
+        version = observer.roll_back(kept)
+        assert served[version] == served[kept]
+        assert checksum(dict(drafter.network().named_parameters())) == served[kept]
+    assert version == newest + 2
+    with pytest.raises(PublicationError, match=f"version 1 is not kept; there are 0, {version}"):
+        observer.roll_back(1)
 
 
 def test_shared_storage_is_refused() -> None:
@@ -170,12 +198,12 @@ def test_shared_storage_is_refused() -> None:
     network = make_drafter(target).network()
     network.lm_head.weight = target.head.weight
     with pytest.raises(PublicationError, match="lm_head"):
-        InPlacePublisher(network, target.model)
+        InPlacePublisher.of_modules(network, target.model)
 
 
 def test_a_foreign_name_or_shape_is_refused() -> None:
     target = make_target()
-    publisher = InPlacePublisher(make_drafter(target).network(), target.model)
+    publisher = InPlacePublisher.of_modules(make_drafter(target).network(), target.model)
     with pytest.raises(PublicationError, match="nonsense"):
         publisher.publish({"nonsense": torch.zeros(1)})
     with pytest.raises(PublicationError, match=r"norm\.weight"):

@@ -310,7 +310,7 @@ class DrafterContract(OneThread):
         weights = {name: p.clone() for name, p in network.state_dict().items()}
         proposals = Feeder(drafter, texts).run(6)
         trainer = make_trainer(target, drafter, lr=3e-3)
-        publisher = InPlacePublisher(network, target.model)
+        publisher = InPlacePublisher.of_modules(network, target.model)
         trainer.update(specimen.batch("delayed"), Decision(3))
         publisher.publish(trainer.weights())
         assert not close(Feeder(drafter, texts).run(6), proposals)

@@ -220,7 +220,7 @@ def make_coscheduler(
         trainer=make_trainer(target, drafter, lr=lr) if trains else None,
         guard=FiniteGuard(),
         publisher=(
-            InPlacePublisher(network, target.model, target_check_every=1) if trains else None
+            InPlacePublisher.of_modules(network, target.model) if trains else None
         ),
         sink=NoEvents(),
         reset_when_finished=reset,

@@ -116,11 +116,15 @@ class DeepSpeedTrainer:
         """The trained parameters as they are now (whole in every ZeRO stage up to 2)."""
         return {name: p.detach() for name, p in self._trained.items()}
 
-    @torch.no_grad()
     def reset(self) -> None:
         """The first weights and an empty optimizer, to the bit."""
+        self.load(self._initial)
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """These weights and an empty optimizer."""
         for name, parameter in self._trained.items():
-            parameter.copy_(self._initial[name])
+            parameter.copy_(weights[name])
         self._refresh_masters()
         for state in self._base_optimizer.state.values():
             for value in state.values():
