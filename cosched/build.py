@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from cosched.config import Config, check_paths, split_arm
@@ -21,11 +22,14 @@ from cosched.engines.embedded.judges import (
 from cosched.engines.embedded.rows import LiveRows, RowSource
 from cosched.engines.embedded.target import Target, load_tokenizer
 from cosched.engines.embedded.verification import SamplingParams
+from cosched.engines.sglang.adaptation import Adaptation
+from cosched.engines.sglang.collector import RoundCollector
+from cosched.engines.sglang.ranks import SamePolicy
 from cosched.engines.trace import RecordedRows, TraceMeta, TraceWriter, read_meta
 from cosched.errors import ConfigError
 from cosched.footprint import replay_limits
 from cosched.guard import FiniteGuard
-from cosched.publish import InPlacePublisher
+from cosched.publish import InPlacePublisher, Serving
 from cosched.registry import DRAFTERS, LOSSES, POLICIES
 from cosched.replay import ReplayBuffer
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
@@ -36,8 +40,13 @@ from cosched.workload import load_requests
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cosched.config import PublishSettings
     from cosched.engines.embedded.request import GenerationRequest
-    from cosched.protocols import Drafter, Sink
+    from cosched.engines.sglang.adaptation import Operator
+    from cosched.engines.sglang.ranks import Ranks
+    from cosched.engines.sglang.worker import WorkerParts
+    from cosched.protocols import Drafter, Publisher, Sink, TargetInfo
+    from cosched.records import RoundRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +138,11 @@ def build_arm(
     window = config.drafter_settings.window if windowed else None
     coscheduler = None
     if base == "adapted" and drafter is not None:
-        coscheduler = build_coscheduler(world, drafter, window, sink)
+        publish, network = config.adapt.publish, drafter.network()
+        publisher = network and InPlacePublisher.of_modules(
+            network, world.target.model, publish.target_check_every, publish.keep
+        )
+        coscheduler = build_coscheduler(config, world.target, drafter, publisher, window, sink)
     layers = writer.feature_layers if writer else ()
     if drafter is not None:
         layers = drafter.signal.feature_layers
@@ -161,31 +174,92 @@ def build_arm(
 
 
 def build_coscheduler(
-    world: World, drafter: Drafter, window: int | None, sink: Sink
+    config: Config,
+    target: TargetInfo,
+    drafter: Drafter,
+    publisher: Publisher | None,
+    window: int | None,
+    sink: Sink,
+    ranks: Ranks | None = None,
 ) -> Coscheduler:
-    """Buffer, policy, trainer, guard and publisher around a serving draft."""
-    adapt = world.config.adapt
-    policy = POLICIES.get(world.config.policy_settings.kind)(world.config.policy_settings)
-    serving = drafter.network()
-    trainer = publisher = None
-    if serving is not None:
-        trainer = build_trainer(world, drafter)
-        publisher = InPlacePublisher.of_modules(
-            serving, world.target.model, adapt.publish.target_check_every, adapt.publish.keep
-        )
-    loss = world.config.loss_settings
-    limits = replay_limits(world.config, world.target, drafter)
+    """Buffer, policy, trainer and guard around a serving draft; ``ranks`` where several train it."""
+    adapt, loss = config.adapt, config.loss_settings
+    policy = POLICIES.get(config.policy_settings.kind)(config.policy_settings)
+    limits = replay_limits(config, target, drafter)
     # A chain's rows behind a refusal stand on the very path that it drafted: they teach like others.
     refused_weight = 1.0 if drafter.signal.conditioning == "chain" else loss.refused_weight
     return Coscheduler(
-        buffer=ReplayBuffer(limits, loss.rows, window, refused_weight),
-        policy=policy,
-        trainer=trainer,
+        buffer=ReplayBuffer(
+            limits, loss.rows, window, refused_weight, adapt.replay.keep_finished
+        ),
+        policy=policy if ranks is None else SamePolicy(policy, ranks),
+        trainer=None if publisher is None else build_trainer(config, target, drafter, ranks),
         guard=FiniteGuard(),
         publisher=publisher,
         sink=sink,
         reset_when_finished=adapt.scope.state == "per_request",
     )
+
+
+def build_adaptation(
+    config: Config, parts: WorkerParts, operator: Operator, sink: Sink, with_rounds: bool
+) -> Adaptation:
+    """The co-scheduler of a worker inside SGLang; ``with_rounds`` tells the sink every round.
+
+    Raises:
+        CoschedError: the draft cannot be trained there, or the settings do not fit it.
+    """
+    settings = msgspec.structs.replace(
+        config.drafter_settings, num_draft_tokens=parts.num_draft_tokens
+    )
+    with torch.random.fork_rng():  # what SGLang samples must not depend on us
+        drafter: Drafter = DRAFTERS.get(settings.kind).load(settings, parts.target)
+        trains = getattr(POLICIES.get(config.policy_settings.kind), "trains", True)
+        publisher = _publisher_into(parts, drafter, config.adapt.publish) if trains else None
+        coscheduler = build_coscheduler(
+            config, parts.target, drafter, publisher, settings.window, sink, parts.ranks
+        )
+
+    def save(directory: Path) -> None:
+        adapted = drafter.clone(parts.target.embedding.weight.dtype)
+        weights = publisher.weights_of(publisher.version) if publisher else {}
+        network = adapted.network()
+        assert network is not None
+        network.load_state_dict(weights, strict=False)
+        adapted.save(directory)
+
+    def on_row(row: RoundRow) -> None:
+        sink.emit("round", row=row)
+
+    return Adaptation(
+        algorithm=parts.algorithm,
+        coscheduler=coscheduler,
+        collector=RoundCollector(config.adapt.replay.window, on_row if with_rounds else None),
+        ranks=parts.ranks,
+        watches=trains,
+        save=save,
+        operator=operator,
+    )
+
+
+def _publisher_into(
+    parts: WorkerParts, drafter: Drafter, settings: PublishSettings
+) -> InPlacePublisher:
+    """Into SGLang's draft model, on all ranks alike."""
+    network = drafter.network()
+    if network is None:
+        raise ConfigError("drafter.kind: this drafter has no network that SGLang could serve")
+    first = {name: p.detach() for name, p in network.named_parameters()}
+    served = parts.serve(first)
+    ranks = parts.ranks
+    serving = Serving(
+        draft=served.tensors,
+        target=parts.target.tensors(),
+        share=served.share,
+        agree=ranks.agree if ranks.size > 1 else None,
+        refresh=parts.refresh,
+    )
+    return InPlacePublisher(serving, first, settings.target_check_every, settings.keep)
 
 
 def build_recorder(world: World) -> TraceWriter:
@@ -214,13 +288,13 @@ def _recorded_layers(world: World) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*load_drafter(world).signal.feature_layers, *wanted)))
 
 
-def build_trainer(world: World, drafter: Drafter) -> DeepSpeedTrainer:
+def build_trainer(
+    config: Config, target: TargetInfo, drafter: Drafter, ranks: Ranks | None = None
+) -> DeepSpeedTrainer:
     """A DeepSpeed trainer over a float32 copy of the serving draft."""
-    adapt, loss = world.config.adapt, world.config.loss_settings
+    adapt, loss = config.adapt, config.loss_settings
     copy = drafter.clone(torch.float32)
-    batch_loss = BatchLoss(
-        copy, LOSSES.get(loss.kind)(loss), world.target.head, adapt.replay.teacher
-    )
+    batch_loss = BatchLoss(copy, LOSSES.get(loss.kind)(loss), target.head, adapt.replay.teacher)
     return DeepSpeedTrainer(
         batch_loss,
         parameters_of(copy, adapt.scope.kind),
@@ -228,6 +302,8 @@ def build_trainer(world: World, drafter: Drafter) -> DeepSpeedTrainer:
         learning_rate=adapt.trainer.lr,
         max_grad_norm=adapt.trainer.max_grad_norm,
         weight_decay=adapt.trainer.weight_decay,
+        rank=ranks.rank if ranks else 0,
+        num_ranks=ranks.size if ranks else 1,
     )
 
 

@@ -48,14 +48,18 @@ class RunSettings(Section, frozen=True):
 
 
 class EngineSettings(Section, frozen=True):
-    """``engine``: what decodes. ``trace`` is the folder that ``kind: trace`` replays."""
+    """``engine``: what decodes. ``trace`` is the folder that ``kind: trace`` replays.
 
-    kind: Literal["embedded", "trace"] = "embedded"
+    With ``kind: sglang``, ``arguments`` are SGLang's own, as ``sglang.Engine`` names them.
+    """
+
+    kind: Literal["embedded", "trace", "sglang"] = "embedded"
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_batch: Positive = 1
     num_threads: Positive | None = None
     trace: str | None = None
+    arguments: dict[str, Any] = {}
 
 
 class TargetSettings(Section, frozen=True):
@@ -99,6 +103,7 @@ class ReplaySettings(Section, frozen=True):
     """``adapt.replay``: rows of context kept per request, anchors per micro-step, hard limits.
 
     A draft learns to look as far back as ``window`` reaches: give it the length that it serves.
+    ``keep_finished`` keeps a request's rows until others need the room: to train when idle.
     """
 
     window: Positive = 128
@@ -106,6 +111,7 @@ class ReplaySettings(Section, frozen=True):
     max_tokens: Positive = 65536
     max_bytes: Positive = 268435456
     teacher: TeacherForm = "hidden"
+    keep_finished: bool = False
 
 
 class ScopeSettings(Section, frozen=True):
@@ -163,8 +169,8 @@ class Config(Section, frozen=True):
     run: RunSettings
     target: TargetSettings
     drafter: dict[str, Any]
-    workload: WorkloadSettings
-    arms: Annotated[tuple[str, ...], Meta(min_length=1)]
+    workload: WorkloadSettings = WorkloadSettings()
+    arms: Annotated[tuple[str, ...], Meta(min_length=1)] = ("plain", "frozen", "adapted")
     engine: EngineSettings = EngineSettings()
     adapt: AdaptSettings = AdaptSettings()
     record: RecordSettings = RecordSettings()
@@ -304,6 +310,11 @@ def _check_together(config: Config) -> None:
                 "adapt.loss.rows: 'all' needs rows after a refusal, which a trace does not have; "
                 "use 'accepted' or 'delayed', or engine.kind: embedded"
             )
+    elif engine.kind == "sglang":
+        if workload.documents is not None:
+            raise ConfigError("workload.documents: SGLang decides its own text; use prompts")
+        if config.adapt.scope.state == "per_request":
+            raise ConfigError("adapt.scope.state: SGLang serves one draft to all; use shared")
     elif (workload.prompts is None) == (workload.documents is None):
         raise ConfigError("workload: give exactly one of prompts and documents")
     if workload.documents is not None and loss.rows == "all":
@@ -339,8 +350,8 @@ def check_paths(config: Config) -> None:
         named["engine.trace"] = engine.trace or ""
     elif workload.documents is not None:
         named["workload.documents"] = workload.documents
-    else:
-        named["workload.prompts"] = workload.prompts or ""
+    elif workload.prompts is not None:
+        named["workload.prompts"] = workload.prompts
     for key, path in named.items():
         if not Path(path).exists():
             raise ConfigError(f"{key}: nothing at {path}")

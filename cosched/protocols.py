@@ -204,7 +204,11 @@ class Loss(Protocol):
 
 
 class Policy(Protocol):
-    """When to train, and how much. Pure: the same snapshot gives the same decision."""
+    """When to train, and how much. Pure: the same snapshot gives the same decision.
+
+    One that never trains may say so with a class attribute ``trains = False``: an engine that has
+    to take rows off a device for it can then leave that.
+    """
 
     def decide(self, snapshot: Snapshot) -> Decision: ...
 

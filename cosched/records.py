@@ -67,13 +67,14 @@ class ServedBlock:
 
     Drafted token k is judged by ``teacher_KX[k]``. Rows up to and including ``num_accepted`` stand
     on text that was committed; later ones on at least one refused token. ``num_committed`` is
-    ``num_accepted + 1``, less where the request ended inside the block.
+    ``num_accepted + 1``, less where the request ended inside the block. ``teacher_KX`` is None
+    where nobody learns from it.
     """
 
     request_id: str
     anchor: int
     path_K: Tensor
-    teacher_KX: Tensor
+    teacher_KX: Tensor | None
     num_accepted: int
     num_committed: int
 

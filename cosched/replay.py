@@ -50,7 +50,8 @@ class ReplayBuffer:
     """Committed rows and served blocks of the running requests.
 
     A request costs its full reservation from its first segment on; when a new one does not fit,
-    the requests that have been silent longest are dropped, and counted in ``num_evicted``.
+    the requests that have been silent longest are dropped, and counted in ``num_evicted``. One that
+    has finished is dropped at once, unless ``keep_finished``: then it waits for its turn.
     """
 
     def __init__(
@@ -59,10 +60,12 @@ class ReplayBuffer:
         rows: Rows,
         draft_window: int | None,
         refused_weight: float = 1.0,
+        keep_finished: bool = False,
     ) -> None:
         self.limits = limits
         self.rows: Rows = rows
         self.draft_window = draft_window
+        self._keep_finished = keep_finished
         # What rows behind the first refusal weigh: as set where they are kept, nothing where cut.
         self._refused_weight = refused_weight if rows == "all" else 0.0
         self.num_evicted = 0
@@ -90,8 +93,9 @@ class ReplayBuffer:
             for block in round_.blocks:
                 if block.request_id in self._requests:
                     self._requests[block.request_id].blocks.append(_owned(block))
-        for request_id in round_.finished:
-            self._requests.pop(request_id, None)
+        if not self._keep_finished:
+            for request_id in round_.finished:
+                self._requests.pop(request_id, None)
 
     def _admit(self, segment: Segment) -> bool:
         limits = self.limits
@@ -119,6 +123,7 @@ class ReplayBuffer:
 
 def _owned(block: ServedBlock) -> ServedBlock:
     """The block in storage of its own: a view would keep the rows of the whole batch alive."""
+    assert block.teacher_KX is not None, "a block without its teacher's rows teaches nothing"
     return replace(block, path_K=block.path_K.clone(), teacher_KX=block.teacher_KX.clone())
 
 
@@ -256,7 +261,8 @@ class _RequestRows:
         accepted_N = torch.tensor([b.num_accepted for b in blocks], device=device)
         behind_NK = torch.arange(paths.shape[1], device=device) > accepted_N[:, None]
         weights = weights.masked_fill(behind_NK, refused_weight)
-        return anchors, paths, torch.stack([b.teacher_KX for b in blocks]), weights
+        teacher = [b.teacher_KX for b in blocks if b.teacher_KX is not None]
+        return anchors, paths, torch.stack(teacher), weights
 
 
 def _pad(drawn: list[_Drawn], draft_window: int | None) -> SignalBatch:

@@ -45,7 +45,9 @@ def decayed(weights_RNK: Tensor, position_decay: float) -> Tensor:
 def weighted_mean(loss_M: Tensor, weights_M: Tensor) -> Tensor:
     """``sum(w * loss) / sum(w)``; rows of weight zero neither count nor pass a gradient on.
 
-    A masked row may hold anything, infinities included, so it is replaced, not multiplied.
+    A masked row may hold anything, infinities included, so it is replaced, not multiplied. Where
+    all are masked (a rank's share of a small batch may be) the loss is zero.
     """
     kept_M = torch.where(weights_M > 0, loss_M, torch.zeros_like(loss_M))
-    return (kept_M * weights_M).sum() / weights_M.sum()
+    smallest = torch.finfo(weights_M.dtype).tiny
+    return (kept_M * weights_M).sum() / weights_M.sum().clamp_min(smallest)

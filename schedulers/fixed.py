@@ -12,10 +12,15 @@ from cosched.registry import POLICIES
 
 
 class EveryNRoundsSettings(PolicySettings, frozen=True, kw_only=True):
-    """``rounds`` between updates, and micro-steps in each."""
+    """``rounds`` between updates, and micro-steps in each.
+
+    ``idle_steps`` are taken once when the last request has finished (``adapt.replay.keep_finished``
+    keeps it something to train on).
+    """
 
     rounds: Annotated[int, Meta(ge=1)] = 16
     num_steps: Annotated[int, Meta(ge=1)] = 1
+    idle_steps: Annotated[int, Meta(ge=0)] = 0
 
 
 @POLICIES.register("every_n_rounds")
@@ -28,6 +33,8 @@ class EveryNRounds:
         self.settings = settings
 
     def decide(self, snapshot: Snapshot) -> Decision:
+        if snapshot.num_running == 0 and snapshot.rounds_since_update:
+            return Decision(self.settings.idle_steps, reason="idle")
         if snapshot.rounds_since_update < self.settings.rounds:
             return Decision(num_steps=0)
         return Decision(self.settings.num_steps, reason=f"every {self.settings.rounds} rounds")

@@ -12,6 +12,7 @@ class Never:
     """Never trains: the cost of watching, and the frozen control of every comparison."""
 
     Settings = PolicySettings
+    trains = False
 
     def __init__(self, settings: PolicySettings) -> None:
         self.settings = settings

@@ -69,11 +69,9 @@ def test_a_chain_keeps_its_own_path(kind: str, weight: float) -> None:
         [f"drafter.kind={kind}", "adapt.loss.rows=all", "workload.max_prompts=1"],
     )
     world = build_world(config)
-
-    class NoEvents:
-        def emit(self, kind: str, **fields: object) -> None: ...
-
-    coscheduler = build_coscheduler(world, load_drafter(world), None, NoEvents())
+    coscheduler = build_coscheduler(
+        config, world.target, load_drafter(world), None, None, NoEvents()
+    )
     assert coscheduler._buffer._refused_weight == weight
 
 

@@ -139,6 +139,13 @@ class ArmEvents:
         self._log.emit(kind, arm=self._arm, **fields)
 
 
+class NoEvents:
+    """A sink for who keeps none."""
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        pass
+
+
 @contextmanager
 def explained(path: Path) -> Generator[None]:
     """Turn what the file system says into one message that names the file."""

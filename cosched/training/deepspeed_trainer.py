@@ -22,6 +22,7 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 
 from cosched.errors import TrainingError
 from cosched.records import Decision, SignalBatch, UpdateResult
+from cosched.training.micro_step import share_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -35,7 +36,8 @@ class DeepSpeedTrainer:
     """AdamW on float32 masters under ZeRO stage 0, 1 or 2, over its own copy of the draft.
 
     ``batch_loss.network`` is trained in place; ``trainable`` names its parameters that move, all
-    others are frozen. Steps whose loss or gradient is not finite are skipped and counted.
+    others are frozen. Steps whose loss or gradient is not finite are skipped and counted. With
+    several ranks, all given the same batches, each takes its share of the anchors.
 
     Raises:
         TrainingError: DeepSpeed cannot be set up.
@@ -49,6 +51,8 @@ class DeepSpeedTrainer:
         learning_rate: float,
         max_grad_norm: float,
         weight_decay: float = 0.0,
+        rank: int = 0,
+        num_ranks: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         names = set(trainable)
@@ -58,9 +62,11 @@ class DeepSpeedTrainer:
         self._learning_rate = learning_rate
         self._clock = clock
         self._zero_stage = zero_stage
+        self._rank, self._num_ranks = rank, num_ranks
         self._trained = {
             name: p for name, p in batch_loss.network.named_parameters() if p.requires_grad
         }
+        self._weight = 1.0
         self._initial = {name: p.detach().clone() for name, p in self._trained.items()}
         self._engine = _initialize(
             batch_loss,
@@ -78,6 +84,8 @@ class DeepSpeedTrainer:
             group["lr"] = decision.learning_rate or self._learning_rate
         losses: list[float] = []
         num_skipped = 0
+        num_rows = batch.num_rows
+        batch, self._weight = share_of(batch, self._rank, self._num_ranks)
         for _ in range(decision.num_steps):
             loss, taken = self.step(batch)
             losses.append(loss)
@@ -86,15 +94,15 @@ class DeepSpeedTrainer:
             num_steps=decision.num_steps,
             num_skipped=num_skipped,
             losses=tuple(losses),
-            num_rows=batch.num_rows,
+            num_rows=num_rows,
             seconds=self._clock() - started,
         )
 
     def step(self, batch: SignalBatch) -> tuple[float, bool]:
         """One micro-step; returns its loss and whether the weights moved."""
         with torch.enable_grad():
-            loss = self._engine(batch)
-            value = float(loss.detach())  # host waits for the device
+            loss = self._engine(batch) * self._weight
+            value = self._over_ranks(loss.detach())
             if not math.isfinite(value):
                 return value, False
             self._engine.backward(loss)
@@ -105,6 +113,14 @@ class DeepSpeedTrainer:
             skipped_before = self._engine.skipped_steps
             self._engine.step()
         return value, self._engine.skipped_steps == skipped_before
+
+    def _over_ranks(self, loss: Tensor) -> float:
+        """The loss of the whole batch; not finite on any rank is not finite on all."""
+        if self._num_ranks > 1:
+            loss = loss.clone()
+            dist.all_reduce(loss)
+            loss /= self._num_ranks
+        return float(loss)  # host waits for the device
 
     def _gradients_are_finite(self) -> bool:
         gradients = [p.grad for p in self._trained.values() if p.grad is not None]

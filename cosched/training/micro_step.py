@@ -6,9 +6,11 @@ V draft vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -48,6 +50,33 @@ class BatchLoss(nn.Module):
             logits = self._teacher_head[0](logits)
         ids = self._drafter.target_ids()
         return _wide(logits if ids is None else logits.index_select(-1, ids))
+
+
+def share_of(batch: SignalBatch, rank: int, num_ranks: int) -> tuple[SignalBatch, float]:
+    """One rank's anchors of a batch, and what its mean loss counts in the mean over ranks.
+
+    Every ``num_ranks``-th anchor of each request, so that all ranks have work of the same size; a
+    missing one repeats the first, with weight zero. Exact where all rows of a path weigh the same.
+    """
+    if num_ranks == 1:
+        return batch, 1.0
+    missing = -batch.anchors_RN.shape[1] % num_ranks
+    weights = F.pad(batch.weights_RNK, (0, 0, 0, missing))
+    mine = slice(rank, None, num_ranks)
+
+    def cut(tensor: Tensor) -> Tensor:
+        first = tensor[:, :1].expand(-1, missing, *tensor.shape[2:])
+        return torch.cat((tensor, first), 1)[:, mine]
+
+    share = replace(
+        batch,
+        anchors_RN=cut(batch.anchors_RN),
+        paths_RNK=cut(batch.paths_RNK),
+        teacher_RNKX=cut(batch.teacher_RNKX),
+        weights_RNK=weights[:, mine],
+    )
+    total = float(weights.sum())  # host waits for the device
+    return share, num_ranks * float(share.weights_RNK.sum()) / total if total else 1.0
 
 
 def _wide(logits: Tensor) -> Tensor:

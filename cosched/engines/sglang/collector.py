@@ -1,0 +1,190 @@
+"""From what a worker saw on the device to rounds as the co-scheduler takes them.
+
+A worker hands over tensors when it launched a forward pass; how many drafts were accepted is known
+to the host later, when the scheduler has copied the counts anyway. Until then a round waits here,
+in order, so that nothing of ours makes the host wait for the device.
+
+Letters: B requests, K drafted tokens, S = K + 1 rows, T prompt rows end to end, F fused feature
+width, X teacher width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cosched.records import RoundRow, Segment, ServedBlock, VerifyRound
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KNOWN_REQUESTS = 4096  # whose place in their text is remembered; the longest silent are forgotten
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Prompt rows of several requests, chunks included; rows of a cached prefix are not in it.
+
+    ``next_B`` is the token behind each request's last row: its next prompt token, or the first of
+    its answer. ``prompt_lengths`` are those of the whole prompts.
+    """
+
+    request_ids: tuple[str, ...]
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    prompt_lengths: tuple[int, ...]
+    tokens_T: Tensor
+    next_B: Tensor
+    features_TF: Tensor | None
+    teacher_TX: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """One verification. Row 0 of ``tokens_BS`` is the anchor; ``decided_BS`` is what came out.
+
+    ``features_BSF`` and ``teacher_BSX`` are None where nobody learns from them. ``seconds`` gives
+    the time that went into drafting and verifying, and may be asked once the counts are known.
+    """
+
+    request_ids: tuple[str, ...]
+    version: int
+    tokens_BS: Tensor
+    decided_BS: Tensor
+    features_BSF: Tensor | None
+    teacher_BSX: Tensor | None
+    seconds: Callable[[], tuple[float, float]]
+
+
+@dataclass(slots=True)
+class _Text:
+    """Where a request stands: the position of its anchor, and how long its prompt was."""
+
+    anchor: int
+    prompt_length: int
+
+
+class RoundCollector:
+    """Puts counts to tensors, and keeps each request's place in its text."""
+
+    def __init__(self, window: int, on_row: Callable[[RoundRow], None] | None = None) -> None:
+        self._window = window  # rows of a prompt that are worth handing on
+        self._on_row = on_row
+        self._waiting: deque[Prefill | Verified] = deque()
+        self._texts: OrderedDict[str, _Text] = OrderedDict()
+        self._finished: list[str] = []
+        self._index = 0
+
+    def prefilled(self, prefill: Prefill) -> None:
+        self._waiting.append(prefill)
+
+    def verified(self, verified: Verified) -> None:
+        self._waiting.append(verified)
+
+    def finish(self, request_id: str) -> None:
+        """The request is done or was aborted; what still comes of it is dropped."""
+        if self._texts.pop(request_id, None) is not None:
+            self._finished.append(request_id)
+
+    def counted(self, num_accepted: list[int]) -> Iterator[VerifyRound]:
+        """Rounds up to the oldest verification that waits, whose counts these are."""
+        yield from self.before_counts()
+        if self._waiting:
+            verified = self._waiting.popleft()
+            assert isinstance(verified, Verified)
+            assert len(verified.request_ids) == len(num_accepted), "counts of another batch"
+            yield self._round(verified, num_accepted)
+
+    def before_counts(self) -> Iterator[VerifyRound]:
+        """Rounds that wait for no counts: prefills in front."""
+        while self._waiting and isinstance(self._waiting[0], Prefill):
+            prefill = self._waiting.popleft()
+            assert isinstance(prefill, Prefill)
+            yield self._prefill_round(prefill)
+
+    def _prefill_round(self, prefill: Prefill) -> VerifyRound:
+        segments: list[Segment] = []
+        end = 0
+        for i, (request_id, start, length) in enumerate(
+            zip(prefill.request_ids, prefill.starts, prefill.lengths, strict=True)
+        ):
+            self._remember(request_id, _Text(start + length, prefill.prompt_lengths[i]))
+            end += length
+            if prefill.teacher_TX is None:
+                continue
+            first = end - min(length, self._window)
+            tokens = prefill.tokens_T.new_empty(end - first + 1)
+            tokens[:-1] = prefill.tokens_T[first:end]
+            tokens[-1] = prefill.next_B[i]
+            features = None if prefill.features_TF is None else prefill.features_TF[first:end]
+            begin = start + length - (end - first)
+            teacher = prefill.teacher_TX[first:end]
+            segments.append(Segment(request_id, begin, tokens, features, teacher))
+        return self._make(0, tuple(segments), (), 0.0, 0.0, len(prefill.request_ids))
+
+    def _round(self, verified: Verified, num_accepted: list[int]) -> VerifyRound:
+        segments: list[Segment] = []
+        blocks: list[ServedBlock] = []
+        for i, (request_id, accepted) in enumerate(
+            zip(verified.request_ids, num_accepted, strict=True)
+        ):
+            text = self._texts.get(request_id)
+            if text is None:
+                continue  # it finished while this round was under way
+            anchor, count = text.anchor, accepted + 1
+            path_K = verified.tokens_BS[i, 1:]
+            teacher = verified.teacher_BSX
+            if teacher is not None:
+                tokens = verified.tokens_BS.new_empty(count + 1)
+                tokens[0] = verified.tokens_BS[i, 0]
+                tokens[1:] = verified.decided_BS[i, :count]
+                features = verified.features_BSF
+                features_RF = None if features is None else features[i, :count]
+                segments.append(
+                    Segment(request_id, anchor, tokens, features_RF, teacher[i, :count])
+                )
+            rows = None if teacher is None else teacher[i, :-1]
+            blocks.append(ServedBlock(request_id, anchor, path_K, rows, accepted, count))
+            if self._on_row is not None:
+                position = anchor + 1 - text.prompt_length
+                num_drafted = len(path_K)
+                self._on_row(
+                    RoundRow(request_id, position, verified.version, num_drafted, accepted, count)
+                )
+            text.anchor += count
+            self._texts.move_to_end(request_id)
+        draft, verify = verified.seconds()
+        return self._make(
+            verified.version, tuple(segments), tuple(blocks), draft, verify, len(blocks)
+        )
+
+    def _make(
+        self,
+        version: int,
+        segments: tuple[Segment, ...],
+        blocks: tuple[ServedBlock, ...],
+        draft_seconds: float,
+        verify_seconds: float,
+        num_running: int,
+    ) -> VerifyRound:
+        finished = tuple(self._finished)
+        self._finished.clear()
+        self._index += bool(blocks)
+        return VerifyRound(
+            index=self._index,
+            draft_version=version,
+            segments=segments,
+            blocks=blocks,
+            finished=finished,
+            draft_seconds=draft_seconds,
+            verify_seconds=verify_seconds,
+            num_running=num_running,
+        )
+
+    def _remember(self, request_id: str, text: _Text) -> None:
+        self._texts[request_id] = text
+        self._texts.move_to_end(request_id)
+        while len(self._texts) > KNOWN_REQUESTS:
+            self._texts.popitem(last=False)

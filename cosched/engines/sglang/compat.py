@@ -1,0 +1,42 @@
+"""Every SGLang name that the backend uses, where each version has it; resolved when first used.
+
+The CPU support has a table of its own (``cpu/compat.py``). Written for 0.5.20; what other versions
+have elsewhere is listed behind it.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PATHS: dict[str, str] = {
+    "CustomSpecAlgo": "sglang.srt.speculative.spec_registry:CustomSpecAlgo",
+    "DFlashWorkerV2": "sglang.srt.speculative.dflash_worker_v2:DFlashWorkerV2",
+    "EAGLEWorkerV2": "sglang.srt.speculative.eagle_worker_v2:EAGLEWorkerV2",
+    "HookRegistry": "sglang.srt.plugins.hook_registry:HookRegistry",
+    "HookType": "sglang.srt.plugins.hook_registry:HookType",
+    "LogitsProcessor": "sglang.srt.layers.logits_processor:LogitsProcessor",
+    "MergedColumnParallelLinear": "sglang.srt.layers.linear:MergedColumnParallelLinear",
+    "QKVParallelLinear": "sglang.srt.layers.linear:QKVParallelLinear",
+    "RowParallelLinear": "sglang.srt.layers.linear:RowParallelLinear",
+    "SpeculativeAlgorithm": "sglang.srt.speculative.spec_info:SpeculativeAlgorithm",
+    "VocabParallelEmbedding": "sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding",
+    "get_parallel": "sglang.srt.runtime_context:get_parallel",
+    "get_spec": "sglang.srt.runtime_context:get_spec",
+    "get_tp_group": "sglang.srt.distributed:get_tp_group",
+    "prefill_tail_tokens": "sglang.srt.speculative.eagle_utils:_eagle_prefill_tail_tokens",
+}
+
+# Targets of hooks
+SCHEDULER_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PATHS:
+        raise AttributeError(name)
+    module, _, attribute = _PATHS[name].partition(":")
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value

@@ -1,0 +1,75 @@
+"""Tensor-parallel ranks that must do the same thing in the same round.
+
+Every rank collects the same rows and counts the same rounds, but clocks differ, and a failure may
+hit one of them alone. What could differ is exchanged here, over the CPU group.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from cosched.records import Decision
+
+if TYPE_CHECKING:
+    from cosched.protocols import Policy
+    from cosched.records import Snapshot
+
+PATIENCE = timedelta(seconds=120)  # after which a rank that waits for a lost one gives up training
+
+
+class Ranks:
+    """The ranks of a tensor-parallel group, in a process group of their own."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self._group: Any = None
+        if size > 1:
+            self._group = dist.new_group(list(range(size)), timeout=PATIENCE, backend="gloo")
+
+    def meet(self, well: bool, asked: bool) -> tuple[bool, bool]:
+        """Whether every rank is well, and whether any was asked for something."""
+        if self._group is None:
+            return well, asked
+        flags = torch.tensor([well, not asked], dtype=torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MIN, group=self._group)
+        return bool(flags[0]), not flags[1]
+
+    def agree(self, text: str) -> bool:
+        """Whether every rank has the same text."""
+        return all(other == text for other in self.gather(text))
+
+    def gather(self, mine: Any) -> list[Any]:
+        """Everybody's, by rank."""
+        if self._group is None:
+            return [mine]
+        others: list[Any] = [None] * self.size
+        dist.all_gather_object(others, mine, group=self._group)
+        return others
+
+    def from_first(self, mine: Any) -> Any:
+        """What rank 0 has."""
+        if self._group is None:
+            return mine
+        box = [mine]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+
+class SamePolicy:
+    """A policy whose decision is rank 0's: costs in the snapshot are those of one clock."""
+
+    def __init__(self, policy: Policy, ranks: Ranks) -> None:
+        self._policy = policy
+        self._ranks = ranks
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        decision = self._policy.decide(snapshot)
+        if self._ranks.size == 1:
+            return decision
+        steps, rate = self._ranks.from_first((decision.num_steps, decision.learning_rate))
+        return Decision(steps, rate, decision.reason)

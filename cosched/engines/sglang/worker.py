@@ -1,0 +1,155 @@
+"""What our workers add to SGLang's, whatever the family: they watch, and learn between rounds.
+
+Letters: B requests, S = K + 1 verified rows of each, T prompt rows end to end.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from cosched.engines.sglang import compat
+from cosched.engines.sglang.collector import Prefill, Verified
+from cosched.engines.sglang.ranks import Ranks
+from cosched.engines.sglang.serving import ServedDraft
+from cosched.engines.sglang.taps import HiddenTap, Stopwatch, held
+from cosched.engines.sglang.target import ServedTarget
+from cosched.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+    from cosched.engines.sglang.adaptation import Adaptation
+
+_GRAPH_ROWS = 4096  # rows of a verification that CUDA graphs may be captured for, at most
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    """What a worker has for who builds its adaptation.
+
+    ``serve(names)`` gives the tensors of the serving draft by the names of the drafter's network;
+    ``refresh`` makes anew what SGLang derived from them.
+    """
+
+    algorithm: str
+    target: ServedTarget
+    ranks: Ranks
+    num_draft_tokens: int
+    serve: Callable[[Iterable[str]], ServedDraft]
+    refresh: Callable[[], None]
+
+
+class AdaptedWorker:
+    """Mixed in before a worker of SGLang's, which it leaves as it is."""
+
+    build: ClassVar[Callable[[WorkerParts], Adaptation]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._check()
+        os.environ.setdefault("LOCAL_RANK", str(max(0, self.gpu_id)))  # DeepSpeed's device
+        runner = self.target_worker.model_runner
+        target = ServedTarget(runner, getattr(self.target_worker, "tokenizer", None))
+        self._stopwatch = Stopwatch(target.embedding.weight.device)
+        self._tap: HiddenTap | None = None
+        model = self._draft_model()
+        self.adaptation = self.build(
+            WorkerParts(
+                algorithm=compat.get_spec().speculative_algorithm,
+                target=target,
+                ranks=Ranks(self.ps.tp_rank, self.ps.tp_size),
+                num_draft_tokens=self.speculative_num_draft_tokens - 1,
+                serve=lambda names: ServedDraft(model, names),
+                refresh=self._refresh,
+            )
+        )
+        if self.adaptation.watching:
+            self._tap = HiddenTap(target.model, _GRAPH_ROWS, target.embedding.weight)
+
+    # --- what a family gives ---------------------------------------------------------------
+
+    def _draft_model(self) -> torch.nn.Module:
+        """SGLang's model of the draft."""
+        raise NotImplementedError
+
+    def _refresh(self) -> None:
+        """Make anew what was derived from the draft's weights."""
+
+    def _check(self) -> None:
+        """Refuse what cannot be watched."""
+        spec = compat.get_spec()
+        if (spec.speculative_eagle_topk or 1) != 1:
+            raise ConfigError(
+                f"--speculative-eagle-topk {spec.speculative_eagle_topk}: cosched adapts chains; "
+                f"use 1"
+            )
+        if spec.speculative_adaptive:
+            raise ConfigError("--speculative-adaptive: cosched needs a fixed number of drafts")
+        if compat.get_parallel().enable_dp_attention:
+            raise ConfigError("--enable-dp-attention: not supported with cosched")
+
+    # --- what SGLang calls -----------------------------------------------------------------
+
+    def on_verify_complete_cpu(
+        self, num_correct_drafts_per_req: list[int], batch_size: int = 0
+    ) -> None:
+        super().on_verify_complete_cpu(num_correct_drafts_per_req, batch_size)
+        self.adaptation.counted(num_correct_drafts_per_req)
+
+    def note_request_finished(self, *, rid: str, natural_stop: bool) -> None:
+        super().note_request_finished(rid=rid, natural_stop=natural_stop)
+        self.adaptation.finished(rid)
+
+    # --- watching --------------------------------------------------------------------------
+
+    def saw_prefill(self, batch: Any, tokens_T: Tensor, output: Any, features: Any) -> None:
+        """A prefill was launched; ``tokens_T`` are the ids before SGLang rotated them."""
+        watching = self._tap is not None and self.adaptation.watching
+
+        def prefill() -> Prefill:
+            return Prefill(
+                request_ids=tuple(request.rid for request in batch.reqs),
+                starts=tuple(batch.prefix_lens),
+                lengths=tuple(batch.extend_lens),
+                prompt_lengths=tuple(len(request.origin_input_ids) for request in batch.reqs),
+                tokens_T=tokens_T,
+                next_B=compat.prefill_tail_tokens(batch, output.next_token_ids),
+                features_TF=held(features) if watching and features is not None else None,
+                teacher_TX=self._tap.rows(len(tokens_T)) if watching and self._tap else None,
+            )
+
+        if not batch.forward_mode.is_idle():
+            self.adaptation.prefilled(prefill)
+
+    def saw_verification(
+        self, batch: Any, tokens: Tensor, output: Any, features: Any, marks: tuple[Any, Any, Any]
+    ) -> None:
+        """A verification was launched; ``tokens`` are its anchors and drafts, row by row."""
+        watching = self._tap is not None and self.adaptation.watching
+        requests = batch.reqs
+
+        def verified() -> Verified:
+            size = len(requests)
+            teacher = self._tap.rows(len(tokens)) if watching and self._tap else None
+            rows = features if watching else None
+            return Verified(
+                request_ids=tuple(request.rid for request in requests),
+                version=self.adaptation.version,
+                tokens_BS=tokens.long().view(size, -1).clone(),
+                decided_BS=output.next_token_ids.long().view(size, -1).clone(),
+                features_BSF=None if rows is None else held(rows).view(size, -1, rows.shape[-1]),
+                teacher_BSX=None if teacher is None else teacher.view(size, -1, teacher.shape[-1]),
+                seconds=self._stopwatch.between(*marks),
+            )
+
+        if not batch.forward_mode.is_idle():
+            self.adaptation.verified(verified)
