@@ -33,8 +33,9 @@ class EveryNRounds:
         self.settings = settings
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        if snapshot.num_running == 0 and snapshot.rounds_since_update:
-            return Decision(self.settings.idle_steps, reason="idle")
+        if snapshot.num_running == 0:
+            fresh = snapshot.rounds_since_update > 0
+            return Decision(self.settings.idle_steps * fresh, reason="idle")
         if snapshot.rounds_since_update < self.settings.rounds:
             return Decision(num_steps=0)
         return Decision(self.settings.num_steps, reason=f"every {self.settings.rounds} rounds")

@@ -13,6 +13,7 @@ from cosched.errors import ConfigError
 from cosched.experiment import Experiment
 from cosched.records import Rows, Segment, ServedBlock, VerifyRound
 from cosched.replay import ReplayBuffer, ReplayLimits
+from cosched.telemetry.run_folder import NoEvents
 
 K, WIDTH = 4, 8
 QUICKSTART, SAMPLED = Path("configs/quickstart.yaml"), Path("configs/sampled.yaml")

@@ -204,11 +204,14 @@ def test_every_waits_for_its_rounds() -> None:
     from schedulers.fixed import EveryNRounds, EveryNRoundsSettings
     from tests.test_core import snapshot
 
-    policy = EveryNRounds(EveryNRoundsSettings(kind="every_n_rounds", rounds=5, num_steps=2))
-    assert [policy.decide(snapshot(rounds_since_update=n)).num_steps for n in (0, 4, 5, 9)] == [
-        0,
-        0,
-        2,
-        2,
-    ]
+    policy = EveryNRounds(
+        EveryNRoundsSettings(kind="every_n_rounds", rounds=5, num_steps=2, idle_steps=3)
+    )
+
+    def steps(rounds_since_update: int, num_running: int = 1) -> int:
+        seen = snapshot(rounds_since_update=rounds_since_update, num_running=num_running)
+        return policy.decide(seen).num_steps
+
+    assert [steps(n) for n in (0, 4, 5, 9)] == [0, 0, 2, 2]
+    assert [steps(n, num_running=0) for n in (0, 1, 9)] == [0, 3, 3]  # once, when all is done
     assert Every(5).decide(snapshot(rounds_since_update=5)).num_steps == 1

@@ -19,6 +19,7 @@ from cosched.publish import InPlacePublisher
 from cosched.records import Decision, Rows, Snapshot, VerifyRound
 from cosched.registry import LOSSES
 from cosched.replay import ReplayBuffer, ReplayLimits
+from cosched.telemetry.run_folder import NoEvents
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
 from cosched.training.scope import parameters_of
@@ -72,13 +73,6 @@ class Watcher:
         self.rounds.append(round_)
         if self._behind is not None:
             self._behind.on_round(round_)
-
-
-class NoEvents:
-    """A sink where nobody looks at events."""
-
-    def emit(self, kind: str, **fields: Any) -> None:
-        pass
 
 
 class Every:
@@ -219,9 +213,7 @@ def make_coscheduler(
         policy=Every(every),
         trainer=make_trainer(target, drafter, lr=lr) if trains else None,
         guard=FiniteGuard(),
-        publisher=(
-            InPlacePublisher.of_modules(network, target.model) if trains else None
-        ),
+        publisher=(InPlacePublisher.of_modules(network, target.model) if trains else None),
         sink=NoEvents(),
         reset_when_finished=reset,
     )

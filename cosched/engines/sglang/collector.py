@@ -11,13 +11,14 @@ width, X teacher width.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cosched.records import RoundRow, Segment, ServedBlock, VerifyRound
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from torch import Tensor
 
 KNOWN_REQUESTS = 4096  # whose place in their text is remembered; the longest silent are forgotten

@@ -34,10 +34,10 @@ class ServedTarget:
         self.max_length: int = config.context_len
         embedding, head = model.get_embed_and_head()
         self.embedding = nn.Embedding.from_pretrained(self._whole(embedding), freeze=True)
-        self.head = nn.Linear(1, 1, bias=False, device="meta")
-        self.head.weight = nn.Parameter(
-            self.embedding.weight if head is embedding else self._whole(head), requires_grad=False
-        )
+        weight = self.embedding.weight if head is embedding else self._whole(head)
+        linear = nn.Linear(1, 1, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        self.head: nn.Module = linear
         self._tokenizer = tokenizer
 
     def _whole(self, weight: Tensor) -> Tensor:

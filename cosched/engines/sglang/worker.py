@@ -8,11 +8,8 @@ Letters: B requests, S = K + 1 verified rows of each, T prompt rows end to end.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
-
-import torch
 
 from cosched.engines.sglang import compat
 from cosched.engines.sglang.collector import Prefill, Verified
@@ -23,9 +20,9 @@ from cosched.engines.sglang.target import ServedTarget
 from cosched.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from cosched.engines.sglang.adaptation import Adaptation
 
@@ -62,7 +59,7 @@ class AdaptedWorker:
         self._stopwatch = Stopwatch(target.embedding.weight.device)
         self._tap: HiddenTap | None = None
         model = self._draft_model()
-        self.adaptation = self.build(
+        self.adaptation = type(self).build(
             WorkerParts(
                 algorithm=compat.get_spec().speculative_algorithm,
                 target=target,
@@ -77,7 +74,7 @@ class AdaptedWorker:
 
     # --- what a family gives ---------------------------------------------------------------
 
-    def _draft_model(self) -> torch.nn.Module:
+    def _draft_model(self) -> nn.Module:
         """SGLang's model of the draft."""
         raise NotImplementedError
 
