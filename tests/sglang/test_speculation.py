@@ -93,17 +93,12 @@ def test_eagle3_changes_the_speed_and_not_the_text(
     assert accept_length(speculative) > 1.3  # an untrained draft has 1.0
 
 
-def test_dflash_is_of_use(decode: Any, report: Callable[[str], None]) -> None:
-    """bfloat16, the only type that SGLang's DFLASH takes: rounding depends on how many tokens go
-    through the model at once, so a near-tie may fall the other way and the text then goes on
-    differently. Hence no claim that all texts are equal, only that each starts equal."""
-    plain = decode("bfloat16")
-    speculative = decode("bfloat16", "DFLASH", num_draft_tokens=4)
-    pairs = list(zip(tokens(speculative), tokens(plain), strict=True))
-    shared = [
-        next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), NUM_TOKENS)
-        for pair in pairs
-    ]
-    report(f"DFLASH: accept length {accept_length(speculative):.2f}, tokens shared {shared}")
+def test_dflash_changes_the_speed_and_not_the_text(
+    decode: Any, report: Callable[[str], None]
+) -> None:
+    """float32 as well, which stock SGLang's DFLASH refuses: it casts embeddings to bfloat16."""
+    plain = decode("float32")
+    speculative = decode("float32", "DFLASH", num_draft_tokens=4)
+    assert tokens(speculative) == tokens(plain)
+    report(f"DFLASH: accept length {accept_length(speculative):.2f}")
     assert accept_length(speculative) > 1.3  # an untrained draft has 1.0
-    assert min(shared) > 4  # more than one block

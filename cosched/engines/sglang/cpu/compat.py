@@ -15,6 +15,7 @@ BACKEND = "torch_native"
 CREATE_DRAFT_BACKEND = "sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend"
 DFLASH_ARGUMENTS = "sglang.srt.arg_groups.speculative_hook._handle_dflash"
 DFLASH_ATTENTION = "sglang.srt.models.dflash.DFlashAttention.__init__"
+MODEL_ARGUMENTS = "sglang.srt.model_executor.model_runner.ModelRunner._extend_forward_kwargs"
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -25,6 +26,7 @@ __all__ = [
     "HookRegistry",
     "HookType",
     "KVWriteLoc",
+    "MODEL_ARGUMENTS",
     "TorchNativeAttnBackend",
     "add_draft_attention_backend_choices",
     "speculative_hook",

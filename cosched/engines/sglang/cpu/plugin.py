@@ -36,6 +36,8 @@ def register() -> None:
     compat.HookRegistry.register(compat.CREATE_DRAFT_BACKEND, _create_draft_backend, around)
     compat.HookRegistry.register(compat.DFLASH_ARGUMENTS, _accept_cpu, around)
     compat.HookRegistry.register(compat.DFLASH_ATTENTION, _without_triton, around)
+    after = compat.HookType.AFTER
+    compat.HookRegistry.register(compat.MODEL_ARGUMENTS, _embeddings_as_they_came, after)
     # DFLASH's worker notes which stream uses a tensor. A CPU has no streams, and torch refuses
     # its stand-in for one (torch.cpu.Stream); there is nothing to note.
     torch.Tensor.record_stream = _nothing_to_record
@@ -93,6 +95,18 @@ def _without_triton(
     """Turn off a Triton shortcut of DFLASH's attention; its PyTorch code stands beside it."""
     original(attention, *args, **kwargs)
     attention.use_table_qk_norm_rope = False
+
+
+def _embeddings_as_they_came(
+    arguments: dict[str, Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Undo a cast to bfloat16 of the embeddings that DFLASH gives its draft.
+
+    They came in the model's own type; with another one every type but bfloat16 fails.
+    """
+    del runner, args, kwargs
+    if forward_batch.input_embeds is not None and forward_batch.replace_embeds is None:
+        arguments["input_embeds"] = forward_batch.input_embeds
 
 
 def _nothing_to_record(self: Any, s: Any) -> None:
