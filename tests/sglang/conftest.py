@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from cosched.engines.sglang.cpu.environment import environment, install_stand_ins
+
+if TYPE_CHECKING:
+    from tests.sglang.serving import Decode
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,3 +49,21 @@ def server_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     ours = environment()
     paths = [str(ROOT), str(site), ours["PYTHONPATH"]]
     return {**inherited, **ours, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+@pytest.fixture(scope="session")
+def decode(server_environment: dict[str, str]) -> Decode:
+    from tests.sglang.serving import Decode  # after the environment above is set
+
+    return Decode(server_environment)
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Show a measured figure among the results of a passing test."""
+
+    def show(line: str) -> None:
+        with capsys.disabled():
+            sys.stdout.write(f"\n  {line}\n")
+
+    return show

@@ -1,33 +1,56 @@
 """Decode prompts with an SGLang engine of its own and print what came; run as a module.
 
-Its argument is JSON: ``{"prompts": [[token, ...], ...], "tokens": n, "engine": {...}}``. The last
-line of the output is JSON: a list of ``{"tokens": [...], "rounds": n}``.
+Its argument is JSON: ``{"prompts": [[token, ...], ...], "tokens": n, "engine": {...}, "passes": n,
+"abort": [request, tokens]}``. All prompts are decoded together, as often as there are passes; in the
+last one, the request to abort is given up after that many tokens. The last line of the output is
+JSON: of the last pass a list of ``{"tokens": [...], "rounds": n, "cached": n, "retracted": n}``.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+from typing import Any
+
+
+async def _pass(engine: Any, order: dict[str, Any], abort: list[int] | None) -> list[Any]:
+    sampling = {"temperature": 0, "max_new_tokens": order["tokens"], "ignore_eos": True}
+
+    async def one(number: int, prompt: list[int]) -> Any:
+        name = f"request-{number}"
+        answers = await engine.async_generate(
+            input_ids=prompt, sampling_params=sampling, rid=name, stream=True
+        )
+        async for answer in answers:
+            if abort and number == abort[0] and len(answer["output_ids"]) >= abort[1]:
+                engine.tokenizer_manager.abort_request(name)
+        return answer
+
+    return await asyncio.gather(*(one(*each) for each in enumerate(order["prompts"])))
 
 
 def main() -> None:
     order = json.loads(sys.argv[1])
     import sglang
 
-    engine = sglang.Engine(
-        device="cpu",
-        attention_backend="torch_native",
-        disable_cuda_graph=True,
-        max_total_tokens=8192,
-        max_running_requests=4,
-        mem_fraction_static=0.3,
-        skip_server_warmup=True,
-        log_level="error",
+    settings = {
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "disable_cuda_graph": True,
+        "max_total_tokens": 8192,
+        "max_running_requests": 4,
+        "mem_fraction_static": 0.3,
+        "skip_server_warmup": True,
+        "log_level": "error",
         **order["engine"],
-    )
+    }
+    engine = sglang.Engine(**settings)
+    passes = order.get("passes", 1)
     try:
-        sampling = {"temperature": 0, "max_new_tokens": order["tokens"], "ignore_eos": True}
-        answers = engine.generate(input_ids=order["prompts"], sampling_params=sampling)
+        for number in range(passes):
+            abort = order.get("abort") if number == passes - 1 else None
+            answers = engine.loop.run_until_complete(_pass(engine, order, abort))
     finally:
         engine.shutdown()
     print()
@@ -37,6 +60,8 @@ def main() -> None:
                 {
                     "tokens": answer["output_ids"],
                     "rounds": answer["meta_info"].get("spec_verify_ct"),
+                    "cached": answer["meta_info"]["cached_tokens"],
+                    "retracted": answer["meta_info"].get("num_retractions"),
                 }
                 for answer in answers
             ]
