@@ -237,6 +237,7 @@ def build_adaptation(
         watches=trains,
         save=save,
         operator=operator,
+        sink=sink,
     )
 
 

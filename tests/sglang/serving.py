@@ -56,6 +56,7 @@ class Decode:
         abort: tuple[int, int] | None = None,
         variables: dict[str, str] | None = None,
         engine: dict[str, Any] | None = None,
+        num_tokens: int = NUM_TOKENS,
         **settings: Any,
     ) -> Answers:
         arguments = {"model_path": str(WORLD / "target"), "dtype": dtype, **(engine or {})}
@@ -66,7 +67,7 @@ class Decode:
         order = json.dumps(
             {
                 "prompts": texts or prompts(),
-                "tokens": NUM_TOKENS,
+                "tokens": num_tokens,
                 "engine": arguments,
                 "passes": passes,
                 "abort": abort,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cosched.coscheduler import Coscheduler
     from cosched.engines.sglang.collector import Prefill, RoundCollector, Verified
     from cosched.engines.sglang.ranks import Ranks
+    from cosched.protocols import Sink
     from cosched.records import VerifyRound
 
 logger = logging.getLogger("cosched")
@@ -117,6 +118,7 @@ class Adaptation:
         watches: bool,
         save: Callable[[Path], None],
         operator: Operator,
+        sink: Sink,
     ) -> None:
         self._algorithm = algorithm
         self._coscheduler = coscheduler
@@ -125,6 +127,7 @@ class Adaptation:
         self._watches = watches
         self._save = save
         self._operator = operator
+        self._sink = sink
         self._ready: list[VerifyRound] = []
         self._failure: str | None = None
         self._warning: str | None = None
@@ -205,7 +208,9 @@ class Adaptation:
 
     def fail(self, reason: str) -> None:
         """Stop training for good, and say why."""
-        self._failure = self._failure or reason
+        if self._failure is None:
+            self._failure = reason
+            self._sink.emit("failure", reason=reason)
         self._coscheduler.learning = False
         self._ready.clear()
         self._operator.show(self.status())
@@ -215,6 +220,7 @@ class Adaptation:
         if starved == STARVED_AFTER:
             self._warning = f"the replay buffer had nothing to train on {starved} times in a row"
             logger.warning("cosched: %s", self._warning)
+            self._sink.emit("warning", reason=self._warning)
         elif self._warning and not starved:
             self._warning = None
         if changed:

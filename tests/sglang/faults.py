@@ -1,0 +1,92 @@
+"""Faults for the tests: a plugin of SGLang's that breaks one thing in a scheduler process.
+
+``COSCHED_TEST_FAULT`` names it. Inert without; never installed with cosched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+
+def install() -> None:
+    fault = os.environ.get("COSCHED_TEST_FAULT")
+    if fault:
+        FAULTS[fault]()
+
+
+def _trainer_raises() -> None:
+    """The third update raises."""
+    from cosched.training.deepspeed_trainer import DeepSpeedTrainer
+
+    update, calls = DeepSpeedTrainer.update, count(1)
+
+    def broken(self: Any, *args: Any) -> Any:
+        if next(calls) >= 3:
+            raise RuntimeError("the trainer broke")
+        return update(self, *args)
+
+    DeepSpeedTrainer.update = broken
+
+
+def _gradient_is_nan() -> None:
+    """The loss of steps 3 and 4 is a number, its gradient is not."""
+    from cosched.training.micro_step import BatchLoss
+
+    forward, calls = BatchLoss.forward, count(1)
+
+    def broken(self: Any, batch: Any) -> Any:
+        loss = forward(self, batch)
+        if next(calls) in {3, 4}:
+            weight = next(p for p in self.network.parameters() if p.requires_grad)
+            loss = loss + (weight.sum() * 0).sqrt()
+        return loss
+
+    BatchLoss.forward = broken
+
+
+def _nothing_to_train_on() -> None:
+    """The replay buffer never has a row."""
+    from cosched.replay import ReplayBuffer
+
+    ReplayBuffer.sample = lambda _self: None
+
+
+def _wrong_checksum() -> None:
+    """At the third publication the draft's bits are not those that were published."""
+    from cosched import publish
+
+    prove, calls = publish.InPlacePublisher._prove, count(1)
+
+    def broken(self: Any, weights: Any, expected: str, checks_target: bool) -> None:
+        if next(calls) == 3:
+            name = next(iter(weights))
+            self._serving.draft[name].flatten()[0] += 1
+        prove(self, weights, expected, checks_target)
+
+    publish.InPlacePublisher._prove = broken
+
+
+def _worker_looks_wrong() -> None:
+    """What a worker takes off a verification raises, from the tenth on."""
+    from cosched.engines.sglang.collector import RoundCollector
+
+    verified, calls = RoundCollector.verified, count(1)
+
+    def broken(self: Any, one: Any) -> None:
+        if next(calls) >= 10:
+            raise IndexError("the tap broke")
+        verified(self, one)
+
+    RoundCollector.verified = broken
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "trainer": _trainer_raises,
+    "gradient": _gradient_is_nan,
+    "starve": _nothing_to_train_on,
+    "checksum": _wrong_checksum,
+    "tap": _worker_looks_wrong,
+}

@@ -1,0 +1,179 @@
+"""Drafts that learn inside SGLang: the text stays the target's, the draft gets better, and what
+breaks stops the learning and not the server."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from cosched.config import load_config, to_yaml
+from cosched.records import RoundRow
+from cosched.telemetry.metrics import RequestLog, RoundFigures, round_figures
+from tests.sglang.serving import ROOT, Answers, Decode, prompts, rounds, tokens
+
+pytestmark = pytest.mark.sglang
+
+CONFIG = ROOT / "configs" / "serve_tiny_cpu.yaml"
+K = 3
+SHAPES = {
+    "eagle3": {"num_steps": K, "eagle_topk": 1, "num_draft_tokens": K + 1},
+    "dflash": {"num_draft_tokens": K + 1},
+    "pard": {"num_steps": K, "eagle_topk": 1, "num_draft_tokens": K + 1},
+}
+STOCK = {"eagle3": "EAGLE3", "dflash": "DFLASH"}
+OFTEN = ("adapt.policy.rounds=4", "adapt.replay.anchors=32", "adapt.publish.target_check_every=1")
+LONG = 320
+
+
+def shifted() -> list[list[int]]:
+    """Prompts of a domain that no draft was taught on, of different lengths."""
+    return [text[: 30 + 9 * number] for number, text in enumerate(prompts()[-2:] + prompts()[2:4])]
+
+
+@dataclass(frozen=True)
+class Served:
+    """Answers of one engine and what its scheduler reported."""
+
+    answers: Answers
+    events: list[dict[str, Any]]
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["kind"] == kind]
+
+    def figures(self, texts: list[list[int]]) -> RoundFigures:
+        rows = [msgspec.convert(event["row"], RoundRow) for event in self.of("round")]
+        logs = [
+            RequestLog(name, text, answer["tokens"], [r for r in rows if r.request_id == name])
+            for name, text, answer in zip(names(texts), texts, self.answers, strict=True)
+        ]
+        return round_figures(logs)
+
+
+def names(texts: list[list[int]]) -> list[str]:
+    return [f"request-{number}" for number in range(len(texts))]
+
+
+@pytest.fixture(scope="module")
+def serve(decode: Decode, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Served]:
+    """Decode with one of our algorithms, with settings changed by ``key=value``."""
+    site = tmp_path_factory.mktemp("faults") / "faults-0.dist-info"
+    site.mkdir()
+    plugin = "[sglang.srt.plugins]\nfaults = tests.sglang.faults:install\n"
+    (site / "entry_points.txt").write_text(plugin)
+    (site / "METADATA").write_text("Metadata-Version: 2.1\nName: faults\nVersion: 0\n")
+    known: dict[str, Served] = {}
+
+    def run(
+        kind: str, *overrides: str, fault: str | None = None, num_tokens: int = LONG, **engine: Any
+    ) -> Served:
+        key = repr((kind, overrides, fault, num_tokens, engine))
+        if key in known:
+            return known[key]
+        folder = tmp_path_factory.mktemp(kind)
+        config = load_config(CONFIG, [f"drafter.kind={kind}", *overrides])
+        (folder / "config.yaml").write_text(to_yaml(config))
+        events = folder / "events.jsonl"
+        variables = {
+            "COSCHED_CONFIG": str(folder / "config.yaml"),
+            "COSCHED_EVENTS": str(events),
+        }
+        if fault:
+            paths = f"{decode.environment['PYTHONPATH']}:{site.parent}"
+            variables |= {"COSCHED_TEST_FAULT": fault, "PYTHONPATH": paths}
+        answers = decode(
+            "float32",
+            f"COSCHED_{kind.upper()}",
+            kind,
+            texts=shifted(),
+            num_tokens=num_tokens,
+            variables=variables,
+            engine=engine,
+            **SHAPES[kind],
+        )
+        lines = events.read_text().splitlines()
+        known[key] = Served(answers, [json.loads(line) for line in lines])
+        return known[key]
+
+    return run
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_adapting_changes_the_speed_and_not_the_text(
+    kind: str, serve: Any, decode: Decode, report: Callable[[str], None]
+) -> None:
+    """Four requests at once of different lengths, over twenty publications: the text is that of no
+    speculation, the draft is better than the frozen one where the text is new, and no bit of the
+    target has changed."""
+    texts = shifted()
+    plain = decode("float32", texts=texts, num_tokens=LONG)
+    frozen = serve(kind, "adapt.policy.kind=never")
+    adapted = serve(kind, *OFTEN)
+    assert tokens(frozen.answers) == tokens(plain)
+    assert tokens(adapted.answers) == tokens(plain)
+    versions = [event["version"] for event in adapted.of("publication")]
+    assert [version["version"] for version in versions] == list(range(1, len(versions) + 1))
+    assert len(versions) >= 20
+    assert len({version["target_checksum"] for version in versions}) == 1
+    assert len({version["draft_checksum"] for version in versions}) == len(versions)
+    before, after = frozen.figures(texts), adapted.figures(texts)
+    report(
+        f"{kind}: tau {before.tau:.3f} -> {after.tau:.3f}, novel {before.tau_novel:.3f} -> "
+        f"{after.tau_novel:.3f}, {len(versions)} versions, repeats {after.repeat_fraction:.2f}"
+    )
+    assert after.tau_novel > before.tau_novel > 1
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_watching_changes_nothing(kind: str, serve: Any, decode: Decode) -> None:
+    """Our worker that never publishes drafts as SGLang's own does: as many rounds a request."""
+    stock = decode(
+        "float32", STOCK[kind], kind, texts=shifted(), num_tokens=LONG, **SHAPES[kind]
+    )
+    assert rounds(serve(kind, "adapt.policy.kind=never").answers) == rounds(stock)
+    watching = serve(kind, "adapt.policy.rounds=1000000")
+    assert rounds(watching.answers) == rounds(stock)
+    assert Counter(event["kind"] for event in watching.events).keys() == {"round"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "publications", "reason"),
+    [
+        ("trainer", 2, "RuntimeError: the trainer broke"),
+        ("checksum", 2, "PublicationError: publication 3 undone"),
+        ("tap", None, "IndexError: the tap broke"),
+    ],
+)
+def test_what_breaks_stops_the_learning_and_not_the_server(
+    fault: str, publications: int | None, reason: str, serve: Any, decode: Decode
+) -> None:
+    """SGLang ends its whole engine if a worker raises."""
+    served = serve("eagle3", *OFTEN, fault=fault, num_tokens=96)
+    assert tokens(served.answers) == tokens(decode("float32", texts=shifted(), num_tokens=96))
+    failures = served.of("failure")
+    assert len(failures) == 1
+    assert failures[0]["reason"].startswith(reason)
+    if publications is not None:
+        assert len(served.of("publication")) == publications
+
+
+def test_steps_that_are_not_finite_are_skipped(serve: Any, decode: Decode) -> None:
+    served = serve("eagle3", *OFTEN, fault="gradient", num_tokens=96)
+    assert tokens(served.answers) == tokens(decode("float32", texts=shifted(), num_tokens=96))
+    skipped = [event["result"]["num_skipped"] for event in served.of("update")]
+    assert skipped[:5] == [0, 0, 1, 1, 0]
+    assert len(served.of("publication")) == len(skipped) - 2
+    assert not served.of("failure")
+
+
+def test_starving_is_said_once(serve: Any, decode: Decode) -> None:
+    served = serve("eagle3", *OFTEN, fault="starve", num_tokens=LONG)
+    assert tokens(served.answers) == tokens(decode("float32", texts=shifted(), num_tokens=LONG))
+    assert len(served.of("warning")) == 1
+    assert not served.of("update")
