@@ -32,6 +32,7 @@ from cosched.guard import FiniteGuard
 from cosched.publish import InPlacePublisher, Serving
 from cosched.registry import DRAFTERS, LOSSES, POLICIES
 from cosched.replay import ReplayBuffer
+from cosched.training.background import BackgroundTrainer
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
 from cosched.training.scope import parameters_of
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from cosched.engines.sglang.adaptation import Operator
     from cosched.engines.sglang.ranks import Ranks
     from cosched.engines.sglang.worker import WorkerParts
-    from cosched.protocols import Drafter, Publisher, Sink, TargetInfo
+    from cosched.protocols import Drafter, Publisher, Sink, TargetInfo, Trainer
     from cosched.records import RoundRow
 
 
@@ -289,12 +290,12 @@ def _recorded_layers(world: World) -> tuple[int, ...]:
 
 def build_trainer(
     config: Config, target: TargetInfo, drafter: Drafter, ranks: Ranks | None = None
-) -> DeepSpeedTrainer:
+) -> Trainer:
     """A DeepSpeed trainer over a float32 copy of the serving draft."""
     adapt, loss = config.adapt, config.loss_settings
     copy = drafter.clone(torch.float32)
     batch_loss = BatchLoss(copy, LOSSES.get(loss.kind)(loss), target.head, adapt.replay.teacher)
-    return DeepSpeedTrainer(
+    trainer = DeepSpeedTrainer(
         batch_loss,
         parameters_of(copy, adapt.scope.kind),
         zero_stage=adapt.trainer.zero_stage,
@@ -304,6 +305,14 @@ def build_trainer(
         rank=ranks.rank if ranks else 0,
         num_ranks=ranks.size if ranks else 1,
     )
+    if not adapt.trainer.background:
+        return trainer
+    if ranks and ranks.size > 1:
+        raise ConfigError(
+            f"adapt.trainer.background: true needs one rank, and {ranks.size} train together; "
+            f"use false"
+        )
+    return BackgroundTrainer(trainer, target.embedding.weight.device)
 
 
 def _rows(world: World, max_length: int, feature_layers: tuple[int, ...]) -> RowSource:

@@ -122,13 +122,18 @@ class ScopeSettings(Section, frozen=True):
 
 
 class TrainerSettings(Section, frozen=True):
-    """``adapt.trainer``: DeepSpeed ZeRO with AdamW on float32 masters."""
+    """``adapt.trainer``: DeepSpeed ZeRO with AdamW on float32 masters.
+
+    ``background`` trains beside the decoding, in a thread (on a GPU on a stream of its own) and
+    publishes when it is done; off, the engine waits for each update, and runs repeat exactly.
+    """
 
     kind: Literal["deepspeed"] = "deepspeed"
     zero_stage: Literal[0, 1, 2] = 1
     lr: Annotated[float, Meta(gt=0)] = 3e-4
     max_grad_norm: Annotated[float, Meta(gt=0)] = 1.0
     weight_decay: NotNegative = 0.0
+    background: bool = False
 
 
 class GuardSettings(Section, frozen=True):

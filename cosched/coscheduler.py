@@ -104,12 +104,18 @@ class Coscheduler:
         return self.version
 
     def _learn(self, snapshot: Snapshot) -> None:
-        decision = self._policy.decide(snapshot)
-        if not decision.num_steps:
-            return
-        result = self._update(decision)
-        if result and self._judge(result).publish:
-            self._publish()
+        assert self._trainer is not None
+        started = self._clock()
+        if self._trainer.busy:
+            result = self._trainer.finished()
+            self.totals.background_seconds += result.seconds if result else 0.0
+        else:
+            result = self._update(self._policy.decide(snapshot))
+        self.totals.update_seconds += self._clock() - started
+        if result:
+            self._note(result)
+            if self._judge(result).publish:
+                self._publish()
 
     def _observe(self, round_: VerifyRound) -> None:
         totals = self.totals
@@ -146,24 +152,27 @@ class Coscheduler:
         )
 
     def _update(self, decision: Decision) -> UpdateResult | None:
+        """Train as decided; None where there is nothing to do, or it goes on in the background."""
         assert self._trainer is not None
-        started = self._clock()
+        if not decision.num_steps:
+            return None
         totals = self.totals
         batch = self._buffer.sample()
         if batch is None:
             totals.starved += 1
             return None
         totals.starved = 0
+        totals.round_of_update = totals.rounds
+        totals.committed_at_update = totals.committed
         self._sink.emit("decision", round=totals.rounds, decision=decision)
-        result = self._trainer.update(batch, decision)
+        return self._trainer.update(batch, decision)
+
+    def _note(self, result: UpdateResult) -> None:
+        totals = self.totals
         totals.updates += 1
         totals.skipped_steps += result.num_skipped
         totals.losses.append(result.losses[-1] if math.isfinite(result.losses[-1]) else None)
-        totals.round_of_update = totals.rounds
-        totals.committed_at_update = totals.committed
-        totals.update_seconds += self._clock() - started
         self._sink.emit("update", round=totals.rounds, result=result)
-        return result
 
     def _judge(self, result: UpdateResult) -> Verdict:
         assert self._trainer is not None

@@ -227,9 +227,20 @@ class Buffer(Protocol):
 
 
 class Trainer(Protocol):
-    """Turns a batch into micro-steps on its own copy of the draft."""
+    """Turns a batch into micro-steps on its own copy of the draft.
 
-    def update(self, batch: SignalBatch, decision: Decision) -> UpdateResult: ...
+    It may take its time: then ``update`` returns None, ``busy`` is true until the result has been
+    taken from ``finished``, and until then it is not given another batch.
+    """
+
+    @property
+    def busy(self) -> bool: ...
+
+    def update(self, batch: SignalBatch, decision: Decision) -> UpdateResult | None: ...
+
+    def finished(self) -> UpdateResult | None:
+        """The result of an update that took its time, once it is there."""
+        ...
 
     def weights(self) -> Mapping[str, Tensor]:
         """The candidate: current values of the trained parameters, by name."""

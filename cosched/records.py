@@ -222,7 +222,8 @@ class Totals:
     committed_at_update: int = 0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
-    update_seconds: float = 0.0
+    update_seconds: float = 0.0  # that the engine waited for
+    background_seconds: float = 0.0  # of updates beside it
     publish_seconds: float = 0.0
     skipped_steps: int = 0
     recent: float = 0.0

@@ -77,6 +77,11 @@ class DeepSpeedTrainer:
             weight_decay,
         )
 
+    busy = False  # an update is done when it returns
+
+    def finished(self) -> None:
+        """Nothing is ever under way."""
+
     def update(self, batch: SignalBatch, decision: Decision) -> UpdateResult:
         """``decision.num_steps`` micro-steps on one batch."""
         started = self._clock()

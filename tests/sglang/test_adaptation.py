@@ -3,20 +3,21 @@ breaks stops the learning and not the server."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from transformers import AutoTokenizer
 
 from cosched.config import load_config, to_yaml
 from cosched.records import RoundRow
 from cosched.telemetry.metrics import RequestLog, RoundFigures, round_figures
-from tests.sglang.serving import ROOT, Answers, Decode, prompts, rounds, tokens
+from tests.sglang.serving import ROOT, WORLD, Answers, Decode, rounds, tokens
 
 pytestmark = pytest.mark.sglang
 
@@ -29,12 +30,16 @@ SHAPES = {
 }
 STOCK = {"eagle3": "EAGLE3", "dflash": "DFLASH"}
 OFTEN = ("adapt.policy.rounds=4", "adapt.replay.anchors=32", "adapt.publish.target_check_every=1")
-LONG = 320
+LENGTH = 128
 
 
+@functools.cache
 def shifted() -> list[list[int]]:
     """Prompts of a domain that no draft was taught on, of different lengths."""
-    return [text[: 30 + 9 * number] for number, text in enumerate(prompts()[-2:] + prompts()[2:4])]
+    tokenizer = AutoTokenizer.from_pretrained(WORLD / "target")
+    lines = (WORLD / "prompts" / "translated.jsonl").read_text().splitlines()[:8]
+    texts = [tokenizer(json.loads(line)["text"])["input_ids"] for line in lines]
+    return [text[: 24 + 7 * number] for number, text in enumerate(texts)]
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,11 @@ class Served:
         return round_figures(logs)
 
 
+def plainly(decode: Decode) -> Answers:
+    """What the target says without a draft."""
+    return decode("float32", texts=shifted(), num_tokens=LENGTH)
+
+
 def names(texts: list[list[int]]) -> list[str]:
     return [f"request-{number}" for number in range(len(texts))]
 
@@ -70,10 +80,8 @@ def serve(decode: Decode, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     (site / "METADATA").write_text("Metadata-Version: 2.1\nName: faults\nVersion: 0\n")
     known: dict[str, Served] = {}
 
-    def run(
-        kind: str, *overrides: str, fault: str | None = None, num_tokens: int = LONG, **engine: Any
-    ) -> Served:
-        key = repr((kind, overrides, fault, num_tokens, engine))
+    def run(kind: str, *overrides: str, fault: str | None = None, **engine: Any) -> Served:
+        key = repr((kind, overrides, fault, engine))
         if key in known:
             return known[key]
         folder = tmp_path_factory.mktemp(kind)
@@ -92,7 +100,7 @@ def serve(decode: Decode, tmp_path_factory: pytest.TempPathFactory) -> Callable[
             f"COSCHED_{kind.upper()}",
             kind,
             texts=shifted(),
-            num_tokens=num_tokens,
+            num_tokens=LENGTH,
             variables=variables,
             engine=engine,
             **SHAPES[kind],
@@ -112,7 +120,7 @@ def test_adapting_changes_the_speed_and_not_the_text(
     speculation, the draft is better than the frozen one where the text is new, and no bit of the
     target has changed."""
     texts = shifted()
-    plain = decode("float32", texts=texts, num_tokens=LONG)
+    plain = plainly(decode)
     frozen = serve(kind, "adapt.policy.kind=never")
     adapted = serve(kind, *OFTEN)
     assert tokens(frozen.answers) == tokens(plain)
@@ -133,9 +141,7 @@ def test_adapting_changes_the_speed_and_not_the_text(
 @pytest.mark.parametrize("kind", STOCK)
 def test_watching_changes_nothing(kind: str, serve: Any, decode: Decode) -> None:
     """Our worker that never publishes drafts as SGLang's own does: as many rounds a request."""
-    stock = decode(
-        "float32", STOCK[kind], kind, texts=shifted(), num_tokens=LONG, **SHAPES[kind]
-    )
+    stock = decode("float32", STOCK[kind], kind, texts=shifted(), num_tokens=LENGTH, **SHAPES[kind])
     assert rounds(serve(kind, "adapt.policy.kind=never").answers) == rounds(stock)
     watching = serve(kind, "adapt.policy.rounds=1000000")
     assert rounds(watching.answers) == rounds(stock)
@@ -154,8 +160,8 @@ def test_what_breaks_stops_the_learning_and_not_the_server(
     fault: str, publications: int | None, reason: str, serve: Any, decode: Decode
 ) -> None:
     """SGLang ends its whole engine if a worker raises."""
-    served = serve("eagle3", *OFTEN, fault=fault, num_tokens=96)
-    assert tokens(served.answers) == tokens(decode("float32", texts=shifted(), num_tokens=96))
+    served = serve("eagle3", *OFTEN, fault=fault)
+    assert tokens(served.answers) == tokens(plainly(decode))
     failures = served.of("failure")
     assert len(failures) == 1
     assert failures[0]["reason"].startswith(reason)
@@ -164,8 +170,8 @@ def test_what_breaks_stops_the_learning_and_not_the_server(
 
 
 def test_steps_that_are_not_finite_are_skipped(serve: Any, decode: Decode) -> None:
-    served = serve("eagle3", *OFTEN, fault="gradient", num_tokens=96)
-    assert tokens(served.answers) == tokens(decode("float32", texts=shifted(), num_tokens=96))
+    served = serve("eagle3", *OFTEN, fault="gradient")
+    assert tokens(served.answers) == tokens(plainly(decode))
     skipped = [event["result"]["num_skipped"] for event in served.of("update")]
     assert skipped[:5] == [0, 0, 1, 1, 0]
     assert len(served.of("publication")) == len(skipped) - 2
@@ -173,7 +179,7 @@ def test_steps_that_are_not_finite_are_skipped(serve: Any, decode: Decode) -> No
 
 
 def test_starving_is_said_once(serve: Any, decode: Decode) -> None:
-    served = serve("eagle3", *OFTEN, fault="starve", num_tokens=LONG)
-    assert tokens(served.answers) == tokens(decode("float32", texts=shifted(), num_tokens=LONG))
+    served = serve("eagle3", *OFTEN, fault="starve")
+    assert tokens(served.answers) == tokens(plainly(decode))
     assert len(served.of("warning")) == 1
     assert not served.of("update")

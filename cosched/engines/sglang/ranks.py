@@ -24,12 +24,13 @@ PATIENCE = timedelta(seconds=120)  # after which a rank that waits for a lost on
 class Ranks:
     """The ranks of a tensor-parallel group, in a process group of their own."""
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, members: list[int]) -> None:
         self.rank = rank
-        self.size = size
+        self.size = len(members)
+        self._first = members[0]
         self._group: Any = None
-        if size > 1:
-            self._group = dist.new_group(list(range(size)), timeout=PATIENCE, backend="gloo")
+        if self.size > 1:
+            self._group = dist.new_group(members, timeout=PATIENCE, backend="gloo")
 
     def meet(self, well: bool, asked: bool) -> tuple[bool, bool]:
         """Whether every rank is well, and whether any was asked for something."""
@@ -56,7 +57,7 @@ class Ranks:
         if self._group is None:
             return mine
         box = [mine]
-        dist.broadcast_object_list(box, src=0, group=self._group)
+        dist.broadcast_object_list(box, src=self._first, group=self._group)
         return box[0]
 
 

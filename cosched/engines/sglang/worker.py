@@ -63,7 +63,7 @@ class AdaptedWorker:
             WorkerParts(
                 algorithm=compat.get_spec().speculative_algorithm,
                 target=target,
-                ranks=Ranks(self.ps.tp_rank, self.ps.tp_size),
+                ranks=Ranks(self.ps.tp_rank, list(compat.get_tp_group().ranks)),
                 num_draft_tokens=self.speculative_num_draft_tokens - 1,
                 serve=lambda names: ServedDraft(model, names),
                 refresh=self._refresh,
@@ -93,6 +93,8 @@ class AdaptedWorker:
             raise ConfigError("--speculative-adaptive: cosched needs a fixed number of drafts")
         if compat.get_parallel().enable_dp_attention:
             raise ConfigError("--enable-dp-attention: not supported with cosched")
+        if self.ps.pp_size != 1:
+            raise ConfigError(f"--pp-size {self.ps.pp_size}: not supported with cosched; use 1")
 
     # --- what SGLang calls -----------------------------------------------------------------
 
