@@ -43,6 +43,6 @@ def _build(parts: WorkerParts) -> Adaptation:
     sink = NoEvents()
     if events and parts.ranks.rank == 0:
         log = EventLog()
-        log.open(Path(events))
+        log.open(Path(events), buffered=False)
         sink = log.for_arm("served")
     return build_adaptation(config, parts, Nobody(), sink, with_rounds=bool(events))

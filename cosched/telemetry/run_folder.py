@@ -91,15 +91,17 @@ class EventLog:
         self._path: Path | None = None
         self._file: BinaryIO | None = None
 
-    def open(self, path: Path, keep_bytes: int = 0) -> None:
+    def open(self, path: Path, keep_bytes: int = 0, buffered: bool = True) -> None:
         """Start the file, or go on behind its first ``keep_bytes``.
+
+        Without a buffer every event is in the file at once, also if the process is killed.
 
         Raises:
             RunFolderError: it cannot be written.
         """
         self._path = path
         with explained(path):
-            self._file = path.open("ab", buffering=1 << 16)
+            self._file = path.open("ab", buffering=1 << 16 if buffered else 0)
             self._file.truncate(keep_bytes)
 
     def emit(self, kind: str, **fields: Any) -> None:
