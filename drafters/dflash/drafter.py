@@ -22,7 +22,6 @@ from cosched.records import Proposal, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed
 from drafters.base import NetworkDrafter, check_fit, is_copy
-from drafters.cache import SlotCache
 from drafters.config import small_layer
 from drafters.dflash import formats
 from drafters.dflash.config import DFlashConfig
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cosched.protocols import Choose, DrafterSettings, TargetInfo
+    from drafters.cache import SlotCache
     from drafters.checkpoint import Checkpoint
 
 
@@ -134,18 +134,10 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
 
     # --- serving ---------------------------------------------------------------------------
 
-    def new_state(self, max_batch: int, max_length: int, window: int | None) -> SlotCache:
+    @property
+    def spare_positions(self) -> int:
         # The block runs up to K positions past the anchor; its keys lie behind the context's.
-        length = max_length + self.num_draft_tokens + 1
-        self._network.rotary.reserve(length)
-        weight = self._network.fc.weight
-        return SlotCache.make(self._network.config, weight, max_batch, length, window)
-
-    def observe(
-        self, state: SlotCache, slot: int, tokens_R1: Tensor, features_RF: Tensor | None
-    ) -> None:
-        assert features_RF is not None, "the engine must capture signal.feature_layers"
-        state.add(slot, tokens_R1[1:], features_RF)
+        return self.num_draft_tokens + 1
 
     @torch.no_grad()
     def propose(self, state: SlotCache, num_slots: int, choose: Choose) -> Proposal:

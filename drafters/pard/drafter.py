@@ -23,7 +23,6 @@ from cosched.records import Proposal, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed, gather_rows
 from drafters.base import NetworkDrafter
-from drafters.cache import SlotCache
 from drafters.config import small_layer
 from drafters.pard import formats
 from drafters.pard.config import PardConfig
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cosched.protocols import Choose, DrafterSettings, TargetInfo
+    from drafters.cache import SlotCache
     from drafters.checkpoint import Checkpoint
 
 
@@ -111,12 +111,10 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
 
     # --- serving ---------------------------------------------------------------------------
 
-    def new_state(self, max_batch: int, max_length: int, window: int | None) -> SlotCache:
+    @property
+    def spare_positions(self) -> int:
         # A slot with few new tokens is padded to one with K + 1 of them, and masks follow.
-        length = max_length + 2 * self.num_draft_tokens + 2
-        self._network.rotary.reserve(length)
-        weight = self._network.model.norm.weight
-        return SlotCache.make(self._network.config, weight, max_batch, length, window)
+        return 2 * self.num_draft_tokens + 2
 
     @torch.no_grad()
     def observe(
