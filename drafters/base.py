@@ -115,7 +115,8 @@ class NetworkDrafter(Generic[C, N]):
         config, _, _ = cls.formats.read_shape(directory, settings)
         cls._check(config, settings, target)  # before any weight is read
         checkpoint = cls.checkpoint(settings)
-        check_tokenizers(tokenizer_vocabulary(directory), target.token_ids(), directory)
+        if (vocabulary := tokenizer_vocabulary(directory)) is not None:
+            check_tokenizers(vocabulary, target.token_ids(), directory)
         tensors = cls.select_tensors(checkpoint, target)
         with torch.device("meta"):  # no memory and no time for weights that are overwritten
             network = cls.make_network(config, target.hidden_size, frozenset(tensors))

@@ -95,7 +95,7 @@ def over_target(logits: Tensor, ids_U: Tensor | None, vocab_size: int) -> Tensor
 
 
 def check_tokenizers(
-    draft: Mapping[str, int] | None, target: Mapping[str, int] | None, directory: Path
+    draft: Mapping[str, int], target: Mapping[str, int] | None, directory: Path
 ) -> None:
     """Make sure that a draft that brings a tokenizer brings the target's.
 
@@ -105,7 +105,7 @@ def check_tokenizers(
     Raises:
         CheckpointError: a token has another id in the draft than in the target.
     """
-    if draft is None or target is None:
+    if target is None:
         return
     shared = draft.keys() & target.keys()
     wrong = sorted(token for token in shared if draft[token] != target[token])
