@@ -20,7 +20,7 @@ from cosched.engines.embedded.judges import (
     SamplingJudge,
 )
 from cosched.engines.embedded.rows import LiveRows, RowSource
-from cosched.engines.embedded.target import Target, load_tokenizer
+from cosched.engines.embedded.target import Target
 from cosched.engines.embedded.verification import SamplingParams
 from cosched.engines.sglang.adaptation import Adaptation
 from cosched.engines.sglang.collector import RoundCollector
@@ -99,7 +99,7 @@ def build_world(config: Config) -> World:
     target = Target.load(config.target.path, device, getattr(torch, config.engine.dtype))
     if config.adapt.replay.teacher == "hidden" or config.engine.kind == "trace":
         target.require_plain_head()
-    tokenizer = load_tokenizer(config.target.path)
+    tokenizer = target.tokenizer
     workload = config.workload
     if config.engine.kind == "trace":
         assert config.engine.trace is not None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cosched.errors import CheckpointError
 from cosched.protocols import CheckpointFormats, DrafterSettings, TargetInfo
 from cosched.records import Scope, SignalSpec
+from drafters.cache import SlotCache
 from drafters.checkpoint import Checkpoint, check_tensors, tokenizer_vocabulary
 from drafters.config import DecoderConfig
 from drafters.layers import initialise
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Self
 
-    from drafters.cache import SlotCache
+    from drafters.layers import Rotary
 
 C = TypeVar("C", bound=DecoderConfig)
 N = TypeVar("N", bound=nn.Module)
@@ -75,8 +76,10 @@ class NetworkDrafter(Generic[C, N]):
     def cache_writers(self) -> tuple[str, ...]:
         """Beginnings of parameter names that the keys and values of committed rows are made of."""
 
+    @property
     @abstractmethod
-    def new_state(self, max_batch: int, max_length: int, window: int | None) -> SlotCache: ...
+    def spare_positions(self) -> int:
+        """How many positions behind the last of a text ``propose`` may write."""
 
     # --- from and to files -----------------------------------------------------------------
 
@@ -112,7 +115,8 @@ class NetworkDrafter(Generic[C, N]):
         config, _, _ = cls.formats.read_shape(directory, settings)
         cls._check(config, settings, target)  # before any weight is read
         checkpoint = cls.checkpoint(settings)
-        check_tokenizers(tokenizer_vocabulary(directory), target.token_ids(), directory)
+        if (vocabulary := tokenizer_vocabulary(directory)) is not None:
+            check_tokenizers(vocabulary, target.token_ids(), directory)
         tensors = cls.select_tensors(checkpoint, target)
         with torch.device("meta"):  # no memory and no time for weights that are overwritten
             network = cls.make_network(config, target.hidden_size, frozenset(tensors))
@@ -175,11 +179,29 @@ class NetworkDrafter(Generic[C, N]):
             return own(normed)
         return self._target.head(normed.to(self._target.embedding.weight.dtype))
 
-    # --- what is the same in all -----------------------------------------------------------
+    # --- what is the same in all, or in most -----------------------------------------------
 
     @property
     def cache_bytes_per_token(self) -> int:
-        return self.new_state(1, 1, None).bytes_per_token
+        config = self._config
+        values = 2 * config.num_hidden_layers * config.kv_heads * config.width_of_head
+        return values * self._weight.element_size()
+
+    def new_state(self, max_batch: int, max_length: int, window: int | None) -> SlotCache:
+        length = max_length + self.spare_positions
+        cast("Rotary", self._network.rotary).reserve(length)
+        return SlotCache.make(self._config, self._weight, max_batch, length, window)
+
+    def observe(
+        self, state: SlotCache, slot: int, tokens_R1: Tensor, features_RF: Tensor | None
+    ) -> None:
+        assert features_RF is not None, "the engine must capture signal.feature_layers"
+        state.add(slot, tokens_R1[1:], features_RF)
+
+    @property
+    def _weight(self) -> Tensor:
+        """A weight of the network: all have its type and device, and so has what serving keeps."""
+        return next(self._network.parameters())
 
     def move_slot(self, state: SlotCache, source: int, destination: int) -> None:
         state.move(source, destination)

@@ -135,9 +135,3 @@ class SlotCache:
             self.rows[destination] = self.rows[source]
         self.lengths[source] = 0
         self.rows[source] = []
-
-    @property
-    def bytes_per_token(self) -> int:
-        """What one position of one slot takes."""
-        layers, _, heads, _, width = self.keys_YBHLD.shape
-        return 2 * layers * heads * width * self.keys_YBHLD.element_size()

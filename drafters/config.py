@@ -78,6 +78,11 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         sliding = layer < len(types) and types[layer] == "sliding_attention"
         return self.sliding_window if sliding and self.use_sliding_window is not False else None
 
+    @property
+    def windows(self) -> list[int | None]:
+        """``window_of_layer`` of each layer."""
+        return [self.window_of_layer(layer) for layer in range(self.num_hidden_layers)]
+
     def inverse_frequencies(self) -> tuple[Tensor, float]:
         """RoPE angles per position ``[D / 2]`` in float64, and the factor on cosine and sine."""
         rope = self.rope

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cosched.errors import CheckpointError
 
@@ -30,6 +30,26 @@ def spread_mapping(draft_vocab_size: int, vocab_size: int) -> tuple[Tensor, Tens
     t2d_V = torch.zeros(vocab_size, dtype=torch.bool)
     t2d_V[ids] = True
     return ids - at_U, t2d_V
+
+
+class OwnHead(nn.Module):
+    """A network that may have a head of its own, over all of the target's tokens or over some.
+
+    Head and maps are None where it borrows the target's.
+    """
+
+    lm_head: nn.Linear | None
+    d2t: Tensor | None
+    t2d: Tensor | None
+
+    def make_head(self, width: int, draft_vocab_size: int | None, vocab_size: int) -> None:
+        """Register head and maps at this place among the network's tensors."""
+        self.lm_head = d2t = t2d = None
+        if draft_vocab_size is not None:
+            self.lm_head = nn.Linear(width, draft_vocab_size, bias=False)
+            d2t, t2d = spread_mapping(draft_vocab_size, vocab_size)
+        self.register_buffer("d2t", d2t)
+        self.register_buffer("t2d", t2d)
 
 
 def check_mapping(d2t_U: Tensor, t2d_V: Tensor, where: object) -> None:
@@ -75,7 +95,7 @@ def over_target(logits: Tensor, ids_U: Tensor | None, vocab_size: int) -> Tensor
 
 
 def check_tokenizers(
-    draft: Mapping[str, int] | None, target: Mapping[str, int] | None, directory: Path
+    draft: Mapping[str, int], target: Mapping[str, int] | None, directory: Path
 ) -> None:
     """Make sure that a draft that brings a tokenizer brings the target's.
 
@@ -85,7 +105,7 @@ def check_tokenizers(
     Raises:
         CheckpointError: a token has another id in the draft than in the target.
     """
-    if draft is None or target is None:
+    if target is None:
         return
     shared = draft.keys() & target.keys()
     wrong = sorted(token for token in shared if draft[token] != target[token])

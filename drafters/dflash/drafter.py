@@ -22,7 +22,6 @@ from cosched.records import Proposal, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed
 from drafters.base import NetworkDrafter, check_fit, is_copy
-from drafters.cache import SlotCache
 from drafters.config import small_layer
 from drafters.dflash import formats
 from drafters.dflash.config import DFlashConfig
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cosched.protocols import Choose, DrafterSettings, TargetInfo
+    from drafters.cache import SlotCache
     from drafters.checkpoint import Checkpoint
 
 
@@ -134,18 +134,10 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
 
     # --- serving ---------------------------------------------------------------------------
 
-    def new_state(self, max_batch: int, max_length: int, window: int | None) -> SlotCache:
+    @property
+    def spare_positions(self) -> int:
         # The block runs up to K positions past the anchor; its keys lie behind the context's.
-        length = max_length + self.num_draft_tokens + 1
-        self._network.rotary.reserve(length)
-        weight = self._network.fc.weight
-        return SlotCache.make(self._network.config, weight, max_batch, length, window)
-
-    def observe(
-        self, state: SlotCache, slot: int, tokens_R1: Tensor, features_RF: Tensor | None
-    ) -> None:
-        assert features_RF is not None, "the engine must capture signal.feature_layers"
-        state.add(slot, tokens_R1[1:], features_RF)
+        return self.num_draft_tokens + 1
 
     @torch.no_grad()
     def propose(self, state: SlotCache, num_slots: int, choose: Choose) -> Proposal:
@@ -165,8 +157,12 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
         at_B = torch.tensor(starts, device=hidden.device)
         position_BS = at_B[:, None] + torch.arange(block_BS.shape[1], device=hidden.device)
         end = max(starts) + block_BS.shape[1]
-        ragged = min(starts) < max(starts)
-        for index, layer in enumerate(network.layers):
+        ragged, windows = min(starts) < max(starts), self._config.windows
+        visible = {
+            sliding: self._visible(sliding, position_BS, end, state.window, ragged)
+            for sliding in set(windows)
+        }
+        for index, (layer, sliding) in enumerate(zip(network.layers, windows, strict=True)):
             inputs = layer.input_layernorm(hidden)
             queries, keys, values = layer.self_attn.project(inputs, network.rotary, position_BS)
             state.put(index, starts, keys, values)
@@ -174,7 +170,7 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
                 queries,
                 state.keys_YBHLD[index, :num_slots, :, :end],
                 state.values_YBHLD[index, :num_slots, :, :end],
-                self._visible(index, at_B, position_BS, end, state.window, ragged),
+                visible[sliding],
             )
             hidden = layer.finish(hidden, attended)
         logits = self.head(network.norm(hidden[:, 1:]))
@@ -184,30 +180,25 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
 
     def _visible(
         self,
-        layer: int,
-        at_B: Tensor,
+        sliding: int | None,
         position_BS: Tensor,
         end: int,
         window: int | None,
         ragged: bool,
     ) -> Tensor | None:
-        """Which cache places each row of a block sees, ``[B, S, L]``; None sees all."""
-        sliding = self._config.window_of_layer(layer)
+        """Which cache places each row of a block sees, ``[B, S or 1, L]``; None sees all."""
         if not (ragged or window or sliding):
             return None
-        at_L = torch.arange(end, device=at_B.device)
-        last_BS1 = (at_B[:, None] + position_BS.shape[1] - 1)[..., None].expand_as(
-            position_BS[..., None]
-        )
-        if sliding and self._config.sliding_causal:
-            last_BS1 = position_BS[..., None]
-        visible = at_L <= last_BS1
+        at_L = torch.arange(end, device=position_BS.device)
+        row_BS1 = position_BS[..., None]
+        anchor_B11 = row_BS1[:, :1]
+        visible = at_L <= (row_BS1 if sliding and self._config.sliding_causal else row_BS1[:, -1:])
         if sliding and self._config.window_from == "anchor":
-            visible = visible & (at_L >= at_B[:, None, None] - sliding)
+            visible = visible & (at_L >= anchor_B11 - sliding)
         elif sliding:
-            visible = visible & (at_L > position_BS[..., None] - sliding)
+            visible = visible & (at_L > row_BS1 - sliding)
         if window:
-            visible = visible & (at_L >= at_B[:, None, None] - window)
+            visible = visible & (at_L >= anchor_B11 - window)
         return visible
 
     # --- learning --------------------------------------------------------------------------
@@ -228,29 +219,40 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
         block_RNS = batch.tokens_RC1.new_full(place_RNS.shape, self._mask)
         block_RNS[..., 0] = batch.tokens_RC1.gather(1, batch.anchors_RN)
         hidden = network.block(self._target.embedding(block_RNS).detach().to(dtype))
-        for index, layer in enumerate(network.layers):
+        windows = self._config.windows
+        masks = {
+            sliding: self._packed_visible(sliding, batch, at_C, at_S) for sliding in set(windows)
+        }
+        for layer, sliding in zip(network.layers, windows, strict=True):
             attention = layer.self_attn
             keys_RCHD, values_RCHD = attention.keys_values(context_RCE, network.rotary, position_RC)
             inputs = layer.input_layernorm(hidden)
             queries, keys, values = attention.project(inputs, network.rotary, position_RNS)
-            visible_RNSC = (at_C < batch.anchors_RN[..., None])[:, :, None]
-            if batch.window is not None:
-                visible_RNSC = visible_RNSC & (
-                    at_C >= batch.anchors_RN[..., None, None] - batch.window
-                )
-            own_ST = None
-            if sliding := network.config.window_of_layer(index):
-                own_ST = at_S <= (at_S[:, None] if self._config.sliding_causal else steps)
-                if self._config.window_from == "anchor":
-                    visible_RNSC = visible_RNSC & (at_C >= place_RNS[..., :1, None] - sliding)
-                else:
-                    visible_RNSC = visible_RNSC & (at_C > place_RNS[..., None] - sliding)
-                    own_ST = own_ST & (at_S > at_S[:, None] - sliding)
+            visible_RNSC, own_ST = masks[sliding]
             attended = attend_packed(
                 queries, keys_RCHD, values_RCHD, visible_RNSC, keys, values, own_ST
             )
             hidden = layer.finish(hidden, attended)
         return self.head(network.norm(hidden[:, :, 1:]))
+
+    def _packed_visible(
+        self, sliding: int | None, batch: SignalBatch, at_C: Tensor, at_S: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Which rows of the context and of its block each row sees, ``[R, N, S or 1, C]``, ``[S, S]``.
+
+        None sees all of the block.
+        """
+        anchor_RN11 = batch.anchors_RN[..., None, None]
+        visible = at_C < anchor_RN11
+        if batch.window is not None:
+            visible = visible & (at_C >= anchor_RN11 - batch.window)
+        if not sliding:
+            return visible, None
+        own_ST = at_S <= (at_S[:, None] if self._config.sliding_causal else at_S[-1])
+        if self._config.window_from == "anchor":
+            return visible & (at_C >= anchor_RN11 - sliding), own_ST
+        visible = visible & (at_C > anchor_RN11 + at_S[:, None] - sliding)
+        return visible, own_ST & (at_S > at_S[:, None] - sliding)
 
 
 def find_mask(config: DFlashConfig, target: TargetInfo) -> int:

@@ -8,20 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from drafters.layers import DecoderStack, RMSNorm, Rotary
-from drafters.vocabulary import spread_mapping
+from drafters.vocabulary import OwnHead
 
 if TYPE_CHECKING:
     from drafters.dflash.config import DFlashConfig
 
 
-class DFlashNetwork(nn.Module):
+class DFlashNetwork(OwnHead):
     """Decoder layers whose keys and values are those of the context features and of the block.
 
     Letters: E model width, F fused feature width.
     """
-
-    d2t: Tensor | None
-    t2d: Tensor | None
 
     def __init__(self, config: DFlashConfig, feature_width: int, own_mask: bool = False) -> None:
         super().__init__()
@@ -33,14 +30,7 @@ class DFlashNetwork(nn.Module):
         self.norm = RMSNorm(width, eps)
         # What stands at masked places; None borrows the row of the target's embedding.
         self.mask_embedding = nn.Parameter(torch.zeros(width)) if own_mask else None
-        self.lm_head: nn.Linear | None = None
-        if config.draft_vocab_size is not None:
-            self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
-            d2t, t2d = spread_mapping(config.draft_vocab_size, config.vocab_size)
-        else:
-            d2t = t2d = None
-        self.register_buffer("d2t", d2t)
-        self.register_buffer("t2d", t2d)
+        self.make_head(width, config.draft_vocab_size, config.vocab_size)
         self.rotary = Rotary(config)
 
     def block(self, embedded: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from cosched.records import Proposal, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed, gather_rows
 from drafters.base import NetworkDrafter, check_fit, is_copy
-from drafters.cache import SlotCache
 from drafters.config import small_layer
 from drafters.eagle3 import formats
 from drafters.eagle3.config import Eagle3Config
@@ -34,6 +33,7 @@ from drafters.vocabulary import over_target
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from drafters.cache import SlotCache
     from drafters.checkpoint import Checkpoint
 
 EMBEDDING = "embed_tokens.weight"
@@ -127,18 +127,10 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
 
     # --- serving ---------------------------------------------------------------------------
 
-    def new_state(self, max_batch: int, max_length: int, window: int | None) -> SlotCache:
+    @property
+    def spare_positions(self) -> int:
         # The chain runs up to K positions past the last committed one.
-        length = max_length + self.num_draft_tokens
-        self._network.rotary.reserve(length)
-        weight = self._network.fc.weight
-        return SlotCache.make(self._network.config, weight, max_batch, length, window)
-
-    def observe(
-        self, state: SlotCache, slot: int, tokens_R1: Tensor, features_RF: Tensor | None
-    ) -> None:
-        assert features_RF is not None, "the engine must capture signal.feature_layers"
-        state.add(slot, tokens_R1[1:], features_RF)
+        return self.num_draft_tokens
 
     @torch.no_grad()
     def propose(self, state: SlotCache, num_slots: int, choose: Choose) -> Proposal:

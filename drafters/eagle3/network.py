@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from drafters.layers import DecoderLayer, RMSNorm, Rotary
-from drafters.vocabulary import spread_mapping
+from drafters.vocabulary import OwnHead
 
 if TYPE_CHECKING:
     from drafters.eagle3.config import Eagle3Config
@@ -22,14 +22,11 @@ class Eagle3Layer(DecoderLayer):
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class Eagle3Network(nn.Module):
+class Eagle3Network(OwnHead):
     """The head; how rows attend is left to the caller.
 
     Letters: E model width, F fused feature width, J query heads, H key-value heads, D head width.
     """
-
-    d2t: Tensor | None
-    t2d: Tensor | None
 
     def __init__(
         self, config: Eagle3Config, target_hidden_size: int, own_embedding: bool = False
@@ -49,14 +46,7 @@ class Eagle3Network(nn.Module):
         self.midlayer = Eagle3Layer(config)
         self.norm = RMSNorm(width, eps)
         self.embed_tokens = nn.Embedding(config.vocab_size, width) if own_embedding else None
-        self.lm_head: nn.Linear | None = None
-        if config.draft_vocab_size is not None:
-            self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
-            d2t, t2d = spread_mapping(config.draft_vocab_size, config.vocab_size)
-        else:
-            d2t = t2d = None
-        self.register_buffer("d2t", d2t)
-        self.register_buffer("t2d", t2d)
+        self.make_head(width, config.draft_vocab_size, config.vocab_size)
         self.rotary = Rotary(config)
 
     def fuse(self, features: Tensor) -> Tensor:

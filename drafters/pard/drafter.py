@@ -23,7 +23,6 @@ from cosched.records import Proposal, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed, gather_rows
 from drafters.base import NetworkDrafter
-from drafters.cache import SlotCache
 from drafters.config import small_layer
 from drafters.pard import formats
 from drafters.pard.config import PardConfig
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cosched.protocols import Choose, DrafterSettings, TargetInfo
+    from drafters.cache import SlotCache
     from drafters.checkpoint import Checkpoint
 
 
@@ -111,12 +111,10 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
 
     # --- serving ---------------------------------------------------------------------------
 
-    def new_state(self, max_batch: int, max_length: int, window: int | None) -> SlotCache:
+    @property
+    def spare_positions(self) -> int:
         # A slot with few new tokens is padded to one with K + 1 of them, and masks follow.
-        length = max_length + 2 * self.num_draft_tokens + 2
-        self._network.rotary.reserve(length)
-        weight = self._network.model.norm.weight
-        return SlotCache.make(self._network.config, weight, max_batch, length, window)
+        return 2 * self.num_draft_tokens + 2
 
     @torch.no_grad()
     def observe(
@@ -184,21 +182,19 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
         end = max(starts) + ids_BT.shape[1]
         at_L = torch.arange(end, device=ids_BT.device)
         position_BT = torch.tensor(starts, device=ids_BT.device)[:, None] + at_L[: ids_BT.shape[1]]
-        causal_BTL = at_L <= position_BT[..., None]
         slots = slice(first_slot, first_slot + len(starts))
-        for index, layer in enumerate(network.model.layers):
+        windows = [_narrower(state.window, window) for window in self._config.windows]
+        visible = {window: _causal(position_BT, at_L, window) for window in set(windows)}
+        for index, (layer, window) in enumerate(zip(network.model.layers, windows, strict=True)):
             queries, keys, values = layer.self_attn.project(
                 layer.input_layernorm(hidden), network.rotary, position_BT
             )
             state.put(index, starts, keys, values, first_slot)
-            visible = causal_BTL
-            if window := _narrower(state.window, network.config.window_of_layer(index)):
-                visible = visible & (at_L > position_BT[..., None] - window)
             attended = attend_cache(
                 queries,
                 state.keys_YBHLD[index, slots, :, :end],
                 state.values_YBHLD[index, slots, :, :end],
-                visible,
+                visible[window],
             )
             hidden = layer.finish(hidden, attended)
         return hidden
@@ -231,23 +227,22 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
         masked = network.embed(
             tokens_RC.new_full(place_RNM.shape, network.config.pard_token), features_RNMF
         )
-        for index, layer in enumerate(network.model.layers):
-            window = _narrower(batch.window, network.config.window_of_layer(index))
+        windows = [_narrower(batch.window, window) for window in self._config.windows]
+        masks = {
+            window: _packed_visible(window, at_C, ahead_M, anchors_RN) for window in set(windows)
+        }
+        for layer, window in zip(network.model.layers, windows, strict=True):
+            visible_CC, visible_RNMC, own_MM = masks[window]
             queries, keys, values = layer.self_attn.project(
                 layer.input_layernorm(hidden), network.rotary, position_RC
             )
-            attended = _attend_context(queries, keys, values, window)
+            attended = _attend_context(queries, keys, values, visible_CC)
             hidden = layer.finish(hidden, attended)
             if num_masks:
                 own = layer.self_attn.project(
                     layer.input_layernorm(masked), network.rotary, position_RNM
                 )
-                visible = (at_C <= anchors_RN[..., None])[:, :, None]
-                own_MM = ahead_M <= ahead_M[:, None]
-                if window:
-                    visible = visible & (at_C > place_RNM[..., None] - window)
-                    own_MM = own_MM & (ahead_M > ahead_M[:, None] - window)
-                attended = attend_packed(own[0], keys, values, visible, own[1], own[2], own_MM)
+                attended = attend_packed(own[0], keys, values, visible_RNMC, own[1], own[2], own_MM)
                 masked = layer.finish(masked, attended)
         rows = torch.cat((gather_rows(hidden, anchors_RN)[:, :, None], masked), 2)
         return network.head(rows)[..., : self._num_shared]
@@ -257,20 +252,37 @@ def _narrower(one: int | None, other: int | None) -> int | None:
     return min(one, other) if one and other else one or other
 
 
-def _attend_context(
-    queries_RCJD: Tensor, keys_RCHD: Tensor, values_RCHD: Tensor, window: int | None
-) -> Tensor:
-    """Causal attention of the context over itself, ``[R, C, J, D]``."""
-    visible = None
+def _causal(rows: Tensor, places: Tensor, window: int | None) -> Tensor:
+    """Which places each row sees: none behind itself, and as many as the window has."""
+    visible = places <= rows[..., None]
+    return visible & (places > rows[..., None] - window) if window else visible
+
+
+def _packed_visible(
+    window: int | None, at_C: Tensor, ahead_M: Tensor, anchors_RN: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """What rows of the context see of it, masks of it ``[R, N, M or 1, C]``, and of each other.
+
+    None is plain causality.
+    """
+    visible_RNMC = (at_C <= anchors_RN[..., None])[:, :, None]
     if window:
-        at_C = torch.arange(queries_RCJD.shape[1], device=queries_RCJD.device)
-        visible = (at_C <= at_C[:, None]) & (at_C > at_C[:, None] - window)
+        place_RNM1 = (anchors_RN[..., None] + ahead_M)[..., None]
+        visible_RNMC = visible_RNMC & (at_C > place_RNM1 - window)
+    visible_CC = _causal(at_C, at_C, window) if window else None
+    return visible_CC, visible_RNMC, _causal(ahead_M, ahead_M, window)
+
+
+def _attend_context(
+    queries_RCJD: Tensor, keys_RCHD: Tensor, values_RCHD: Tensor, visible_CC: Tensor | None
+) -> Tensor:
+    """Attention of the context over itself, ``[R, C, J, D]``; None is plain causality."""
     attended = F.scaled_dot_product_attention(
         queries_RCJD.transpose(1, 2),
         keys_RCHD.transpose(1, 2),
         values_RCHD.transpose(1, 2),
-        attn_mask=visible,
-        is_causal=visible is None,
+        attn_mask=visible_CC,
+        is_causal=visible_CC is None,
         enable_gqa=True,
     )
     return attended.transpose(1, 2)

@@ -9,8 +9,8 @@ Letters: R texts, N anchors, K drafted tokens, V vocabulary, Q rows of a forward
 
 from __future__ import annotations
 
-import functools
 import socket
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +30,14 @@ from torch import Tensor
 from transformers import AutoConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from cosched.engines.embedded.target import Target
     from cosched.records import SignalBatch
 
 
-@functools.cache
+@cache
 def start(target_folder: Path) -> None:
     """What its layers look up in the process: server arguments and groups of one process."""
     args = ServerArgs(
@@ -113,25 +114,25 @@ def _attend(layer: Any, q: Tensor, k: Tensor, v: Tensor, batch: _Batch, **_: Any
     return attended_JQD.transpose(0, 1).flatten(1)
 
 
+def _at_anchors(batch: SignalBatch, logits: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
+    """``[R, N, K, V]`` of ``logits(tokens_C1, features_CF, anchor)``, one text and anchor a call."""
+    texts = zip(batch.tokens_RC1, batch.features_RCF, strict=True)
+    anchors = batch.anchors_RN[0].tolist()
+    return torch.stack([torch.stack([logits(*text, at) for at in anchors]) for text in texts])
+
+
 @torch.no_grad()
 def eagle3_logits(model: Any, batch: SignalBatch, steps: int, target: Target) -> Tensor:
     """``[R, N, K, V]`` in serving order: the rows up to an anchor, then one row a step."""
     model.load_weights([("embed_tokens.weight", target.embedding.weight)])  # its worker shares it
     own = model.lm_head.weight[: model.config.draft_vocab_size]
     head = target.head.weight if model.load_lm_head_from_target else own
-    texts = zip(batch.tokens_RC1, batch.features_RCF, strict=True)
-    return torch.stack(
-        [
-            torch.stack([_chain(model, head, text, int(a), steps) for a in batch.anchors_RN[0]])
-            for text in texts
-        ]
-    )
+    return _at_anchors(batch, partial(_chain, model, head, steps))
 
 
 def _chain(
-    model: Any, head: Tensor, text: tuple[Tensor, Tensor], anchor: int, steps: int
+    model: Any, head: Tensor, steps: int, tokens_C1: Tensor, features_CF: Tensor, anchor: int
 ) -> Tensor:
-    tokens_C1, features_CF = text
     batch = _Batch(features_CF[:anchor])
     tokens, at, logits = tokens_C1[1 : anchor + 1], torch.arange(anchor), []
     for step in range(steps):
@@ -146,19 +147,12 @@ def _chain(
 @torch.no_grad()
 def dflash_logits(model: Any, batch: SignalBatch, target: Target, mask: int) -> Tensor:
     """``[R, N, K, V]``: the context's keys from its features, then one block behind each anchor."""
-    texts = zip(batch.tokens_RC1, batch.features_RCF, strict=True)
-    return torch.stack(
-        [
-            torch.stack([_block(model, target, text, int(a), mask) for a in batch.anchors_RN[0]])
-            for text in texts
-        ]
-    )
+    return _at_anchors(batch, partial(_block, model, target, mask))
 
 
 def _block(
-    model: Any, target: Target, text: tuple[Tensor, Tensor], anchor: int, mask: int
+    model: Any, target: Target, mask: int, tokens_C1: Tensor, features_CF: Tensor, anchor: int
 ) -> Tensor:
-    tokens_C1, features_CF = text
     batch, at = _Batch(), torch.arange(anchor)
     context = model.project_target_hidden(features_CF[:anchor])
     for layer in model.layers:

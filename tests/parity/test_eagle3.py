@@ -37,28 +37,31 @@ SGLANG: dict[str, Options] = {
     **(PLAIN | FED_BACK | NORM_BEFORE_FC | LLAMA3 | YARN),
     "the target's head": {"draft_vocab_size": None},
 }
+TRAINERS: dict[str, tuple[Any, dict[str, Options]]] = {
+    "specforge": (specforge_peer, SPECFORGE),
+    "speculators": (speculators_peer, SPECULATORS),
+}
 
 
-@pytest.mark.parametrize("options", SPECFORGE.values(), ids=SPECFORGE)
-def test_specforge(target: Target, target_folder: Path, tmp_path: Path, options: Options) -> None:
-    """SpecForge reads what we wrote and unrolls to our logits at every step; we read what it saves."""
-    drafter = make_eagle3(target, tmp_path / "ours", "specforge", **options)
-    model = specforge_peer.load_eagle3(tmp_path / "ours", target_folder)
-    assert_same_logits(drafter, target, lambda b: specforge_peer.eagle3_logits(model, b, STEPS))
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        pytest.param(form, options, id=f"{form}-{name}")
+        for form, (_, cases) in TRAINERS.items()
+        for name, options in cases.items()
+    ],
+)
+def test_trainers(
+    target: Target, target_folder: Path, tmp_path: Path, form: str, options: Options
+) -> None:
+    """SpecForge and speculators read what we wrote and unroll to our logits; we read what they save."""
+    peer, _ = TRAINERS[form]
+    drafter = make_eagle3(target, tmp_path / "ours", form, **options)
+    model = peer.load_eagle3(tmp_path / "ours", target_folder)
+    assert_same_logits(drafter, target, lambda b: peer.eagle3_logits(model, b, STEPS))
     model.save_pretrained(tmp_path / "theirs")
     again = load_draft(Eagle3Drafter, tmp_path / "theirs", target)
-    assert_same_logits(again, target, lambda b: specforge_peer.eagle3_logits(model, b, STEPS))
-
-
-@pytest.mark.parametrize("options", SPECULATORS.values(), ids=SPECULATORS)
-def test_speculators(target: Target, target_folder: Path, tmp_path: Path, options: Options) -> None:
-    """speculators reads what we wrote and unrolls to our logits; we read what it saves."""
-    drafter = make_eagle3(target, tmp_path / "ours", "speculators", **options)
-    model = speculators_peer.load_eagle3(tmp_path / "ours", target_folder)
-    assert_same_logits(drafter, target, lambda b: speculators_peer.eagle3_logits(model, b, STEPS))
-    model.save_pretrained(tmp_path / "theirs")
-    again = load_draft(Eagle3Drafter, tmp_path / "theirs", target)
-    assert_same_logits(again, target, lambda b: speculators_peer.eagle3_logits(model, b, STEPS))
+    assert_same_logits(again, target, lambda b: peer.eagle3_logits(model, b, STEPS))
 
 
 def test_an_embedding_of_its_own(target: Target, target_folder: Path, tmp_path: Path) -> None:

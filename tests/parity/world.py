@@ -14,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from cosched.engines.embedded.target import Target
 from cosched.tinyworld.distill import crops_to_batch
 from drafters.checkpoint import Checkpoint
+from drafters.config import small_layer
 from drafters.dflash import DFlashConfig, DFlashDrafter
 from drafters.eagle3 import Eagle3Config, Eagle3Drafter
 
@@ -82,17 +83,7 @@ def layer_keys(target: Target, model_type: str) -> dict[str, Any]:
 
     ``rope_theta`` is not the default, so a reader that misses it shows as well.
     """
-    return {
-        "model_type": model_type,
-        "hidden_size": target.hidden_size,
-        "intermediate_size": 48,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": target.vocab_size,
-        "rope_theta": 1e6,
-        "rms_norm_eps": 1e-5,
-    }
+    return {**small_layer(target, model_type), "rope_theta": 1e6, "rms_norm_eps": 1e-5}
 
 
 def make_eagle3(target: Target, folder: Path, form: str, **options: Any) -> Eagle3Drafter:

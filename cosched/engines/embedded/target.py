@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,12 +84,22 @@ class Target:
             raise CheckpointError(f"target.path: {path} cannot be loaded: {error}") from error
         return cls(model.to(device), path)
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the model of a folder, loaded when first asked for.
+
+        Raises:
+            CheckpointError: the folder has none.
+        """
+        assert self._path is not None
+        return load_tokenizer(self._path)
+
     def token_ids(self) -> dict[str, int] | None:
         """The vocabulary of the tokenizer beside the model; None for a model without a folder."""
         if self._path is None:
             return None
         if self._token_ids is None:
-            self._token_ids = dict(load_tokenizer(self._path).get_vocab())
+            self._token_ids = dict(self.tokenizer.get_vocab())
         return self._token_ids
 
     @property
