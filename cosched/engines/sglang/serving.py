@@ -83,23 +83,24 @@ def _find(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module | None
 
 def _slices(module: Any, part: Any, kind: str) -> tuple[_Slice, _Slice]:
     """Where a tensor lies in its parameter, and which part of the whole tensor that is."""
+    group = compat.get_tp_group()
+    rank = group.rank_in_group
     if isinstance(module, compat.QKVParallelLinear):
         queries, keys = module.q_proj_shard_size, module.kv_proj_shard_size
         length = queries if part == "q" else keys
         start = {"q": 0, "k": queries, "v": queries + keys}[part]
-        rank = module.tp_rank
         if part != "q":
-            rank = module.kv_tp_rank // module.num_kv_head_replicas
+            rank //= module.num_kv_head_replicas
         return _Slice(0, start, length), _Slice(0, rank * length, length)
     if isinstance(module, compat.MergedColumnParallelLinear):
-        sizes = [size // module.tp_size for size in module.output_sizes]
+        sizes = [size // group.world_size for size in module.output_sizes]
         length = sizes[part]
-        return _Slice(0, sum(sizes[:part]), length), _Slice(0, module.tp_rank * length, length)
+        return _Slice(0, sum(sizes[:part]), length), _Slice(0, rank * length, length)
     if isinstance(module, compat.RowParallelLinear):
         if kind == "bias":
             return _Slice(), _Slice()
         length = module.input_size_per_partition
-        return _Slice(), _Slice(1, module.tp_rank * length, length)
+        return _Slice(), _Slice(1, rank * length, length)
     if isinstance(module, compat.VocabParallelEmbedding):
         shard = module.shard_indices
         start, end = shard.org_vocab_start_index, shard.org_vocab_end_index

@@ -58,12 +58,12 @@ class AdaptedWorker:
         target = ServedTarget(runner, getattr(self.target_worker, "tokenizer", None))
         self._stopwatch = Stopwatch(target.embedding.weight.device)
         self._tap: HiddenTap | None = None
-        model = self._draft_model()
+        model, group = self._draft_model(), compat.get_tp_group()
         self.adaptation = type(self).build(
             WorkerParts(
                 algorithm=compat.get_spec().speculative_algorithm,
                 target=target,
-                ranks=Ranks(self.ps.tp_rank, list(compat.get_tp_group().ranks)),
+                ranks=Ranks(group.rank_in_group, list(group.ranks)),
                 num_draft_tokens=self.speculative_num_draft_tokens - 1,
                 serve=lambda names: ServedDraft(model, names),
                 refresh=self._refresh,
@@ -93,8 +93,8 @@ class AdaptedWorker:
             raise ConfigError("--speculative-adaptive: cosched needs a fixed number of drafts")
         if compat.get_parallel().enable_dp_attention:
             raise ConfigError("--enable-dp-attention: not supported with cosched")
-        if self.ps.pp_size != 1:
-            raise ConfigError(f"--pp-size {self.ps.pp_size}: not supported with cosched; use 1")
+        if (stages := compat.get_parallel().pp_size) != 1:
+            raise ConfigError(f"--pp-size {stages}: not supported with cosched; use 1")
 
     # --- what SGLang calls -----------------------------------------------------------------
 
@@ -132,13 +132,13 @@ class AdaptedWorker:
     def saw_verification(
         self, batch: Any, tokens: Tensor, output: Any, features: Any, marks: tuple[Any, Any, Any]
     ) -> None:
-        """A verification was launched; ``tokens`` are its anchors and drafts, row by row."""
+        """A verification was launched; ``tokens`` are its anchors and drafts, request by request."""
         watching = self._tap is not None and self.adaptation.watching
         requests = batch.reqs
 
         def verified() -> Verified:
             size = len(requests)
-            teacher = self._tap.rows(len(tokens)) if watching and self._tap else None
+            teacher = self._tap.rows(tokens.numel()) if watching and self._tap else None
             rows = features if watching else None
             return Verified(
                 request_ids=tuple(request.rid for request in requests),
@@ -152,3 +152,8 @@ class AdaptedWorker:
 
         if not batch.forward_mode.is_idle():
             self.adaptation.verified(verified)
+
+
+def is_prefill(batch: Any) -> bool:
+    """Whether this batch runs prompts, as SGLang's own workers ask."""
+    return batch.forward_mode.is_extend() or batch.is_extend_in_batch

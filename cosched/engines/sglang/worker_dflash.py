@@ -1,4 +1,4 @@
-"""DFlash in SGLang, watched: features on their way into the draft's cache, blocks when judged."""
+"""DFlash in SGLang, watched: features on their way into the draft's cache, and drafted blocks."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportUntypedBaseClass=false
 
@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cosched.engines.sglang import compat
-from cosched.engines.sglang.worker import AdaptedWorker
+from cosched.engines.sglang.worker import AdaptedWorker, is_prefill
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,7 +19,6 @@ class DFlashWorker(AdaptedWorker, compat.DFlashWorkerV2):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._features: Tensor | None = None
-        self._block: Tensor | None = None
         draft = self.draft_model_runner
         forward = draft.forward
 
@@ -33,14 +32,16 @@ class DFlashWorker(AdaptedWorker, compat.DFlashWorkerV2):
     def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         self.adaptation.step()
         started = self._drafted = self._stopwatch.mark()
-        self._features = self._block = None
-        tokens_T = batch.input_ids
+        self._features = None
+        tokens_T, prefills = batch.input_ids, is_prefill(batch)
         output = super().forward_batch_generation(batch, *args, **kwargs)
-        if self._block is not None:
-            marks = started, self._drafted, self._stopwatch.mark()
-            self.saw_verification(batch, self._block.flatten(), output, self._features, marks)
-        elif self._features is not None:
+        if prefills:
             self.saw_prefill(batch, tokens_T, output, self._features)
+        else:
+            marks = started, self._drafted, self._stopwatch.mark()
+            # Anchors and drafts, in a buffer of SGLang's that the next round overwrites.
+            block = self._draft_block_tokens_buf[: len(batch.reqs)]
+            self.saw_verification(batch, block, output, self._features, marks)
         return output
 
     def _append_target_hidden_to_draft_kv_by_loc(
@@ -48,10 +49,6 @@ class DFlashWorker(AdaptedWorker, compat.DFlashWorkerV2):
     ) -> None:
         self._features = target_hidden
         super()._append_target_hidden_to_draft_kv_by_loc(target_hidden=target_hidden, **kwargs)
-
-    def _accept_block(self, *, candidates: Tensor, **kwargs: Any) -> Any:
-        self._block = candidates
-        return super()._accept_block(candidates=candidates, **kwargs)
 
     def _draft_model(self) -> nn.Module:
         return self.draft_model

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cosched.engines.sglang import compat
-from cosched.engines.sglang.worker import AdaptedWorker
+from cosched.engines.sglang.worker import AdaptedWorker, is_prefill
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +19,7 @@ class ChainWorker(AdaptedWorker):
     def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         self.adaptation.step()
         self._started = self._stopwatch.mark()
-        if not (batch.forward_mode.is_extend() or batch.is_extend_in_batch):
+        if not is_prefill(batch):
             return super().forward_batch_generation(batch, *args, **kwargs)
         tokens_T = batch.input_ids
         output = super().forward_batch_generation(batch, *args, **kwargs)
