@@ -83,10 +83,46 @@ def _worker_looks_wrong() -> None:
     RoundCollector.verified = broken
 
 
+def _ranks_differ() -> None:
+    """From the third update on, rank 1 trains on something else."""
+    import torch.distributed as dist
+
+    from cosched.training.deepspeed_trainer import DeepSpeedTrainer
+
+    weights, calls = DeepSpeedTrainer.weights, count(1)
+
+    def broken(self: Any) -> Any:
+        found = dict(weights(self))
+        if dist.get_rank() == 1 and next(calls) >= 5:  # asked twice an update: guard, publication
+            name = next(iter(found))
+            found[name] = found[name] + 1e-3
+        return found
+
+    DeepSpeedTrainer.weights = broken
+
+
+def _one_rank_breaks() -> None:
+    """Rank 1 fails on its own, between two updates."""
+    import torch.distributed as dist
+
+    from cosched.replay import ReplayBuffer
+
+    collect, calls = ReplayBuffer.collect, count(1)
+
+    def broken(self: Any, round_: Any) -> None:
+        if dist.get_rank() == 1 and next(calls) == 11:
+            raise MemoryError("rank 1 broke")
+        collect(self, round_)
+
+    ReplayBuffer.collect = broken
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "trainer": _trainer_raises,
     "gradient": _gradient_is_nan,
     "starve": _nothing_to_train_on,
     "checksum": _wrong_checksum,
     "tap": _worker_looks_wrong,
+    "ranks": _ranks_differ,
+    "rank": _one_rank_breaks,
 }

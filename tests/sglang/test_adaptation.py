@@ -19,7 +19,7 @@ from cosched.records import RoundRow
 from cosched.telemetry.metrics import RequestLog, RoundFigures, round_figures
 from tests.sglang.serving import ROOT, WORLD, Answers, Decode, rounds, tokens
 
-pytestmark = pytest.mark.sglang
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]  # several engines a test
 
 CONFIG = ROOT / "configs" / "serve_tiny_cpu.yaml"
 K = 3
@@ -91,6 +91,7 @@ def serve(decode: Decode, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         variables = {
             "COSCHED_CONFIG": str(folder / "config.yaml"),
             "COSCHED_EVENTS": str(events),
+            "SGLANG_CPU_OMP_THREADS_BIND": "0|1",  # of two ranks, where there are two
         }
         if fault:
             paths = f"{decode.environment['PYTHONPATH']}:{site.parent}"
@@ -183,3 +184,57 @@ def test_starving_is_said_once(serve: Any, decode: Decode) -> None:
     assert tokens(served.answers) == tokens(plainly(decode))
     assert len(served.of("warning")) == 1
     assert not served.of("update")
+
+
+def test_updates_in_the_background_change_no_text(serve: Any, decode: Decode) -> None:
+    """A thread trains while the engine decodes; what it published depends on the machine's speed."""
+    served = serve("eagle3", *OFTEN, "adapt.trainer.background=true")
+    assert tokens(served.answers) == tokens(plainly(decode))
+    updates, publications = len(served.of("update")), len(served.of("publication"))
+    assert updates > 3
+    assert updates - publications in {0, 1}  # the engine may be closed between the two
+    assert not served.of("failure")
+
+
+def test_an_idle_server_trains_if_the_policy_says_so(serve: Any) -> None:
+    """After the last request, and on what it left behind."""
+    served = serve(
+        "eagle3", "adapt.policy.rounds=1000000", "adapt.policy.idle_steps=2",
+        "adapt.replay.keep_finished=true",
+    )  # fmt: skip
+    (update,) = served.of("update")
+    last = max(number for number, event in enumerate(served.events) if event["kind"] == "round")
+    assert served.events.index(update) > last
+    assert update["result"]["num_steps"] == 2
+
+
+def test_two_ranks_serve_and_learn_as_one(serve: Any, report: Callable[[str], None]) -> None:
+    """ZeRO 1 over the tensor-parallel group, each rank on its share of the anchors: the same text,
+    the same losses, and after every publication both ranks have the same weights (the publisher
+    compares them, and stops if not)."""
+    one, two = serve("eagle3", *OFTEN), serve("eagle3", *OFTEN, tp_size=2)
+    assert tokens(one.answers) == tokens(two.answers)
+    assert not two.of("failure")
+    losses = [[e["result"]["losses"][0] for e in served.of("update")] for served in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # sums of shares round differently
+    assert len(two.of("publication")) == len(one.of("publication")) >= 20
+    report(f"rounds with one rank {sum(rounds(one.answers))}, two {sum(rounds(two.answers))}")
+
+
+@pytest.mark.parametrize(
+    ("fault", "publications", "reason"),
+    [
+        ("ranks", 2, "PublicationError: publication 3 undone: the ranks were given different"),
+        ("rank", None, "another rank stopped training"),
+    ],
+)
+def test_ranks_stop_learning_together(
+    fault: str, publications: int | None, reason: str, serve: Any, decode: Decode
+) -> None:
+    """A rank that went on alone would wait for the other for ever."""
+    served = serve("eagle3", *OFTEN, fault=fault, tp_size=2)
+    assert tokens(served.answers) == tokens(plainly(decode))
+    (failure,) = served.of("failure")
+    assert failure["reason"].startswith(reason)
+    if publications is not None:
+        assert len(served.of("publication")) == publications
