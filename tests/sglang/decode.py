@@ -2,8 +2,9 @@
 
 Its argument is JSON: ``{"prompts": [[token, ...], ...], "tokens": n, "engine": {...}, "passes": n,
 "abort": [request, tokens]}``. All prompts are decoded together, as often as there are passes; in the
-last one, the request to abort is given up after that many tokens. The last line of the output is
-JSON: of the last pass a list of ``{"tokens": [...], "rounds": n, "cached": n, "retracted": n}``.
+last one, the request to abort asks for ten times more and is given up after that many tokens. The
+last line of the output is JSON: of the last pass a list of
+``{"tokens": [...], "rounds": n, "cached": n, "retracted": n}``.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from typing import Any
 
 
 async def _pass(engine: Any, order: dict[str, Any], abort: list[int] | None) -> list[Any]:
-    sampling = {"temperature": 0, "max_new_tokens": order["tokens"], "ignore_eos": True}
-
     async def one(number: int, prompt: list[int]) -> Any:
-        name = f"request-{number}"
+        name, aborted = f"request-{number}", bool(abort) and number == abort[0]
+        wanted = order["tokens"] * (10 if aborted else 1)
+        sampling = {"temperature": 0, "max_new_tokens": wanted, "ignore_eos": True}
         answers = await engine.async_generate(
             input_ids=prompt, sampling_params=sampling, rid=name, stream=True
         )
         async for answer in answers:
-            if abort and number == abort[0] and len(answer["output_ids"]) >= abort[1]:
+            if aborted and len(answer["output_ids"]) >= abort[1]:
                 engine.tokenizer_manager.abort_request(name)
         return answer
 

@@ -29,10 +29,14 @@ OWN = {"create_worker"}  # what SGLang's own class for registered algorithms doe
 
 def register(build: Callable[[WorkerParts], Adaptation]) -> None:
     """Register all of them; ``build`` makes the adaptation of a worker once it has its models."""
+    from cosched.engines.sglang import pard_algorithm
+
+    with_arguments = {pard_algorithm.NAME: pard_algorithm.algorithm}
     for name, (builtin, worker) in ALGORITHMS.items():
-        compat.SpeculativeAlgorithm.register(
-            name, supports_overlap=True, spec_class=adapted_algorithm(builtin)
-        )(_factory(worker, build))
+        make = with_arguments.get(name, adapted_algorithm)
+        compat.SpeculativeAlgorithm.register(name, supports_overlap=True, spec_class=make(builtin))(
+            _factory(worker, build)
+        )
 
 
 def _factory(path: str, build: Callable[[WorkerParts], Adaptation]) -> Callable[[Any], type]:

@@ -12,9 +12,14 @@ import importlib
 from typing import Any
 
 _PATHS: dict[str, str] = {
+    "CaptureHiddenMode": "sglang.srt.model_executor.forward_batch_info:CaptureHiddenMode",
     "CustomSpecAlgo": "sglang.srt.speculative.spec_registry:CustomSpecAlgo",
     "DFlashWorkerV2": "sglang.srt.speculative.dflash_worker_v2:DFlashWorkerV2",
     "EAGLEWorkerV2": "sglang.srt.speculative.eagle_worker_v2:EAGLEWorkerV2",
+    "EagleDraftExtendInput": "sglang.srt.speculative.eagle_info:EagleDraftExtendInput",
+    "EagleDraftInput": "sglang.srt.speculative.eagle_info:EagleDraftInput",
+    "ForwardBatch": "sglang.srt.model_executor.forward_batch_info:ForwardBatch",
+    "ForwardMode": "sglang.srt.model_executor.forward_batch_info:ForwardMode",
     "HookRegistry": "sglang.srt.plugins.hook_registry:HookRegistry",
     "HookType": "sglang.srt.plugins.hook_registry:HookType",
     "LogitsProcessor": "sglang.srt.layers.logits_processor:LogitsProcessor",
@@ -22,10 +27,15 @@ _PATHS: dict[str, str] = {
     "QKVParallelLinear": "sglang.srt.layers.linear:QKVParallelLinear",
     "RowParallelLinear": "sglang.srt.layers.linear:RowParallelLinear",
     "SpeculativeAlgorithm": "sglang.srt.speculative.spec_info:SpeculativeAlgorithm",
+    "StandaloneDraftWorker": "sglang.srt.speculative.standalone_worker_v2:StandaloneDraftWorker",
+    "StandaloneWorkerV2": "sglang.srt.speculative.standalone_worker_v2:StandaloneWorkerV2",
     "VocabParallelEmbedding": "sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding",
+    "build_eagle_verify_input": "sglang.srt.speculative.eagle_worker_common:build_eagle_verify_input",
+    "get_config": "sglang.srt.utils.hf_transformers_utils:get_config",
     "get_parallel": "sglang.srt.runtime_context:get_parallel",
     "get_spec": "sglang.srt.runtime_context:get_spec",
     "get_tp_group": "sglang.srt.distributed:get_tp_group",
+    "make_draft_block_spec_info": "sglang.srt.speculative.draft_worker_common:make_draft_block_spec_info",
     "prefill_tail_tokens": "sglang.srt.speculative.eagle_utils:_eagle_prefill_tail_tokens",
 }
 
