@@ -91,8 +91,11 @@ class AdaptedWorker:
             )
         if spec.speculative_adaptive:
             raise ConfigError("--speculative-adaptive: cosched needs a fixed number of drafts")
-        if compat.get_parallel().enable_dp_attention:
-            raise ConfigError("--enable-dp-attention: not supported with cosched")
+        # The last two SGLang itself refuses, or leaves out, by the names of its own algorithms.
+        for name in ("dp_attention", "attn_tp_input_scattered", "linear_replayssm_spec"):
+            if getattr(self.server_args, f"enable_{name}", False):
+                flag = f"--enable-{name.replace('_', '-')}"
+                raise ConfigError(f"{flag}: not supported with cosched; leave it out")
         if (stages := compat.get_parallel().pp_size) != 1:
             raise ConfigError(f"--pp-size {stages}: not supported with cosched; use 1")
 

@@ -1,0 +1,254 @@
+"""What cosched costs and brings inside SGLang, arms side by side on the same prompts.
+
+Usage: python benchmarks/bench_sglang.py [-c configs/serve_tiny_cpu.yaml] [--pairs 8]
+           [--tokens 256] [--batch 1] [--in-turn] [--arm NAME[/key=value]...]... [key=value ...]
+
+An arm is ``plain`` (no draft), ``stock`` (SGLang's own algorithm), ``never`` (our worker, a policy
+that never trains), ``watching`` (rows are taken, never trained on) or ``adapted``, each with
+settings of its own behind it: ``adapted/adapt.trainer.background=true``. Every arm is an engine in a
+process of its own; in each pair all decode the same prompts greedily, in rotating order, so that
+the machine's drift hits all. ``--in-turn`` starts them one after the other, where memory holds one
+only. Ratios are medians over pairs of seconds against the arm ``stock`` (or the first).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+DEFAULT_ARMS = ["stock", "never", "watching", "adapted"]
+WATCHING = ["adapt.policy.kind=every_n_rounds", "adapt.policy.rounds=1000000000"]
+POLICY = {"never": ["adapt.policy.kind=never"], "watching": WATCHING}
+
+
+# --- an arm, in a process of its own -------------------------------------------------------------
+
+
+async def decode(engine: Any, order: dict[str, Any]) -> dict[str, Any]:
+    """All prompts at once; times of every piece of text that arrived."""
+    sampling = {"temperature": order["temperature"], "max_new_tokens": order["tokens"]}
+    sampling["ignore_eos"] = True
+
+    async def one(prompt: list[int]) -> dict[str, Any]:
+        arrivals: list[float] = []
+        answer: dict[str, Any] = {}
+        stream = await engine.async_generate(
+            input_ids=prompt, sampling_params=sampling, stream=True
+        )
+        async for piece in stream:
+            arrivals.append(time.perf_counter())
+            answer = piece
+        return {
+            "tokens": answer["output_ids"],
+            "rounds": answer["meta_info"].get("spec_verify_ct"),
+            "gaps": [b - a for a, b in itertools.pairwise(arrivals)],
+        }
+
+    started = time.perf_counter()
+    answers = await asyncio.gather(*(one(prompt) for prompt in order["prompts"]))
+    return {"seconds": time.perf_counter() - started, "answers": answers}
+
+
+def serve_arm(name: str, config_file: str, overrides: list[str]) -> None:
+    """Decode every order on standard input; one line of JSON each."""
+    from cosched.engines.sglang.launch import start_engine
+
+    from cosched.config import load_config
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what SGLang prints is not an answer
+    config = load_config(Path(config_file), [*overrides, *POLICY.get(name, [])])
+    speculation = name if name in {"plain", "stock"} else "adapted"
+    engine = start_engine(config, speculation, {"log_level": "error", "sleep_on_idle": True})
+    try:
+        capacity = engine.get_server_info()["max_total_num_tokens"]
+        print(json.dumps({"capacity": capacity}), file=answers, flush=True)
+        for line in sys.stdin:
+            result = engine.loop.run_until_complete(decode(engine, json.loads(line)))
+            client = getattr(engine, "cosched", None)
+            if client is not None:
+                import msgspec
+
+                result["status"] = msgspec.to_builtins(client.status())
+            print(json.dumps(result), file=answers, flush=True)
+    finally:
+        engine.shutdown()
+
+
+# --- all of them ---------------------------------------------------------------------------------
+
+
+class Arm:
+    """A running engine that takes orders."""
+
+    def __init__(self, spec: str, config_file: str, overrides: list[str]) -> None:
+        name, *own = spec.split("/")
+        self.spec = spec
+        command = [sys.executable, __file__, "--serve-arm", name, "-c", config_file]
+        self.process = subprocess.Popen(
+            [*command, *overrides, *own],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        self.capacity = self._answer()["capacity"]
+        self.results: list[dict[str, Any]] = []
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the arm {self.spec} ended: see what it printed above")
+        return json.loads(line)
+
+    def decode(self, order: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=120)
+
+
+def orders(config: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One order a pair: different prompts, so that no answer comes from a cache."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.target.path)
+    lines = [line for file in options.prompts for line in file.read_text().splitlines()]
+    ids = [tokenizer(json.loads(line)["text"])["input_ids"] for line in lines]
+    made = []
+    for pair in range(options.pairs + 1):
+        batch = [ids[(pair * options.batch + i) % len(ids)] for i in range(options.batch)]
+        # Another first token each time: nothing of the prompt is in the prefix cache.
+        prompts = [[1 + pair, *prompt] for prompt in batch]
+        made.append(
+            {"prompts": prompts, "tokens": options.tokens, "temperature": options.temperature}
+        )
+    return made
+
+
+def run(arms: list[str], options: argparse.Namespace, work: list[dict[str, Any]]) -> list[Arm]:
+    """Every arm on every order; the first warms up and does not count."""
+    if options.in_turn:
+        done = []
+        for spec in arms:
+            arm = Arm(spec, options.config, options.overrides)
+            with contextlib.closing(arm):
+                arm.results = [arm.decode(order) for order in work][1:]
+            done.append(arm)
+        return done
+    with contextlib.ExitStack() as stack:
+        running = [
+            stack.enter_context(contextlib.closing(Arm(spec, options.config, options.overrides)))
+            for spec in arms
+        ]
+        for number, order in enumerate(work):
+            turn = number % len(running)
+            for arm in running[turn:] + running[:turn]:
+                result = arm.decode(order)
+                if number:
+                    arm.results.append(result)
+        return running
+
+
+def quantile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def table(arms: list[Arm]) -> list[dict[str, Any]]:
+    reference = next((arm for arm in arms if arm.spec == "stock"), arms[0])
+    rows = []
+    for arm in arms:
+        answers = [answer for result in arm.results for answer in result["answers"]]
+        expected = [answer for result in reference.results for answer in result["answers"]]
+        gaps = [gap for answer in answers for gap in answer["gaps"]]
+        tokens = sum(len(answer["tokens"]) for answer in answers)
+        rounds = sum(answer["rounds"] or len(answer["tokens"]) - 1 for answer in answers)
+        seconds = [result["seconds"] for result in arm.results]
+        ratios = [
+            mine / other["seconds"] for mine, other in zip(seconds, reference.results, strict=True)
+        ]
+        status = arm.results[-1].get("status") or {}
+        updating = status.get("update_seconds", 0.0)
+        hidden = status.get("background_seconds", 0.0)
+        rows.append(
+            {
+                "arm": arm.spec,
+                "tokens/s": tokens / sum(seconds),
+                "tau": (tokens - len(answers)) / rounds,
+                "time / stock": statistics.median(ratios),
+                "ms a round": 1e3 * sum(seconds) / rounds,
+                "gap p50 ms": 1e3 * statistics.median(gaps),
+                "gap p99 ms": 1e3 * quantile(gaps, 0.99),
+                "other text": sum(
+                    a["tokens"] != b["tokens"] for a, b in zip(answers, expected, strict=True)
+                ),
+                "versions": status.get("draft_version", 0),
+                "hidden": hidden / (hidden + updating) if hidden else 0.0,
+                "KV tokens": arm.capacity,
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    names = list(rows[0])
+    cells = [
+        [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()]
+        for row in rows
+    ]
+    print("| " + " | ".join(names) + " |")
+    print("| " + " | ".join("---" for _ in names) + " |")
+    for line in cells:
+        print("| " + " | ".join(line) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-c", "--config", default="configs/serve_tiny_cpu.yaml")
+    parser.add_argument("--arm", action="append", dest="arms")
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--in-turn", action="store_true")
+    parser.add_argument(
+        "--prompts", nargs="+", default=[str(ROOT / "tinyworld/prompts/translated.jsonl")]
+    )
+    parser.add_argument("--json", type=Path, help="write the table here too")
+    parser.add_argument("--serve-arm", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_intermixed_args()
+    if options.serve_arm:
+        serve_arm(options.serve_arm, options.config, options.overrides)
+        return
+    from cosched.config import load_config
+
+    config = load_config(ROOT / options.config, options.overrides)
+    rows = table(run(options.arms or DEFAULT_ARMS, options, orders(config, options)))
+    show(rows)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
