@@ -16,6 +16,7 @@ import msgspec
 import torch
 
 from cosched.errors import ConfigError, CoschedError
+from cosched.telemetry.run_folder import explained
 
 if TYPE_CHECKING:
     from cosched.coscheduler import Coscheduler
@@ -243,7 +244,8 @@ class Adaptation:
             case "save":
                 assert command.path is not None
                 if self._ranks.rank == 0:
-                    self._save(Path(command.path))
+                    with explained(Path(command.path)):  # a full disk stops no training
+                        self._save(Path(command.path))
             case other:
                 raise ConfigError(f"{other!r} is no command; status, on, off, rollback, save")
         if command.verb != "status":
