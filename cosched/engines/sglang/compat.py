@@ -12,24 +12,39 @@ import importlib
 from typing import Any
 
 _PATHS: dict[str, str] = {
+    "AuthLevel": "sglang.srt.utils.auth:AuthLevel",
+    "ConfigArgumentMerger": "sglang.srt.utils.server_args_config_parser:ConfigArgumentMerger",
     "CustomSpecAlgo": "sglang.srt.speculative.spec_registry:CustomSpecAlgo",
     "DFlashWorkerV2": "sglang.srt.speculative.dflash_worker_v2:DFlashWorkerV2",
     "EAGLEWorkerV2": "sglang.srt.speculative.eagle_worker_v2:EAGLEWorkerV2",
+    "Engine": "sglang.srt.entrypoints.engine:Engine",
     "HookRegistry": "sglang.srt.plugins.hook_registry:HookRegistry",
     "HookType": "sglang.srt.plugins.hook_registry:HookType",
     "LogitsProcessor": "sglang.srt.layers.logits_processor:LogitsProcessor",
     "MergedColumnParallelLinear": "sglang.srt.layers.linear:MergedColumnParallelLinear",
     "QKVParallelLinear": "sglang.srt.layers.linear:QKVParallelLinear",
     "RowParallelLinear": "sglang.srt.layers.linear:RowParallelLinear",
+    "ServerArgs": "sglang.srt.server_args:ServerArgs",
     "SpeculativeAlgorithm": "sglang.srt.speculative.spec_info:SpeculativeAlgorithm",
     "VocabParallelEmbedding": "sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding",
+    "auth_level": "sglang.srt.utils.auth:auth_level",
+    "get_observability": "sglang.srt.runtime_context:get_observability",
     "get_parallel": "sglang.srt.runtime_context:get_parallel",
+    "get_serving": "sglang.srt.runtime_context:get_serving",
     "get_spec": "sglang.srt.runtime_context:get_spec",
     "get_tp_group": "sglang.srt.distributed:get_tp_group",
+    "http_app": "sglang.srt.entrypoints.http_server:app",
+    "kill_process_tree": "sglang.srt.utils:kill_process_tree",
+    "load_plugins": "sglang.srt.plugins:load_plugins",
     "prefill_tail_tokens": "sglang.srt.speculative.eagle_utils:_eagle_prefill_tail_tokens",
+    "prepare_server_args": "sglang.srt.server_args:prepare_server_args",
+    "run_server": "sglang.launch_server:run_server",
 }
 
 # Targets of hooks
+INTERNAL_STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
+LAUNCH = "sglang.srt.entrypoints.engine.Engine._launch_subprocesses"
+PREPARE_LAUNCH = "sglang.srt.entrypoints.engine._set_envs_and_config"
 SCHEDULER_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
 
 
