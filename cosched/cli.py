@@ -170,6 +170,28 @@ def control(
 
 
 @app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Option("-c", "--config", help="Can the draft of this file be served?")
+    ] = None,
+    overrides: Overrides = None,
+    url: Annotated[str | None, typer.Option(help="A running server to look at.")] = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Say what is installed, whether it fits together, and what to do where it does not."""
+    from cosched.config import load_config
+    from cosched.doctor import examine
+
+    marks = {"ok": "[green]ok[/]  ", "note": "[yellow]note[/]", "bad": "[bold red]BAD[/] "}
+    worst = 0
+    loaded = None if config is None else load_config(config, overrides or ())
+    for finding in examine(loaded, url, api_key):
+        console.print(marks[finding.level], escape(finding.text), soft_wrap=True, highlight=False)
+        worst |= finding.level == "bad"
+    raise typer.Exit(worst)
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="A draft checkpoint in any format that we read.")],
     destination: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
