@@ -46,6 +46,10 @@ ConfigFile = Annotated[Path, typer.Option("-c", "--config", help="The experiment
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key.sub=value …]", help="Settings to change.")
 ]
+ServerUrl = Annotated[str, typer.Option(help="Where the server is.")]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="COSCHED_API_KEY", help="The server's key, if it has one.")
+]
 
 console = Console()
 errors = Console(stderr=True)
@@ -122,6 +126,69 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     console.print(footprint_table(footprint(loaded, target, drafter)))
     _say_what_sglang_cannot(drafter.not_for_sglang())
     console.print(f"{config}: valid; a run would write {loaded.run_folder}", soft_wrap=True)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def serve(
+    config: Annotated[Path, typer.Option("-c", help="The settings, a YAML file.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[key.sub=value …] [--any-argument of SGLang's …]",
+            help="Settings to change; from the first word with -- on, what sglang serve takes.",
+        ),
+    ] = None,
+) -> None:
+    """Serve with SGLang, the draft learning from what it serves.
+
+    The server is SGLang's own, with its port, API and arguments; it stops like SGLang's, on SIGTERM.
+    """
+    from cosched.config import load_config
+    from cosched.engines.sglang.launch import serve as run_server
+
+    words = words or []
+    first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    run_server(load_config(config, words[:first]), words[first:])
+
+
+@app.command()
+def control(
+    verb: Annotated[str, typer.Argument(metavar="status|on|off|rollback N|save NAME")],
+    what: Annotated[str | None, typer.Argument(metavar="[N or NAME]")] = None,
+    url: ServerUrl = "http://127.0.0.1:30000",
+    api_key: ApiKey = None,
+) -> None:
+    """Ask a running server how its draft does, or tell it what to do with it.
+
+    [bold]save[/] writes the draft that serves into the server's run folder, as checkpoints/NAME.
+    """
+    from cosched.engines.sglang.routes import call, request_body
+
+    answer = call(url, verb, request_body(verb, what), api_key)
+    for name, value in answer.items():
+        console.print(f"{name:26}{value}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Option("-c", "--config", help="Can the draft of this file be served?")
+    ] = None,
+    overrides: Overrides = None,
+    url: Annotated[str | None, typer.Option(help="A running server to look at.")] = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Say what is installed, whether it fits together, and what to do where it does not."""
+    from cosched.config import load_config
+    from cosched.doctor import examine
+
+    marks = {"ok": "[green]ok[/]  ", "note": "[yellow]note[/]", "bad": "[bold red]BAD[/] "}
+    worst = 0
+    loaded = None if config is None else load_config(config, overrides or ())
+    for finding in examine(loaded, url, api_key):
+        console.print(marks[finding.level], escape(finding.text), soft_wrap=True, highlight=False)
+        worst |= finding.level == "bad"
+    raise typer.Exit(worst)
 
 
 @app.command()

@@ -76,19 +76,28 @@ class Coscheduler:
 
     def on_round(self, round_: VerifyRound) -> None:
         """Called by the engine after each verification round and after each prefill."""
-        if self._trainer is None or not self.learning:
-            self._observe(round_)  # counted, and nothing to decide
-            return
-        self._buffer.collect(round_)
-        self._observe(round_)
-        self._learn(self._snapshot(round_.num_running))
-        if round_.finished and self._reset_when_finished:
+        self.collect(round_)
+        self.learn(round_.num_running)
+        if round_.finished and self._reset_when_finished and self._learns:
             self._reset()
 
-    def on_idle(self) -> None:
-        """Called by an engine that has nothing to decode: the policy may train on what is kept."""
-        if self._trainer is not None and self.learning:
-            self._learn(self._snapshot(num_running=0))
+    @property
+    def _learns(self) -> bool:
+        return self._trainer is not None and self.learning
+
+    def collect(self, round_: VerifyRound) -> None:
+        """Count a round and keep what it teaches."""
+        if self._learns:
+            self._buffer.collect(round_)
+        self._observe(round_)
+
+    def learn(self, num_running: int) -> None:
+        """Train, judge and publish, if the policy says so; with none running it is asked to idle."""
+        if not self._learns:
+            return  # counted, and nothing to decide
+        result = self._train(num_running)
+        if result and self._judge(result).publish:
+            self._publish()
 
     def roll_back(self, version: int) -> int:
         """Serve an earlier version's weights, as the next version, and go on learning from there.
@@ -103,19 +112,19 @@ class Coscheduler:
         self._publish()
         return self.version
 
-    def _learn(self, snapshot: Snapshot) -> None:
+    def _train(self, num_running: int) -> UpdateResult | None:
+        """The next update's result, or that of the one that goes on in the background."""
         assert self._trainer is not None
         started = self._clock()
         if self._trainer.busy:
             result = self._trainer.finished()
             self.totals.background_seconds += result.seconds if result else 0.0
         else:
-            result = self._update(self._policy.decide(snapshot))
+            result = self._update(self._policy.decide(self._snapshot(num_running)))
         self.totals.update_seconds += self._clock() - started
         if result:
             self._note(result)
-            if self._judge(result).publish:
-                self._publish()
+        return result
 
     def _observe(self, round_: VerifyRound) -> None:
         totals = self.totals

@@ -51,6 +51,12 @@ class TrainingError(CoschedError, RuntimeError):
     exit_code = 1
 
 
+class ControlError(CoschedError, RuntimeError):
+    """A running server cannot be reached, or refuses what it was asked for."""
+
+    exit_code = 1
+
+
 class TinyWorldError(CoschedError, RuntimeError):
     """The tiny world cannot be built from what this machine has."""
 

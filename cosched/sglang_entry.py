@@ -3,20 +3,26 @@
 Inert unless ``COSCHED_CONFIG`` names a configuration. Then the algorithms ``COSCHED_EAGLE3``,
 ``COSCHED_DFLASH`` and ``COSCHED_PARD`` exist, and their workers learn as that file says. SGLang
 only logs a plugin that raises, so nothing is read here: a configuration that cannot be used stops
-the worker, and with it the server, when it starts.
+the worker, and with it the server, when it starts. Under our launcher (``cosched serve``) each
+worker also reports that it stands, and rank 0 listens to operators.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from cosched.engines.sglang.adaptation import Adaptation
-    from cosched.engines.sglang.worker import WorkerParts
+from cosched.engines.sglang import CONFIG, EVENTS
 
-CONFIG = "COSCHED_CONFIG"  # a YAML file
-EVENTS = "COSCHED_EVENTS"  # a file that rank 0 appends every event to, rounds included
+if TYPE_CHECKING:
+    from cosched.config import Config
+    from cosched.engines.sglang.adaptation import Adaptation, Operator
+    from cosched.engines.sglang.run_directory import RunDirectory
+    from cosched.engines.sglang.worker import WorkerParts
+    from cosched.protocols import Sink
+
+logger = logging.getLogger("cosched")
 
 
 def install() -> None:
@@ -25,24 +31,69 @@ def install() -> None:
         return
     from cosched.engines.sglang.algorithms import register
     from cosched.engines.sglang.idle import watch_idle
+    from cosched.engines.sglang.server_info import show_in_server_info
 
     register(_build)
     watch_idle()
+    show_in_server_info()
 
 
 def _build(parts: WorkerParts) -> Adaptation:
+    """The adaptation of a worker; says to the launcher whether it stands."""
+    from cosched.engines.sglang.run_directory import RunDirectory
+    from cosched.errors import CoschedError
+
+    directory = RunDirectory.current()
+    rank = parts.ranks.rank
+    try:
+        adaptation = _adaptation(parts, directory)
+    except Exception as error:
+        known = isinstance(error, CoschedError)
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        logger.error("cosched cannot set up rank %d: %s", rank, reason)
+        if directory is not None:
+            directory.report(rank, parts.algorithm, reason)
+        raise
+    if directory is not None:
+        directory.report(rank, parts.algorithm)
+    return adaptation
+
+
+def _adaptation(parts: WorkerParts, directory: RunDirectory | None) -> Adaptation:
     from pathlib import Path
 
     from cosched.build import build_adaptation
     from cosched.config import load_config
-    from cosched.engines.sglang.adaptation import Nobody
-    from cosched.telemetry.run_folder import EventLog, NoEvents
 
     config = load_config(Path(os.environ[CONFIG]))
+    first = parts.ranks.rank == 0
+    operator = _operator(config, directory if first else None)
     events = os.environ.get(EVENTS)
-    sink = NoEvents()
-    if events and parts.ranks.rank == 0:
-        log = EventLog()
-        log.open(Path(events), buffered=False)
-        sink = log.for_arm("served")
-    return build_adaptation(config, parts, Nobody(), sink, with_rounds=bool(events))
+    sink = _sink(events if first else None)
+    return build_adaptation(config, parts, operator, sink, with_rounds=bool(events))
+
+
+def _operator(config: Config, directory: RunDirectory | None) -> Operator:
+    from cosched.engines.sglang import compat
+    from cosched.engines.sglang.adaptation import Nobody
+    from cosched.engines.sglang.control import SocketOperator
+    from cosched.engines.sglang.metrics import Metrics
+
+    if directory is None:
+        return Nobody()
+    show = None
+    if compat.get_observability().enable_metrics:
+        show = Metrics(compat.get_serving().served_model_name or config.target.path).show
+    return SocketOperator(directory.socket, show)
+
+
+def _sink(events: str | None) -> Sink:
+    from pathlib import Path
+
+    from cosched.telemetry.run_folder import EventLog, NoEvents
+
+    if events is None:
+        return NoEvents()
+    log = EventLog()
+    log.open(Path(events), buffered=False)
+    return log.for_arm("served")

@@ -16,6 +16,7 @@ import msgspec
 import torch
 
 from cosched.errors import ConfigError, CoschedError
+from cosched.telemetry.run_folder import explained
 
 if TYPE_CHECKING:
     from cosched.coscheduler import Coscheduler
@@ -173,11 +174,11 @@ class Adaptation:
     def step(self) -> None:
         """Learn from what is complete, and do what the operator asked for."""
         ready, self._ready = self._ready, []
+        self._collect(ready)
         with torch.inference_mode(False), torch.no_grad():
-            if self._meet():
-                for round_ in ready:
-                    self._coscheduler.on_round(round_)
-                self._look_after(bool(ready))
+            if self._meet() and ready:
+                self._coscheduler.learn(ready[-1].num_running)
+                self._look_after()
 
     @_never_raises
     def idle(self) -> None:
@@ -186,8 +187,15 @@ class Adaptation:
         if self._failure is None and self._adapting:
             updates = self._coscheduler.totals.updates
             with torch.inference_mode(False), torch.no_grad():
-                self._coscheduler.on_idle()
-            self._look_after(self._coscheduler.totals.updates > updates)
+                self._coscheduler.learn(num_running=0)
+            if self._coscheduler.totals.updates > updates:
+                self._look_after()
+
+    @_never_raises
+    def _collect(self, ready: list[VerifyRound]) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for round_ in ready:
+                self._coscheduler.collect(round_)
 
     def _meet(self) -> bool:
         """Bring all ranks to the same mind; whether they may go on learning."""
@@ -215,7 +223,7 @@ class Adaptation:
         self._ready.clear()
         self._operator.show(self.status())
 
-    def _look_after(self, changed: bool) -> None:
+    def _look_after(self) -> None:
         starved = self._coscheduler.totals.starved
         if starved == STARVED_AFTER:
             self._warning = f"the replay buffer had nothing to train on {starved} times in a row"
@@ -223,8 +231,7 @@ class Adaptation:
             self._sink.emit("warning", reason=self._warning)
         elif self._warning and not starved:
             self._warning = None
-        if changed:
-            self._operator.show(self.status())
+        self._operator.show(self.status())
 
     # --- for operators ---------------------------------------------------------------------
 
@@ -249,7 +256,8 @@ class Adaptation:
             case "save":
                 assert command.path is not None
                 if self._ranks.rank == 0:
-                    self._save(Path(command.path))
+                    with explained(Path(command.path)):  # a full disk stops no training
+                        self._save(Path(command.path))
             case other:
                 raise ConfigError(f"{other!r} is no command; status, on, off, rollback, save")
         if command.verb != "status":

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,11 @@ def register(build: Callable[[WorkerParts], Adaptation]) -> None:
         compat.SpeculativeAlgorithm.register(name, supports_overlap=True, spec_class=make(builtin))(
             _factory(worker, build)
         )
+
+
+def has_worker(algorithm: str) -> bool:
+    """Whether the worker of one of ``ALGORITHMS`` is there; imports nothing."""
+    return importlib.util.find_spec(ALGORITHMS[algorithm][1].partition(":")[0]) is not None
 
 
 def _factory(path: str, build: Callable[[WorkerParts], Adaptation]) -> Callable[[Any], type]:

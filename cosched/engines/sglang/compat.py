@@ -12,12 +12,15 @@ import importlib
 from typing import Any
 
 _PATHS: dict[str, str] = {
+    "AuthLevel": "sglang.srt.utils.auth:AuthLevel",
     "CaptureHiddenMode": "sglang.srt.model_executor.forward_batch_info:CaptureHiddenMode",
+    "ConfigArgumentMerger": "sglang.srt.utils.server_args_config_parser:ConfigArgumentMerger",
     "CustomSpecAlgo": "sglang.srt.speculative.spec_registry:CustomSpecAlgo",
     "DFlashWorkerV2": "sglang.srt.speculative.dflash_worker_v2:DFlashWorkerV2",
     "EAGLEWorkerV2": "sglang.srt.speculative.eagle_worker_v2:EAGLEWorkerV2",
     "EagleDraftExtendInput": "sglang.srt.speculative.eagle_info:EagleDraftExtendInput",
     "EagleDraftInput": "sglang.srt.speculative.eagle_info:EagleDraftInput",
+    "Engine": "sglang.srt.entrypoints.engine:Engine",
     "ForwardBatch": "sglang.srt.model_executor.forward_batch_info:ForwardBatch",
     "ForwardMode": "sglang.srt.model_executor.forward_batch_info:ForwardMode",
     "HookRegistry": "sglang.srt.plugins.hook_registry:HookRegistry",
@@ -26,20 +29,32 @@ _PATHS: dict[str, str] = {
     "MergedColumnParallelLinear": "sglang.srt.layers.linear:MergedColumnParallelLinear",
     "QKVParallelLinear": "sglang.srt.layers.linear:QKVParallelLinear",
     "RowParallelLinear": "sglang.srt.layers.linear:RowParallelLinear",
+    "ServerArgs": "sglang.srt.server_args:ServerArgs",
     "SpeculativeAlgorithm": "sglang.srt.speculative.spec_info:SpeculativeAlgorithm",
     "StandaloneDraftWorker": "sglang.srt.speculative.standalone_worker_v2:StandaloneDraftWorker",
     "StandaloneWorkerV2": "sglang.srt.speculative.standalone_worker_v2:StandaloneWorkerV2",
     "VocabParallelEmbedding": "sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding",
+    "auth_level": "sglang.srt.utils.auth:auth_level",
     "build_eagle_verify_input": "sglang.srt.speculative.eagle_worker_common:build_eagle_verify_input",
     "get_config": "sglang.srt.utils.hf_transformers_utils:get_config",
+    "get_observability": "sglang.srt.runtime_context:get_observability",
     "get_parallel": "sglang.srt.runtime_context:get_parallel",
+    "get_serving": "sglang.srt.runtime_context:get_serving",
     "get_spec": "sglang.srt.runtime_context:get_spec",
     "get_tp_group": "sglang.srt.distributed:get_tp_group",
+    "http_app": "sglang.srt.entrypoints.http_server:app",
+    "kill_process_tree": "sglang.srt.utils:kill_process_tree",
+    "load_plugins": "sglang.srt.plugins:load_plugins",
     "make_draft_block_spec_info": "sglang.srt.speculative.draft_worker_common:make_draft_block_spec_info",
     "prefill_tail_tokens": "sglang.srt.speculative.eagle_utils:_eagle_prefill_tail_tokens",
+    "prepare_server_args": "sglang.srt.server_args:prepare_server_args",
+    "run_server": "sglang.launch_server:run_server",
 }
 
 # Targets of hooks
+INTERNAL_STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
+LAUNCH = "sglang.srt.entrypoints.engine.Engine._launch_subprocesses"
+PREPARE_LAUNCH = "sglang.srt.entrypoints.engine._set_envs_and_config"
 SCHEDULER_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
 
 

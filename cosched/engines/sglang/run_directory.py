@@ -1,0 +1,106 @@
+"""What the processes of one server share: a private folder that lives as long as the server.
+
+The launcher makes it and names it in ``COSCHED_RUN``. In it are the settings, what each scheduler
+process reported when its worker stood, and the socket that operators' requests go through.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+
+from cosched.engines.sglang import RUN
+from cosched.errors import ConfigError
+from cosched.telemetry.run_folder import RunFolder
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """A scheduler process says that its worker stands, or why it does not (``error``)."""
+
+    rank: int
+    pid: int
+    algorithm: str
+    versions: dict[str, str]
+    error: str | None = None
+
+
+class RunDirectory:
+    """The folder (mode 0700, in the system's temporary one: a socket's path must be short)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, config_yaml: str) -> RunDirectory:
+        """A new folder with the settings in it."""
+        directory = cls(Path(tempfile.mkdtemp(prefix="cosched-")))
+        RunFolder(directory.path).write("config.yaml", config_yaml)
+        return directory
+
+    @classmethod
+    def current(cls) -> RunDirectory | None:
+        """The one that this process was started with."""
+        path = os.environ.get(RUN)
+        return cls(Path(path)) if path else None
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def socket(self) -> Path:
+        return self.path / "control.sock"
+
+    def report(self, rank: int, algorithm: str, error: str | None = None) -> None:
+        """Called in a scheduler process, once."""
+        names = ("cosched", "sglang", "torch", "deepspeed")
+        report = Report(
+            rank=rank,
+            pid=os.getpid(),
+            algorithm=algorithm,
+            versions={name: version for name in names if (version := version_of(name))},
+            error=error,
+        )
+        RunFolder(self.path).write(f"rank{rank}.json", msgspec.json.encode(report))
+
+    def reports(self) -> list[Report]:
+        """All that came in."""
+        files = sorted(self.path.glob("rank*.json"))
+        return [msgspec.json.decode(file.read_bytes(), type=Report) for file in files]
+
+    def failure(self) -> str | None:
+        """Why a scheduler process could not set up its worker."""
+        return next((report.error for report in self.reports() if report.error), None)
+
+    def check_reports(self, num_ranks: int) -> None:
+        """Make sure that every rank's worker is ours.
+
+        Raises:
+            ConfigError: one did not report, or reported that it failed.
+        """
+        if failure := self.failure():
+            raise ConfigError(f"the server cannot start: {failure}")
+        missing = set(range(num_ranks)) - {report.rank for report in self.reports()}
+        if missing:
+            ranks = ", ".join(map(str, sorted(missing)))
+            raise ConfigError(
+                f"SGLang is up, but without cosched: no adapting worker reported from rank {ranks} "
+                f"of {num_ranks}, so its draft would not learn. SGLang only logs a plugin that "
+                f"fails: see its log above, and run cosched doctor"
+            )
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def version_of(package: str) -> str | None:
+    """The installed version; None where the package is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

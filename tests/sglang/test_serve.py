@@ -1,0 +1,578 @@
+"""``cosched serve`` with the real SGLang on a CPU: its API over loopback, while the draft learns."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from cosched.config import load_config
+from cosched.engines.sglang import compat
+from cosched.engines.sglang.adaptation import Status
+from cosched.engines.sglang.arguments import command_line
+from cosched.engines.sglang.control import Client, SocketOperator
+from cosched.engines.sglang.cpu.environment import environment
+from cosched.engines.sglang.routes import add_routes
+from cosched.errors import ConfigError
+from tests.test_serve import STATUS
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "configs/serve_tiny_cpu.yaml"
+PATIENCE = 240  # seconds for a start, on a busy machine
+
+pytestmark = pytest.mark.sglang
+
+
+@pytest.fixture(scope="session")
+def bare_environment(server_environment: dict[str, str]) -> dict[str, str]:
+    """As a user's shell has it: cosched installed, nothing prepared for a CPU."""
+    kept = {n: v for n, v in server_environment.items() if n not in environment()}
+    paths = server_environment["PYTHONPATH"].split(os.pathsep)
+    return {**kept, "PYTHONPATH": os.pathsep.join(paths[:2]), "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass
+class Server:
+    """A running ``cosched serve``."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+    runs: Path
+    environment: dict[str, str]
+
+    def get(self, path: str, **headers: str) -> Any:
+        return self.call(path, None, **headers)[1]
+
+    def call(self, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+        """Status code and content; POST where there is a body."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data, headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                code, raw = response.status, response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                code, raw = error.code, error.read()
+        try:
+            return code, json.loads(raw)
+        except ValueError:
+            return code, raw.decode()
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """What a user types while the server runs."""
+        return subprocess.run(
+            [sys.executable, "-m", "cosched.cli", *words],
+            env=self.environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+
+    def wait(self) -> None:
+        until = time.monotonic() + PATIENCE
+        while "ready to roll" not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()[-8000:]
+            assert time.monotonic() < until, self.log.read_text()[-8000:]
+            time.sleep(0.3)
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture(scope="session")
+def start(
+    bare_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Start]:
+    """Starts servers; what a test leaves running is stopped at the end."""
+    servers: list[Server] = []
+
+    def run(*words: str) -> Server:
+        folder = tmp_path_factory.mktemp("server")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        first = next((i for i, w in enumerate(words) if w.startswith("--")), len(words))
+        ours = [f"run.dir={folder / 'runs'}", *words[:first]]
+        theirs = [*words[first:], "--port", str(port)]
+        log = folder / "log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "cosched.cli", "serve", "-c", CONFIG, *ours, *theirs],
+                env=bare_environment,
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        url = f"http://127.0.0.1:{port}"
+        server = Server(process, url, log, folder / "runs", bare_environment)
+        servers.append(server)
+        server.wait()
+        return server
+
+    yield run
+    for server in servers:
+        if server.process.poll() is None:
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(start: Start) -> Server:
+    """One for all tests that only ask; it learns often."""
+    return start("adapt.policy.rounds=8", "adapt.publish.keep=2", "--enable-metrics")
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as made:
+        yield made
+
+
+def prompt(number: int) -> str:
+    lines = (ROOT / "tinyworld/prompts/translated.jsonl").read_text().splitlines()
+    return json.loads(lines[number])["text"]
+
+
+def complete(client: openai.OpenAI, number: int, tokens: int = 96) -> str:
+    answer = client.completions.create(
+        model="tiny",
+        prompt=prompt(number),
+        max_tokens=tokens,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+    )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == tokens
+    return answer.choices[0].text
+
+
+# --- what users of the API see --------------------------------------------------------------
+
+
+def test_four_requests_at_once_and_again_say_the_same(
+    server: Server, client: openai.OpenAI
+) -> None:
+    """The draft learns meanwhile; greedy text is the target's, whichever draft proposed it."""
+    before = server.get("/cosched/status")
+    with ThreadPoolExecutor(4) as pool:
+        first = list(pool.map(lambda number: complete(client, number), range(4)))
+        again = list(pool.map(lambda number: complete(client, number), range(4)))
+    assert first == again
+    after = server.get("/cosched/status")
+    assert after["updates"] > before["updates"]
+    assert after["draft_version"] > before["draft_version"]
+    assert after["failure"] is None
+    assert after["warning"] is None
+
+
+def test_a_streamed_chat_is_the_chat(client: openai.OpenAI) -> None:
+    """Piece by piece or whole, with the tokenizer's own template."""
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Write a function."}],
+        "max_tokens": 48,
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True},
+    }
+    whole = client.chat.completions.create(**asked).choices[0].message.content
+    pieces = [
+        piece.choices[0].delta.content or ""
+        for piece in client.chat.completions.create(stream=True, **asked)
+    ]
+    assert len(pieces) > 4
+    assert "".join(pieces) == whole
+
+
+def test_a_request_that_is_given_up_leaves_the_others_alone(
+    server: Server, client: openai.OpenAI
+) -> None:
+    """Its rows are dropped in the middle of a round; the neighbour's text stays what it was."""
+    alone = complete(client, 5, 200)
+    stream = client.completions.create(
+        model="tiny",
+        prompt=prompt(6),
+        max_tokens=2000,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(complete, client, 5, 200)
+        for _ in zip(range(10), stream, strict=False):
+            pass
+        stream.close()
+        assert beside.result() == alone
+    until = time.monotonic() + 30
+    while server.get("/v1/loads")["loads"][0]["num_running_reqs"]:
+        assert time.monotonic() < until, "the aborted request still runs"
+        time.sleep(0.2)
+    assert server.get("/cosched/status")["failure"] is None
+
+
+# --- what operators see ---------------------------------------------------------------------
+
+
+def test_off_stops_learning_and_on_resumes_it(server: Server, client: openai.OpenAI) -> None:
+    """While off, rounds are counted and the draft stays as it is."""
+    code, off = server.call("/cosched/off", {})
+    assert (code, off["adapting"]) == (200, False)
+    complete(client, 0)
+    still = server.get("/cosched/status")
+    assert still["rounds"] > off["rounds"]
+    assert still["draft_version"] == off["draft_version"]
+    assert server.call("/cosched/on", {})[1]["adapting"] is True
+    complete(client, 0, 200)
+    assert server.get("/cosched/status")["draft_version"] > off["draft_version"]
+
+
+def test_a_rollback_serves_an_earlier_version_as_the_next_one(server: Server) -> None:
+    """The draft as it was loaded is always kept; what is not kept is refused, and nothing done."""
+    before = server.get("/cosched/status")["draft_version"]
+    code, after = server.call("/cosched/rollback", {"version": 0})
+    assert (code, after["draft_version"]) == (200, before + 1)
+    code, refusal = server.call("/cosched/rollback", {"version": 100000})
+    assert code == 409
+    assert "100000" in refusal["error"]
+    code, refusal = server.call("/cosched/rollback", {})
+    assert code == 400
+    assert server.get("/cosched/status")["draft_version"] == before + 1
+
+
+def test_the_command_line_controls_the_server(server: Server) -> None:
+    """The same verbs, with messages instead of codes."""
+    told = server.command("control", "status", "--url", server.url)
+    assert told.returncode == 0, told.stderr
+    assert re.search(r"draft_version +\d+", told.stdout)
+    refused = server.command("control", "rollback", "100000", "--url", server.url)
+    assert refused.returncode == 1
+    assert "100000" in refused.stderr
+    told = server.command("doctor", "-c", CONFIG, "--url", server.url)
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert "the plugin takes hold: COSCHED_EAGLE3, COSCHED_DFLASH" in told.stdout
+    assert "tinyworld/eagle3 can be served" in told.stdout
+    assert re.search(r"version \d+, \d+ rounds, \d+ updates", told.stdout)
+
+
+def test_metrics_and_server_info_carry_the_same_figures(
+    server: Server, client: openai.OpenAI
+) -> None:
+    """Counters and gauges are on SGLang's page, once: rank 0 alone shows them."""
+    complete(client, 1)
+    time.sleep(1.5)  # two idle ticks that may show the last status
+    status = server.get("/cosched/status")
+    metrics = server.get("/metrics")
+    shown = dict(re.findall(r"^cosched:(\w+)\{[^}]*\} (\S+)$", metrics, re.MULTILINE))
+    assert float(shown["draft_version"]) == status["draft_version"] > 0
+    assert float(shown["rounds_total"]) == status["rounds"]
+    assert float(shown["updates_total"]) == status["updates"]
+    assert float(shown["adapting"]) == 1
+    assert float(shown["failed"]) == 0
+    seconds = dict(re.findall(r'cosched:seconds_total\{kind="(\w+)"[^}]*\} (\S+)', metrics))
+    for kind, value in seconds.items():
+        assert float(value) == pytest.approx(status[f"{kind}_seconds"])
+    assert len(seconds) == 4
+    assert metrics.count("\ncosched:draft_version{") == 1
+    (state,) = server.get("/server_info")["internal_states"]
+    assert state["cosched"]["updates"] == status["updates"]
+
+
+@pytest.fixture(scope="module")
+def saved(server: Server) -> Path:
+    """The draft that the server has by now, as a checkpoint."""
+    code, answer = server.call("/cosched/save", {"path": "monday"})
+    assert code == 200, answer
+    return Path(answer["path"])
+
+
+def test_a_draft_is_saved_below_the_run_folder_only(server: Server, saved: Path) -> None:
+    """A caller gives a name; nothing is replaced."""
+    (run,) = (server.runs / "serve_tiny_cpu").iterdir()
+    assert saved == run / "checkpoints" / "monday"
+    assert [path.name for path in saved.parent.iterdir()] == ["monday"]
+    assert server.call("/cosched/save", {"path": "monday"})[0] == 409
+    assert server.call("/cosched/save", {"path": str(run / "x")})[0] == 400
+    assert server.call("/cosched/save", {"path": "../x"})[0] == 400
+
+
+# --- an engine inside another program, and the saved draft -----------------------------------
+
+ENGINE = """
+import json, sys
+from cosched.engines.sglang.launch import engine
+if __name__ == "__main__":
+    draft, folder, prompt = sys.argv[1:]
+    made = engine("configs/serve_tiny_cpu.yaml", [f"drafter.path={draft}"], log_level="error")
+    params = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
+    text = made.generate(prompt, params)["text"]
+    status = made.cosched.off()
+    made.cosched.save(folder)
+    made.shutdown()
+    print(json.dumps({"text": text, "rounds": status.rounds, "adapting": status.adapting}))
+"""
+
+
+def test_an_embedded_engine_serves_a_saved_draft(
+    saved: Path,
+    client: openai.OpenAI,
+    tmp_path: Path,
+    bare_environment: dict[str, str],
+) -> None:
+    """What one server learned is where the next begins; without HTTP, a socket controls it."""
+    script = tmp_path / "embed.py"
+    script.write_text(ENGINE)
+    process = subprocess.run(
+        [sys.executable, str(script), str(saved), str(tmp_path / "kept"), prompt(2)],
+        env=bare_environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert process.returncode == 0, process.stderr[-8000:]
+    told = json.loads(process.stdout.splitlines()[-1])
+    assert told["text"] == complete(client, 2, 64)
+    assert told["rounds"] > 0
+    assert told["adapting"] is False
+    assert (tmp_path / "kept" / "config.json").exists()
+
+
+# --- the end --------------------------------------------------------------------------------
+
+
+def test_the_server_stops_when_it_is_told_to(server: Server, client: openai.OpenAI) -> None:
+    """SIGTERM is how supervisors stop it: no error code, no processes, no folder left behind."""
+    complete(client, 0, 8)
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    pids = children.read_text().split()
+    left = private_folders(pids)
+    assert left
+    assert server.stop() == 0, server.log.read_text()[-4000:]
+    until = time.monotonic() + 10
+    while running := [pid for pid in pids if runs(pid)]:
+        assert time.monotonic() < until, running
+        time.sleep(0.2)
+    assert not [folder for folder in left if folder.exists()]
+
+
+def runs(pid: str) -> bool:
+    """Whether it does; what nobody has waited for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def private_folders(pids: list[str]) -> set[Path]:
+    """Those that these processes were started with."""
+    found: set[Path] = set()
+    for pid in pids:
+        for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if entry.startswith(b"COSCHED_RUN="):
+                found.add(Path(entry.partition(b"=")[2].decode()))
+    return found
+
+
+def test_two_ranks_report_and_a_key_guards_the_routes(start: Start) -> None:
+    """One start shows both: every rank's worker stands, and SGLang's key covers our routes."""
+    server = start("--tp-size", "2", "--api-key", "secret")
+    for path, body in (("/cosched/status", None), ("/cosched/off", {})):
+        assert server.call(path, body)[0] == 401
+        assert server.call(path, body, Authorization="Bearer wrong")[0] == 401
+        assert server.call(path, body, Authorization="Bearer secret")[0] == 200
+    told = server.command("control", "status", "--url", server.url)
+    assert told.returncode == 1
+    assert "--api-key" in told.stderr
+    told = server.command("control", "on", "--url", server.url, "--api-key", "secret")
+    assert told.returncode == 0, told.stderr
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", timeout=120) as client:
+        complete(client, 0, 200)
+    status = server.get("/cosched/status", Authorization="Bearer secret")
+    assert status["updates"] > 0
+    assert status["failure"] is None
+    assert server.stop() == 0
+
+
+# --- what keeps a server from starting ------------------------------------------------------
+
+BROKEN = """
+import sys
+from pathlib import Path
+from cosched import cli
+from cosched.engines.sglang.run_directory import RunDirectory
+{patch}
+if __name__ == "__main__":
+    sys.argv = ["cosched", "serve", "-c", "configs/serve_tiny_cpu.yaml", *sys.argv[1:]]
+    cli.main()
+"""
+UNREADABLE = """
+create = RunDirectory.create
+def broken(text):
+    made = create(text)
+    made.config.write_text("run: [")
+    return made
+RunDirectory.create = broken
+"""
+SILENT = "RunDirectory.report = lambda *_: None  # also in the processes that are spawned"
+
+
+@pytest.mark.parametrize(
+    ("patch", "variables", "message"),
+    [
+        (UNREADABLE, {}, r"cosched: the server cannot start: .*config\.yaml is not YAML"),
+        (SILENT, {}, "cosched: .*no adapting worker reported from rank 0 of 1"),
+        ("", {"SGLANG_PLUGINS": "cosched_cpu"}, "cosched: .*has not taken up cosched's plugin"),
+    ],
+    ids=["unreadable", "silent", "not-loaded"],
+)
+def test_a_server_that_would_not_adapt_does_not_start(
+    tmp_path: Path,
+    bare_environment: dict[str, str],
+    patch: str,
+    variables: dict[str, str],
+    message: str,
+) -> None:
+    """The last words say why, the exit code is that of bad settings, nothing is left running."""
+    script = tmp_path / "serve.py"
+    script.write_text(BROKEN.format(patch=patch))
+    process = subprocess.run(
+        [sys.executable, str(script), f"run.dir={tmp_path / 'runs'}"],
+        env={**bare_environment, **variables},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert process.returncode == 2, process.stderr[-8000:]
+    assert re.search(message, process.stderr[-600:]), process.stderr[-8000:]
+    assert "Uvicorn running" not in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "words", "message"),
+    [
+        ("run.name=x", ["--model", "x"], r"--model-path: 'x' contradicts target\.path"),
+        ("run.name=x", ["--tensor-parallel-size", "2", "--dp", "2"], "--dp-size: cosched serves"),
+        ("engine.arguments.max_total_token=1", [], "did you mean max_total_tokens"),
+        ("engine.arguments.model_path=x", [], r"contradicts target\.path"),
+    ],
+)
+def test_sglangs_own_parser_is_asked(override: str, words: list[str], message: str) -> None:
+    """Its short names and aliases are seen through, and its real names are offered."""
+    parser = argparse.ArgumentParser()
+    compat.ServerArgs.add_cli_args(parser)
+    config = load_config(ROOT / CONFIG, [override])
+    with pytest.raises(ConfigError, match=message):
+        command_line(config, words, parser)
+
+
+def test_what_is_passed_on_is_what_sglang_reads() -> None:
+    """All of the line that we make, by its real parser."""
+    parser = argparse.ArgumentParser()
+    compat.ServerArgs.add_cli_args(parser)
+    config = load_config(ROOT / CONFIG, ["drafter.window=96", "engine.arguments.tp_size=2"])
+    read = parser.parse_args(command_line(config, ["--api-key", "k"], parser))
+    assert read.speculative_draft_window_size == 96
+    assert (read.tp_size, read.api_key, read.max_running_requests) == (2, "k", 4)
+
+
+# --- keys, in this process ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """The client of an operator whose scheduler always answers with the same status."""
+    path = tmp_path_factory.mktemp("run") / "control.sock"
+    made = SocketOperator(path)
+    stop = threading.Event()
+
+    def schedule() -> None:
+        while not stop.wait(0.002):
+            for _, answer in made.asked():
+                answer(STATUS)
+
+    thread = threading.Thread(target=schedule)
+    thread.start()
+    yield Client(path)
+    stop.set()
+    thread.join()
+    made.close()
+
+
+@pytest.mark.filterwarnings("ignore:ORJSONResponse is deprecated")  # SGLang's refusals are ones
+@pytest.mark.parametrize(
+    ("api_key", "admin_key", "given", "host", "code"),
+    [
+        (None, None, None, "127.0.0.1", 200),
+        (None, None, None, "10.1.2.3", 403),
+        ("user", None, None, "127.0.0.1", 401),
+        ("user", None, "user", "10.1.2.3", 200),
+        (None, "admin", None, "127.0.0.1", 401),
+        (None, "admin", "admin", "10.1.2.3", 200),
+        ("user", "admin", "user", "127.0.0.1", 401),
+        ("user", "admin", "admin", "10.1.2.3", 200),
+    ],
+)
+def test_sglangs_middleware_guards_our_routes(
+    operator: Client,
+    tmp_path: Path,
+    api_key: str | None,
+    admin_key: str | None,
+    given: str | None,
+    host: str,
+    code: int,
+) -> None:
+    """With both keys the admin key alone opens them, as it does SGLang's own control routes."""
+    from fastapi import FastAPI
+    from sglang.srt.utils.auth import add_api_key_middleware
+
+    app = FastAPI()
+    add_routes(app, operator, tmp_path, bool(api_key or admin_key))
+    if api_key or admin_key:
+        add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_key)
+    headers = {"Authorization": f"Bearer {given}"} if given else {}
+
+    async def ask() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app, client=(host, 1234))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
+            return [
+                await http.get("/cosched/status", headers=headers),
+                await http.post("/cosched/off", headers=headers),
+                await http.post("/cosched/rollback", headers=headers, json={"version": 1}),
+                await http.post("/cosched/save", headers=headers, json={"path": "../x"}),
+            ]
+
+    *answers, escape = asyncio.run(ask())
+    assert [answer.status_code for answer in answers] == [code] * 3
+    assert escape.status_code == (400 if code == 200 else code)
+    if code == 200:
+        assert Status(**answers[0].json()) == STATUS
+
+
+def test_the_names_that_the_launcher_uses_are_sglangs() -> None:
+    """They are resolved when first used, in the middle of a start."""
+    for name in compat._PATHS:
+        assert getattr(compat, name) is not None
