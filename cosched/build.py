@@ -34,6 +34,7 @@ from cosched.registry import DRAFTERS, LOSSES, POLICIES
 from cosched.replay import ReplayBuffer
 from cosched.training.background import BackgroundTrainer
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
+from cosched.training.group import TrainingGroup
 from cosched.training.micro_step import BatchLoss
 from cosched.training.scope import parameters_of
 from cosched.workload import load_requests
@@ -295,6 +296,9 @@ def build_trainer(
     adapt, loss = config.adapt, config.loss_settings
     copy = drafter.clone(torch.float32)
     batch_loss = BatchLoss(copy, LOSSES.get(loss.kind)(loss), target.head, adapt.replay.teacher)
+    group = None
+    if ranks and ranks.size > 1:
+        group = TrainingGroup(ranks.rank, ranks.size, ranks.together, ranks.alone)
     trainer = DeepSpeedTrainer(
         batch_loss,
         parameters_of(copy, adapt.scope.kind),
@@ -302,14 +306,13 @@ def build_trainer(
         learning_rate=adapt.trainer.lr,
         max_grad_norm=adapt.trainer.max_grad_norm,
         weight_decay=adapt.trainer.weight_decay,
-        rank=ranks.rank if ranks else 0,
-        num_ranks=ranks.size if ranks else 1,
+        group=group,
     )
     if not adapt.trainer.background:
         return trainer
-    if ranks and ranks.size > 1:
+    if group is not None:
         raise ConfigError(
-            f"adapt.trainer.background: true needs one rank, and {ranks.size} train together; "
+            f"adapt.trainer.background: true needs one rank, and {group.size} train together; "
             f"use false"
         )
     return BackgroundTrainer(trainer, target.embedding.weight.device)

@@ -47,6 +47,7 @@ STATUS = Status(
     skipped_steps=0,
     starved_decisions=0,
     update_seconds=1.0,
+    background_seconds=0.0,
     publish_seconds=0.5,
     draft_seconds=2.0,
     verify_seconds=3.0,

@@ -27,6 +27,7 @@ from cosched.training.micro_step import share_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
 
+    from cosched.training.group import TrainingGroup
     from cosched.training.micro_step import BatchLoss
 
 BETAS = (0.9, 0.99)  # a request is short: the second moment must settle within some hundred steps
@@ -36,8 +37,8 @@ class DeepSpeedTrainer:
     """AdamW on float32 masters under ZeRO stage 0, 1 or 2, over its own copy of the draft.
 
     ``batch_loss.network`` is trained in place; ``trainable`` names its parameters that move, all
-    others are frozen. Steps whose loss or gradient is not finite are skipped and counted. With
-    several ranks, all given the same batches, each takes its share of the anchors.
+    others are frozen. Steps whose loss or gradient is not finite are skipped and counted. In a
+    ``group`` of ranks, all given the same batches, each takes its share of the anchors.
 
     Raises:
         TrainingError: DeepSpeed cannot be set up.
@@ -51,8 +52,7 @@ class DeepSpeedTrainer:
         learning_rate: float,
         max_grad_norm: float,
         weight_decay: float = 0.0,
-        rank: int = 0,
-        num_ranks: int = 1,
+        group: TrainingGroup | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         names = set(trainable)
@@ -62,7 +62,7 @@ class DeepSpeedTrainer:
         self._learning_rate = learning_rate
         self._clock = clock
         self._zero_stage = zero_stage
-        self._rank, self._num_ranks = rank, num_ranks
+        self._group = group
         self._trained = {
             name: p for name, p in batch_loss.network.named_parameters() if p.requires_grad
         }
@@ -75,6 +75,7 @@ class DeepSpeedTrainer:
             learning_rate,
             max_grad_norm,
             weight_decay,
+            group,
         )
 
     busy = False  # an update is done when it returns
@@ -90,7 +91,8 @@ class DeepSpeedTrainer:
         losses: list[float] = []
         num_skipped = 0
         num_rows = batch.num_rows
-        batch, self._weight = share_of(batch, self._rank, self._num_ranks)
+        if self._group is not None:
+            batch, self._weight = share_of(batch, self._group.rank, self._group.size)
         for _ in range(decision.num_steps):
             loss, taken = self.step(batch)
             losses.append(loss)
@@ -121,10 +123,10 @@ class DeepSpeedTrainer:
 
     def _over_ranks(self, loss: Tensor) -> float:
         """The loss of the whole batch; not finite on any rank is not finite on all."""
-        if self._num_ranks > 1:
+        if self._group is not None:
             loss = loss.clone()
-            dist.all_reduce(loss)
-            loss /= self._num_ranks
+            dist.all_reduce(loss, group=self._group.whole)
+            loss /= self._group.size
         return float(loss)  # host waits for the device
 
     def _gradients_are_finite(self) -> bool:
@@ -193,6 +195,7 @@ def _initialize(
     learning_rate: float,
     max_grad_norm: float,
     weight_decay: float,
+    group: TrainingGroup | None,
 ) -> Any:
     device = parameters[0].device
     deepspeed = _import_deepspeed(device)
@@ -221,6 +224,7 @@ def _initialize(
             "steps_per_print": 1_000_000_000,
         },
         dist_init_required=False,
+        mpu=group,
     )
     return engine
 

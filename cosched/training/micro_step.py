@@ -58,8 +58,6 @@ def share_of(batch: SignalBatch, rank: int, num_ranks: int) -> tuple[SignalBatch
     Every ``num_ranks``-th anchor of each request, so that all ranks have work of the same size; a
     missing one repeats the first, with weight zero. Exact where all rows of a path weigh the same.
     """
-    if num_ranks == 1:
-        return batch, 1.0
     missing = -batch.anchors_RN.shape[1] % num_ranks
     weights = F.pad(batch.weights_RNK, (0, 0, 0, missing))
     mine = slice(rank, None, num_ranks)

@@ -1,7 +1,7 @@
 """Decode prompts with an SGLang engine of its own and print what came; run as a module.
 
 Its argument is JSON: ``{"prompts": [[token, ...], ...], "tokens": n, "engine": {...}, "passes": n,
-"abort": [request, tokens]}``. All prompts are decoded together, as often as there are passes; in the
+"abort": [request, tokens], "linger": seconds}``. All prompts are decoded together, as often as there are passes; in the
 last one, the request to abort asks for ten times more and is given up after that many tokens. The
 last line of the output is JSON: of the last pass a list of
 ``{"tokens": [...], "rounds": n, "cached": n, "retracted": n}``.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from typing import Any
 
 
@@ -52,6 +53,7 @@ def main() -> None:
         for number in range(passes):
             abort = order.get("abort") if number == passes - 1 else None
             answers = engine.loop.run_until_complete(_pass(engine, order, abort))
+        time.sleep(order.get("linger", 0))
     finally:
         engine.shutdown()
     print()

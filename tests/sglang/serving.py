@@ -57,6 +57,7 @@ class Decode:
         variables: dict[str, str] | None = None,
         engine: dict[str, Any] | None = None,
         num_tokens: int = NUM_TOKENS,
+        linger: float = 0,
         **settings: Any,
     ) -> Answers:
         arguments = {"model_path": str(WORLD / "target"), "dtype": dtype, **(engine or {})}
@@ -71,6 +72,7 @@ class Decode:
                 "engine": arguments,
                 "passes": passes,
                 "abort": abort,
+                "linger": linger,
             }
         )
         key = order + json.dumps(variables)
@@ -81,7 +83,7 @@ class Decode:
                 cwd=ROOT,
                 capture_output=True,
                 text=True,
-                timeout=240,
+                timeout=600,  # a busy machine starts an engine slowly
             )
             assert process.returncode == 0, process.stderr[-8000:]
             self.known[key] = json.loads(process.stdout.splitlines()[-1])

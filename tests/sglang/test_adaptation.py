@@ -80,8 +80,10 @@ def serve(decode: Decode, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     (site / "METADATA").write_text("Metadata-Version: 2.1\nName: faults\nVersion: 0\n")
     known: dict[str, Served] = {}
 
-    def run(kind: str, *overrides: str, fault: str | None = None, **engine: Any) -> Served:
-        key = repr((kind, overrides, fault, engine))
+    def run(
+        kind: str, *overrides: str, fault: str | None = None, linger: float = 0, **engine: Any
+    ) -> Served:
+        key = repr((kind, overrides, fault, linger, engine))
         if key in known:
             return known[key]
         folder = tmp_path_factory.mktemp(kind)
@@ -103,6 +105,7 @@ def serve(decode: Decode, tmp_path_factory: pytest.TempPathFactory) -> Callable[
             texts=shifted(),
             num_tokens=LENGTH,
             variables=variables,
+            linger=linger,
             engine=engine,
             **SHAPES[kind],
         )
@@ -200,7 +203,7 @@ def test_an_idle_server_trains_if_the_policy_says_so(serve: Any) -> None:
     """After the last request, and on what it left behind."""
     served = serve(
         "eagle3", "adapt.policy.rounds=1000000", "adapt.policy.idle_steps=2",
-        "adapt.replay.keep_finished=true",
+        "adapt.replay.keep_finished=true", linger=3,
     )  # fmt: skip
     (update,) = served.of("update")
     last = max(number for number, event in enumerate(served.events) if event["kind"] == "round")

@@ -50,6 +50,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     skipped_steps: int
     starved_decisions: int
     update_seconds: float
+    background_seconds: float
     publish_seconds: float
     draft_seconds: float
     verify_seconds: float
@@ -281,6 +282,7 @@ class Adaptation:
             skipped_steps=totals.skipped_steps,
             starved_decisions=totals.starved,
             update_seconds=totals.update_seconds,
+            background_seconds=totals.background_seconds,
             publish_seconds=totals.publish_seconds,
             draft_seconds=totals.draft_seconds,
             verify_seconds=totals.verify_seconds,

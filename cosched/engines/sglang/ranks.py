@@ -18,19 +18,29 @@ if TYPE_CHECKING:
     from cosched.protocols import Policy
     from cosched.records import Snapshot
 
-PATIENCE = timedelta(seconds=120)  # after which a rank that waits for a lost one gives up training
+PATIENCE = timedelta(seconds=60)  # after which a rank that waits for a lost one stops training
 
 
 class Ranks:
-    """The ranks of a tensor-parallel group, in a process group of their own."""
+    """The ranks of a tensor-parallel group, with process groups of their own.
 
-    def __init__(self, rank: int, members: list[int]) -> None:
+    SGLang's own group is left alone: a rank that failed goes on serving in it, and what it sends
+    there must never meet what another rank still sends to train.
+    """
+
+    def __init__(self, rank: int, members: list[int], device: torch.device) -> None:
         self.rank = rank
         self.size = len(members)
         self._first = members[0]
         self._group: Any = None
+        self.together: Any = None  # groups of torch.distributed to train in: of all ranks,
+        self.alone: Any = None  # and of this one
         if self.size > 1:
             self._group = dist.new_group(members, timeout=PATIENCE, backend="gloo")
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            self.together = dist.new_group(members, timeout=PATIENCE, backend=backend)
+            singles = [dist.new_group([member], backend=backend) for member in members]
+            self.alone = singles[rank]
 
     def meet(self, well: bool, asked: bool) -> tuple[bool, bool]:
         """Whether every rank is well, and whether any was asked for something."""

@@ -56,14 +56,15 @@ class AdaptedWorker:
         os.environ.setdefault("LOCAL_RANK", str(max(0, self.gpu_id)))  # DeepSpeed's device
         runner = self.target_worker.model_runner
         target = ServedTarget(runner, getattr(self.target_worker, "tokenizer", None))
-        self._stopwatch = Stopwatch(target.embedding.weight.device)
         self._tap: HiddenTap | None = None
         model, group = self._draft_model(), compat.get_tp_group()
+        device = target.embedding.weight.device
+        self._stopwatch = Stopwatch(device)
         self.adaptation = type(self).build(
             WorkerParts(
                 algorithm=compat.get_spec().speculative_algorithm,
                 target=target,
-                ranks=Ranks(group.rank_in_group, list(group.ranks)),
+                ranks=Ranks(group.rank_in_group, list(group.ranks), device),
                 num_draft_tokens=self.speculative_num_draft_tokens - 1,
                 serve=lambda names: ServedDraft(model, names),
                 refresh=self._refresh,
