@@ -1,4 +1,4 @@
-"""From a configuration to running parts. The only file that names concrete classes."""
+"""From a configuration to running parts. This file and build_served.py name concrete classes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import torch
 
 from cosched.config import Config, check_paths, split_arm
@@ -22,14 +21,12 @@ from cosched.engines.embedded.judges import (
 from cosched.engines.embedded.rows import LiveRows, RowSource
 from cosched.engines.embedded.target import Target
 from cosched.engines.embedded.verification import SamplingParams
-from cosched.engines.sglang.adaptation import Adaptation
-from cosched.engines.sglang.collector import RoundCollector
 from cosched.engines.sglang.ranks import SamePolicy
 from cosched.engines.trace import RecordedRows, TraceMeta, TraceWriter, read_meta
 from cosched.errors import ConfigError
 from cosched.footprint import replay_limits
 from cosched.guard import FiniteGuard
-from cosched.publish import InPlacePublisher, Serving
+from cosched.publish import InPlacePublisher
 from cosched.registry import DRAFTERS, LOSSES, POLICIES
 from cosched.replay import ReplayBuffer
 from cosched.training.background import BackgroundTrainer
@@ -42,13 +39,9 @@ from cosched.workload import load_requests
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cosched.config import PublishSettings
     from cosched.engines.embedded.request import GenerationRequest
-    from cosched.engines.sglang.adaptation import Operator
     from cosched.engines.sglang.ranks import Ranks
-    from cosched.engines.sglang.worker import WorkerParts
     from cosched.protocols import Drafter, Publisher, Sink, TargetInfo, Trainer
-    from cosched.records import RoundRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +68,10 @@ class World:
     def forced(self) -> bool:
         """Whether the text is given rather than generated."""
         return self.trace is not None or self.config.workload.documents is not None
+
+    @property
+    def device(self) -> str:
+        return str(self.target.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,68 +196,6 @@ def build_coscheduler(
         sink=sink,
         reset_when_finished=adapt.scope.state == "per_request",
     )
-
-
-def build_adaptation(
-    config: Config, parts: WorkerParts, operator: Operator, sink: Sink, with_rounds: bool
-) -> Adaptation:
-    """The co-scheduler of a worker inside SGLang; ``with_rounds`` tells the sink every round.
-
-    Raises:
-        CoschedError: the draft cannot be trained there, or the settings do not fit it.
-    """
-    settings = msgspec.structs.replace(
-        config.drafter_settings, num_draft_tokens=parts.num_draft_tokens
-    )
-    with torch.random.fork_rng():  # what SGLang samples must not depend on us
-        drafter: Drafter = DRAFTERS.get(settings.kind).load(settings, parts.target)
-        trains = getattr(POLICIES.get(config.policy_settings.kind), "trains", True)
-        publisher = _publisher_into(parts, drafter, config.adapt.publish) if trains else None
-        coscheduler = build_coscheduler(
-            config, parts.target, drafter, publisher, settings.window, sink, parts.ranks
-        )
-
-    def save(directory: Path) -> None:
-        adapted = drafter.clone(parts.target.embedding.weight.dtype)
-        weights = publisher.weights_of(publisher.version) if publisher else {}
-        network = adapted.network()
-        assert network is not None
-        network.load_state_dict(weights, strict=False)
-        adapted.save(directory)
-
-    def on_row(row: RoundRow) -> None:
-        sink.emit("round", row=row)
-
-    return Adaptation(
-        algorithm=parts.algorithm,
-        coscheduler=coscheduler,
-        collector=RoundCollector(config.adapt.replay.window, on_row if with_rounds else None),
-        ranks=parts.ranks,
-        watches=trains,
-        save=save,
-        operator=operator,
-        sink=sink,
-    )
-
-
-def _publisher_into(
-    parts: WorkerParts, drafter: Drafter, settings: PublishSettings
-) -> InPlacePublisher:
-    """Into SGLang's draft model, on all ranks alike."""
-    network = drafter.network()
-    if network is None:
-        raise ConfigError("drafter.kind: this drafter has no network that SGLang could serve")
-    first = {name: p.detach() for name, p in network.named_parameters()}
-    served = parts.serve(first)
-    ranks = parts.ranks
-    serving = Serving(
-        draft=served.tensors,
-        target=parts.target.tensors(),
-        share=served.share,
-        agree=ranks.agree if ranks.size > 1 else None,
-        refresh=parts.refresh,
-    )
-    return InPlacePublisher(serving, first, settings.target_check_every, settings.keep)
 
 
 def build_recorder(world: World) -> TraceWriter:

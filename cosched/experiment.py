@@ -15,7 +15,10 @@ import torch
 
 from cosched import resume as resume_state
 from cosched.build import Arm, World, build_arm, build_recorder, build_world
+from cosched.build_served import ServedArm, ServedWorld, build_served_arm, build_served_world
 from cosched.config import Config, to_yaml
+from cosched.coscheduler import Coscheduler
+from cosched.errors import ConfigError
 from cosched.resume import ArmProgress, Progress
 from cosched.telemetry.metrics import (
     ArmSummary,
@@ -38,23 +41,32 @@ OnTokens = Callable[[str, int], None]
 class _Running:
     """An arm with what has been measured of it."""
 
-    arm: Arm
+    arm: Arm | ServedArm
     logs: list[RequestLog] = field(default_factory=list)
     wall_seconds: float = 0.0
 
 
 class Experiment:
-    """Runs the arms request by request in turn, so that a machine's drift hits all of them.
+    """Runs the arms group by group in turn, so that a machine's drift hits all of them.
+
+    Arms in SGLang run one after the other: an engine takes the memory that there is.
 
     ``total_tokens`` is known before ``run`` and at most what the arms will commit.
     """
 
     def __init__(self, config: Config, record: bool = False) -> None:
         self.config = config
-        self.world: World = build_world(config)
+        self._served = config.engine.kind == "sglang"
+        if self._served and record:
+            raise ConfigError("--record: SGLang's arms are not recorded; use engine.kind=embedded")
+        self.world: World | ServedWorld = (
+            build_served_world(config) if self._served else build_world(config)
+        )
         self.interrupted = False
         self._events = EventLog()
-        self._writer = build_recorder(self.world) if record else None
+        self._writer = (
+            build_recorder(self.world) if record and isinstance(self.world, World) else None
+        )
         self._arms = [
             _Running(self._build(name, self._writer if index == 0 else None))
             for index, name in enumerate(config.arms)
@@ -92,13 +104,10 @@ class Experiment:
             on_tokens(self._arms[-1].arm.name, sum(_num_tokens(one) for one in self._arms))
         started = time.perf_counter()
         try:
-            groups = _groups(self.world.requests, self.config.engine.max_batch)
-            for number, group in enumerate(groups, 1):
-                if number <= groups_done:
-                    continue
-                for one in self._arms:
-                    self._run_group(one, group)
-                self._keep_progress(folder, number)
+            if self._served:
+                self._run_served(folder)
+            else:
+                self._run_in_turn(folder, groups_done)
         except KeyboardInterrupt:
             self.interrupted = True
             for one in self._arms:
@@ -114,6 +123,26 @@ class Experiment:
         if not self.interrupted:
             resume_state.forget(folder)
         return summary
+
+    def _run_in_turn(self, folder: RunFolder, groups_done: int) -> None:
+        """Each group in every arm, so that a machine's drift hits all of them."""
+        groups = _groups(self.world.requests, self.config.engine.max_batch)
+        for number, group in enumerate(groups, 1):
+            if number <= groups_done:
+                continue
+            for one in self._arms:
+                self._run_group(one, group)
+            self._keep_progress(folder, number)
+
+    def _run_served(self, folder: RunFolder) -> None:
+        """One arm after the other: memory holds one engine of SGLang's."""
+        for one in self._arms:
+            assert isinstance(one.arm, ServedArm)
+            adapted = one.arm.name.startswith("adapted")
+            checkpoint = folder.path.absolute() / "checkpoints" / one.arm.name
+            with one.arm.engine.running(checkpoint if adapted else None):
+                for group in _groups(self.world.requests, self.config.engine.max_batch):
+                    self._run_group(one, group)
 
     def _start(self, folder: RunFolder) -> int:
         folder.write("config.yaml", to_yaml(self.config))
@@ -132,25 +161,32 @@ class Experiment:
             kept = progress.arms[one.arm.name]
             one.logs, one.wall_seconds = kept.logs, kept.wall_seconds
             one.arm.engine.seconds = kept.engine_seconds
-            if one.arm.coscheduler is not None and kept.totals is not None:
+            if isinstance(one.arm.coscheduler, Coscheduler) and kept.totals is not None:
                 state = tensors.get(one.arm.name, {})
                 one.arm.coscheduler.restore(kept.totals, kept.version, state)
         return progress.groups_done
 
     def _keep_progress(self, folder: RunFolder, groups_done: int) -> None:
         """No request is running: what an interrupted run can go on from."""
-        if self._writer is not None:
-            return  # a recording is whole or is made again
+        if self._writer is not None or self._served:
+            return  # a recording, or what other processes hold, is whole or is made again
         arms, tensors = {}, {}
         for one in self._arms:
             totals, version = None, 0
-            if one.arm.coscheduler is not None:
+            if isinstance(one.arm.coscheduler, Coscheduler):
                 totals, version, tensors[one.arm.name] = one.arm.coscheduler.state()
             seconds = one.arm.engine.seconds
             arms[one.arm.name] = ArmProgress(one.logs, one.wall_seconds, seconds, totals, version)
         resume_state.save(folder, Progress(groups_done, self._events.flush(), arms), tensors)
 
-    def _build(self, name: str, writer: TraceWriter | None) -> Arm:
+    def _build(self, name: str, writer: TraceWriter | None) -> Arm | ServedArm:
+        if isinstance(self.world, ServedWorld):
+            return build_served_arm(
+                self.world,
+                name,
+                self._events.for_arm(name),
+                lambda number: self._on_tokens(name, number),
+            )
         return build_arm(
             self.world,
             name,
@@ -202,7 +238,7 @@ class Experiment:
                 "drafter": self.config.drafter_settings.kind,
                 "learns_by_itself": any(_learns_by_itself(one.arm) for one in running),
                 "window": self.config.drafter_settings.window,
-                "device": str(self.world.target.device),
+                "device": self.world.device,
                 "num_threads": torch.get_num_threads(),
                 "python": platform.python_version(),
                 "torch": str(torch.__version__),
@@ -227,7 +263,7 @@ def _groups(requests: list[GenerationRequest], size: int) -> Iterator[list[Gener
         yield group
 
 
-def _learns_by_itself(arm: Arm) -> bool:
+def _learns_by_itself(arm: Arm | ServedArm) -> bool:
     return arm.drafter is not None and arm.drafter.network() is None
 
 

@@ -62,7 +62,7 @@ def _build(parts: WorkerParts) -> Adaptation:
 def _adaptation(parts: WorkerParts, directory: RunDirectory | None) -> Adaptation:
     from pathlib import Path
 
-    from cosched.build import build_adaptation
+    from cosched.build_served import build_adaptation
     from cosched.config import load_config
 
     config = load_config(Path(os.environ[CONFIG]))

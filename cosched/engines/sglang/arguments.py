@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cosched.engines.sglang.algorithms import ALGORITHM_OF
 from cosched.errors import ConfigError
@@ -40,7 +40,12 @@ class Fixed(NamedTuple):
     key: str
 
 
-def fixed_arguments(config: Config) -> dict[str, Fixed]:
+Speculation = Literal["adapted", "stock", "plain"]
+"""With our worker; with SGLang's own, as without cosched; without a draft."""
+STOCK = {"eagle3": "EAGLE3", "dflash": "DFLASH"}
+
+
+def fixed_arguments(config: Config, speculation: Speculation = "adapted") -> dict[str, Fixed]:
     """What our settings mean to SGLang, by its names.
 
     Raises:
@@ -72,6 +77,12 @@ def fixed_arguments(config: Config) -> dict[str, Fixed]:
         fixed["speculative_eagle_topk"] = Fixed(1, "drafter.kind")
     if drafter.window is not None:
         fixed["speculative_draft_window_size"] = Fixed(drafter.window, "drafter.window")
+    if speculation == "stock" and drafter.kind not in STOCK:
+        raise ConfigError(f"drafter.kind: SGLang itself has no {drafter.kind}; it has {STOCK}")
+    if speculation == "stock":
+        fixed["speculative_algorithm"] = Fixed(STOCK[drafter.kind], "drafter.kind")
+    if speculation == "plain":
+        fixed = {n: setting for n, setting in fixed.items() if not n.startswith("speculative_")}
     device, _, index = config.engine.device.partition(":")
     if device == "cpu":
         fixed |= {name: Fixed(value, "engine.device") for name, value in CPU.items()}
@@ -89,14 +100,17 @@ def _index(text: str, device: str) -> int:
 
 
 def keyword_arguments(
-    config: Config, given: Mapping[str, Any], allowed: Collection[str]
+    config: Config,
+    given: Mapping[str, Any],
+    allowed: Collection[str],
+    speculation: Speculation = "adapted",
 ) -> dict[str, Any]:
     """For ``sglang.Engine``: ours, the file's, and the caller's ``given``.
 
     Raises:
         ConfigError: one contradicts another or is none of SGLang's.
     """
-    fixed = fixed_arguments(config)
+    fixed = fixed_arguments(config, speculation)
     _check(config.engine.arguments, fixed, allowed, lambda name: f"engine.arguments.{name}")
     _check(given, fixed, allowed, lambda name: name)
     ours = {name: setting.value for name, setting in fixed.items()}

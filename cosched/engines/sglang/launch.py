@@ -16,9 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosched.config import check_paths, load_config, to_yaml
-from cosched.engines.sglang import CONFIG, RUN, compat
+from cosched.engines.sglang import CONFIG, EVENTS, RUN, compat
 from cosched.engines.sglang.algorithms import ALGORITHM_OF, has_worker
-from cosched.engines.sglang.arguments import command_line, fixed_arguments, keyword_arguments
+from cosched.engines.sglang.arguments import (
+    command_line,
+    fixed_arguments,
+    keyword_arguments,
+)
 from cosched.engines.sglang.control import Client
 from cosched.engines.sglang.cpu.environment import environment, install_stand_ins
 from cosched.engines.sglang.routes import add_routes
@@ -29,9 +33,10 @@ from cosched.registry import DRAFTERS
 from cosched.telemetry.run_folder import RunFolder, explained
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from cosched.config import Config
+    from cosched.engines.sglang.arguments import Speculation
 
 OWN_WORKERS = {"pard"}  # drafters that stock SGLang has no worker for, and we do
 
@@ -64,23 +69,45 @@ def engine(config_file: Path | str, overrides: Sequence[str] = (), **sglang_argu
     Raises:
         CoschedError: as ``serve``.
     """
-    config = load_config(Path(config_file), overrides)
+    return start_engine(load_config(Path(config_file), overrides), arguments=sglang_arguments)
+
+
+def start_engine(
+    config: Config,
+    speculation: Speculation = "adapted",
+    arguments: Mapping[str, Any] | None = None,
+    events: Path | None = None,
+) -> Any:
+    """As ``engine``, for settings that are read; ``events`` is a file that gets every event.
+
+    ``plain`` decodes without a draft and ``stock`` with SGLang's own algorithm: neither has a
+    ``cosched``.
+
+    Raises:
+        CoschedError: as ``serve``.
+    """
     check_servable(config)
     _prepare_environment(config)
     fields: set[str] = set(compat.ServerArgs.__struct_fields__)
-    arguments = keyword_arguments(config, sglang_arguments, fields)
-    _bind_ranks(config, arguments.get("tp_size", 1))
+    words = keyword_arguments(config, arguments or {}, fields, speculation)
+    _bind_ranks(config, words.get("tp_size", 1))
     directory = RunDirectory.create(to_yaml(config))
+    variables = {CONFIG: str(directory.config)}
+    if events is not None:
+        variables[EVENTS] = str(events)
+    if speculation == "adapted":
+        variables[RUN] = str(directory.path)
     try:
-        with _variables({CONFIG: str(directory.config), RUN: str(directory.path)}):
+        with _variables(variables):
             _load_plugins(config)
             _watch_launch()
-            started: Any = compat.Engine(**arguments)
+            started: Any = compat.Engine(**words)
     except BaseException:
         directory.remove()
         raise
     atexit.register(directory.remove)
-    started.cosched = Client(directory.socket)
+    if speculation == "adapted":
+        started.cosched = Client(directory.socket)
     return started
 
 

@@ -1,0 +1,177 @@
+"""From a configuration to the parts of SGLang's arms, and of an adaptation inside SGLang."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from cosched.build import build_coscheduler
+from cosched.config import Config, check_paths, split_arm
+from cosched.engines.embedded.target import load_tokenizer
+from cosched.engines.embedded.verification import SamplingParams
+from cosched.engines.sglang.adaptation import Adaptation
+from cosched.engines.sglang.arm import ServedEngine
+from cosched.engines.sglang.collector import RoundCollector
+from cosched.engines.sglang.launch import check_servable
+from cosched.errors import ConfigError
+from cosched.footprint import TargetSketch
+from cosched.publish import InPlacePublisher, Serving
+from cosched.registry import DRAFTERS, POLICIES
+from cosched.workload import load_requests
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from cosched.config import PublishSettings
+    from cosched.engines.embedded.judges import ForcedKind
+    from cosched.engines.embedded.request import GenerationRequest
+    from cosched.engines.sglang.adaptation import Operator
+    from cosched.engines.sglang.worker import WorkerParts
+    from cosched.protocols import Drafter, Sink
+    from cosched.records import RoundRow
+
+
+@dataclass(frozen=True, slots=True)
+class ServedWorld:
+    """What all arms share where SGLang serves them: the requests, and how they are sampled."""
+
+    config: Config
+    tokenizer: Any
+    requests: list[GenerationRequest]
+    sampling: SamplingParams
+
+    @property
+    def text_kind(self) -> ForcedKind:
+        return "greedy" if self.sampling.greedy else "sampled"
+
+    @property
+    def forced(self) -> bool:
+        return False
+
+    @property
+    def device(self) -> str:
+        return self.config.engine.device
+
+
+@dataclass(frozen=True, slots=True)
+class ServedArm:
+    """One way of decoding in SGLang: its engine knows how its draft adapted."""
+
+    name: str
+    engine: ServedEngine
+
+    @property
+    def drafter(self) -> None:
+        """In another process."""
+
+    @property
+    def coscheduler(self) -> ServedEngine:
+        return self.engine
+
+
+def build_served_world(config: Config) -> ServedWorld:
+    """Read the requests; the target is loaded by each arm's engine.
+
+    Raises:
+        CoschedError: anything that the user's files or settings get wrong.
+    """
+    check_paths(config)
+    check_servable(config)
+    workload = config.workload
+    if workload.prompts is None:
+        raise ConfigError("workload.prompts: required, a file of prompts to answer")
+    target = TargetSketch.read(config.target.path, getattr(torch, config.engine.dtype))
+    tokenizer = load_tokenizer(config.target.path)
+    requests = load_requests(workload, tokenizer, target.max_length, torch.device("cpu"))
+    return ServedWorld(
+        config, tokenizer, requests, SamplingParams(workload.temperature, workload.top_p)
+    )
+
+
+def build_served_arm(
+    world: ServedWorld, name: str, sink: Sink, on_tokens: Callable[[int], None]
+) -> ServedArm:
+    """An arm that SGLang decodes, with the settings that its name asks for."""
+    config, (base, windowed) = world.config, split_arm(name)
+    drafter = msgspec.structs.replace(
+        config.drafter_settings, window=config.drafter_settings.window if windowed else None
+    )
+    policy = config.adapt.policy if base == "adapted" else {"kind": "never"}
+    config = msgspec.structs.replace(
+        config,
+        drafter=msgspec.to_builtins(drafter),
+        adapt=msgspec.structs.replace(config.adapt, policy=policy),
+    )
+    sampling = {
+        "temperature": world.sampling.temperature,
+        "top_p": world.sampling.top_p,
+        "ignore_eos": not config.workload.stop_at_end_of_text,
+    }
+    speculation = "plain" if base == "plain" else "adapted"
+    return ServedArm(name, ServedEngine(config, speculation, sampling, sink, on_tokens))
+
+
+def build_adaptation(
+    config: Config, parts: WorkerParts, operator: Operator, sink: Sink, with_rounds: bool
+) -> Adaptation:
+    """The co-scheduler of a worker inside SGLang; ``with_rounds`` tells the sink every round.
+
+    Raises:
+        CoschedError: the draft cannot be trained there, or the settings do not fit it.
+    """
+    settings = msgspec.structs.replace(
+        config.drafter_settings, num_draft_tokens=parts.num_draft_tokens
+    )
+    with torch.random.fork_rng():  # what SGLang samples must not depend on us
+        drafter: Drafter = DRAFTERS.get(settings.kind).load(settings, parts.target)
+        trains = getattr(POLICIES.get(config.policy_settings.kind), "trains", True)
+        publisher = _publisher_into(parts, drafter, config.adapt.publish) if trains else None
+        coscheduler = build_coscheduler(
+            config, parts.target, drafter, publisher, settings.window, sink, parts.ranks
+        )
+
+    def save(directory: Path) -> None:
+        adapted = drafter.clone(parts.target.embedding.weight.dtype)
+        weights = publisher.weights_of(publisher.version) if publisher else {}
+        network = adapted.network()
+        assert network is not None
+        network.load_state_dict(weights, strict=False)
+        adapted.save(directory)
+
+    def on_row(row: RoundRow) -> None:
+        sink.emit("round", row=row)
+
+    return Adaptation(
+        algorithm=parts.algorithm,
+        coscheduler=coscheduler,
+        collector=RoundCollector(config.adapt.replay.window, on_row if with_rounds else None),
+        ranks=parts.ranks,
+        watches=trains,
+        save=save,
+        operator=operator,
+        sink=sink,
+    )
+
+
+def _publisher_into(
+    parts: WorkerParts, drafter: Drafter, settings: PublishSettings
+) -> InPlacePublisher:
+    """Into SGLang's draft model, on all ranks alike."""
+    network = drafter.network()
+    if network is None:
+        raise ConfigError("drafter.kind: this drafter has no network that SGLang could serve")
+    first = {name: p.detach() for name, p in network.named_parameters()}
+    served = parts.serve(first)
+    ranks = parts.ranks
+    serving = Serving(
+        draft=served.tensors,
+        target=parts.target.tensors(),
+        share=served.share,
+        agree=ranks.agree if ranks.size > 1 else None,
+        refresh=parts.refresh,
+    )
+    return InPlacePublisher(serving, first, settings.target_check_every, settings.keep)
