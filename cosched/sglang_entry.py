@@ -9,7 +9,6 @@ worker also reports that it stands, and rank 0 listens to operators.
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from cosched.engines.sglang.run_directory import RunDirectory
     from cosched.engines.sglang.worker import WorkerParts
     from cosched.protocols import Sink
-
-logger = logging.getLogger("cosched")
 
 
 def install() -> None:
@@ -40,6 +37,8 @@ def install() -> None:
 
 def _build(parts: WorkerParts) -> Adaptation:
     """The adaptation of a worker; says to the launcher whether it stands."""
+    import logging
+
     from cosched.engines.sglang.run_directory import RunDirectory
     from cosched.errors import CoschedError
 
@@ -50,7 +49,7 @@ def _build(parts: WorkerParts) -> Adaptation:
     except Exception as error:
         known = isinstance(error, CoschedError)
         reason = str(error) if known else f"{type(error).__name__}: {error}"
-        logger.error("cosched cannot set up rank %d: %s", rank, reason)
+        logging.getLogger("cosched").error("cannot set up rank %d: %s", rank, reason)
         if directory is not None:
             directory.report(rank, parts.algorithm, reason)
         raise

@@ -542,7 +542,7 @@ def test_a_mistake_at_the_command_line_is_one_message(words: list[str], message:
 def test_an_installed_plugin_that_nobody_configured_costs_nothing() -> None:
     """It is loaded in every process of every SGLang server of the machine."""
     code = (
-        "import sys, time, os\n"
+        "import sys, time, os, typing\n"  # SGLang has these anyway
         "os.environ.pop('COSCHED_CONFIG', None)\n"
         "before = time.process_time()\n"
         "from cosched.sglang_entry import install; install()\n"
