@@ -123,6 +123,7 @@ def build_adaptation(
     Raises:
         CoschedError: the draft cannot be trained there, or the settings do not fit it.
     """
+    parts.check()
     settings = msgspec.structs.replace(
         config.drafter_settings, num_draft_tokens=parts.num_draft_tokens
     )

@@ -201,7 +201,7 @@ class Adaptation:
     def _meet(self) -> bool:
         """Bring all ranks to the same mind; whether they may go on learning."""
         if self._told:
-            self._obey(self._operator.asked())
+            self._answer_alone(self._operator.asked())
             return False
         commands = self._operator.asked()
         well, asked = self._ranks.meet(self._failure is None, bool(commands))
@@ -244,6 +244,15 @@ class Adaptation:
                 answer(str(error))
             else:
                 answer(self.status())
+
+    def _answer_alone(self, commands: list[tuple[Command, Answer]]) -> None:
+        """Training has stopped: ranks no longer meet, so nothing may need more than one."""
+        for command, answer in commands:
+            if command.verb == "status" or self._ranks.size == 1:
+                self._obey([(command, answer)])
+            else:
+                answer(f"{command.verb}: training has stopped on {self._ranks.size} ranks, which "
+                       f"can only say their status: {self._failure}")  # fmt: skip
 
     def _do(self, command: Command) -> None:
         match command.verb:

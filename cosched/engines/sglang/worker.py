@@ -33,10 +33,11 @@ _GRAPH_ROWS = 4096  # rows of a verification that CUDA graphs may be captured fo
 class WorkerParts:
     """What a worker has for who builds its adaptation.
 
-    ``serve(names)`` gives the tensors of the serving draft by the names of the drafter's network;
+    ``check`` refuses what cannot be watched. ``serve(names)`` gives the tensors of the serving draft by the names of the drafter's network;
     ``refresh`` makes anew what SGLang derived from them.
     """
 
+    check: Callable[[], None]
     algorithm: str
     target: ServedTarget
     ranks: Ranks
@@ -52,7 +53,6 @@ class AdaptedWorker:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._check()
         os.environ.setdefault("LOCAL_RANK", str(max(0, self.gpu_id)))  # DeepSpeed's device
         runner = self.target_worker.model_runner
         target = ServedTarget(runner, getattr(self.target_worker, "tokenizer", None))
@@ -62,6 +62,7 @@ class AdaptedWorker:
         self._stopwatch = Stopwatch(device)
         self.adaptation = type(self).build(
             WorkerParts(
+                check=self._check,
                 algorithm=compat.get_spec().speculative_algorithm,
                 target=target,
                 ranks=Ranks(group.rank_in_group, list(group.ranks), device),
@@ -83,7 +84,11 @@ class AdaptedWorker:
         """Make anew what was derived from the draft's weights."""
 
     def _check(self) -> None:
-        """Refuse what cannot be watched."""
+        """Refuse what cannot be watched.
+
+        Raises:
+            ConfigError: an argument of SGLang's.
+        """
         spec = compat.get_spec()
         if (spec.speculative_eagle_topk or 1) != 1:
             raise ConfigError(
