@@ -103,6 +103,7 @@ def build_served_arm(
     policy = config.adapt.policy if base == "adapted" else {"kind": "never"}
     config = msgspec.structs.replace(
         config,
+        arms=(base,),
         drafter=msgspec.to_builtins(drafter),
         adapt=msgspec.structs.replace(config.adapt, policy=policy),
     )

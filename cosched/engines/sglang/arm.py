@@ -56,7 +56,7 @@ class ServedEngine:
         with tempfile.TemporaryDirectory(prefix="cosched-") as folder:
             self._events = Path(folder) / "events.jsonl"
             self._engine = start_engine(
-                self._config, self._speculation, {"log_level": "warning"}, self._events
+                self._config, self._speculation, {"log_level": "error"}, self._events
             )
             try:
                 yield
