@@ -130,7 +130,7 @@ def orders(config: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.target.path)
-    lines = [line for file in options.prompts for line in file.read_text().splitlines()]
+    lines = [line for file in options.prompts for line in Path(file).read_text().splitlines()]
     ids = [tokenizer(json.loads(line)["text"])["input_ids"] for line in lines]
     made = []
     for pair in range(options.pairs + 1):
