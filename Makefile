@@ -14,10 +14,12 @@ PARALLEL := -n auto --maxprocesses=4
 PARITY_BIN := .venv-parity/bin
 PARITY_STAMP := .venv-parity/.installed
 SGLANG_STAMP := .venv-parity/.installed-sglang
+# Other versions of SGLang than the one that is tested all through (tests/sglang/test_versions.py)
+VERSIONS := 0.5.17 0.5.21 0.5.23
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test parity sglang examples lint format bench clean
+.PHONY: help venv demo test parity sglang versions examples lint format bench clean
 
 help:  ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +66,13 @@ $(SGLANG_STAMP): $(PARITY_STAMP) tests/sglang/requirements.txt
 
 sglang: $(SGLANG_STAMP)  ## Run SGLang itself on the CPU with the tiny world, in .venv-parity
 	$(PARITY_BIN)/pytest tests/sglang $(PYTEST_ARGS)
+
+# A folder before the installed package on the search path; their dependencies are the same.
+build/sglang-%: | $(SGLANG_STAMP)
+	$(PARITY_BIN)/python -m pip install $(PIP_ARGS) --no-deps --target $@ sglang==$*
+
+versions: $(SGLANG_STAMP) | $(VERSIONS:%=build/sglang-%)  ## Run other versions of SGLang, from build/
+	$(PARITY_BIN)/pytest tests/sglang/test_versions.py $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

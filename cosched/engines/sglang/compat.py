@@ -1,13 +1,18 @@
 """Every SGLang name that the backend uses, where each version has it; resolved when first used.
 
-The CPU support has a table of its own (``cpu/compat.py``). Written for 0.5.20; what other versions
-have elsewhere is listed behind it.
+The CPU support has a table of its own (``cpu/compat.py``). Where versions differ, the function that
+bridges it stands in one of the two, behind the table.
+
+Versions: written for 0.5.20, with which the tests run. 0.5.17 and 0.5.21 were run on a CPU
+(``make versions`` runs EAGLE3 on both). 0.5.18 and 0.5.19 were only imported: every name below is
+there. So it is in 0.5.23, which ``make versions`` looks up and nothing of ours promises to run on.
 """
 
 # pyright: reportMissingImports=false
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -58,10 +63,33 @@ PREPARE_LAUNCH = "sglang.srt.entrypoints.engine._set_envs_and_config"
 SCHEDULER_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
 
 
+def resolve(path: str, *, optional: bool = False) -> Any:
+    """What ``module`` or ``module:attribute`` names; None if it is optional and not there."""
+    module, _, attribute = path.partition(":")
+    try:
+        found = importlib.import_module(module)
+        return getattr(found, attribute) if attribute else found
+    except (ModuleNotFoundError, AttributeError):
+        if optional:
+            return None
+        raise
+
+
+@functools.cache
+def _unpadded_field() -> str:
+    fields = resolve(_PATHS["ForwardBatch"]).__dataclass_fields__
+    names = ("global_num_token_non_padded_cpu", "num_token_non_padded_cpu")  # the latter to 0.5.19
+    return next(name for name in names if name in fields)
+
+
+def unpadded(num_rows: int) -> dict[str, int]:
+    """The argument of ``ForwardBatch`` that says how many of its rows are not padding."""
+    return {_unpadded_field(): num_rows}
+
+
 def __getattr__(name: str) -> Any:
     if name not in _PATHS:
         raise AttributeError(name)
-    module, _, attribute = _PATHS[name].partition(":")
-    value = getattr(importlib.import_module(module), attribute)
+    value = resolve(_PATHS[name])
     globals()[name] = value
     return value

@@ -115,7 +115,7 @@ class PardDraftWorker(compat.StandaloneDraftWorker):
                     draft_token_num=width, device=self.device
                 ),
                 capture_hidden_mode=compat.CaptureHiddenMode.NULL,
-                global_num_token_non_padded_cpu=num_requests * width,
+                **compat.unpadded(num_requests * width),
             )
         ).logits_output.next_token_logits
         best_BT = logits[:, : self._num_shared].argmax(-1).view(num_requests, width)
@@ -182,11 +182,10 @@ class PardDraftWorker(compat.StandaloneDraftWorker):
 class PardWorker(compat.StandaloneWorkerV2):
     """The worker of COSCHED_PARD: SGLang's STANDALONE, with PARD's way of drafting."""
 
-    def __init__(
-        self, server_args: Any, gpu_id: int, ps: Any, nccl_port: int, target_worker: Any
-    ) -> None:
-        self.ps = ps  # which STANDALONE forgets, though methods that it inherits read it
-        super().__init__(server_args, gpu_id, ps, nccl_port, target_worker)
+    def __init__(self, **arguments: Any) -> None:
+        # STANDALONE forgets it, though methods that it inherits read it (neither from 0.5.21 on).
+        self.ps = arguments.get("ps")
+        super().__init__(**arguments)
         # STANDALONE's constructor names the class of its draft worker. Ours differs in what it
         # does, not in what it holds.
         self._draft_worker.__class__ = PardDraftWorker

@@ -1,15 +1,37 @@
-"""All that the CPU support takes from SGLang 0.5.20 and hooks into; importing it imports SGLang."""
+"""Every SGLang name that the CPU support uses or hooks into; resolved when first used.
+
+What is said of versions in the backend's table (``cosched/engines/sglang/compat.py``) holds here.
+"""
 
 # pyright: reportMissingImports=false
 
-from sglang.srt.arg_groups import speculative_hook
-from sglang.srt.arg_groups.choices import add_draft_attention_backend_choices
-from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from cosched.engines.sglang.compat import resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BACKEND = "torch_native"
+
+_PATHS: dict[str, str] = {
+    "ATTENTION_BACKENDS": "sglang.srt.layers.attention.attention_registry:ATTENTION_BACKENDS",
+    "HookRegistry": "sglang.srt.plugins.hook_registry:HookRegistry",
+    "HookType": "sglang.srt.plugins.hook_registry:HookType",
+    "KVWriteLoc": "sglang.srt.mem_cache.memory_pool:KVWriteLoc",
+    "TorchNativeAttnBackend": "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend",
+    "add_draft_attention_backend_choices": "sglang.srt.arg_groups.choices:add_draft_attention_backend_choices",
+    "speculative_hook": "sglang.srt.arg_groups.speculative_hook",
+}
+
+# Names that a version lacks, and why that is well; they are None there.
+ABSENT: dict[str, str] = {
+    "add_draft_attention_backend_choices": "before 0.5.20 a DFLASH draft has no choice of backends "
+    "that a plugin could add to, so DFLASH is refused on a CPU; other drafts take any backend",
+}
 
 # Targets of hooks
 CREATE_DRAFT_BACKEND = "sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend"
@@ -17,17 +39,16 @@ DFLASH_ARGUMENTS = "sglang.srt.arg_groups.speculative_hook._handle_dflash"
 DFLASH_ATTENTION = "sglang.srt.models.dflash.DFlashAttention.__init__"
 MODEL_ARGUMENTS = "sglang.srt.model_executor.model_runner.ModelRunner._extend_forward_kwargs"
 
-__all__ = [
-    "ATTENTION_BACKENDS",
-    "BACKEND",
-    "CREATE_DRAFT_BACKEND",
-    "DFLASH_ARGUMENTS",
-    "DFLASH_ATTENTION",
-    "MODEL_ARGUMENTS",
-    "HookRegistry",
-    "HookType",
-    "KVWriteLoc",
-    "TorchNativeAttnBackend",
-    "add_draft_attention_backend_choices",
-    "speculative_hook",
-]
+
+def labelled(backend: Any, create_backend: Callable[..., Any]) -> Any:
+    """A backend as the makers of ``_create_backend`` return it: with its name since 0.5.18."""
+    takes_pairs = "stamps_children" in inspect.signature(create_backend).parameters
+    return (BACKEND, backend) if takes_pairs else backend
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PATHS:
+        raise AttributeError(name)
+    value = resolve(_PATHS[name], optional=name in ABSENT)
+    globals()[name] = value
+    return value

@@ -1,0 +1,108 @@
+"""Other versions of SGLang than the one that is installed, from the folders of `make versions`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cosched.config import load_config, to_yaml
+from tests.sglang.serving import ROOT, Decode, accept_length, tokens
+
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
+
+RUN = ("0.5.17", "0.5.21")  # the oldest and the newest that pyproject.toml allows
+NAMES = (*RUN, "0.5.23")
+NO_CHOICES = "add_draft_attention_backend_choices"
+
+CHAIN = {"num_steps": 3, "eagle_topk": 1, "num_draft_tokens": 4}
+OFTEN = ("adapt.policy.rounds=4", "adapt.replay.anchors=32")
+OVERRIDDEN = {
+    "COSCHED_EAGLE3": {"verify"},
+    "COSCHED_DFLASH": {"_append_target_hidden_to_draft_kv_by_loc"},
+    "COSCHED_PARD": {"verify", "_validate_vocab_compatibility"},
+}
+OVERRIDDEN_BY_ALL = {"forward_batch_generation", "on_verify_complete_cpu", "note_request_finished"}
+OVERRIDDEN_BY_PARD_DRAFT = {
+    "init_attention_backend", "_capture_cuda_graphs", "draft", "_draft_extend_for_prefill",
+    "_draft_extend_for_decode",
+}  # fmt: skip
+# Arguments that SGLang's methods take and ours do not.
+REFUSED: dict[tuple[str, str], dict[str, list[str]]] = {
+    ("0.5.21", "draft of PARD"): {"draft": ["with_topology"]},  # of pipelines, which we refuse
+    ("0.5.23", "draft of PARD"): {
+        "draft": ["with_topology"],
+        "_draft_extend_for_prefill": ["kv_loc_plan"],  # always given: PARD does not run there
+        "_draft_extend_for_decode": ["kv_loc_plan"],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def environment(server_environment: dict[str, str]) -> Callable[[str], dict[str, str]]:
+    """Of a process that finds this version before the installed one."""
+
+    def of(version: str) -> dict[str, str]:
+        folder = ROOT / "build" / f"sglang-{version}"
+        if not folder.is_dir():
+            pytest.skip(f"no build/sglang-{version}, which `make versions` installs")
+        paths = [str(folder), server_environment["PYTHONPATH"]]
+        return {**server_environment, "PYTHONPATH": os.pathsep.join(paths)}
+
+    return of
+
+
+@pytest.mark.parametrize("version", NAMES)
+def test_all_that_we_use_is_there(version: str, environment: Any) -> None:
+    """Names, targets of hooks, and methods that our workers take the place of: SGLang only logs a
+    hook that leads nowhere, and a method that was renamed would never be called."""
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.sglang.names"],
+        env=environment(version), cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-8000:]
+    found = json.loads(process.stdout.splitlines()[-1])
+    assert found["version"] == version
+    lacks = [NO_CHOICES] if version == "0.5.17" else []
+    assert found["unresolved"] == {"backend": [], "cpu": lacks}
+    assert found["targets"] == []
+    workers = {name: more | OVERRIDDEN_BY_ALL for name, more in OVERRIDDEN.items()}
+    workers["draft of PARD"] = OVERRIDDEN_BY_PARD_DRAFT
+    assert found["workers"].keys() == workers.keys()
+    for name, worker in found["workers"].items():
+        assert set(worker["overridden"]) - {"__init__"} == workers[name], name
+        assert worker["refused"] == REFUSED.get((version, name), {}), name
+        assert worker["unknown"] == [], name
+    if lacks:
+        assert "needs SGLang 0.5.20 or newer" in found["dflash_refused"]
+    else:
+        assert found["dflash_refused"] is None
+
+
+@pytest.mark.parametrize("version", RUN)
+def test_adapting_changes_the_speed_and_not_the_text(
+    version: str, environment: Any, tmp_path: Path, report: Callable[[str], None]
+) -> None:
+    """Ten publications or more while four requests run: the text is that of no speculation."""
+    decode = Decode(environment(version))
+    plain = decode("float32")
+    config = tmp_path / "config.yaml"
+    config.write_text(to_yaml(load_config(ROOT / "configs" / "serve_tiny_cpu.yaml", list(OFTEN))))
+    events = tmp_path / "events.jsonl"
+    variables = {"COSCHED_CONFIG": str(config), "COSCHED_EVENTS": str(events)}
+    adapted = decode("float32", "COSCHED_EAGLE3", "eagle3", variables=variables, **CHAIN)
+    assert tokens(adapted) == tokens(plain)
+    kinds = [json.loads(line)["kind"] for line in events.read_text().splitlines()]
+    assert "failure" not in kinds
+    assert kinds.count("publication") >= 10
+    report(
+        f"SGLang {version}: accept length {accept_length(adapted):.2f}, "
+        f"{kinds.count('publication')} versions of the draft"
+    )
+    assert accept_length(adapted) > 1.3  # an untrained draft has 1.0
