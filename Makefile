@@ -84,9 +84,10 @@ format: $(STAMP)  ## Sort imports, apply safe fixes, format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## Run every benchmark; results go to benchmarks/results
-	@set -e; for script in $(sort $(wildcard benchmarks/bench_*.py)); do \
+bench: $(STAMP) $(SGLANG_STAMP)  ## Run every benchmark; results go to benchmarks/results
+	@set -e; for script in $(filter-out %_sglang.py,$(sort $(wildcard benchmarks/bench_*.py))); do \
 	  echo "== $$script"; $(BIN)/python "$$script"; done
+	PYTHONPATH=. $(PARITY_BIN)/python benchmarks/bench_sglang.py
 
 clean:  ## Remove .venv, .venv-parity, dist and what tools left (runs/ and build/ stay)
 	rm -rf .venv .venv-parity dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -62,9 +62,8 @@ async def decode(engine: Any, order: dict[str, Any]) -> dict[str, Any]:
 
 def serve_arm(name: str, config_file: str, overrides: list[str]) -> None:
     """Decode every order on standard input; one line of JSON each."""
-    from cosched.engines.sglang.launch import start_engine
-
     from cosched.config import load_config
+    from cosched.engines.sglang.launch import start_engine
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what SGLang prints is not an answer
