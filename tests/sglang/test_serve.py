@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from transformers import AutoTokenizer
 
 from cosched.config import load_config
 from cosched.engines.sglang import compat
@@ -33,9 +34,9 @@ from cosched.engines.sglang.control import Client, SocketOperator
 from cosched.engines.sglang.cpu.environment import environment
 from cosched.engines.sglang.routes import add_routes
 from cosched.errors import ConfigError
+from tests.sglang.serving import ROOT, WORLD, Decode
 from tests.test_serve import STATUS
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/serve_tiny_cpu.yaml"
 PATIENCE = 240  # seconds for a start, on a busy machine
 
@@ -187,6 +188,50 @@ def test_four_requests_at_once_and_again_say_the_same(
     assert after["draft_version"] > before["draft_version"]
     assert after["failure"] is None
     assert after["warning"] is None
+
+
+LENGTHS = (64, 112, 160, 208)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["eagle3", "dflash", "pard"])
+def test_every_drafter_says_what_the_target_says(
+    kind: str, request: pytest.FixtureRequest, start: Start, decode: Decode
+) -> None:
+    """Four requests at once of different lengths and a fifth that is given up, again and again over
+    twenty publications: every text is that of an engine without speculation."""
+    tokenizer = AutoTokenizer.from_pretrained(WORLD / "target")
+    texts = [tokenizer(prompt(number))["input_ids"] for number in range(4)]
+    plain = decode("float32", texts=texts, num_tokens=max(LENGTHS))
+    expected = [
+        tokenizer.decode(answer["tokens"][:length])
+        for answer, length in zip(plain, LENGTHS, strict=True)
+    ]
+    if kind == "eagle3":
+        server = request.getfixturevalue("server")
+    else:
+        server = start(f"drafter.kind={kind}", "adapt.policy.rounds=4")
+    first = server.get("/cosched/status")["draft_version"]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300) as client:
+        for _ in range(8):
+            stream = client.completions.create(
+                model="tiny", prompt=prompt(5), max_tokens=2000, temperature=0, stream=True,
+                extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            with ThreadPoolExecutor(4) as pool:
+                answers = pool.map(lambda n: complete(client, n, LENGTHS[n]), range(4))
+                for _ in zip(range(12), stream, strict=False):
+                    pass
+                stream.close()
+                assert list(answers) == expected
+            status = server.get("/cosched/status")
+            if status["draft_version"] >= first + 20:
+                break
+    assert status["draft_version"] >= first + 20
+    assert status["failure"] is None
+    assert status["acceptance_length"] > 1.2
+    if kind != "eagle3":
+        assert server.stop() == 0
 
 
 def test_a_streamed_chat_is_the_chat(client: openai.OpenAI) -> None:
