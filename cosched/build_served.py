@@ -150,9 +150,10 @@ def build_adaptation(
     return Adaptation(
         algorithm=parts.algorithm,
         coscheduler=coscheduler,
-        collector=RoundCollector(config.adapt.replay.window, on_row if with_rounds else None),
+        collector=RoundCollector(on_row if with_rounds else None),
         ranks=parts.ranks,
         watches=trains,
+        window=config.adapt.replay.window,
         save=save,
         operator=operator,
         sink=sink,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from cosched.protocols import Buffer, Guard, Policy, Publisher, Sink, Trainer
 
+LOSSES_KEPT = 100_000
 RECENT_WEIGHT = 0.05  # of the newest round in the moving acceptance length
 
 
@@ -181,6 +182,7 @@ class Coscheduler:
         totals.updates += 1
         totals.skipped_steps += result.num_skipped
         totals.losses.append(result.losses[-1] if math.isfinite(result.losses[-1]) else None)
+        del totals.losses[:-LOSSES_KEPT]  # a server runs for months
         self._sink.emit("update", round=totals.rounds, result=result)
 
     def _judge(self, result: UpdateResult) -> Verdict:

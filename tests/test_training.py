@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cosched.engines.embedded.target import Target
 from cosched.protocols import LossSettings
-from cosched.records import Decision, SignalBatch
+from cosched.records import Decision, SignalBatch, UpdateResult
 from cosched.testing.harness import (
     Every,
     collected,
@@ -20,8 +21,9 @@ from cosched.testing.harness import (
     make_trainer,
     serve,
 )
-from cosched.training.deepspeed_trainer import BETAS
-from cosched.training.micro_step import BatchLoss
+from cosched.training.background import BackgroundTrainer
+from cosched.training.deepspeed_trainer import BETAS, DeepSpeedTrainer
+from cosched.training.micro_step import BatchLoss, share_of
 from losses.divergence import ForwardKL
 from losses.reduction import decayed, weighted_mean
 from tests.conftest import make_drafter
@@ -68,6 +70,64 @@ def test_masked_rows_neither_count_nor_pass_a_gradient() -> None:
     assert mean.item() == 2.0
     assert loss.grad is not None
     assert loss.grad.tolist() == [0.5, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 7])
+def test_shares_of_a_batch_make_up_the_whole(
+    target: Target, batch: SignalBatch, num_ranks: int
+) -> None:
+    """The mean over ranks of their weighted losses is the loss of the batch, and so is its gradient:
+    also where the anchors do not divide, and where a rank has none."""
+    batch = replace(
+        batch,
+        anchors_RN=batch.anchors_RN[:, :5],
+        paths_RNK=batch.paths_RNK[:, :5],
+        teacher_RNKX=batch.teacher_RNKX[:, :5],
+        weights_RNK=batch.weights_RNK[:, :5],
+    )
+    drafter = make_drafter(target).clone(torch.float64)
+    network = drafter.network().requires_grad_(True)
+    module = BatchLoss(drafter, kl(), target.head, "hidden")
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(loss, network.fc.weight)[0]
+
+    whole = module(batch)
+    shares = [share_of(batch, rank, num_ranks) for rank in range(num_ranks)]
+    assert len({share.anchors_RN.shape for share, _ in shares}) == 1  # work of one size
+    parts = torch.stack([weight * module(share) for share, weight in shares]).mean()
+    # The teacher's head multiplies in float32, in other shapes.
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient(parts), gradient(whole), rtol=1e-4, atol=1e-9)
+
+
+def test_a_trainer_in_the_background_trains_the_same(target: Target, batch: SignalBatch) -> None:
+    """One update at a time; what follows waits for it, and what it raises is raised once."""
+
+    def trainer() -> DeepSpeedTrainer:
+        return make_trainer(target, make_drafter(target))
+
+    def result_of(trainer: BackgroundTrainer) -> UpdateResult:
+        while (result := trainer.finished()) is None:
+            time.sleep(0.01)
+        return result
+
+    inline, behind = trainer(), BackgroundTrainer(trainer(), torch.device("cpu"))
+    expected = inline.update(batch, Decision(3))
+    assert behind.update(batch, Decision(3)) is None
+    assert behind.busy
+    assert result_of(behind).losses == expected.losses
+    assert not behind.busy
+    for name, weight in behind.weights().items():
+        assert torch.equal(weight, inline.weights()[name])
+    behind.update(batch, Decision(1))
+    behind.load(inline.weights())  # waits, and lets the update go
+    assert not behind.busy
+    assert torch.equal(behind.weights()["fc.weight"], inline.weights()["fc.weight"])
+    behind.update(replace(batch, features_RCF=None), Decision(1))
+    with pytest.raises(AssertionError, match="features"):
+        result_of(behind)
+    assert not behind.busy
 
 
 def test_position_decay_weighs_later_drafts_less() -> None:
@@ -139,7 +199,7 @@ def test_non_finite_steps_are_skipped_and_counted(
     trainer = make_trainer(target, make_drafter(target), zero_stage)
     trainer.update(batch, Decision(1))
     before = {name: weight.clone() for name, weight in trainer.weights().items()}
-    bad = dataclasses.replace(batch, teacher_RNKX=batch.teacher_RNKX * math.nan)
+    bad = replace(batch, teacher_RNKX=batch.teacher_RNKX * math.nan)
     result = trainer.update(bad, Decision(2))
     assert (result.num_steps, result.num_skipped) == (2, 2)
     network = trainer._batch_loss.network

@@ -118,6 +118,7 @@ class Adaptation:
         collector: RoundCollector,
         ranks: Ranks,
         watches: bool,
+        window: int,
         save: Callable[[Path], None],
         operator: Operator,
         sink: Sink,
@@ -127,6 +128,7 @@ class Adaptation:
         self._collector = collector
         self._ranks = ranks
         self._watches = watches
+        self.window = window
         self._save = save
         self._operator = operator
         self._sink = sink

@@ -4,8 +4,7 @@ A worker hands over tensors when it launched a forward pass; how many drafts wer
 to the host later, when the scheduler has copied the counts anyway. Until then a round waits here,
 in order, so that nothing of ours makes the host wait for the device.
 
-Letters: B requests, K drafted tokens, S = K + 1 rows, T prompt rows end to end, F fused feature
-width, X teacher width.
+Letters: B requests, K drafted tokens, S = K + 1 rows, F fused feature width, X teacher width.
 """
 
 from __future__ import annotations
@@ -25,21 +24,22 @@ KNOWN_REQUESTS = 4096  # whose place in their text is remembered; the longest si
 
 
 @dataclass(frozen=True, slots=True)
-class Prefill:
-    """Prompt rows of several requests, chunks included; rows of a cached prefix are not in it.
+class Prompt:
+    """Prompt rows of one request that were run: ``length`` of them from position ``start`` on.
 
-    ``next_B`` is the token behind each request's last row: its next prompt token, or the first of
-    its answer. ``prompt_lengths`` are those of the whole prompts.
+    ``rows`` are the last of them, as many as are worth keeping, with the token that came out;
+    None where nobody learns from them. ``prompt_length`` is that of the whole prompt.
     """
 
-    request_ids: tuple[str, ...]
-    starts: tuple[int, ...]
-    lengths: tuple[int, ...]
-    prompt_lengths: tuple[int, ...]
-    tokens_T: Tensor
-    next_B: Tensor
-    features_TF: Tensor | None
-    teacher_TX: Tensor | None
+    request_id: str
+    start: int
+    length: int
+    prompt_length: int
+    rows: Segment | None
+
+
+Prefill = tuple[Prompt, ...]
+"""One prefill, chunks included; rows of a cached prefix are not in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,7 @@ class _Text:
 class RoundCollector:
     """Puts counts to tensors, and keeps each request's place in its text."""
 
-    def __init__(self, window: int, on_row: Callable[[RoundRow], None] | None = None) -> None:
-        self._window = window  # rows of a prompt that are worth handing on
+    def __init__(self, on_row: Callable[[RoundRow], None] | None = None) -> None:
         self._on_row = on_row
         self._waiting: deque[Prefill | Verified] = deque()
         self._texts: OrderedDict[str, _Text] = OrderedDict()
@@ -100,30 +99,17 @@ class RoundCollector:
 
     def before_counts(self) -> Iterator[VerifyRound]:
         """Rounds that wait for no counts: prefills in front."""
-        while self._waiting and isinstance(self._waiting[0], Prefill):
+        while self._waiting and isinstance(self._waiting[0], tuple):
             prefill = self._waiting.popleft()
-            assert isinstance(prefill, Prefill)
+            assert isinstance(prefill, tuple)
             yield self._prefill_round(prefill)
 
     def _prefill_round(self, prefill: Prefill) -> VerifyRound:
-        segments: list[Segment] = []
-        end = 0
-        for i, (request_id, start, length) in enumerate(
-            zip(prefill.request_ids, prefill.starts, prefill.lengths, strict=True)
-        ):
-            self._remember(request_id, _Text(start + length, prefill.prompt_lengths[i]))
-            end += length
-            if prefill.teacher_TX is None:
-                continue
-            first = end - min(length, self._window)
-            tokens = prefill.tokens_T.new_empty(end - first + 1)
-            tokens[:-1] = prefill.tokens_T[first:end]
-            tokens[-1] = prefill.next_B[i]
-            features = None if prefill.features_TF is None else prefill.features_TF[first:end]
-            begin = start + length - (end - first)
-            teacher = prefill.teacher_TX[first:end]
-            segments.append(Segment(request_id, begin, tokens, features, teacher))
-        return self._make(0, tuple(segments), (), 0.0, 0.0, len(prefill.request_ids))
+        for prompt in prefill:
+            end = prompt.start + prompt.length
+            self._remember(prompt.request_id, _Text(end, prompt.prompt_length))
+        segments = tuple(prompt.rows for prompt in prefill if prompt.rows is not None)
+        return self._make(0, segments, (), 0.0, 0.0, len(prefill))
 
     def _round(self, verified: Verified, num_accepted: list[int]) -> VerifyRound:
         segments: list[Segment] = []

@@ -57,12 +57,12 @@ class HiddenTap:
             self._hidden = hidden
 
     def rows(self, number: int) -> Tensor:
-        """The first rows of the newest forward pass, ``[number, H]``, in storage that stays."""
+        """The first rows of the newest forward pass, ``[number, H]``; the next overwrites them."""
         # A replayed graph runs no Python: what it wrote is in the buffer, whatever came before.
         fits = self._buffer is not None and number <= len(self._buffer)
         hidden = self._buffer if fits else self._hidden
         assert hidden is not None, "the target has not run"
-        return held(hidden[:number])
+        return hidden[:number]
 
 
 def held(tensor: Tensor) -> Tensor:

@@ -11,13 +11,16 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from cosched.engines.sglang import compat
-from cosched.engines.sglang.collector import Prefill, Verified
+from cosched.engines.sglang.collector import Prefill, Prompt, Verified
 from cosched.engines.sglang.ranks import Ranks
 from cosched.engines.sglang.serving import ServedDraft
 from cosched.engines.sglang.taps import HiddenTap, Stopwatch, held
 from cosched.engines.sglang.target import ServedTarget
 from cosched.errors import ConfigError
+from cosched.records import Segment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -124,16 +127,26 @@ class AdaptedWorker:
         watching = self._tap is not None and self.adaptation.watching
 
         def prefill() -> Prefill:
-            return Prefill(
-                request_ids=tuple(request.rid for request in batch.reqs),
-                starts=tuple(batch.prefix_lens),
-                lengths=tuple(batch.extend_lens),
-                prompt_lengths=tuple(len(request.origin_input_ids) for request in batch.reqs),
-                tokens_T=tokens_T,
-                next_B=compat.prefill_tail_tokens(batch, output.next_token_ids),
-                features_TF=held(features) if watching and features is not None else None,
-                teacher_TX=self._tap.rows(len(tokens_T)) if watching and self._tap else None,
-            )
+            next_B = compat.prefill_tail_tokens(batch, output.next_token_ids)
+            teacher_TX = self._tap.rows(len(tokens_T)) if watching and self._tap else None
+            prompts: list[Prompt] = []
+            end = 0
+            for i, request in enumerate(batch.reqs):
+                start, length = batch.prefix_lens[i], batch.extend_lens[i]
+                end += length
+                rows = None
+                if teacher_TX is not None:
+                    kept = slice(end - min(length, self.adaptation.window), end)
+                    rows = Segment(
+                        request_id=request.rid,
+                        start=start + length - (kept.stop - kept.start),
+                        tokens_R1=torch.cat((tokens_T[kept], next_B[i : i + 1])),
+                        features_RF=None if features is None else held(features[kept]),
+                        teacher_RX=held(teacher_TX[kept]),
+                    )
+                prompt_length = len(request.origin_input_ids)
+                prompts.append(Prompt(request.rid, start, length, prompt_length, rows))
+            return tuple(prompts)
 
         if not batch.forward_mode.is_idle():
             self.adaptation.prefilled(prefill)
@@ -147,7 +160,7 @@ class AdaptedWorker:
 
         def verified() -> Verified:
             size = len(requests)
-            teacher = self._tap.rows(tokens.numel()) if watching and self._tap else None
+            teacher = held(self._tap.rows(tokens.numel())) if watching and self._tap else None
             rows = features if watching else None
             return Verified(
                 request_ids=tuple(request.rid for request in requests),

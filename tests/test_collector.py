@@ -1,0 +1,102 @@
+"""From what a worker inside SGLang saw to rounds: order, places in the text, who has finished."""
+
+from __future__ import annotations
+
+import torch
+
+from cosched.engines.sglang.collector import Prompt, RoundCollector, Verified
+from cosched.records import RoundRow, Segment, VerifyRound
+
+K, WIDTH = 3, 2
+
+
+def prompt(name: str, start: int, length: int, whole: int) -> Prompt:
+    tokens = torch.arange(start, start + length + 1)
+    rows = Segment(name, start, tokens, None, torch.zeros(length, WIDTH))
+    return Prompt(name, start, length, whole, rows)
+
+
+def verified(*names: str, anchor: int = 0, watched: bool = True) -> Verified:
+    """Anchors and drafts are consecutive numbers, and so is what the target decided."""
+    tokens = anchor + torch.arange(K + 1).repeat(len(names), 1)
+    teacher = torch.arange(len(names) * (K + 1.0) * WIDTH).view(len(names), K + 1, WIDTH)
+    return Verified(
+        request_ids=names,
+        version=7,
+        tokens_BS=tokens,
+        decided_BS=tokens + 1,
+        features_BSF=None,
+        teacher_BSX=teacher if watched else None,
+        seconds=lambda: (0.25, 0.5),
+    )
+
+
+def texts(rounds: list[VerifyRound]) -> list[tuple[str, int, list[int]]]:
+    return [(s.request_id, s.start, s.tokens_R1.tolist()) for r in rounds for s in r.segments]
+
+
+def test_rounds_come_in_order_and_go_on_where_the_text_is() -> None:
+    """Counts arrive later than what they count; chunks of a prompt come before its first round."""
+    rows: list[RoundRow] = []
+    collector = RoundCollector(rows.append)
+    collector.prefilled((prompt("a", 0, 4, 6), prompt("b", 0, 3, 3)))
+    collector.prefilled((prompt("a", 4, 2, 6),))
+    collector.verified(verified("a", "b", anchor=6))
+    collector.verified(verified("a", "b", anchor=9))
+    first = list(collector.counted([2, 0]))
+    assert texts(first) == [
+        ("a", 0, [0, 1, 2, 3, 4]),
+        ("b", 0, [0, 1, 2, 3]),
+        ("a", 4, [4, 5, 6]),
+        ("a", 6, [6, 7, 8, 9]),  # two drafts stood, and one token more
+        ("b", 3, [6, 7]),
+    ]
+    second = list(collector.counted([3, 1]))
+    assert texts(second) == [("a", 9, [9, 10, 11, 12, 13]), ("b", 4, [9, 10, 11])]
+    (round_,) = second
+    assert round_.num_committed == 6
+    assert (round_.draft_seconds, round_.verify_seconds, round_.num_running) == (0.25, 0.5, 2)
+    assert [block.path_K.tolist() for block in round_.blocks] == [[10, 11, 12]] * 2
+    assert round_.blocks[1].teacher_KX is not None
+    assert round_.blocks[1].teacher_KX.shape == (K, WIDTH)
+    places = [(row.request_id, row.position, row.num_accepted, row.num_committed) for row in rows]
+    assert places == [("a", 1, 2, 3), ("b", 1, 0, 1), ("a", 4, 3, 4), ("b", 2, 1, 2)]
+
+
+def test_a_request_that_is_gone_leaves_the_others_in_place() -> None:
+    """With overlapped scheduling one round more of it is under way; it is counted out once."""
+    collector = RoundCollector()
+    collector.prefilled((prompt("a", 0, 2, 2), prompt("b", 0, 5, 5)))
+    collector.verified(verified("a", "b"))
+    collector.verified(verified("a", "b"))
+    list(collector.counted([1, 1]))
+    collector.finish("a")
+    collector.finish("a")
+    (round_,) = collector.counted([3, 0])
+    assert [block.request_id for block in round_.blocks] == ["b"]
+    assert round_.finished == ("a",)
+    collector.verified(verified("b"))
+    (later,) = collector.counted([0])
+    assert (later.finished, later.segments[0].start) == ((), 8)
+
+
+def test_a_request_that_is_run_again_starts_where_its_cache_ends() -> None:
+    """Retracted, and prefilled with what it had said so far."""
+    collector = RoundCollector()
+    collector.prefilled((prompt("a", 0, 4, 4),))
+    collector.verified(verified("a"))
+    list(collector.counted([2]))
+    collector.prefilled((prompt("a", 3, 4, 4),))
+    collector.verified(verified("a"))
+    rounds = list(collector.counted([0]))
+    assert [(name, start) for name, start, _ in texts(rounds)] == [("a", 3), ("a", 7)]
+
+
+def test_unwatched_rounds_are_counted_and_hold_nothing() -> None:
+    collector = RoundCollector()
+    collector.prefilled((Prompt("a", 0, 4, 4, None),))
+    collector.verified(verified("a", watched=False))
+    prefill, round_ = collector.counted([1])
+    assert prefill.segments == round_.segments == ()
+    assert round_.num_committed == 2
+    assert round_.blocks[0].teacher_KX is None
