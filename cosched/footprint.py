@@ -108,7 +108,7 @@ class Footprint:
 
     ``trainer_copy`` is the float32 draft that learns and ``first_weights`` what a reset goes back
     to; ``masters`` (ZeRO keeps its own), ``moments`` and ``gradients`` are DeepSpeed's.
-    ``last_good`` is what the publisher can undo to.
+    ``last_good`` is what can be served again: the draft as loaded, and the versions kept.
     """
 
     num_target_parameters: int | None
@@ -203,7 +203,7 @@ def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footpri
         draft=held * dtype.itemsize,
         trainer_copy=4 * held if trained else 0,
         first_weights=4 * trained,
-        last_good=dtype.itemsize * held if trained else 0,
+        last_good=dtype.itemsize * (held + config.adapt.publish.keep * trained) if trained else 0,
         masters=4 * trained if config.adapt.trainer.zero_stage else 0,
         moments=8 * trained,
         gradients=4 * trained,

@@ -198,7 +198,9 @@ def test_memory_of_published_drafts(case: tuple[Path, tuple]) -> None:
     assert found.draft == 2 * held
     assert (found.masters, found.moments, found.gradients) == (4 * held, 8 * held, 4 * held)
     assert (found.trainer_copy, found.first_weights) == (4 * held, 4 * held)
-    assert found.last_good == 2 * held  # in the serving type
+    assert found.last_good == 2 * (
+        held + found.num_trained
+    )  # in the serving type; one version kept
     # Of both targets 2 x layers x 8 heads x 128 x 2 bytes a token, for two requests of 2048.
     assert found.target_cache == 2 * 2048 * 4096 * target.num_layers
     assert found.draft_cache == cache * 1024 * 2 * 2048

@@ -36,8 +36,8 @@ _GRAPH_ROWS = 4096  # rows of a verification that CUDA graphs may be captured fo
 class WorkerParts:
     """What a worker has for who builds its adaptation.
 
-    ``check`` refuses what cannot be watched. ``serve(names)`` gives the tensors of the serving draft by the names of the drafter's network;
-    ``refresh`` makes anew what SGLang derived from them.
+    ``check`` refuses what cannot be watched. ``serve(names)`` gives the tensors of the serving draft
+    by the names of the drafter's network; ``refresh`` makes anew what SGLang derived from them.
     """
 
     check: Callable[[], None]
