@@ -84,14 +84,14 @@ class Totals:
 
         The shortfall g is Page's one-sided CUSUM (Biometrika 41, 1954; equal to Page-Hinkley's
         statistic): g <- max(0, g + reference - length - tolerance). It sums what a round alone would
-        hide in its noise, and starts again once the recent length has recovered to the reference.
+        hide in its noise, and starts again once the recent length is back within the tolerance.
         """
         self.rounds += 1
         first = self.rounds == 1
         self.recent += (1.0 if first else RECENT_WEIGHT) * (length - self.recent)
         self.shortfall += self.reference - length - SHORTFALL_TOLERANCE
         self.reference += max(REFERENCE_WEIGHT, 1 / self.rounds) * (length - self.reference)
-        if first or self.recent >= self.reference:
+        if first or self.recent >= self.reference - SHORTFALL_TOLERANCE:
             self.shortfall = 0.0
         self.shortfall = max(0.0, self.shortfall)
 
