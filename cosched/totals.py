@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cosched.records import VerifyRound
 
 RECENT_WEIGHT = 0.05  # of the newest round in the moving acceptance length
-REFERENCE_WEIGHT = 0.001  # of the newest round in the length that acceptance is measured against
+REFERENCE_WEIGHT = 0.0002  # of the newest round in the length that acceptance is measured against
 SHORTFALL_TOLERANCE = 0.1  # tokens a round below the reference that are no fall
 UPDATE_WEIGHT = 0.1  # of the newest update in what updates cost and bring
 
