@@ -25,7 +25,7 @@ from cosched.engines.sglang.ranks import SamePolicy
 from cosched.engines.trace import RecordedRows, TraceMeta, TraceWriter, read_meta
 from cosched.errors import ConfigError
 from cosched.footprint import replay_limits
-from cosched.guard import FiniteGuard
+from cosched.guard import FiniteGuard, WithinTimeShare
 from cosched.publish import InPlacePublisher
 from cosched.registry import DRAFTERS, LOSSES, POLICIES
 from cosched.replay import ReplayBuffer
@@ -183,7 +183,8 @@ def build_coscheduler(
 ) -> Coscheduler:
     """Buffer, policy, trainer and guard around a serving draft; ``ranks`` where several train it."""
     adapt, loss = config.adapt, config.loss_settings
-    policy = POLICIES.get(config.policy_settings.kind)(config.policy_settings)
+    settings = config.policy_settings
+    policy = WithinTimeShare(POLICIES.get(settings.kind)(settings), settings.max_time_share)
     limits = replay_limits(config, target, drafter)
     # A chain's rows behind a refusal stand on the very path that it drafted: they teach like others.
     refused_weight = 1.0 if drafter.signal.conditioning == "chain" else loss.refused_weight

@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from cosched.errors import PublicationError
-from cosched.records import Decision, Snapshot, Totals, UpdateResult, Verdict, VerifyRound
+from cosched.totals import Totals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cosched.protocols import Buffer, Guard, Policy, Publisher, Sink, Trainer
+    from cosched.records import Decision, Snapshot, UpdateResult, Verdict, VerifyRound
 
 LOSSES_KEPT = 100_000
-RECENT_WEIGHT = 0.05  # of the newest round in the moving acceptance length
 
 
 class Coscheduler:
@@ -90,7 +90,7 @@ class Coscheduler:
         """Count a round and keep what it teaches."""
         if self._learns:
             self._buffer.collect(round_)
-        self._observe(round_)
+        self.totals.observe(round_)
 
     def learn(self, num_running: int) -> None:
         """Train, judge and publish, if the policy says so; with none running it is asked to idle."""
@@ -127,39 +127,8 @@ class Coscheduler:
             self._note(result)
         return result
 
-    def _observe(self, round_: VerifyRound) -> None:
-        totals = self.totals
-        committed = round_.num_committed
-        if round_.blocks:
-            totals.rounds += 1
-            length = committed / len(round_.blocks)
-            weight = RECENT_WEIGHT if totals.rounds > 1 else 1.0
-            totals.recent += weight * (length - totals.recent)
-        totals.committed += committed
-        totals.drafted += sum(len(block.path_K) for block in round_.blocks)
-        totals.accepted += sum(block.num_accepted for block in round_.blocks)
-        totals.draft_seconds += round_.draft_seconds
-        totals.verify_seconds += round_.verify_seconds
-
     def _snapshot(self, num_running: int) -> Snapshot:
-        totals = self.totals
-        return Snapshot(
-            round_index=totals.rounds,
-            num_running=num_running,
-            num_committed=totals.committed,
-            num_drafted=totals.drafted,
-            num_accepted=totals.accepted,
-            recent_acceptance_length=totals.recent,
-            rounds_since_update=totals.rounds - totals.round_of_update,
-            tokens_since_update=totals.committed - totals.committed_at_update,
-            num_updates=totals.updates,
-            draft_version=self.version,
-            buffered_tokens=self._buffer.num_tokens,
-            seconds_drafting=totals.draft_seconds,
-            seconds_verifying=totals.verify_seconds,
-            seconds_updating=totals.update_seconds,
-            seconds_publishing=totals.publish_seconds,
-        )
+        return self.totals.snapshot(num_running, self.version, self._buffer.num_tokens)
 
     def _update(self, decision: Decision) -> UpdateResult | None:
         """Train as decided; None where there is nothing to do, or it goes on in the background."""
@@ -172,8 +141,7 @@ class Coscheduler:
             totals.starved += 1
             return None
         totals.starved = 0
-        totals.round_of_update = totals.rounds
-        totals.committed_at_update = totals.committed
+        totals.begin_update(decision.num_steps)
         self._sink.emit("decision", round=totals.rounds, decision=decision)
         return self._trainer.update(batch, decision)
 
@@ -201,8 +169,7 @@ class Coscheduler:
     def _reset(self) -> None:
         """State per request: the next one starts from the draft as it was loaded, and anew."""
         totals = self.totals
-        totals.round_of_update = totals.rounds
-        totals.committed_at_update = totals.committed
+        totals.start_anew()
         if self._trainer is None or totals.updates == totals.updates_at_reset:
             return
         started = self._clock()

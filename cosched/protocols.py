@@ -34,9 +34,15 @@ if TYPE_CHECKING:
 
 
 class PolicySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``adapt.policy``: a policy adds its own fields in a subclass."""
+    """``adapt.policy``: a policy adds its own fields in a subclass.
+
+    ``max_time_share`` caps the share of the engine's time that updates take, whatever the policy
+    says (``cosched.guard``); 1 is no cap, and the only value with which a cadence counted in rounds
+    or tokens repeats exactly. To spend no time, take the policy ``never``.
+    """
 
     kind: str
+    max_time_share: Annotated[float, Meta(gt=0, le=1)] = 1.0
 
 
 class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,7 +9,7 @@ N anchors per request, C rows of context, F feature width, H hidden width, V voc
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -81,7 +81,12 @@ class ServedBlock:
 
 @dataclass(frozen=True, slots=True)
 class VerifyRound:
-    """One draft, verify, commit cycle of a batch, or the prefill of one request (no blocks)."""
+    """One draft, verify, commit cycle of a batch, or the prefill of one request (no blocks).
+
+    ``tokens_left`` is how many tokens the running requests may still commit, together; None where
+    the engine does not know. ``num_queued`` counts requests that wait for a place: for an engine
+    with clients that wait to report (the embedded one has none, and SGLang's queue is not seen yet).
+    """
 
     index: int
     draft_version: int
@@ -91,6 +96,8 @@ class VerifyRound:
     draft_seconds: float
     verify_seconds: float
     num_running: int
+    tokens_left: int | None = None
+    num_queued: int = 0
 
     @property
     def num_committed(self) -> int:
@@ -140,7 +147,17 @@ class Proposal:
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """Everything a policy may know. Counters run from the start of the arm."""
+    """Everything a policy may know. Counters run from the start of the arm.
+
+    ``seconds_updating`` and ``seconds_publishing`` are those that the engine waited for. The mean
+    behind ``reference_acceptance_length`` is slow (5,000 rounds), that behind the recent one fast
+    (20). ``acceptance_shortfall`` is how many tokens a request has lost against the reference since
+    acceptance began to fall (``cosched.totals``). ``update_seconds`` is what the newest
+    update has cost since it began, publication included; ``serving_seconds_since_update`` what
+    drafting and verifying took since then. ``micro_step_seconds`` is 0 until it has been measured.
+    ``update_gain`` is the acceptance length after an update over the one before it, a geometric
+    moving mean that starts at 1. ``expected_tokens_left`` is per running request (``cosched.totals``).
+    """
 
     round_index: int
     num_running: int
@@ -157,6 +174,15 @@ class Snapshot(msgspec.Struct, frozen=True):
     seconds_verifying: float
     seconds_updating: float
     seconds_publishing: float
+    recent_round_seconds: float = 0.0
+    reference_acceptance_length: float = 0.0
+    acceptance_shortfall: float = 0.0
+    update_seconds: float = 0.0
+    serving_seconds_since_update: float = 0.0
+    micro_step_seconds: float = 0.0
+    update_gain: float = 1.0
+    expected_tokens_left: float = 0.0
+    num_queued: int = 0
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -205,26 +231,3 @@ class RoundRow(msgspec.Struct, frozen=True):
     num_drafted: int
     num_accepted: int
     num_committed: int
-
-
-@dataclass(slots=True)
-class Totals:
-    """Running sums behind a Snapshot, kept by the co-scheduler."""
-
-    rounds: int = 0
-    committed: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    updates: int = 0
-    updates_at_reset: int = 0
-    starved: int = 0  # decisions to train in a row for which the buffer had no rows
-    round_of_update: int = 0
-    committed_at_update: int = 0
-    draft_seconds: float = 0.0
-    verify_seconds: float = 0.0
-    update_seconds: float = 0.0  # that the engine waited for
-    background_seconds: float = 0.0  # of updates beside it
-    publish_seconds: float = 0.0
-    skipped_steps: int = 0
-    recent: float = 0.0
-    losses: list[float | None] = field(default_factory=list)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from cosched.engines.embedded.engine import EngineSeconds
 from cosched.errors import RunFolderError
-from cosched.records import Totals
 from cosched.telemetry.metrics import RequestLog
 from cosched.telemetry.run_folder import RunFolder, explained
+from cosched.totals import Totals
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

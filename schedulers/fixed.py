@@ -9,6 +9,7 @@ from msgspec import Meta
 from cosched.protocols import PolicySettings
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
+from schedulers.idle import when_idle
 
 
 class EveryNRoundsSettings(PolicySettings, frozen=True, kw_only=True):
@@ -34,8 +35,36 @@ class EveryNRounds:
 
     def decide(self, snapshot: Snapshot) -> Decision:
         if snapshot.num_running == 0:
-            fresh = snapshot.rounds_since_update > 0
-            return Decision(self.settings.idle_steps * fresh, reason="idle")
+            return when_idle(snapshot, self.settings.idle_steps)
         if snapshot.rounds_since_update < self.settings.rounds:
             return Decision(num_steps=0)
         return Decision(self.settings.num_steps, reason=f"every {self.settings.rounds} rounds")
+
+
+class EveryNTokensSettings(PolicySettings, frozen=True, kw_only=True):
+    """``tokens`` committed between updates, by all requests together; the rest as above."""
+
+    tokens: Annotated[int, Meta(ge=1)] = 64
+    num_steps: Annotated[int, Meta(ge=1)] = 1
+    idle_steps: Annotated[int, Meta(ge=0)] = 0
+
+
+@POLICIES.register("every_n_tokens")
+class EveryNTokens:
+    """Trains after every ``tokens`` committed tokens, ``num_steps`` micro-steps at a time.
+
+    Every update then sees about as much new text, whatever the batch; counted in rounds, a full
+    batch and a good draft bring more text to an update.
+    """
+
+    Settings = EveryNTokensSettings
+
+    def __init__(self, settings: EveryNTokensSettings) -> None:
+        self.settings = settings
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        if snapshot.num_running == 0:
+            return when_idle(snapshot, self.settings.idle_steps)
+        if snapshot.tokens_since_update < self.settings.tokens:
+            return Decision(num_steps=0)
+        return Decision(self.settings.num_steps, reason=f"every {self.settings.tokens} tokens")

@@ -21,9 +21,9 @@ from cosched.config import Config, load_config, to_yaml
 from cosched.engines.embedded.engine import EngineSeconds
 from cosched.errors import ConfigError, CoschedError, RunFolderError
 from cosched.experiment import Experiment
-from cosched.records import Totals
 from cosched.resume import ArmProgress, Progress, load, save
 from cosched.telemetry.run_folder import RunFolder
+from cosched.totals import Totals
 
 ROOT = Path(__file__).parent.parent
 

@@ -101,7 +101,7 @@ def random_snapshot(seed: int) -> Snapshot:
     updates = draw.randint(0, rounds)
     return Snapshot(
         round_index=rounds,
-        num_running=draw.randrange(1, 64),
+        num_running=draw.randrange(64),
         num_committed=committed,
         num_drafted=drafted,
         num_accepted=accepted,
@@ -115,4 +115,13 @@ def random_snapshot(seed: int) -> Snapshot:
         seconds_verifying=draw.uniform(0, 1000),
         seconds_updating=draw.uniform(0, 100) if updates else 0.0,
         seconds_publishing=draw.uniform(0, 10) if updates else 0.0,
+        recent_round_seconds=draw.uniform(0.001, 1) if rounds else 0.0,
+        reference_acceptance_length=draw.uniform(1, 5) if rounds else 0.0,
+        acceptance_shortfall=draw.choice([0.0, draw.uniform(0, 100)]) if rounds else 0.0,
+        update_seconds=draw.uniform(0, 2) if updates else 0.0,
+        serving_seconds_since_update=draw.uniform(0, 100),
+        micro_step_seconds=draw.uniform(0, 0.5) if updates > 2 else 0.0,
+        update_gain=draw.uniform(0.8, 1.3) if updates > 1 else 1.0,
+        expected_tokens_left=draw.uniform(0, 5000) if rounds else 0.0,
+        num_queued=draw.choice([0, draw.randrange(100)]),
     )

@@ -291,6 +291,9 @@ class EmbeddedEngine:
                 draft_seconds=draft_seconds,
                 verify_seconds=verify_seconds,
                 num_running=len(self._slots),
+                tokens_left=sum(
+                    slot.request.max_length - slot.length for slot in self._slots if not slot.done
+                ),
             )
         )
 

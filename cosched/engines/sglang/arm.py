@@ -13,7 +13,8 @@ import msgspec
 from cosched.engines.embedded.engine import EngineSeconds
 from cosched.engines.embedded.request import FinishedRequest, GenerationRequest
 from cosched.engines.sglang.launch import start_engine
-from cosched.records import RoundRow, Totals
+from cosched.records import RoundRow
+from cosched.totals import Totals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator

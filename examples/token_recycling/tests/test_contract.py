@@ -11,5 +11,5 @@ class TestTotalVariation(LossContract):
     names = ("total_variation",)
 
 
-class TestEveryNTokens(PolicyContract):
-    names = ("every_n_tokens",)
+class TestWhenLow(PolicyContract):
+    names = ("when_low",)

@@ -1,23 +1,24 @@
-"""A cadence that follows the text, not the rounds."""
+"""A cadence that waits until it is needed."""
 
 from cosched.protocols import PolicySettings
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
 
 
-class EveryNTokensSettings(PolicySettings, frozen=True, kw_only=True):
-    tokens: int = 64
+class WhenLowSettings(PolicySettings, frozen=True, kw_only=True):
+    below: float = 2.0
 
 
-@POLICIES.register("every_n_tokens")
-class EveryNTokens:
-    """Trains after every ``tokens`` committed tokens."""
+@POLICIES.register("when_low")
+class WhenLow:
+    """Trains while the acceptance length is below a mark."""
 
-    Settings = EveryNTokensSettings
+    Settings = WhenLowSettings
 
-    def __init__(self, settings: EveryNTokensSettings) -> None:
+    def __init__(self, settings: WhenLowSettings) -> None:
         self.settings = settings
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        due = snapshot.tokens_since_update >= self.settings.tokens
-        return Decision(int(due), reason="enough new text")
+        low = snapshot.recent_acceptance_length < self.settings.below
+        due = snapshot.rounds_since_update >= 8
+        return Decision(int(low and due), reason="acceptance is low")

@@ -1,0 +1,70 @@
+"""A cadence that asks whether an update will pay."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from cosched.protocols import PolicySettings
+from cosched.records import Decision, Snapshot
+from cosched.registry import POLICIES
+from schedulers.costs import update_seconds
+
+
+class GoodputSettings(PolicySettings, frozen=True, kw_only=True):
+    """At most one update in ``rounds``, of ``num_steps`` micro-steps.
+
+    The first ``exploratory_updates`` are made to learn what updates bring; later, one that does not
+    seem to pay is tried all the same after ``retry_rounds``. ``horizon_rounds`` is how long a gain
+    is counted at most, because text moves on. ``step_ms`` is believed of a micro-step until one has
+    been measured.
+    """
+
+    rounds: Annotated[int, Meta(ge=1)] = 16
+    num_steps: Annotated[int, Meta(ge=1)] = 1
+    exploratory_updates: Annotated[int, Meta(ge=1)] = 8
+    retry_rounds: Annotated[int, Meta(ge=1)] = 1024
+    horizon_rounds: Annotated[int, Meta(ge=1)] = 256
+    step_ms: Annotated[float, Meta(gt=0)] = 50.0
+    max_time_share: Annotated[float, Meta(gt=0, le=1)] = 0.2
+
+
+@POLICIES.register("goodput")
+class Goodput:
+    """Trains while the tokens to be gained outweigh what an update costs.
+
+    With rounds of C0 seconds that commit t0 tokens a request, and updates of U seconds each of which
+    serves S rounds at t1 tokens, adapting commits more per second if
+
+        t1 / t0 > 1 + (delta + U / S) / C0
+
+    (the break-even of test-time speculation: t1 / (C0 + delta + U / S) > t0 / C0). Here t1 / t0 is
+    the moving mean of what recent updates brought; C0 the recent seconds drafting and verifying; U
+    the measured cost of micro-steps and publication; S the rounds that running requests have left,
+    expected tokens / t1, up to ``horizon_rounds``. delta, which watching adds to a round, is paid
+    whether or not this update is made and is inside C0. Nothing is counted for requests to come, and
+    an update is supposed to bring nothing until updates have shown otherwise.
+    """
+
+    Settings = GoodputSettings
+
+    def __init__(self, settings: GoodputSettings) -> None:
+        self.settings = settings
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        settings, gain = self.settings, snapshot.update_gain
+        rounds_left = snapshot.expected_tokens_left / max(
+            1.0, gain * snapshot.recent_acceptance_length
+        )
+        if min(snapshot.rounds_since_update, rounds_left) < settings.rounds:
+            return Decision(num_steps=0)
+        if snapshot.num_updates < settings.exploratory_updates:
+            return Decision(settings.num_steps, reason="to learn what an update brings")
+        cost = update_seconds(snapshot, settings.num_steps, settings.step_ms)
+        served = min(rounds_left, settings.horizon_rounds) * snapshot.recent_round_seconds
+        if (gain - 1) * served > cost:
+            return Decision(settings.num_steps, reason=f"a gain of {gain - 1:.2%} pays")
+        if snapshot.rounds_since_update >= settings.retry_rounds:
+            return Decision(settings.num_steps, reason="to see whether updates pay by now")
+        return Decision(num_steps=0)
