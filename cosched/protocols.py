@@ -196,7 +196,12 @@ class Drafter(Protocol):
 
 
 class Loss(Protocol):
-    """A pure function of student rows, teacher rows and row weights."""
+    """A pure function of student rows, teacher rows and row weights.
+
+    Two things it may say of itself, which the contract tests go by. ``proper = False``: it is not
+    least at q = p, only where the teacher is certain. ``detaches = True``: it holds factors that
+    depend on the student fixed, so its gradient is not that of its value.
+    """
 
     def __call__(self, student_RNKV: Tensor, teacher_RNKV: Tensor, weights_RNK: Tensor) -> Tensor:
         """One number to step on, from logits over the draft's vocabulary on both sides."""

@@ -17,6 +17,8 @@ class RowLoss(ABC):
     """A loss that is a function of single rows; the reduction is the same for all of them."""
 
     Settings: type[LossSettings] = LossSettings
+    proper: bool = True
+    detaches: bool = False
 
     def __init__(self, settings: LossSettings) -> None:
         self.settings = settings
@@ -30,6 +32,11 @@ class RowLoss(ABC):
         return weighted_mean(
             self.rows(student_RNKV.flatten(0, 2), teacher_RNKV.flatten(0, 2)), weights_M
         )
+
+
+def acceptance(student_MV: Tensor, teacher_MV: Tensor) -> Tensor:
+    """Chance that a sampled draft is accepted ``[M]``: ``sum(min(p, q))``, arXiv 2211.17192."""
+    return torch.minimum(student_MV.softmax(-1), teacher_MV.softmax(-1)).sum(-1)
 
 
 def decayed(weights_RNK: Tensor, position_decay: float) -> Tensor:
