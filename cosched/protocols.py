@@ -47,11 +47,19 @@ class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Behind a refusal a chain is taught on the path that it drafted itself, and all rows count in
     full; a block, which does not know what it drafted, would be taught the continuation of a refused
     text: there ``refused_weight`` says how much such rows count.
+
+    Row weights multiply. ``position_decay`` assumes how likely a position is reached,
+    ``acceptance_prefix`` computes it from the rows before (set ``position_decay: 1`` beside it).
+    ``hardest_share`` keeps that share of the rows, those where student and teacher differ most.
+    ``chunk_rows`` is how many rows a loss holds intermediates of, all where it is null.
     """
 
     kind: str
     refused_weight: Annotated[float, Meta(ge=0, le=1)] = 0.3
     position_decay: Annotated[float, Meta(gt=0, le=1)] = 0.85
+    acceptance_prefix: bool = False
+    hardest_share: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    chunk_rows: Annotated[int, Meta(ge=1)] | None = None
     rows: Rows = "delayed"
 
 

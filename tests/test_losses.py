@@ -1,4 +1,4 @@
-"""Losses against second derivations, limits and inequalities.
+"""Losses against second derivations, limits and inequalities; weights of rows and chunks.
 
 Gradients against finite differences, for every loss there is, are in the contract
 (tests/test_contract.py). Letters: M rows, V vocabulary; R requests, N anchors, K positions.
@@ -16,11 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosched.errors import ConfigError
 from cosched.registry import LOSSES
 from losses.divergence import kl
-from losses.reduction import RowLoss, acceptance
+from losses.reduction import RowLoss, acceptance, hardest, reached
 
 SMOOTH_AND_PROPER = ("forward_kl", "reverse_kl", "jensen_shannon")
 DIVERGENCES = (*SMOOTH_AND_PROPER, "total_variation", "negative_log_acceptance", "lk_hybrid")
@@ -212,6 +213,9 @@ def test_limits_of_the_lk_losses(seed: int, vocab: int, scale: float) -> None:
     close(make("negative_log_acceptance").rows(s, certain), expected)
 
 
+# --- weights of rows -----------------------------------------------------------------------
+
+
 def blocks(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Student and teacher logits ``[R, N, K, V]`` and row weights with zeros among them."""
     generator = torch.Generator().manual_seed(seed)
@@ -219,6 +223,91 @@ def blocks(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     weights = torch.ones(2, 3, 4, dtype=torch.float64)
     weights[0, 1] = weights[1, 2, 2:] = 0
     return student, teacher, weights
+
+
+def test_reached_is_the_product_of_the_acceptances_before() -> None:
+    assert reached(torch.tensor([[[0.5, 0.25, 0.1]]])).flatten().tolist() == [1.0, 0.5, 0.125]
+
+
+def test_hardest_keeps_its_share_of_the_rows_that_count() -> None:
+    """A share of 0.5 of five rows is three; what a row of weight zero holds is not looked at."""
+    weights = torch.tensor([[[1.0, 0.0, 0.5, 1.0, 1.0, 1.0]]])
+    gap = torch.tensor([[[0.1, math.nan, 0.3, 0.9, 0.2, 0.0]]])
+    assert hardest(weights, gap, 0.5).flatten().tolist() == [0.0, 0.0, 0.5, 1.0, 1.0, 0.0]
+    assert torch.equal(hardest(weights, gap, 1.0), weights)
+    assert int((hardest(weights, gap, 1e-3) > 0).sum()) == 1
+
+
+@pytest.mark.parametrize("own", [{"acceptance_prefix": True}, {"hardest_share": 0.4}])
+def test_weights_of_rows_are_held_fixed(own: dict[str, Any]) -> None:
+    """Value and gradient are those of the same weights given from outside."""
+    student, teacher, weights = blocks()
+    loss, plain = make("forward_kl", **own), make("forward_kl", position_decay=1)
+    seen = loss.weights(student.flatten(0, 2), teacher.flatten(0, 2), weights)
+    assert not seen.requires_grad
+    assert not torch.equal(seen, make("forward_kl").weights(student, teacher, weights))
+    assert not seen[weights == 0].any()
+    torch.testing.assert_close(loss(student, teacher, weights), plain(student, teacher, seen))
+    found = gradient(lambda s: loss(s, teacher, weights), student)
+    torch.testing.assert_close(found, gradient(lambda s: plain(s, teacher, seen), student))
+
+
+@pytest.mark.parametrize("own", [{"acceptance_prefix": True}, {"hardest_share": 0.4}])
+def test_masked_rows_do_not_reach_the_weights(own: dict[str, Any]) -> None:
+    """Not a number in a masked row leaves the weights of the others as they are."""
+    student, teacher, weights = blocks()
+    weights[0, 0, 1] = 0  # masked in the middle of a path
+    loss = make("forward_kl", **own)
+    expected = loss(student, teacher, weights)
+    student[weights == 0] = math.nan
+    assert torch.equal(loss(student, teacher, weights), expected)
+
+
+# --- chunks of rows ------------------------------------------------------------------------
+
+
+class LargeResults(TorchDispatchMode):
+    """Counts results of more than so many elements that are no views."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit, self.found = limit, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view and result.numel() > self.limit:
+            self.found.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("kind", ROW_LOSSES)
+def test_chunks_equal_the_whole(kind: str) -> None:
+    """In value and gradient, to the rounding of a sum; the last chunk is a short one."""
+    student, teacher, weights = blocks()
+    own = {"acceptance_prefix": True, "hardest_share": 0.7}
+    eager, chunked = make(kind, **own), make(kind, **own, chunk_rows=5)
+    close(chunked(student, teacher, weights), eager(student, teacher, weights))
+    found = gradient(lambda s: chunked(s, teacher, weights), student)
+    close(found, gradient(lambda s: eager(s, teacher, weights), student))
+
+
+@pytest.mark.parametrize("kind", ROW_LOSSES)
+def test_chunks_hold_no_more_than_a_chunk(kind: str) -> None:
+    """The one thing as large as the logits that is made, forwards and back, is their gradient."""
+    student, teacher, weights = blocks()
+    own = {"acceptance_prefix": True, "hardest_share": 0.7}
+
+    def large_results(chunk_rows: int | None) -> list[str]:
+        loss, leaf = make(kind, **own, chunk_rows=chunk_rows), student.clone().requires_grad_()
+        with LargeResults(5 * student.shape[-1]) as large:
+            loss(leaf, teacher, weights).backward()
+        return large.found
+
+    assert large_results(5) == ["aten.cat.default"]
+    assert len(large_results(None)) > 3
+
+
+# --- refusals and edges ---------------------------------------------------------------------
 
 
 def test_more_best_tokens_than_the_vocabulary_are_refused() -> None:
