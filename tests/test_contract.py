@@ -21,6 +21,10 @@ class TestLosses(LossContract):
         cells: dict[str, list[dict[str, Any]]] = {
             "forward_kl": [{}, {"chunk_rows": 5}, {"acceptance_prefix": True}],
             "top_k_cross_entropy": [{"k": k} for k in (1, 3, 7)],
+            "sum": [
+                {"terms": [{"kind": "forward_kl"}, {"kind": other, "weight": 0.5}]}
+                for other in ("total_variation", "lk_hybrid")
+            ],
         }
         found = cells.get(plugin.name, [{}])
         return [convert({"kind": plugin.name, **own}, plugin.cls.Settings) for own in found]

@@ -1,4 +1,4 @@
-"""Losses against second derivations, limits and inequalities; weights of rows and chunks.
+"""Losses against second derivations, limits and inequalities; weights, chunks and sums.
 
 Gradients against finite differences, for every loss there is, are in the contract
 (tests/test_contract.py). Letters: M rows, V vocabulary; R requests, N anchors, K positions.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,11 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cosched.config import Config, load_config, to_yaml
 from cosched.errors import ConfigError
 from cosched.registry import LOSSES
 from losses.divergence import kl
 from losses.reduction import RowLoss, acceptance, hardest, reached
 
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 SMOOTH_AND_PROPER = ("forward_kl", "reverse_kl", "jensen_shannon")
 DIVERGENCES = (*SMOOTH_AND_PROPER, "total_variation", "negative_log_acceptance", "lk_hybrid")
 ROW_LOSSES = (*DIVERGENCES, "hard_cross_entropy", "top_k_cross_entropy")
@@ -307,7 +310,57 @@ def test_chunks_hold_no_more_than_a_chunk(kind: str) -> None:
     assert len(large_results(None)) > 3
 
 
-# --- refusals and edges ---------------------------------------------------------------------
+# --- sums ----------------------------------------------------------------------------------
+
+
+def with_loss(loss: str) -> Config:
+    return load_config(QUICKSTART, [f"adapt.loss={loss}"])
+
+
+def test_a_sum_is_the_sum_of_its_terms() -> None:
+    """Read from YAML, in value and gradient, with row weights applied once."""
+    config = with_loss(
+        "{kind: sum, position_decay: 0.5, terms: [{kind: forward_kl}, "
+        "{kind: total_variation, weight: 0.5}, {kind: top_k_cross_entropy, k: 3, weight: 2}]}"
+    )
+    loss = LOSSES.get("sum")(config.loss_settings)
+    student, teacher, weights = blocks()
+    terms = [
+        (1.0, make("forward_kl", position_decay=0.5)),
+        (0.5, make("total_variation", position_decay=0.5)),
+        (2.0, make("top_k_cross_entropy", k=3, position_decay=0.5)),
+    ]
+
+    def expected(student: Tensor) -> Tensor:
+        return torch.stack([w * term(student, teacher, weights) for w, term in terms]).sum()
+
+    close(loss(student, teacher, weights), expected(student))
+    close(gradient(lambda s: loss(s, teacher, weights), student), gradient(expected, student))
+
+
+def test_a_sum_survives_being_written_out(tmp_path: Path) -> None:
+    config = with_loss("{kind: sum, terms: [{kind: lk_hybrid, eta: 2, weight: 0.25}]}")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml").loss_settings == config.loss_settings
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ("[]", r"\.terms: .*>= 1"),
+        ("[{kind: forward_kl, weight: 0}]", "sum to zero"),
+        ("[{kind: forward_kl, weight: -1}]", r"terms\[0\]\.weight: .*>= 0"),
+        ("[{weight: 1}]", r"terms\[0\]: `kind` is required"),
+        ("[{kind: forward_kl}, {kind: nonsense}]", r"terms\[1\]: .*there are: .*reverse_kl"),
+        ("[{kind: lk_hybrid, eta: much}]", r"terms\[0\]\.eta: "),
+        ("[{kind: lk_hybrid, etta: 1}]", r"terms\[0\]: .*'etta'.*allowed here: eta"),
+        ("[{kind: forward_kl, position_decay: 1}]", r"position_decay.*beside `terms`"),
+        ("[{kind: sum, terms: [{kind: top_k_cross_entropy, k: 0}]}]", r"terms\[0\]\.k: .*>= 1"),
+    ],
+)
+def test_terms_that_are_not_allowed_are_named(terms: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^adapt.loss.*{message}"):
+        with_loss(f"{{kind: sum, terms: {terms}}}")
 
 
 def test_more_best_tokens_than_the_vocabulary_are_refused() -> None:
