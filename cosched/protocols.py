@@ -53,11 +53,19 @@ class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Behind a refusal a chain is taught on the path that it drafted itself, and all rows count in
     full; a block, which does not know what it drafted, would be taught the continuation of a refused
     text: there ``refused_weight`` says how much such rows count.
+
+    Row weights multiply. ``position_decay`` assumes how likely a position is reached,
+    ``acceptance_prefix`` computes it from the rows before (set ``position_decay: 1`` beside it).
+    ``hardest_share`` keeps that share of the rows, those where student and teacher differ most.
+    ``chunk_rows`` is how many rows a loss holds intermediates of, all where it is null.
     """
 
     kind: str
     refused_weight: Annotated[float, Meta(ge=0, le=1)] = 0.3
     position_decay: Annotated[float, Meta(gt=0, le=1)] = 0.85
+    acceptance_prefix: bool = False
+    hardest_share: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    chunk_rows: Annotated[int, Meta(ge=1)] | None = None
     rows: Rows = "delayed"
 
 
@@ -202,7 +210,12 @@ class Drafter(Protocol):
 
 
 class Loss(Protocol):
-    """A pure function of student rows, teacher rows and row weights."""
+    """A pure function of student rows, teacher rows and row weights.
+
+    Two things it may say of itself, which the contract tests go by. ``proper = False``: it is not
+    least at q = p, only where the teacher is certain. ``detaches = True``: it holds factors that
+    depend on the student fixed, so its gradient is not that of its value.
+    """
 
     def __call__(self, student_RNKV: Tensor, teacher_RNKV: Tensor, weights_RNK: Tensor) -> Tensor:
         """One number to step on, from logits over the draft's vocabulary on both sides."""

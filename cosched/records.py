@@ -194,13 +194,18 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 class UpdateResult(msgspec.Struct, frozen=True):
-    """What the trainer did: micro-steps taken, steps skipped as non-finite, loss of each step."""
+    """What the trainer did: micro-steps taken, steps skipped as non-finite, loss of each step.
+
+    ``lost_mass`` is the share of the teacher's mass outside of the draft's vocabulary, a mean over
+    the rows (of this rank, where there are several); None where the vocabularies are one.
+    """
 
     num_steps: int
     num_skipped: int
     losses: tuple[float, ...]
     num_rows: int
     seconds: float
+    lost_mass: float | None = None
 
 
 class Verdict(msgspec.Struct, frozen=True):

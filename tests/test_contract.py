@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from msgspec import convert
+
+from cosched.registry import Plugin
 from cosched.testing import DrafterContract, LossContract, PolicyContract
 
 
@@ -10,7 +15,19 @@ class TestDrafters(DrafterContract):
 
 
 class TestLosses(LossContract):
-    """All losses there are."""
+    """All losses there are, with the settings that change their arithmetic."""
+
+    def settings(self, plugin: Plugin) -> list[Any]:
+        cells: dict[str, list[dict[str, Any]]] = {
+            "forward_kl": [{}, {"chunk_rows": 5}, {"acceptance_prefix": True}],
+            "top_k_cross_entropy": [{"k": k} for k in (1, 3, 7)],
+            "sum": [
+                {"terms": [{"kind": "forward_kl"}, {"kind": other, "weight": 0.5}]}
+                for other in ("total_variation", "lk_hybrid")
+            ],
+        }
+        found = cells.get(plugin.name, [{}])
+        return [convert({"kind": plugin.name, **own}, plugin.cls.Settings) for own in found]
 
 
 class TestPolicies(PolicyContract):

@@ -134,6 +134,24 @@ def test_position_decay_weighs_later_drafts_less() -> None:
     assert decayed(torch.ones(1, 1, 3), 0.5).flatten().tolist() == [1.0, 0.5, 0.25]
 
 
+def test_mass_outside_of_the_draft_vocabulary_is_lost_and_counted(
+    target: Target, batch: SignalBatch
+) -> None:
+    """Renormalised over the tokens that the draft has; what it lacks is a mean over rows that count."""
+    drafter = make_drafter(target)
+    assert make_trainer(target, drafter).update(batch, Decision(1)).lost_mass is None
+    ids = torch.arange(0, target.vocab_size, 3)
+    module = BatchLoss(drafter, kl(), target.head, "hidden")
+    p = target.head(batch.teacher_RNKX).softmax(-1)[..., ids]
+    drafter.target_ids = lambda: ids
+    torch.testing.assert_close(
+        module.teacher_logits(batch).softmax(-1), p / p.sum(-1, keepdim=True)
+    )
+    counts = batch.weights_RNK > 0
+    assert not counts.all()
+    torch.testing.assert_close(module.lost_mass, 1 - p.sum(-1)[counts].mean())
+
+
 def test_replay_gradient_equals_finite_differences(target: Target, batch: SignalBatch) -> None:
     """Directional derivative of the whole loss in float64, relative error below 1e-6."""
     drafter = make_drafter(target).clone(torch.float64)

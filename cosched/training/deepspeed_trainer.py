@@ -97,12 +97,14 @@ class DeepSpeedTrainer:
             loss, taken = self.step(batch)
             losses.append(loss)
             num_skipped += not taken
+        lost_mass = self._batch_loss.lost_mass
         return UpdateResult(
             num_steps=decision.num_steps,
             num_skipped=num_skipped,
             losses=tuple(losses),
             num_rows=num_rows,
             seconds=self._clock() - started,
+            lost_mass=None if lost_mass is None else float(lost_mass),  # host waits for the device
         )
 
     def step(self, batch: SignalBatch) -> tuple[float, bool]:

@@ -22,8 +22,11 @@ class BatchLoss(nn.Module):
     """A drafter with its loss as one module whose forward is the scalar to step on.
 
     The drafter's network is the only submodule: the target's embedding and head stay outside, so
-    that no optimizer can reach them.
+    that no optimizer can reach them. ``lost_mass`` is what the teacher of the last batch said outside
+    of the draft's vocabulary, as a mean over its rows; None where the vocabularies are one.
     """
+
+    lost_mass: Tensor | None = None
 
     def __init__(
         self, drafter: Drafter, loss: Loss, teacher_head: nn.Module, teacher_form: TeacherForm
@@ -44,19 +47,39 @@ class BatchLoss(nn.Module):
 
     @torch.no_grad()
     def teacher_logits(self, batch: SignalBatch) -> Tensor:
-        """Teacher logits over the draft's vocabulary ``[R, N, K, V]``, in float32 or wider."""
+        """Teacher logits over the draft's vocabulary ``[R, N, K, V]``, in float32 or wider.
+
+        A loss takes their softmax, so the teacher is renormalised over that vocabulary.
+        """
         logits = batch.teacher_RNKX
         if self._teacher_form == "hidden":
             logits = self._teacher_head[0](logits)
         ids = self._drafter.target_ids()
-        return _wide(logits if ids is None else logits.index_select(-1, ids))
+        if ids is None:
+            return _wide(logits)
+        kept = _wide(logits.index_select(-1, ids))
+        weights = batch.weights_RNK
+        lost_RNK = _lost_mass(logits, kept).masked_fill(weights == 0, 0)
+        smallest = torch.finfo(weights.dtype).tiny  # a rank's share may have no row that counts
+        self.lost_mass = (lost_RNK * weights).sum() / weights.sum().clamp_min(smallest)
+        return kept
+
+
+def _lost_mass(logits: Tensor, kept_RNKV: Tensor) -> Tensor:
+    """Mass of each row ``[R, N, K]`` that is not among the kept logits.
+
+    Request by request: a wide copy of the target's vocabulary is held of one of them only.
+    """
+    whole_RNK = torch.stack([_wide(rows).logsumexp(-1) for rows in logits])
+    return -torch.expm1(kept_RNKV.logsumexp(-1) - whole_RNK).clamp_max(0)
 
 
 def share_of(batch: SignalBatch, rank: int, num_ranks: int) -> tuple[SignalBatch, float]:
     """One rank's anchors of a batch, and what its mean loss counts in the mean over ranks.
 
     Every ``num_ranks``-th anchor of each request, so that all ranks have work of the same size; a
-    missing one repeats the first, with weight zero. Exact where all rows of a path weigh the same.
+    missing one repeats the first, with weight zero. Exact where all rows of a path weigh the same; a
+    loss that weighs rows by what is in them (``adapt.loss``) does so within each share.
     """
     missing = -batch.anchors_RN.shape[1] % num_ranks
     weights = F.pad(batch.weights_RNK, (0, 0, 0, missing))

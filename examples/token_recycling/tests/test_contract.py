@@ -7,8 +7,8 @@ class TestTokenRecycling(DrafterContract):
     names = ("token_recycling",)
 
 
-class TestTotalVariation(LossContract):
-    names = ("total_variation",)
+class TestHellinger(LossContract):
+    names = ("hellinger",)
 
 
 class TestWhenLow(PolicyContract):

@@ -1,4 +1,4 @@
-"""The distance that a sampled draft is refused by."""
+"""A distance of distributions that is bounded and smooth."""
 
 from torch import Tensor
 
@@ -6,9 +6,9 @@ from cosched.registry import LOSSES
 from losses.reduction import RowLoss
 
 
-@LOSSES.register("total_variation")
-class TotalVariation(RowLoss):
-    """Chance that a sampled draft is refused: half of sum |p - q|, or 1 - sum min(p, q)."""
+@LOSSES.register("hellinger")
+class Hellinger(RowLoss):
+    """Squared Hellinger distance: half of sum (sqrt p - sqrt q)^2, or 1 - sum sqrt(p q)."""
 
     def rows(self, student_MV: Tensor, teacher_MV: Tensor) -> Tensor:
-        return (student_MV.softmax(-1) - teacher_MV.softmax(-1)).abs().sum(-1) / 2
+        return 1 - ((student_MV.log_softmax(-1) + teacher_MV.log_softmax(-1)) / 2).exp().sum(-1)

@@ -1,0 +1,376 @@
+"""Losses against second derivations, limits and inequalities; weights, chunks and sums.
+
+Gradients against finite differences, for every loss there is, are in the contract
+(tests/test_contract.py). Letters: M rows, V vocabulary; R requests, N anchors, K positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cosched.config import Config, load_config, to_yaml
+from cosched.errors import ConfigError
+from cosched.registry import LOSSES
+from losses.divergence import kl
+from losses.reduction import RowLoss, acceptance, hardest, reached
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+SMOOTH_AND_PROPER = ("forward_kl", "reverse_kl", "jensen_shannon")
+DIVERGENCES = (*SMOOTH_AND_PROPER, "total_variation", "negative_log_acceptance", "lk_hybrid")
+ROW_LOSSES = (*DIVERGENCES, "hard_cross_entropy", "top_k_cross_entropy")
+
+some_rows = given(
+    seed=st.integers(0, 1 << 20), vocab=st.integers(2, 12), scale=st.floats(0.01, 10.0)
+)
+few = settings(max_examples=25, deadline=None)
+
+
+def make(kind: str, **own: Any) -> RowLoss:
+    cls = LOSSES.get(kind)
+    if kind == "top_k_cross_entropy":
+        own.setdefault("k", 2)
+    return cls(msgspec.convert({"kind": kind, **own}, cls.Settings))
+
+
+def draw(seed: int, vocab: int, scale: float, rows: int = 6) -> tuple[Tensor, Tensor]:
+    """Student and teacher logits ``[M, V]`` in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(2, rows, vocab, dtype=torch.float64, generator=generator)).unbind()
+
+
+def gradient(loss: Callable[[Tensor], Tensor], student: Tensor) -> Tensor:
+    student = student.clone().requires_grad_()
+    return torch.autograd.grad(loss(student).sum(), student)[0]
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Float64 through sums of at most twelve terms of size 1 to 100, two ways."""
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def entropy(p: Tensor) -> Tensor:
+    return -torch.xlogy(p, p).sum(-1)
+
+
+# --- values, derived a second time ---------------------------------------------------------
+
+
+@few
+@some_rows
+def test_values_equal_a_second_derivation(seed: int, vocab: int, scale: float) -> None:
+    """From logits through log-sum-exp, from entropies, or from min in place of |p - q|."""
+    s, t = draw(seed, vocab, scale)
+    p, q = t.softmax(-1), s.softmax(-1)
+    lse_s, lse_t = s.logsumexp(-1), t.logsumexp(-1)
+    overlap = torch.minimum(p, q).sum(-1)
+    forward = (p * (t - s)).sum(-1) - lse_t + lse_s
+    weight = torch.exp(-3 * overlap)
+    expected = {
+        "forward_kl": forward,
+        "reverse_kl": (q * (s - t)).sum(-1) - lse_s + lse_t,
+        "jensen_shannon": entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2,
+        "total_variation": 1 - overlap,
+        "negative_log_acceptance": -torch.log1p(-(p - q).abs().sum(-1) / 2),
+        "lk_hybrid": weight * forward + (1 - weight) * (p - q).abs().sum(-1) / 2,
+        "hard_cross_entropy": lse_s - s.gather(-1, t.argmax(-1, keepdim=True))[:, 0],
+    }
+    # 1 - |p - q| / 2 cancels where p and q hardly overlap: there the second way is the worse one
+    exact = overlap > 1e-3
+    for kind, value in expected.items():
+        mask = exact if kind == "negative_log_acceptance" else torch.ones_like(exact)
+        close(make(kind).rows(s, t)[mask], value[mask])
+
+
+@few
+@some_rows
+def test_gradients_equal_their_closed_forms(seed: int, vocab: int, scale: float) -> None:
+    """Each derived by hand; those of the LK losses hold only with the acceptance held fixed."""
+    s, t = draw(seed, vocab, scale)
+    p, q = t.softmax(-1), s.softmax(-1)
+    found = {kind: gradient(lambda s, k=kind: make(k).rows(s, t), s) for kind in ROW_LOSSES}
+    log_ratio = s.log_softmax(-1) - t.log_softmax(-1)
+    close(found["forward_kl"], q - p)
+    close(found["reverse_kl"], q * (log_ratio - (q * log_ratio).sum(-1, keepdim=True)))
+    above = (q > p).double()
+    variation = q * (above - (q * above).sum(-1, keepdim=True))
+    close(found["total_variation"], variation)
+    alpha = torch.minimum(p, q).sum(-1, keepdim=True)
+    close(found["negative_log_acceptance"] * alpha, variation)
+    weight = torch.exp(-3 * alpha)
+    close(found["lk_hybrid"], weight * (q - p) + (1 - weight) * variation)
+    certain = torch.nn.functional.one_hot(t.argmax(-1), vocab)
+    close(found["hard_cross_entropy"], q - certain)
+
+
+@few
+@some_rows
+def test_top_k_equals_its_groups_one_by_one(seed: int, vocab: int, scale: float) -> None:
+    """The k best tokens and one bucket, written out; the bucket's gradient is shared by q."""
+    s, t = draw(seed, vocab, scale)
+    p, q = t.softmax(-1), s.softmax(-1)
+    for k in range(1, vocab):
+        loss = make("top_k_cross_entropy", k=k)
+        found, slope = loss.rows(s, t), gradient(lambda s, loss=loss: loss.rows(s, t), s)
+        for m in range(len(s)):
+            order = p[m].argsort(descending=True)
+            best, tail = order[:k], order[k:]
+            expected = -(p[m, best] * q[m, best].log()).sum()
+            expected = expected - p[m, tail].sum() * q[m, tail].sum().log()
+            close(found[m], expected)
+            close(slope[m, best], (q - p)[m, best])
+            close(slope[m, tail], q[m, tail] * (1 - p[m, tail].sum() / q[m, tail].sum()))
+
+
+# --- what holds at equality, near it, and far from it --------------------------------------
+
+
+@few
+@some_rows
+def test_divergences_are_zero_at_equality_only(seed: int, vocab: int, scale: float) -> None:
+    s, t = draw(seed, vocab, max(scale, 0.1))
+    for kind in DIVERGENCES:
+        assert make(kind).rows(t, t).abs().max() < 1e-12
+        assert make(kind).rows(s, t).min() > 0
+
+
+@few
+@some_rows
+def test_top_k_agrees_with_the_whole_vocabulary_as_k_grows(
+    seed: int, vocab: int, scale: float
+) -> None:
+    """What it is above its least grows with k, up to the KL; at k = V it is the cross-entropy."""
+    s, t = draw(seed, vocab, scale)
+    excess = []
+    for k in range(1, vocab + 1):
+        loss = make("top_k_cross_entropy", k=k)
+        excess.append(loss.rows(s, t) - loss.rows(t, t))
+    whole = make("forward_kl").rows(s, t)
+    close(excess[-1], whole)
+    close(loss.rows(s, t), whole + entropy(t.softmax(-1)))
+    assert bool((torch.stack(excess).diff(dim=0) > -1e-11).all())
+
+
+@few
+@some_rows
+def test_inequalities_between_losses(seed: int, vocab: int, scale: float) -> None:
+    """Pinsker both ways; -log(1 - x) >= x; Jensen-Shannon between TV^2 / 2 and TV log 2."""
+    s, t = draw(seed, vocab, scale)
+    value = {kind: make(kind).rows(s, t) for kind in DIVERGENCES}
+    tv, slack = value["total_variation"], 1e-12
+    assert bool((tv <= (value["forward_kl"] / 2).sqrt() + slack).all())
+    assert bool((tv <= (value["reverse_kl"] / 2).sqrt() + slack).all())
+    assert bool((value["negative_log_acceptance"] >= tv - slack).all())
+    assert bool((value["jensen_shannon"] >= tv**2 / 2 - slack).all())
+    assert bool((value["jensen_shannon"] <= tv * math.log(2) + slack).all())
+
+
+def test_near_equality_the_kls_agree_and_jensen_shannon_is_a_quarter() -> None:
+    """All three are the Fisher metric there; the third order, 1e-3 of it here, tells them apart."""
+    s, t = draw(0, 9, 1.0)
+    forward, reverse, jensen = (make(k).rows(t + 1e-3 * s, t) for k in SMOOTH_AND_PROPER)
+    torch.testing.assert_close(reverse, forward, rtol=5e-3, atol=0)
+    torch.testing.assert_close(4 * jensen, forward, rtol=5e-3, atol=0)
+
+
+def test_far_apart_only_some_still_teach() -> None:
+    """60 nats apart bounded values reach their bounds, and they and reverse KL lose their gradient."""
+    teacher = torch.tensor([[60.0, 0.0, 0.0]], dtype=torch.float64)
+    student = torch.tensor([[0.0, 60.0, 0.0]], dtype=torch.float64)
+    value = {kind: float(make(kind).rows(student, teacher)) for kind in DIVERGENCES}
+    slope = {
+        kind: float(gradient(lambda s, k=kind: make(k).rows(s, teacher), student).abs().max())
+        for kind in DIVERGENCES
+    }
+    assert value["total_variation"] == pytest.approx(1)
+    assert value["jensen_shannon"] == pytest.approx(math.log(2))
+    # The overlap is e^-60 at each of the three tokens.
+    assert value["negative_log_acceptance"] == pytest.approx(60 - math.log(3), abs=1e-9)
+    assert value["forward_kl"] == pytest.approx(60)
+    vanished = {kind for kind in DIVERGENCES if slope[kind] < 1e-20}
+    assert vanished == {"reverse_kl", "jensen_shannon", "total_variation"}
+    assert all(slope[kind] > 0.3 for kind in ("forward_kl", "negative_log_acceptance", "lk_hybrid"))
+
+
+@few
+@some_rows
+def test_limits_of_the_lk_losses(seed: int, vocab: int, scale: float) -> None:
+    """Hybrid: KL at eta 0, TV as eta grows. Log-acceptance: cross-entropy at a certain teacher."""
+    s, t = draw(seed, vocab, scale)
+    close(make("lk_hybrid", eta=0).rows(s, t), make("forward_kl").rows(s, t))
+    near = acceptance(s, t) > 1e-3
+    many = make("lk_hybrid", eta=1e6).rows(s, t)
+    close(many[near], make("total_variation").rows(s, t)[near])
+    certain = 1e3 * torch.nn.functional.one_hot(t.argmax(-1), vocab).double()
+    expected = make("hard_cross_entropy").rows(s, certain)
+    close(make("negative_log_acceptance").rows(s, certain), expected)
+
+
+# --- weights of rows -----------------------------------------------------------------------
+
+
+def blocks(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Student and teacher logits ``[R, N, K, V]`` and row weights with zeros among them."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, 2, 3, 4, 7, dtype=torch.float64, generator=generator).unbind()
+    weights = torch.ones(2, 3, 4, dtype=torch.float64)
+    weights[0, 1] = weights[1, 2, 2:] = 0
+    return student, teacher, weights
+
+
+def test_reached_is_the_product_of_the_acceptances_before() -> None:
+    assert reached(torch.tensor([[[0.5, 0.25, 0.1]]])).flatten().tolist() == [1.0, 0.5, 0.125]
+
+
+def test_hardest_keeps_its_share_of_the_rows_that_count() -> None:
+    """A share of 0.5 of five rows is three; what a row of weight zero holds is not looked at."""
+    weights = torch.tensor([[[1.0, 0.0, 0.5, 1.0, 1.0, 1.0]]])
+    gap = torch.tensor([[[0.1, math.nan, 0.3, 0.9, 0.2, 0.0]]])
+    assert hardest(weights, gap, 0.5).flatten().tolist() == [0.0, 0.0, 0.5, 1.0, 1.0, 0.0]
+    assert torch.equal(hardest(weights, gap, 1.0), weights)
+    assert int((hardest(weights, gap, 1e-3) > 0).sum()) == 1
+
+
+@pytest.mark.parametrize("own", [{"acceptance_prefix": True}, {"hardest_share": 0.4}])
+def test_weights_of_rows_are_held_fixed(own: dict[str, Any]) -> None:
+    """Value and gradient are those of the same weights given from outside."""
+    student, teacher, weights = blocks()
+    loss, plain = make("forward_kl", **own), make("forward_kl", position_decay=1)
+    seen = loss.weights(student.flatten(0, 2), teacher.flatten(0, 2), weights)
+    assert not seen.requires_grad
+    assert not torch.equal(seen, make("forward_kl").weights(student, teacher, weights))
+    assert not seen[weights == 0].any()
+    torch.testing.assert_close(loss(student, teacher, weights), plain(student, teacher, seen))
+    found = gradient(lambda s: loss(s, teacher, weights), student)
+    torch.testing.assert_close(found, gradient(lambda s: plain(s, teacher, seen), student))
+
+
+@pytest.mark.parametrize("own", [{"acceptance_prefix": True}, {"hardest_share": 0.4}])
+def test_masked_rows_do_not_reach_the_weights(own: dict[str, Any]) -> None:
+    """Not a number in a masked row leaves the weights of the others as they are."""
+    student, teacher, weights = blocks()
+    weights[0, 0, 1] = 0  # masked in the middle of a path
+    loss = make("forward_kl", **own)
+    expected = loss(student, teacher, weights)
+    student[weights == 0] = math.nan
+    assert torch.equal(loss(student, teacher, weights), expected)
+
+
+# --- chunks of rows ------------------------------------------------------------------------
+
+
+class LargeResults(TorchDispatchMode):
+    """Counts results of more than so many elements that are no views."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit, self.found = limit, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view and result.numel() > self.limit:
+            self.found.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("kind", ROW_LOSSES)
+def test_chunks_equal_the_whole(kind: str) -> None:
+    """In value and gradient, to the rounding of a sum; the last chunk is a short one."""
+    student, teacher, weights = blocks()
+    own = {"acceptance_prefix": True, "hardest_share": 0.7}
+    eager, chunked = make(kind, **own), make(kind, **own, chunk_rows=5)
+    close(chunked(student, teacher, weights), eager(student, teacher, weights))
+    found = gradient(lambda s: chunked(s, teacher, weights), student)
+    close(found, gradient(lambda s: eager(s, teacher, weights), student))
+
+
+@pytest.mark.parametrize("kind", ROW_LOSSES)
+def test_chunks_hold_no_more_than_a_chunk(kind: str) -> None:
+    """The one thing as large as the logits that is made, forwards and back, is their gradient."""
+    student, teacher, weights = blocks()
+    own = {"acceptance_prefix": True, "hardest_share": 0.7}
+
+    def large_results(chunk_rows: int | None) -> list[str]:
+        loss, leaf = make(kind, **own, chunk_rows=chunk_rows), student.clone().requires_grad_()
+        with LargeResults(5 * student.shape[-1]) as large:
+            loss(leaf, teacher, weights).backward()
+        return large.found
+
+    assert large_results(5) == ["aten.cat.default"]
+    assert len(large_results(None)) > 3
+
+
+# --- sums ----------------------------------------------------------------------------------
+
+
+def with_loss(loss: str) -> Config:
+    return load_config(QUICKSTART, [f"adapt.loss={loss}"])
+
+
+def test_a_sum_is_the_sum_of_its_terms() -> None:
+    """Read from YAML, in value and gradient, with row weights applied once."""
+    config = with_loss(
+        "{kind: sum, position_decay: 0.5, terms: [{kind: forward_kl}, "
+        "{kind: total_variation, weight: 0.5}, {kind: top_k_cross_entropy, k: 3, weight: 2}]}"
+    )
+    loss = LOSSES.get("sum")(config.loss_settings)
+    student, teacher, weights = blocks()
+    terms = [
+        (1.0, make("forward_kl", position_decay=0.5)),
+        (0.5, make("total_variation", position_decay=0.5)),
+        (2.0, make("top_k_cross_entropy", k=3, position_decay=0.5)),
+    ]
+
+    def expected(student: Tensor) -> Tensor:
+        return torch.stack([w * term(student, teacher, weights) for w, term in terms]).sum()
+
+    close(loss(student, teacher, weights), expected(student))
+    close(gradient(lambda s: loss(s, teacher, weights), student), gradient(expected, student))
+
+
+def test_a_sum_survives_being_written_out(tmp_path: Path) -> None:
+    config = with_loss("{kind: sum, terms: [{kind: lk_hybrid, eta: 2, weight: 0.25}]}")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml").loss_settings == config.loss_settings
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ("[]", r"\.terms: .*>= 1"),
+        ("[{kind: forward_kl, weight: 0}]", "sum to zero"),
+        ("[{kind: forward_kl, weight: -1}]", r"terms\[0\]\.weight: .*>= 0"),
+        ("[{weight: 1}]", r"terms\[0\]: `kind` is required"),
+        ("[{kind: forward_kl}, {kind: nonsense}]", r"terms\[1\]: .*there are: .*reverse_kl"),
+        ("[{kind: lk_hybrid, eta: much}]", r"terms\[0\]\.eta: "),
+        ("[{kind: lk_hybrid, etta: 1}]", r"terms\[0\]: .*'etta'.*allowed here: eta"),
+        ("[{kind: forward_kl, position_decay: 1}]", r"position_decay.*beside `terms`"),
+        ("[{kind: sum, terms: [{kind: top_k_cross_entropy, k: 0}]}]", r"terms\[0\]\.k: .*>= 1"),
+    ],
+)
+def test_terms_that_are_not_allowed_are_named(terms: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^adapt.loss.*{message}"):
+        with_loss(f"{{kind: sum, terms: {terms}}}")
+
+
+def test_more_best_tokens_than_the_vocabulary_are_refused() -> None:
+    """How large the draft's vocabulary is shows at the first call only."""
+    student, teacher, weights = blocks()
+    with pytest.raises(ConfigError, match=r"adapt\.loss: k = 8 .*the 7 tokens.*at most 7"):
+        make("top_k_cross_entropy", k=8)(student, teacher, weights)
+
+
+def test_kl_of_log_probabilities_with_an_empty_token_is_finite() -> None:
+    """A teacher that gives a token nothing: its term is 0 log 0 = 0, up to float32's smallest."""
+    log_p = torch.tensor([[0.0, -1e4]])
+    assert kl(log_p, torch.tensor([[-1.0, -0.5]])).item() == pytest.approx(1.0)
