@@ -75,7 +75,8 @@ class HardCrossEntropy(RowLoss):
     .. math:: \ell_m = -\log q_{m v^*}, \quad v^* = \arg\max_v p_{mv}
 
     At temperature 0 a draft is accepted if its argmax is v*, and the rest of p does not matter. It
-    is least at certainty, not at q = p: wrong for sampling. Source: DFlash, arXiv 2602.06036.
+    is least at certainty, not at q = p: wrong for sampling. Source: DFlash (arXiv 2602.06036) trains
+    with it on the tokens of a text.
     """
 
     proper = False

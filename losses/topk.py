@@ -32,8 +32,8 @@ class TopKCrossEntropy(RowLoss):
     .. math:: \ell_m = -\sum_{v \in top_k} p_{mv} \log q_{mv} - P_m \log Q_m
 
     P and Q are the mass of p and q outside the k: kept, so that q = p is still the least, and the
-    student is not told how to share it out. Without the tail the loss would pull all of q into the
-    k. With k = V it is the full cross-entropy. Source: sparse logit distillation, arXiv 2503.16870.
+    student is not told how to share it out. With k = V it is the full cross-entropy. That top-k
+    without its tail is biased towards the k: Sparse Logit Sampling, arXiv 2503.16870.
     """
 
     Settings = TopKSettings
