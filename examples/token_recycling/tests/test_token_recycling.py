@@ -81,7 +81,7 @@ def test_the_experiment_runs(teacher: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(ROOT)
     overrides = [
         f"run.dir={tmp_path}", "workload.max_prompts=2", "workload.max_new_tokens=48",
-        "adapt.policy.tokens=16", "engine.num_threads=1",
+        "adapt.policy.below=9", "engine.num_threads=1",
     ]  # fmt: skip
     if teacher == "eagle3":
         overrides += ["drafter.kind=eagle3", "drafter.path=tinyworld/eagle3"]
