@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that still lacks a GPU figure, in one command, on a machine with a CUDA device:
 #   PYTHON=.venv/bin/python benchmarks/gpu_check.sh
-# With SGLang installed (pip install 'cosched[sglang]') its arms follow: CUDA graphs on and off,
+# With SGLang installed (pip install '.[sglang]') its arms follow: CUDA graphs on and off,
 # overlapped scheduling on and off, updates inline and in the background, the same text or not,
 # throughput, the gaps between tokens, how much of the update time was hidden, and the KV capacity.
 #   CONFIG=configs/serve_qwen3_8b_eagle3.yaml    another model than the tiny world

@@ -84,8 +84,8 @@ class VerifyRound:
     """One draft, verify, commit cycle of a batch, or the prefill of one request (no blocks).
 
     ``tokens_left`` is how many tokens the running requests may still commit, together; None where
-    the engine does not know. ``num_queued`` counts requests that wait for a place: for an engine
-    with clients that wait to report (the embedded one has none, and SGLang's queue is not seen yet).
+    the engine does not know. ``num_queued`` counts requests that wait for a place; in the embedded
+    engine nobody waits.
     """
 
     index: int

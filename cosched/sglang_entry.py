@@ -27,11 +27,11 @@ def install() -> None:
     if not os.environ.get(CONFIG):
         return
     from cosched.engines.sglang.algorithms import register
-    from cosched.engines.sglang.idle import watch_idle
+    from cosched.engines.sglang.scheduler import watch_scheduler
     from cosched.engines.sglang.server_info import show_in_server_info
 
     register(_build)
-    watch_idle()
+    watch_scheduler()
     show_in_server_info()
 
 

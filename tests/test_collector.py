@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from cosched.engines.sglang.collector import Prompt, RoundCollector, Verified
@@ -100,3 +102,19 @@ def test_unwatched_rounds_are_counted_and_hold_nothing() -> None:
     assert prefill.segments == round_.segments == ()
     assert round_.num_committed == 2
     assert round_.blocks[0].teacher_KX is None
+
+
+def test_a_round_says_how_much_is_left_and_who_waits() -> None:
+    """What policies plan with; where one request has no limit, nobody knows."""
+    collector = RoundCollector()
+    collector.num_queued = 5
+    a, b = prompt("a", 0, 4, 4), prompt("b", 0, 5, 5)
+    collector.prefilled((replace(a, max_length=14), replace(b, max_length=7)))
+    collector.verified(verified("a", "b"))
+    prefill, round_ = collector.counted([2, 0])
+    assert (prefill.tokens_left, round_.tokens_left) == (9 + 1, 6 + 0)
+    assert round_.num_queued == 5
+    collector.prefilled((prompt("c", 0, 4, 4),))
+    collector.verified(verified("a", "c"))
+    *_, last = collector.counted([0, 0])
+    assert last.tokens_left is None

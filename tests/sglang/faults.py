@@ -1,4 +1,4 @@
-"""Faults for the tests: a plugin of SGLang's that breaks one thing in a scheduler process.
+"""Faults for the tests: a plugin of SGLang's that changes one thing in a scheduler process.
 
 ``COSCHED_TEST_FAULT`` names it. Inert without; never installed with cosched.
 """
@@ -117,11 +117,47 @@ def _one_rank_breaks() -> None:
     ReplayBuffer.collect = broken
 
 
+def _compare_instead_of_training() -> None:
+    """Where an update was due, the draft replays what it served.
+
+    For losses the result has counts of rows: missed in requests that were seen from their first
+    token, missed in all, rows where the teacher agrees, and rows of requests seen whole.
+    """
+    import torch
+
+    from cosched.records import UpdateResult
+    from cosched.training.deepspeed_trainer import DeepSpeedTrainer
+
+    @torch.no_grad()
+    def compare(self: Any, batch: Any, _decision: Any) -> UpdateResult:
+        module = self._batch_loss
+        best_RNK = module._drafter.replay(batch).argmax(-1)
+        ids = module._drafter.target_ids()
+        if ids is not None:
+            best_RNK = ids[best_RNK]
+        served = batch.weights_RNK > 0
+        whole = served & (batch.starts_R == 0)[:, None, None]  # others: a cached prefix is missing
+        missed = best_RNK != batch.paths_RNK
+        teacher = module.teacher_logits(batch).argmax(-1)  # row k says what stands at place k
+        counts = (missed & whole, missed & served, (teacher == batch.paths_RNK) & served, whole)
+        # A step that was skipped is not published: the draft stays as it is.
+        return UpdateResult(
+            num_steps=1,
+            num_skipped=1,
+            losses=tuple(float(count.sum()) for count in counts),
+            num_rows=int(served.sum()),
+            seconds=0.0,
+        )
+
+    DeepSpeedTrainer.update = compare
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "trainer": _trainer_raises,
     "gradient": _gradient_is_nan,
     "starve": _nothing_to_train_on,
     "checksum": _wrong_checksum,
+    "fidelity": _compare_instead_of_training,
     "tap": _worker_looks_wrong,
     "ranks": _ranks_differ,
     "rank": _one_rank_breaks,

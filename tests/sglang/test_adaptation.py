@@ -81,9 +81,14 @@ def serve(decode: Decode, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     known: dict[str, Served] = {}
 
     def run(
-        kind: str, *overrides: str, fault: str | None = None, linger: float = 0, **engine: Any
+        kind: str,
+        *overrides: str,
+        fault: str | None = None,
+        more: dict[str, Any] | None = None,
+        retract: bool = False,
+        **engine: Any,
     ) -> Served:
-        key = repr((kind, overrides, fault, linger, engine))
+        key = repr((kind, overrides, fault, more, retract, engine))
         if key in known:
             return known[key]
         folder = tmp_path_factory.mktemp(kind)
@@ -95,6 +100,8 @@ def serve(decode: Decode, tmp_path_factory: pytest.TempPathFactory) -> Callable[
             "COSCHED_EVENTS": str(events),
             "SGLANG_CPU_OMP_THREADS_BIND": "0|1",  # of two ranks, where there are two
         }
+        if retract:
+            variables |= {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
         if fault:
             paths = f"{decode.environment['PYTHONPATH']}:{site.parent}"
             variables |= {"COSCHED_TEST_FAULT": fault, "PYTHONPATH": paths}
@@ -105,7 +112,7 @@ def serve(decode: Decode, tmp_path_factory: pytest.TempPathFactory) -> Callable[
             texts=shifted(),
             num_tokens=LENGTH,
             variables=variables,
-            linger=linger,
+            **(more or {}),
             engine=engine,
             **SHAPES[kind],
         )
@@ -203,7 +210,7 @@ def test_an_idle_server_trains_if_the_policy_says_so(serve: Any) -> None:
     """After the last request, and on what it left behind."""
     served = serve(
         "eagle3", "adapt.policy.rounds=1000000", "adapt.policy.idle_steps=2",
-        "adapt.replay.keep_finished=true", linger=3,
+        "adapt.replay.keep_finished=true", more={"linger": 3},
     )  # fmt: skip
     (update,) = served.of("update")
     last = max(number for number, event in enumerate(served.events) if event["kind"] == "round")
@@ -241,3 +248,60 @@ def test_ranks_stop_learning_together(
     assert failure["reason"].startswith(reason)
     if publications is not None:
         assert len(served.of("publication")) == publications
+
+
+@pytest.mark.parametrize("max_queued", [0, 100])
+def test_a_policy_sees_who_waits(max_queued: int, serve: Any) -> None:
+    """With two places for four requests, ``slack`` holds back until the last has found one."""
+    served = serve(
+        "eagle3", "adapt.policy.kind=slack", f"adapt.policy.max_queued={max_queued}",
+        "adapt.policy.budget_ms=1000", "adapt.policy.max_time_share=1", max_running_requests=2,
+    )  # fmt: skip
+    order = [
+        event["row"]["request_id"] if event["kind"] == "round" else event["kind"]
+        for event in served.events
+    ]
+    last_begins = max(order.index(name) for name in names(shifted()))
+    assert order.count("update") > 4
+    assert ("update" in order[:last_begins]) == (max_queued > 0)
+
+
+SERVED = ("adapt.policy.rounds=4", "adapt.loss.rows=accepted", "adapt.replay.window=1024")
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("how", ["whole", "in pieces, one aborted", "cached, some retracted"])
+def test_the_draft_replays_what_sglang_served(
+    kind: str, how: str, serve: Any, decode: Decode, report: Callable[[str], None]
+) -> None:
+    """The trainer's draft, given what the taps kept, drafts the very tokens that SGLang's did: a row,
+    feature or position out of place shows at once. Rows of a cached prefix were not seen with their
+    request, so a draft that looks back at them can only come near."""
+    settings: dict[str, Any] = {
+        "whole": {},
+        "in pieces, one aborted": {"chunked_prefill_size": 24, "more": {"abort": (2, 40)}},
+        "cached, some retracted": {"more": {"passes": 2}, "retract": True},
+    }[how]
+    served = serve(kind, *SERVED, fault="fidelity", **settings)
+    plain = plainly(decode)
+    for number, (answer, expected) in enumerate(zip(served.answers, plain, strict=True)):
+        length = min(len(answer["tokens"]), len(expected["tokens"]))
+        assert length, number
+        assert answer["tokens"][:length] == expected["tokens"][:length], number
+    assert not served.of("failure")
+    assert not served.of("publication")
+    results = [event["result"] for event in served.of("update")]
+    rows = sum(result["num_rows"] for result in results)
+    wrong, missed, agreed, whole = (
+        sum(counts) for counts in zip(*(result["losses"] for result in results), strict=True)
+    )
+    report(
+        f"{kind}, {how}: of {rows} drafted tokens {missed:.0f} missed, {wrong:.0f} of the "
+        f"{whole:.0f} whose request was seen whole; teacher {agreed / rows:.2f}"
+    )
+    assert whole > 100
+    assert wrong == 0
+    assert missed < rows / 2
+    if how == "cached, some retracted":
+        assert max(answer["cached"] for answer in served.answers) > 20
+        assert sum(answer["retracted"] for answer in served.answers) > 3

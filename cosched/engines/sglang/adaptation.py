@@ -171,6 +171,10 @@ class Adaptation:
         """The request is done or was aborted."""
         self._collector.finish(request_id)
 
+    def queued(self, num_requests: int) -> None:
+        """So many requests found no place in the next batch."""
+        self._collector.num_queued = num_requests
+
     # --- between two forward passes --------------------------------------------------------
 
     @_never_raises

@@ -28,7 +28,8 @@ class Prompt:
     """Prompt rows of one request that were run: ``length`` of them from position ``start`` on.
 
     ``rows`` are the last of them, as many as are worth keeping, with the token that came out;
-    None where nobody learns from them. ``prompt_length`` is that of the whole prompt.
+    None where nobody learns from them. ``prompt_length`` is that of the whole prompt, ``max_length``
+    that of prompt and answer at most, None where the request has no limit of its own.
     """
 
     request_id: str
@@ -36,6 +37,7 @@ class Prompt:
     length: int
     prompt_length: int
     rows: Segment | None
+    max_length: int | None = None
 
 
 Prefill = tuple[Prompt, ...]
@@ -61,10 +63,16 @@ class Verified:
 
 @dataclass(slots=True)
 class _Text:
-    """Where a request stands: the position of its anchor, and how long its prompt was."""
+    """Where a request stands: the position of its anchor, how long its prompt was, and its limit."""
 
     anchor: int
     prompt_length: int
+    max_length: int | None
+
+    @property
+    def left(self) -> int | None:
+        """Tokens that may still be committed; the anchor has been."""
+        return None if self.max_length is None else max(0, self.max_length - self.anchor - 1)
 
 
 class RoundCollector:
@@ -76,6 +84,7 @@ class RoundCollector:
         self._texts: OrderedDict[str, _Text] = OrderedDict()
         self._finished: list[str] = []
         self._index = 0
+        self.num_queued = 0  # requests that wait for a place, as far as is known
 
     def prefilled(self, prefill: Prefill) -> None:
         self._waiting.append(prefill)
@@ -107,9 +116,10 @@ class RoundCollector:
     def _prefill_round(self, prefill: Prefill) -> VerifyRound:
         for prompt in prefill:
             end = prompt.start + prompt.length
-            self._remember(prompt.request_id, _Text(end, prompt.prompt_length))
+            text = _Text(end, prompt.prompt_length, prompt.max_length)
+            self._remember(prompt.request_id, text)
         segments = tuple(prompt.rows for prompt in prefill if prompt.rows is not None)
-        return self._make(0, segments, (), 0.0, 0.0, len(prefill))
+        return self._make(0, segments, (), (0.0, 0.0), [prompt.request_id for prompt in prefill])
 
     def _round(self, verified: Verified, num_accepted: list[int]) -> VerifyRound:
         segments: list[Segment] = []
@@ -142,9 +152,9 @@ class RoundCollector:
                 )
             text.anchor += count
             self._texts.move_to_end(request_id)
-        draft, verify = verified.seconds()
+        running = [block.request_id for block in blocks]
         return self._make(
-            verified.version, tuple(segments), tuple(blocks), draft, verify, len(blocks)
+            verified.version, tuple(segments), tuple(blocks), verified.seconds(), running
         )
 
     def _make(
@@ -152,10 +162,11 @@ class RoundCollector:
         version: int,
         segments: tuple[Segment, ...],
         blocks: tuple[ServedBlock, ...],
-        draft_seconds: float,
-        verify_seconds: float,
-        num_running: int,
+        seconds: tuple[float, float],
+        running: list[str],
     ) -> VerifyRound:
+        left = [self._texts[request_id].left for request_id in running]
+        known = [tokens for tokens in left if tokens is not None]
         finished = tuple(self._finished)
         self._finished.clear()
         self._index += bool(blocks)
@@ -165,9 +176,11 @@ class RoundCollector:
             segments=segments,
             blocks=blocks,
             finished=finished,
-            draft_seconds=draft_seconds,
-            verify_seconds=verify_seconds,
-            num_running=num_running,
+            draft_seconds=seconds[0],
+            verify_seconds=seconds[1],
+            num_running=len(running),
+            tokens_left=sum(known) if len(known) == len(left) else None,
+            num_queued=self.num_queued,
         )
 
     def _remember(self, request_id: str, text: _Text) -> None:

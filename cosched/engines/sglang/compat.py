@@ -60,6 +60,7 @@ _PATHS: dict[str, str] = {
 INTERNAL_STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
 LAUNCH = "sglang.srt.entrypoints.engine.Engine._launch_subprocesses"
 PREPARE_LAUNCH = "sglang.srt.entrypoints.engine._set_envs_and_config"
+SCHEDULER_NEXT = "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run"
 SCHEDULER_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
 
 

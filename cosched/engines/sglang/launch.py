@@ -139,7 +139,7 @@ def check_servable(config: Config) -> None:
             f"{settings.path.rstrip('/')}-sglang --format sglang"
         )
     if version_of("sglang") is None:
-        raise ConfigError("SGLang is not installed: pip install 'cosched[sglang]'")
+        raise ConfigError("SGLang is not installed: pip install '.[sglang]' in cosched's folder")
 
 
 def _prepare_environment(config: Config) -> None:

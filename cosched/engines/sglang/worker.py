@@ -145,7 +145,9 @@ class AdaptedWorker:
                         teacher_RX=held(teacher_TX[kept]),
                     )
                 prompt_length = len(request.origin_input_ids)
-                prompts.append(Prompt(request.rid, start, length, prompt_length, rows))
+                limit = request.sampling_params.max_new_tokens
+                longest = None if limit is None else prompt_length + limit
+                prompts.append(Prompt(request.rid, start, length, prompt_length, rows, longest))
             return tuple(prompts)
 
         if not batch.forward_mode.is_idle():
