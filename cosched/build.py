@@ -25,7 +25,7 @@ from cosched.engines.sglang.ranks import SamePolicy
 from cosched.engines.trace import RecordedRows, TraceMeta, TraceWriter, read_meta
 from cosched.errors import ConfigError
 from cosched.footprint import replay_limits
-from cosched.guard import FiniteGuard, WithinTimeShare
+from cosched.guard import FiniteGuard, ShadowGuard, WithinTimeShare
 from cosched.publish import InPlacePublisher
 from cosched.registry import DRAFTERS, LOSSES, POLICIES
 from cosched.replay import ReplayBuffer
@@ -34,6 +34,8 @@ from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.group import TrainingGroup
 from cosched.training.micro_step import BatchLoss
 from cosched.training.scope import parameters_of
+from cosched.training.shadow import Shadow
+from cosched.watch import ShadowSettings
 from cosched.workload import load_requests
 
 if TYPE_CHECKING:
@@ -68,6 +70,12 @@ class World:
     def forced(self) -> bool:
         """Whether the text is given rather than generated."""
         return self.trace is not None or self.config.workload.documents is not None
+
+    @property
+    def judged_at(self) -> float:
+        """The temperature at which drafts are accepted; documents have none of their own."""
+        greedy_text = self.text_kind == "document" and self.sampling.greedy
+        return 1.0 if greedy_text else self.sampling.temperature
 
     @property
     def device(self) -> str:
@@ -141,7 +149,9 @@ def build_arm(
         publisher = network and InPlacePublisher.of_modules(
             network, world.target.model, publish.target_check_every, publish.keep
         )
-        coscheduler = build_coscheduler(config, world.target, drafter, publisher, window, sink)
+        coscheduler = build_coscheduler(
+            config, world.target, drafter, publisher, window, sink, temperature=world.judged_at
+        )
     layers = writer.feature_layers if writer else ()
     if drafter is not None:
         layers = drafter.signal.feature_layers
@@ -180,19 +190,39 @@ def build_coscheduler(
     window: int | None,
     sink: Sink,
     ranks: Ranks | None = None,
+    temperature: float = 1.0,
 ) -> Coscheduler:
-    """Buffer, policy, trainer and guard around a serving draft; ``ranks`` where several train it."""
+    """Buffer, policy, trainer and guard around a serving draft; ``ranks`` where several train it.
+
+    ``temperature`` is that of the requests, by which a guard scores; where requests differ, 1: drafts
+    whose distributions overlap more are accepted more often at any temperature, as a rule.
+    """
     adapt, loss = config.adapt, config.loss_settings
     settings = config.policy_settings
     policy = WithinTimeShare(POLICIES.get(settings.kind)(settings), settings.max_time_share)
     limits = replay_limits(config, target, drafter)
     # A chain's rows behind a refusal stand on the very path that it drafted: they teach like others.
     refused_weight = 1.0 if drafter.signal.conditioning == "chain" else loss.refused_weight
+    shadow = adapt.guard if isinstance(adapt.guard, ShadowSettings) else None
+    held_out = shadow.anchors if shadow else 0
+    keep_finished = adapt.replay.keep_finished
+    buffer = ReplayBuffer(limits, loss.rows, window, refused_weight, keep_finished, held_out)
+    trainer, guard = None, FiniteGuard()
+    if publisher is not None:
+        copy = drafter.clone(torch.float32)
+        trainer = build_trainer(config, target, copy, ranks)
+        if shadow is not None:
+            network = drafter.network()
+            assert network is not None, "what is published has a network"
+            served_as = {name: p.dtype for name, p in network.named_parameters()}
+            form = adapt.replay.teacher
+            scorer = Shadow(copy, target.head, form, served_as, temperature, ranks)
+            guard = ShadowGuard(shadow, scorer, buffer, publisher)
     return Coscheduler(
-        buffer=ReplayBuffer(limits, loss.rows, window, refused_weight, adapt.replay.keep_finished),
+        buffer=buffer,
         policy=policy if ranks is None else SamePolicy(policy, ranks),
-        trainer=None if publisher is None else build_trainer(config, target, drafter, ranks),
-        guard=FiniteGuard(),
+        trainer=trainer,
+        guard=guard,
         publisher=publisher,
         sink=sink,
         reset_when_finished=adapt.scope.state == "per_request",
@@ -226,11 +256,10 @@ def _recorded_layers(world: World) -> tuple[int, ...]:
 
 
 def build_trainer(
-    config: Config, target: TargetInfo, drafter: Drafter, ranks: Ranks | None = None
+    config: Config, target: TargetInfo, copy: Drafter, ranks: Ranks | None = None
 ) -> Trainer:
-    """A DeepSpeed trainer over a float32 copy of the serving draft."""
+    """A DeepSpeed trainer over a float32 ``copy`` of the serving draft."""
     adapt, loss = config.adapt, config.loss_settings
-    copy = drafter.clone(torch.float32)
     batch_loss = BatchLoss(copy, LOSSES.get(loss.kind)(loss), target.head, adapt.replay.teacher)
     group = None
     if ranks and ranks.size > 1:

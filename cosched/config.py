@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cosched.errors import ConfigError, PluginError
 from cosched.records import TeacherForm
 from cosched.registry import DRAFTERS, LOSSES, POLICIES, Registry
+from cosched.watch import ShadowSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -136,10 +137,12 @@ class TrainerSettings(Section, frozen=True):
     background: bool = False
 
 
-class GuardSettings(Section, frozen=True):
-    """``adapt.guard``: ``finite`` refuses updates none of whose steps was finite."""
+class FiniteSettings(Section, frozen=True, tag_field="kind", tag="finite"):
+    """``adapt.guard`` of ``kind: finite``: updates none of whose steps was finite are refused."""
 
-    kind: Literal["finite"] = "finite"
+
+GuardSettings = FiniteSettings | ShadowSettings
+GUARDS: dict[Any, type[Struct]] = {"finite": FiniteSettings, "shadow": ShadowSettings}
 
 
 class PublishSettings(Section, frozen=True):
@@ -164,7 +167,7 @@ class AdaptSettings(Section, frozen=True):
     replay: ReplaySettings = ReplaySettings()
     scope: ScopeSettings = ScopeSettings()
     trainer: TrainerSettings = TrainerSettings()
-    guard: GuardSettings = GuardSettings()
+    guard: GuardSettings = FiniteSettings()
     publish: PublishSettings = PublishSettings()
 
 
@@ -211,8 +214,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"an override has the form key.sub=value; got {malformed[0]!r}")
     try:
         given, changes = OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
-        for section in PLUGIN_SECTIONS:
-            _forget_other_kind(given, changes, section)
+        for section, (registry, default) in PLUGIN_SECTIONS.items():
+            kinds = {plugin.name: plugin.cls for plugin in registry.plugins()}
+            of_kind = {kind: cls.Settings for kind, cls in kinds.items()}
+            _forget_other_kind(given, changes, section, of_kind, default)
+        _forget_other_kind(given, changes, "adapt.guard", GUARDS, "finite")
         merged = OmegaConf.merge(given, changes)
         raw = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, OSError, ValueError) as error:
@@ -226,17 +232,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _forget_other_kind(given: Any, changes: Any, section: str) -> None:
+def _forget_other_kind(
+    given: Any, changes: Any, section: str, of_kind: dict[Any, type[Struct]], default: str | None
+) -> None:
     """An override of ``kind`` leaves behind the file's fields that only the old kind has."""
     old, new = OmegaConf.select(given, section), OmegaConf.select(changes, section)
-    registry, default = PLUGIN_SECTIONS[section]
     if not OmegaConf.is_dict(old) or not OmegaConf.is_dict(new) or "kind" not in new:
         return
     kinds = [old.get("kind", default), new.get("kind")]
-    known = {plugin.name: plugin.cls for plugin in registry.plugins()}
-    if any(kind not in known for kind in kinds):
+    if any(kind not in of_kind for kind in kinds):
         return  # the unknown kind is named when the section is checked
-    fields = [{f.name for f in msgspec.structs.fields(known[kind].Settings)} for kind in kinds]
+    fields = [{f.name for f in msgspec.structs.fields(of_kind[kind])} for kind in kinds]
     for name in fields[0] - fields[1]:
         old.pop(name, None)
 
@@ -330,6 +336,7 @@ def _check_together(config: Config) -> None:
             f"adapt.scope.state: per_request keeps one draft for each request, so "
             f"engine.max_batch must be 1, got {engine.max_batch}; use state: shared"
         )
+    _check_guard(config)
     if replay.window > replay.max_tokens:
         raise ConfigError(
             f"adapt.replay.max_tokens: {replay.max_tokens} holds no request of "
@@ -340,6 +347,17 @@ def _check_together(config: Config) -> None:
             f"adapt.replay.window: {replay.window} holds no path of drafter.num_draft_tokens = "
             f"{drafter.num_draft_tokens} tokens behind an anchor; use at least "
             f"{drafter.num_draft_tokens + 2}"
+        )
+
+
+def _check_guard(config: Config) -> None:
+    """What a guard holds out of each sample leaves rows to train on."""
+    guard, drafted = config.adapt.guard, config.drafter_settings.num_draft_tokens
+    most = config.adapt.replay.window - 2 * drafted
+    if isinstance(guard, ShadowSettings) and guard.anchors > most:
+        raise ConfigError(
+            f"adapt.guard.anchors: {guard.anchors} held-out anchors leave nothing to train on of "
+            f"adapt.replay.window = {config.adapt.replay.window} rows; use at most {max(0, most)}"
         )
 
 

@@ -6,6 +6,7 @@ decide    the policy says whether to train now
 update    the trainer takes micro-steps on its own copy of the draft
 guard     the candidate may serve, or not
 publish   into the serving draft, in place, as the next version
+watch     what serves may go on, or an earlier version serves again
 """
 
 from __future__ import annotations
@@ -62,18 +63,20 @@ class Coscheduler:
         return self._publisher.version if self._publisher else 0
 
     def state(self) -> tuple[Totals, int, Mapping[str, Tensor]]:
-        """Counters, draft version and trainer: what a later run needs to go on from here.
+        """Counters, draft version, trainer and versions: what a later run needs to go on from here.
 
         Valid while no request runs; what the replay buffer holds of a running one is not kept.
         """
-        return self.totals, self.version, self._trainer.state() if self._trainer else {}
+        if self._trainer is None or self._publisher is None:
+            return self.totals, self.version, {}
+        return self.totals, self.version, {**self._trainer.state(), **self._publisher.state()}
 
     def restore(self, totals: Totals, version: int, tensors: Mapping[str, Tensor]) -> None:
         """Go on from an earlier run's ``state()``."""
         self.totals = totals
-        if self._trainer is not None and self._publisher is not None and version:
+        if self._trainer is not None and self._publisher is not None and totals.updates:
             self._trainer.restore(tensors)
-            self._publisher.resume(self._trainer.weights(), version)
+            self._publisher.restore(tensors, version, totals.watch.good)
 
     def on_round(self, round_: VerifyRound) -> None:
         """Called by the engine after each verification round and after each prefill."""
@@ -99,6 +102,7 @@ class Coscheduler:
         result = self._train(num_running)
         if result and self._judge(result).publish:
             self._publish()
+        self._watch()
 
     def roll_back(self, version: int) -> int:
         """Serve an earlier version's weights, as the next version, and go on learning from there.
@@ -108,10 +112,20 @@ class Coscheduler:
         """
         if self._trainer is None or self._publisher is None:
             raise PublicationError("this draft is not trained here: it has no versions")
-        self._trainer.load(self._publisher.weights_of(version))
-        self._sink.emit("rollback", round=self.totals.rounds, to=version)
-        self._publish()
+        self._publisher.weights_of(version)  # or it raises, and nothing has changed
+        self.totals.watch.went_back(version)
+        self._publisher.pin(self.totals.watch.good)
+        self._go_back(version, "asked for")
         return self.version
+
+    def _go_back(self, version: int, reason: str) -> None:
+        """Train on from an earlier version, which serves again if it does not yet."""
+        assert self._trainer is not None
+        assert self._publisher is not None
+        self._trainer.load(self._publisher.weights_of(version))
+        if version != self.version:
+            self._sink.emit("rollback", round=self.totals.rounds, to=version, reason=reason)
+            self._publish()
 
     def _train(self, num_running: int) -> UpdateResult | None:
         """The next update's result, or that of the one that goes on in the background."""
@@ -120,6 +134,8 @@ class Coscheduler:
         if self._trainer.busy:
             result = self._trainer.finished()
             self.totals.background_seconds += result.seconds if result else 0.0
+        elif self.totals.watch.resumes_at > self.totals.rounds:
+            result = None  # it cools down
         else:
             result = self._update(self._policy.decide(self._snapshot(num_running)))
         self.totals.update_seconds += self._clock() - started
@@ -155,9 +171,27 @@ class Coscheduler:
 
     def _judge(self, result: UpdateResult) -> Verdict:
         assert self._trainer is not None
-        verdict = self._guard.judge(result, self._trainer.weights())
-        self._sink.emit("verdict", round=self.totals.rounds, verdict=verdict)
+        started = self._clock()
+        verdict = self._guard.judge(result, self._trainer.weights(), self.totals)
+        self._heed(verdict, started)
         return verdict
+
+    def _watch(self) -> None:
+        """Whether what serves may go on; not while the trainer's copy is in use."""
+        assert self._trainer is not None
+        started = self._clock()
+        if not self._trainer.busy and (verdict := self._guard.watch(self.totals)):
+            self._heed(verdict, started)
+
+    def _heed(self, verdict: Verdict, started: float) -> None:
+        totals, published = self.totals, self.totals.publish_seconds
+        totals.note_scores(verdict)
+        self._sink.emit("verdict", round=totals.rounds, verdict=verdict)
+        if verdict.back_to is not None:
+            self._go_back(verdict.back_to, verdict.reason)
+        seconds = self._clock() - started - (totals.publish_seconds - published)
+        totals.guard_seconds += seconds
+        totals.update_seconds += seconds  # the engine waits for them
 
     def _publish(self) -> None:
         assert self._trainer is not None

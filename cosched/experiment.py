@@ -298,6 +298,9 @@ def _arm_summary(one: _Running, reference: list[RequestLog] | None) -> ArmSummar
         skipped_steps=totals.skipped_steps if totals else 0,
         losses=list(totals.losses) if totals else [],
         peak_bytes=_peak_bytes(),
+        refused_updates=totals.watch.refused if totals else 0,
+        rollbacks=totals.watch.rolled_back if totals else 0,
+        guard_seconds=totals.guard_seconds if totals else 0.0,
     )
 
 

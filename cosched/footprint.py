@@ -15,6 +15,7 @@ from cosched.errors import CheckpointError, ConfigError
 from cosched.registry import DRAFTERS
 from cosched.replay import ReplayLimits
 from cosched.training.scope import parameters_of
+from cosched.watch import ShadowSettings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -195,6 +196,8 @@ def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footpri
     target_parameters = target.num_parameters()
     longest = config.workload.prompt_tokens + config.workload.max_new_tokens
     cache = drafter.cache_bytes_per_token
+    pins = isinstance(config.adapt.guard, ShadowSettings)  # the last good version
+    kept = config.adapt.publish.keep + pins
     return Footprint(
         num_target_parameters=target_parameters,
         num_draft_parameters=held,
@@ -203,7 +206,7 @@ def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footpri
         draft=held * dtype.itemsize,
         trainer_copy=4 * held if trained else 0,
         first_weights=4 * trained,
-        last_good=dtype.itemsize * (held + config.adapt.publish.keep * trained) if trained else 0,
+        last_good=dtype.itemsize * (held + kept * trained) if trained else 0,
         masters=4 * trained if config.adapt.trainer.zero_stage else 0,
         moments=8 * trained,
         gradients=4 * trained,

@@ -1,18 +1,23 @@
-"""Whether an update may begin, and whether its candidate may serve."""
+"""Whether an update may begin, whether its candidate may serve, and whether what serves may stay."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from cosched.records import Decision, UpdateResult, Verdict
+from cosched.watch import Scores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from cosched.protocols import Policy
-    from cosched.records import Snapshot
+    from cosched.protocols import Buffer, Policy, Publisher, Scorer
+    from cosched.records import SignalBatch, Snapshot
+    from cosched.totals import Totals
+    from cosched.watch import ShadowSettings
+
+LOOKED_INTO = 4  # times as many anchors as judge an update are asked for when there is an alarm
 
 
 class WithinTimeShare:
@@ -40,7 +45,81 @@ class WithinTimeShare:
 class FiniteGuard:
     """Refuses an update none of whose steps was taken; DeepSpeed has skipped the non-finite ones."""
 
-    def judge(self, result: UpdateResult, candidate: Mapping[str, Tensor]) -> Verdict:  # noqa: ARG002
+    def judge(
+        self,
+        result: UpdateResult,
+        candidate: Mapping[str, Tensor],  # noqa: ARG002  the role's signature
+        totals: Totals,  # noqa: ARG002
+    ) -> Verdict:
         if result.num_skipped == result.num_steps:
             return Verdict(publish=False, reason="every step was non-finite and skipped")
         return Verdict(publish=True, reason="finite")
+
+    def watch(self, totals: Totals) -> Verdict | None:  # noqa: ARG002
+        """What serves is not watched."""
+        return None
+
+
+class ShadowGuard:
+    """Scores candidates, and what serves, on rows that no update has had; ``watch.py`` decides.
+
+    Without such rows (the request has just ended) a candidate waits for the next update. The last
+    good version is pinned in the publisher.
+    """
+
+    def __init__(
+        self, settings: ShadowSettings, scorer: Scorer, buffer: Buffer, publisher: Publisher
+    ) -> None:
+        self._settings = settings
+        self._scorer = scorer
+        self._buffer = buffer
+        self._publisher = publisher
+
+    def judge(
+        self, result: UpdateResult, candidate: Mapping[str, Tensor], totals: Totals
+    ) -> Verdict:
+        finite = FiniteGuard().judge(result, candidate, totals)
+        if not finite.publish:
+            return finite
+        if totals.updates % self._settings.every:
+            return Verdict(publish=False, reason="to be judged with the next update")
+        batch = self._buffer.held_out(self._settings.anchors)
+        if batch is None:
+            return Verdict(publish=False, reason="no held-out rows to score it on")
+        watch, version = totals.watch, self._publisher.version
+        scores = self._scores(batch, totals, candidate, watch.check_due(self._settings))
+        verdict = watch.judge(scores, self._settings, totals.rounds, version)
+        self._publisher.pin(watch.good)
+        return verdict
+
+    def watch(self, totals: Totals) -> Verdict | None:
+        watch = totals.watch
+        if not watch.alarmed(self._settings):
+            return None
+        batch = self._buffer.held_out(LOOKED_INTO * self._settings.anchors)
+        if batch is None:
+            return None
+        scores = self._scores(batch, totals, None, True)
+        verdict = watch.look_into(scores, self._settings, totals.rounds)
+        self._publisher.pin(watch.good)
+        return verdict
+
+    def _scores(
+        self,
+        batch: SignalBatch,
+        totals: Totals,
+        candidate: Mapping[str, Tensor] | None,
+        whole: bool,
+    ) -> Scores:
+        """On the same rows: what serves, the candidate, and if ``whole`` what it could go back to."""
+        weights_of, version = self._publisher.weights_of, self._publisher.version
+        good = totals.watch.good
+        asked = {"serving": weights_of(version)}
+        if candidate is not None:
+            asked["candidate"] = candidate
+        if whole:
+            asked["loaded"] = weights_of(0)
+            if good not in {0, version}:
+                asked["good"] = weights_of(good)
+        found = self._scorer.scores(batch, list(asked.values()))
+        return Scores(**dict(zip(asked, found, strict=True)))

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from cosched.totals import Totals
+
 
 class PolicySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``adapt.policy``: a policy adds its own fields in a subclass.
@@ -244,6 +246,10 @@ class Buffer(Protocol):
         """Rows to train on now; None while there are too few."""
         ...
 
+    def held_out(self, num_anchors: int) -> SignalBatch | None:
+        """The newest rows that no sample has had; None while there are none."""
+        ...
+
 
 class Trainer(Protocol):
     """Turns a batch into micro-steps on its own copy of the draft.
@@ -282,10 +288,26 @@ class Trainer(Protocol):
         ...
 
 
-class Guard(Protocol):
-    """Whether a candidate may serve."""
+class Scorer(Protocol):
+    """Says of weights what acceptance length they would have, without serving them."""
 
-    def judge(self, result: UpdateResult, candidate: Mapping[str, Tensor]) -> Verdict: ...
+    def scores(
+        self, batch: SignalBatch, weights: Sequence[Mapping[str, Tensor]]
+    ) -> list[list[float]]:
+        """Expected acceptance length of each, anchor by anchor of the batch."""
+        ...
+
+
+class Guard(Protocol):
+    """Whether a candidate may serve, and whether what serves may go on; remembers in the totals."""
+
+    def judge(
+        self, result: UpdateResult, candidate: Mapping[str, Tensor], totals: Totals
+    ) -> Verdict: ...
+
+    def watch(self, totals: Totals) -> Verdict | None:
+        """Asked after every round while nothing is being trained; None where all is well."""
+        ...
 
 
 class Publisher(Protocol):
@@ -293,14 +315,22 @@ class Publisher(Protocol):
 
     version: int
 
-    def resume(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Serve the weights of an earlier run under the version they had."""
+    def state(self) -> Mapping[str, Tensor]:
+        """The weights that serve and those that are pinned, where they are not those loaded."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor], version: int, pinned: int) -> None:
+        """Serve the weights of a ``state()`` under the version they had, with one pinned."""
         ...
 
     def publish(self, weights: Mapping[str, Tensor]) -> WeightVersion: ...
 
     def weights_of(self, version: int) -> Mapping[str, Tensor]:
         """The trained weights of a version that is still kept."""
+        ...
+
+    def pin(self, version: int) -> None:
+        """Keep this version, whatever is published after it, until another one is pinned."""
         ...
 
 

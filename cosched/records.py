@@ -156,7 +156,10 @@ class Snapshot(msgspec.Struct, frozen=True):
     update has cost since it began, publication included; ``serving_seconds_since_update`` what
     drafting and verifying took since then. ``micro_step_seconds`` is 0 until it has been measured.
     ``update_gain`` is the acceptance length after an update over the one before it, a geometric
-    moving mean that starts at 1. ``expected_tokens_left`` is per running request (``cosched.totals``).
+    moving mean that starts at 1; where a guard scores candidates it is theirs over the serving
+    draft's, on the same rows. ``shadow_gain`` is the serving draft's score over the loaded one's, a
+    moving mean that stays 1 where no guard compares them. ``expected_tokens_left`` is per running
+    request (``cosched.totals``).
     """
 
     round_index: int
@@ -183,6 +186,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     update_gain: float = 1.0
     expected_tokens_left: float = 0.0
     num_queued: int = 0
+    shadow_gain: float = 1.0
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -209,10 +213,20 @@ class UpdateResult(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """Whether the candidate may serve, and why."""
+    """Whether the candidate may serve, and why.
+
+    ``back_to`` is the version from which training goes on instead, and which serves again if it does
+    not already. Scores are mean acceptance lengths, expected on ``num_rows`` held-out rows; None
+    where nothing was scored.
+    """
 
     publish: bool
     reason: str
+    back_to: int | None = None
+    num_rows: int | None = None
+    candidate_score: float | None = None
+    serving_score: float | None = None
+    loaded_score: float | None = None
 
 
 class WeightVersion(msgspec.Struct, frozen=True):

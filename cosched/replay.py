@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -52,6 +53,11 @@ class ReplayBuffer:
     A request costs its full reservation from its first segment on; when a new one does not fit,
     the requests that have been silent longest are dropped, and counted in ``num_evicted``. One that
     has finished is dropped at once, unless ``keep_finished``: then it waits for its turn.
+
+    With ``held_out`` a sample leaves out the newest rows of every request, enough for that many
+    anchors in all, and ``held_out()`` gives them: no row of theirs has been in a sample, only the
+    context before them. They are sampled later, when they are no longer the newest: training lags
+    behind the text by that many tokens and a path, which is what an honest score costs.
     """
 
     def __init__(
@@ -61,11 +67,13 @@ class ReplayBuffer:
         draft_window: int | None,
         refused_weight: float = 1.0,
         keep_finished: bool = False,
+        held_out: int = 0,
     ) -> None:
         self.limits = limits
         self.rows: Rows = rows
         self.draft_window = draft_window
         self._keep_finished = keep_finished
+        self._held_out = held_out
         # What rows behind the first refusal weigh: as set where they are kept, nothing where cut.
         self._refused_weight = refused_weight if rows == "all" else 0.0
         self.num_evicted = 0
@@ -112,12 +120,28 @@ class ReplayBuffer:
     def sample(self) -> SignalBatch | None:
         """The newest anchors of every request; None while no request has one."""
         share = max(1, self.limits.anchors // max(1, len(self._requests)))
+        spare = 0
+        if self._held_out:
+            spare = max(1, self._held_out // max(1, len(self._requests))) + self.limits.path - 1
         drawn = [
             one
             for rows in self._requests.values()
-            if (one := rows.draw(self.rows, share, self.limits.path, self._refused_weight))
+            if (one := rows.draw(self.rows, share, self.limits.path, self._refused_weight, spare))
             is not None
         ]
+        return _pad(drawn, self.draft_window) if drawn else None
+
+    def held_out(self, num_anchors: int) -> SignalBatch | None:
+        """The newest anchors, none of whose rows was in a sample, with the text that followed.
+
+        At most ``num_anchors``, shared evenly by the requests (those heard of last, where they are
+        more); None while no request has one. Paths are committed text, whatever ``rows`` says.
+        """
+        share = max(1, num_anchors // max(1, len(self._requests)))
+        found = (
+            rows.untaught(share, self.limits.path) for rows in reversed(self._requests.values())
+        )
+        drawn = list(islice((one for one in found if one is not None), num_anchors))
         return _pad(drawn, self.draft_window) if drawn else None
 
 
@@ -154,6 +178,7 @@ class _RequestRows:
         self.begin = 0
         self.count = 0
         self.teacher_from: int | None = None
+        self.taught_to = 0  # position behind the newest row that was in a sample
         self.tokens = first.tokens_R1.new_zeros(size + 1)
         features = first.features_RF
         self.features = None if features is None else features.new_zeros(size, features.shape[-1])
@@ -202,16 +227,30 @@ class _RequestRows:
                 storage[: self.count] = storage[source].clone()
         self.begin = 0
 
-    def draw(self, rows: Rows, num_anchors: int, path: int, refused_weight: float) -> _Drawn | None:
-        """The newest anchors with their paths, or None while there is none."""
+    def draw(
+        self, rows: Rows, num_anchors: int, path: int, refused_weight: float, spare: int
+    ) -> _Drawn | None:
+        """The newest anchors with their paths, less ``spare`` rows, or None while there is none."""
         if self.teacher is None or self.teacher_from is None:
             return None
         if rows == "delayed":
-            found = self._committed_paths(num_anchors, path)
+            found = self._committed_paths(num_anchors, path, 1, self.count - spare)
         else:
-            found = self._served_paths(num_anchors, refused_weight)
+            found = self._served_paths(num_anchors, refused_weight, path, spare)
         if found is None:
             return None
+        self.taught_to = max(self.taught_to, self.start + self.count - spare)
+        return self._drawn(found)
+
+    def untaught(self, num_anchors: int, path: int) -> _Drawn | None:
+        """The newest anchors behind all rows that were in a sample, or None while there is none."""
+        if self.teacher is None or self.teacher_from is None:
+            return None
+        first = max(1, self.taught_to - self.start)
+        found = self._committed_paths(num_anchors, path, first, self.count)
+        return None if found is None else self._drawn(found)
+
+    def _drawn(self, found: tuple[Tensor, Tensor, Tensor, Tensor]) -> _Drawn:
         anchors, paths, teacher, weights = found
         stored = slice(self.begin, self.begin + self.count)
         return _Drawn(
@@ -225,13 +264,16 @@ class _RequestRows:
         )
 
     def _committed_paths(
-        self, num_anchors: int, path: int
+        self, num_anchors: int, path: int, first: int, end: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Anchors in the text with what the target went on to say; teacher rows are the text's."""
+        """Anchors in the text with what the target went on to say; teacher rows are the text's.
+
+        The newest whose rows lie in ``first .. end - 1``.
+        """
         assert self.teacher is not None
         assert self.teacher_from is not None
-        last = self.count - path  # its path ends at the newest row
-        first = max(1, self.teacher_from - self.start, last - num_anchors + 1)
+        last = end - path  # its path ends at the newest row
+        first = max(first, self.teacher_from - self.start, last - num_anchors + 1)
         if first > last:
             return None
         anchors = torch.arange(first, last + 1, device=self.tokens.device)
@@ -244,13 +286,14 @@ class _RequestRows:
         )
 
     def _served_paths(
-        self, num_anchors: int, refused_weight: float
+        self, num_anchors: int, refused_weight: float, path: int, spare: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """Anchors that were served with what was drafted, and the weight of rows after a refusal.
 
         The row of the refused token itself stands on accepted text and counts in full.
         """
-        blocks = [b for b in self.blocks if 1 <= b.anchor - self.start <= self.count]
+        newest = self.count - (path + spare if spare else 0)
+        blocks = [b for b in self.blocks if 1 <= b.anchor - self.start <= newest]
         blocks = blocks[-num_anchors:]
         if not blocks:
             return None

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cosched.records import Snapshot
+from cosched.watch import Watch
 
 if TYPE_CHECKING:
-    from cosched.records import VerifyRound
+    from cosched.records import Verdict, VerifyRound
 
 RECENT_WEIGHT = 0.05  # of the newest round in the moving acceptance length
 REFERENCE_WEIGHT = 0.0002  # of the newest round in the length that acceptance is measured against
@@ -53,6 +54,10 @@ class Totals:
     recent_at_update: float = 0.0  # 0: none to compare with
     step_seconds: float = 0.0  # moving mean
     gain: float = 1.0  # moving mean
+    scored: bool = False  # whether the gain is that of scores
+    shadow_gain: float = 1.0  # moving mean
+    guard_seconds: float = 0.0  # of the update seconds
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def _serving_seconds(self) -> float:
@@ -87,6 +92,7 @@ class Totals:
         hide in its noise, and starts again once the recent length is back within the tolerance.
         """
         self.rounds += 1
+        self.watch.observe(length)
         first = self.rounds == 1
         self.recent += (1.0 if first else RECENT_WEIGHT) * (length - self.recent)
         self.shortfall += self.reference - length - SHORTFALL_TOLERANCE
@@ -120,7 +126,7 @@ class Totals:
             seconds = (self.update_seconds - self.update_seconds_at_update) / self.steps_of_update
             weight = UPDATE_WEIGHT if self.step_seconds else 1.0
             self.step_seconds += weight * (seconds - self.step_seconds)
-        if self.recent_at_update:
+        if self.recent_at_update and not self.scored:
             self.gain *= (self.recent / self.recent_at_update / self.gain) ** UPDATE_WEIGHT
         self.round_of_update = self.rounds
         self.committed_at_update = self.committed
@@ -130,12 +136,26 @@ class Totals:
         self.serving_seconds_at_update = self._serving_seconds
         self.recent_at_update = self.recent
 
+    def note_scores(self, verdict: Verdict) -> None:
+        """What an update brought, by scores: of the same rows, so without the noise of the text."""
+        if not verdict.serving_score:
+            return
+        if verdict.candidate_score:
+            self.scored = True
+            brought = verdict.candidate_score / verdict.serving_score
+            self.gain *= (brought / self.gain) ** UPDATE_WEIGHT
+        if verdict.loaded_score:
+            ahead = verdict.serving_score / verdict.loaded_score
+            self.shadow_gain *= (ahead / self.shadow_gain) ** UPDATE_WEIGHT
+
     def start_anew(self) -> None:
         """The draft is again the one that was loaded; what its updates cost is not forgotten."""
         self.round_of_update = self.rounds
         self.committed_at_update = self.committed
         self.shortfall = 0.0
         self.recent_at_update = 0.0
+        self.shadow_gain = 1.0
+        self.watch = Watch(refused=self.watch.refused, rolled_back=self.watch.rolled_back)
 
     def snapshot(self, num_running: int, draft_version: int, buffered_tokens: int) -> Snapshot:
         """What a policy may know of this."""
@@ -164,4 +184,5 @@ class Totals:
             update_gain=self.gain,
             expected_tokens_left=self._tokens_ahead(num_running),
             num_queued=self.queued,
+            shadow_gain=self.shadow_gain,
         )

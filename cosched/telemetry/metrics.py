@@ -56,6 +56,9 @@ class ArmSummary(RoundFigures, kw_only=True):
     skipped_steps: int
     losses: list[float | None]  # one an update; None where it was not finite
     peak_bytes: int
+    refused_updates: int = 0
+    rollbacks: int = 0
+    guard_seconds: float = 0.0  # of those updating
 
 
 class RunSummary(msgspec.Struct, kw_only=True):

@@ -55,6 +55,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     draft_seconds: float
     verify_seconds: float
     last_loss: float | None
+    refused_updates: int = 0
+    rollbacks: int = 0
+    guard_seconds: float = 0.0
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
@@ -302,4 +305,7 @@ class Adaptation:
             draft_seconds=totals.draft_seconds,
             verify_seconds=totals.verify_seconds,
             last_loss=losses[-1] if losses else None,
+            refused_updates=totals.watch.refused,
+            rollbacks=totals.watch.rolled_back,
+            guard_seconds=totals.guard_seconds,
         )

@@ -129,6 +129,9 @@ class ServedEngine:
         self.totals.updates, self.totals.skipped_steps = status.updates, status.skipped_steps
         self.totals.update_seconds = status.update_seconds
         self.totals.publish_seconds = status.publish_seconds
+        self.totals.guard_seconds = status.guard_seconds
+        watch = self.totals.watch
+        watch.refused, watch.rolled_back = status.refused_updates, status.rollbacks
 
 
 def _of_plain(request_id: str, num_tokens: int) -> tuple[RoundRow, ...]:

@@ -1,0 +1,272 @@
+"""What the shadow guard goes by: scores and acceptance lengths in, verdicts out; numbers only.
+
+A score is the expected acceptance length of some weights on rows that they were not trained on;
+scores of one comparison are of the same rows, so the text's difficulty drops out of differences.
+Three things may happen to a draft that serves. A candidate takes its place, if it scores no worse.
+It goes back to the last good version, when its acceptance length fell (Page's CUSUM) and scores say
+that the draft is to blame and not the text. And it goes back to the draft as it was loaded, when
+comparisons with that add up to evidence that learning does not pay on this text.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+from msgspec import Meta
+
+from cosched.records import Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MEMORY = 64  # comparisons that evidence is made of: text moves on
+LEAST = 8  # comparisons below which there is no evidence
+CONVINCED = 4  # times as long between comparisons, once learning has shown that it pays
+LEAST_ROWS = 8  # paired rows below which an alarm is neither confirmed nor dismissed
+LEVEL_WEIGHT = 1 / 256  # of the newest round in the level that a fall is measured from
+FALL_TOLERANCE = 0.25  # tokens a round below the level that are no fall
+BLAME = 0.5  # of a fall, which an older version must make up for, so that the draft is to blame
+
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class ShadowSettings(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag_field="kind",
+    tag="shadow",
+):
+    """``adapt.guard`` of ``kind: shadow``: candidates are scored on rows that no update has seen.
+
+    Each update leaves out the newest ``anchors``, which judge it; later ones are taught on them. Every
+    ``every``-th update is judged, with those before it. A candidate is published unless it scores more than ``tolerance`` tokens below what serves; after
+    ``patience`` refusals in a row training starts again from what serves. A fall of the acceptance
+    length by ``alarm_tokens`` in all is looked into. After every ``check_every``-th publication (a
+    quarter as often while learning has shown that it pays) the draft is compared with itself as
+    loaded, to which it goes back where that is better with ``confidence`` (standard errors). After going back, ``cooldown_rounds`` pass without an update,
+    twice as many each time; then at most ``trials`` updates are made that serve only once they have
+    shown, with the same confidence, that they are better.
+    """
+
+    anchors: Positive = 16
+    every: Positive = 1
+    tolerance: Annotated[float, Meta(ge=0)] = 0.05
+    patience: Positive = 4
+    alarm_tokens: Annotated[float, Meta(gt=0)] = 12.0
+    check_every: Positive = 2
+    confidence: Annotated[float, Meta(gt=0)] = 2.5
+    cooldown_rounds: Positive = 128
+    trials: Positive = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Acceptance lengths row by row, of several weights on the same rows.
+
+    ``loaded`` is the draft as it was loaded, ``good`` the last good version: None where they were
+    not asked for, or are what serves.
+    """
+
+    serving: Sequence[float]
+    candidate: Sequence[float] | None = None
+    loaded: Sequence[float] | None = None
+    good: Sequence[float] | None = None
+
+    def verdict(self, publish: bool, reason: str, back_to: int | None = None) -> Verdict:
+        """A verdict with these scores' means in it."""
+        return Verdict(
+            publish=publish,
+            reason=reason,
+            back_to=back_to,
+            num_rows=len(self.serving),
+            serving_score=_mean(self.serving),
+            candidate_score=None if self.candidate is None else _mean(self.candidate),
+            loaded_score=None if self.loaded is None else _mean(self.loaded),
+        )
+
+
+@dataclass(slots=True)
+class Evidence:
+    """Paired differences, one of each comparison: a moving mean and variance over ``MEMORY``."""
+
+    count: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    def add(self, difference: float) -> None:
+        """Welford's update, which forgets exponentially from the ``MEMORY``-th on."""
+        self.count += 1
+        weight = 1 / min(self.count, MEMORY)
+        off = difference - self.mean
+        self.mean += weight * off
+        self.variance += weight * (off * (difference - self.mean) - self.variance)
+
+    @property
+    def z(self) -> float:
+        """The mean in standard errors; 0 while there are too few comparisons to say."""
+        number = min(self.count, MEMORY)
+        if number < LEAST or self.mean == 0:
+            return 0.0
+        error = math.sqrt(max(0.0, self.variance) / (number - 1))
+        return self.mean / error if error else math.copysign(math.inf, self.mean)
+
+
+@dataclass(slots=True)
+class Watch:
+    """What the guard remembers; a run is resumed with it, a reset starts with an empty one.
+
+    ``at_loaded`` says whether what serves is the draft as loaded, ``good`` is the newest version
+    that was compared and found good after it had been published (0: the draft as loaded).
+    """
+
+    at_loaded: bool = True
+    good: int = 0
+    refusals: int = 0  # in a row
+    refused: int = 0  # in all
+    rolled_back: int = 0  # publications undone
+    since_check: int = 0  # publications
+    proving: bool = False
+    trials: int = 0
+    cooldown: int = 0  # rounds of the last one
+    resumes_at: int = 0  # round
+    level: float = 0.0
+    lengths: int = 0
+    fall: float = 0.0  # tokens
+    falling: int = 0  # rounds since it was nothing
+    evidence: Evidence = field(default_factory=Evidence)
+
+    def observe(self, length: float) -> None:
+        """The acceptance length of one more round.
+
+        Page's one-sided CUSUM (Biometrika 41, 1954): fall <- max(0, fall + level - length -
+        tolerance), where the level is a slow mean of the lengths before.
+        """
+        self.lengths += 1
+        if self.lengths > 1 and not self.at_loaded:  # the loaded draft has nothing to go back to
+            self.fall = max(0.0, self.fall + self.level - length - FALL_TOLERANCE)
+            self.falling = self.falling + 1 if self.fall else 0
+        self.level += max(LEVEL_WEIGHT, 1 / self.lengths) * (length - self.level)
+
+    def alarmed(self, settings: ShadowSettings) -> bool:
+        """Whether the acceptance length has fallen far enough to ask who is to blame."""
+        return self.fall > settings.alarm_tokens
+
+    def check_due(self, settings: ShadowSettings) -> bool:
+        """Whether the next comparison should take in the loaded draft and the last good one."""
+        pays = self.evidence.z >= settings.confidence
+        wait = settings.check_every * (CONVINCED if pays else 1)
+        return not self.at_loaded and self.since_check >= wait
+
+    def judge(self, scores: Scores, settings: ShadowSettings, round_: int, version: int) -> Verdict:
+        """Whether a candidate may take the place of ``version``, which serves."""
+        assert scores.candidate is not None
+        ahead = _mean(scores.candidate) - _mean(scores.serving)
+        if scores.loaded is not None:
+            self._check(scores, settings, version)
+            if self.evidence.z <= -settings.confidence:
+                reason = f"the draft as loaded scores {-self.evidence.mean:.3f} more"
+                return self._go_back(scores, settings, round_, 0, reason)
+        if self.proving:
+            return self._try(scores, ahead, settings, round_, version)
+        if ahead >= -settings.tolerance:
+            self.refusals = 0
+            return self._publish(scores, f"scores {ahead:+.3f}")
+        return self._refuse(scores, ahead, settings, version)
+
+    def _check(self, scores: Scores, settings: ShadowSettings, version: int) -> None:
+        """Compare what serves with the loaded draft; a version that is not worse is a good one."""
+        assert scores.loaded is not None
+        serving, loaded = _mean(scores.serving), _mean(scores.loaded)
+        self.since_check = 0
+        self.evidence.add(serving - loaded)
+        before = loaded if scores.good is None else _mean(scores.good)
+        if serving >= max(loaded, before) - settings.tolerance:
+            self.good = version
+        if self.evidence.z >= settings.confidence:
+            self.cooldown = 0  # learning pays here after all
+
+    def _try(
+        self, scores: Scores, ahead: float, settings: ShadowSettings, round_: int, version: int
+    ) -> Verdict:
+        """Once a draft had to go back, its successor must show that it is better before it serves."""
+        self.trials += 1
+        self.evidence.add(ahead)
+        if self.evidence.z >= settings.confidence:
+            self.proving, self.trials, self.evidence = False, 0, Evidence()
+            return self._publish(scores, "has shown that it is better than the draft as loaded")
+        self.refused += 1
+        if self.trials < settings.trials:
+            return scores.verdict(False, "has yet to show that it is better than the loaded draft")
+        self.trials, self.evidence = 0, Evidence()
+        self._cool_down(settings, round_)
+        reason = f"no better than the draft as loaded; {self.cooldown} rounds without an update"
+        return scores.verdict(False, reason, back_to=version)
+
+    def _publish(self, scores: Scores, reason: str) -> Verdict:
+        self.since_check += 1
+        self.at_loaded = False
+        return scores.verdict(True, reason)
+
+    def _refuse(
+        self, scores: Scores, ahead: float, settings: ShadowSettings, version: int
+    ) -> Verdict:
+        self.refused += 1
+        self.refusals += 1
+        reason = f"scores {ahead:+.3f}, refusal {self.refusals} in a row"
+        if self.refusals < settings.patience:
+            return scores.verdict(False, reason)
+        self.refusals = 0
+        return scores.verdict(False, f"{reason}; back to what serves", back_to=version)
+
+    def look_into(self, scores: Scores, settings: ShadowSettings, round_: int) -> Verdict | None:
+        """Whether the draft is to blame for the fall; None while there are too few rows to say.
+
+        It is if the best of what it could go back to scores more, with confidence, by at least half
+        of what a round has lost: text that has become harder is harder for that one too.
+        """
+        if len(scores.serving) < LEAST_ROWS:
+            return None
+        assert scores.loaded is not None
+        rivals = {0: scores.loaded}
+        if scores.good is not None:
+            rivals[self.good] = scores.good
+        best = max(rivals, key=lambda version: _mean(rivals[version]))
+        harm = Evidence()
+        for rival, serving in zip(rivals[best], scores.serving, strict=True):
+            harm.add(rival - serving)
+        fall = self.fall / max(1, self.falling) + FALL_TOLERANCE
+        reason = f"acceptance fell by {fall:.2f}, version {best} scores {harm.mean:+.3f}"
+        self.fall, self.falling, self.lengths = 0.0, 0, 0
+        if harm.mean >= BLAME * fall and harm.z >= settings.confidence:
+            return self._go_back(scores, settings, round_, best, reason)
+        return scores.verdict(False, reason)
+
+    def _go_back(
+        self, scores: Scores, settings: ShadowSettings, round_: int, version: int, reason: str
+    ) -> Verdict:
+        self.went_back(version)
+        self.proving = version == 0
+        self.rolled_back += 1
+        self._cool_down(settings, round_)
+        reason = f"{reason}; {self.cooldown} rounds without an update"
+        return scores.verdict(False, reason, back_to=version)
+
+    def went_back(self, version: int) -> None:
+        """An earlier version serves again: what was learnt of the later one is void."""
+        self.at_loaded = version == 0
+        self.good = min(self.good, version)
+        self.refusals = self.since_check = self.trials = self.lengths = 0
+        self.proving, self.fall, self.falling, self.evidence = False, 0.0, 0, Evidence()
+
+    def _cool_down(self, settings: ShadowSettings, round_: int) -> None:
+        self.cooldown = max(settings.cooldown_rounds, 2 * self.cooldown)
+        self.resumes_at = round_ + self.cooldown
+
+
+def _mean(scores: Sequence[float]) -> float:
+    return sum(scores) / len(scores)

@@ -1,0 +1,272 @@
+"""The guard's decisions on scripted numbers: no model, no clock."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cosched.records import Verdict
+from cosched.totals import Totals
+from cosched.watch import FALL_TOLERANCE, LEAST, LEAST_ROWS, MEMORY, Evidence, Scores, Watch
+from cosched.watch import ShadowSettings as Settings
+
+SETTINGS = Settings(tolerance=0.05, patience=3, check_every=4, cooldown_rounds=100, trials=12)
+LENGTHS = st.floats(1, 4)
+
+
+def judged(
+    watch: Watch, ahead: float = 0.0, loaded: float | None = None, round_: int = 0, version: int = 1
+) -> Verdict:
+    """Judge a candidate that scores ``ahead`` of 2.0; the loaded draft scores ``loaded`` of it."""
+    scores = Scores(
+        serving=[1.0, 3.0],
+        candidate=[1.0 + ahead, 3.0 + ahead],
+        loaded=None if loaded is None else [1.0 + loaded, 3.0 + loaded],
+    )
+    return watch.judge(scores, SETTINGS, round_, version)
+
+
+def adapted(**changes: object) -> Watch:
+    return Watch(at_loaded=False, **changes)
+
+
+# --- evidence ------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-2, 2), min_size=LEAST, max_size=MEMORY))
+def test_evidence_is_the_mean_in_standard_errors(differences: list[float]) -> None:
+    """Up to its memory it is the textbook's t statistic."""
+    evidence = Evidence()
+    for difference in differences:
+        evidence.add(difference)
+    mean = statistics.fmean(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    assert evidence.mean == pytest.approx(mean, abs=1e-12)
+    if error > 1e-6:  # below, the moving variance is rounding noise
+        assert evidence.z == pytest.approx(mean / error, rel=1e-6, abs=1e-9)
+
+
+def test_evidence_needs_comparisons_and_forgets() -> None:
+    """Three say nothing, however far apart; what was true long ago is outweighed."""
+    evidence = Evidence()
+    for _ in range(LEAST - 1):
+        evidence.add(1.0)
+        assert evidence.z == 0
+    evidence.add(1.0)
+    assert evidence.z == math.inf
+    for number in range(6 * MEMORY):
+        evidence.add(-1.0 + 0.1 * (-1) ** number)
+    assert evidence.mean == pytest.approx(-1, abs=0.02)
+    assert evidence.z < -10
+
+
+# --- the gate ------------------------------------------------------------------------------
+
+
+@given(st.floats(-1, 1))
+def test_a_candidate_serves_unless_it_scores_worse(ahead: float) -> None:
+    """To the tolerance; the verdict carries the scores, and how many rows they are means of."""
+    verdict = judged(Watch(), ahead)
+    if abs(ahead + SETTINGS.tolerance) > 1e-9:
+        assert verdict.publish == (ahead > -SETTINGS.tolerance)
+    assert (verdict.serving_score, verdict.num_rows) == (2.0, 2)
+    assert verdict.candidate_score == pytest.approx(2.0 + ahead)
+    assert verdict.back_to is None
+
+
+def test_refusals_in_a_row_start_training_again_from_what_serves() -> None:
+    """Two refusals and a pass count from nothing; the third in a row goes back, and once."""
+    watch = Watch()
+    script = [-1, -1, 0, -1, -1, -1, -1, -1, -1]
+    back = [judged(watch, ahead, version=7).back_to for ahead in script]
+    assert back == [None, None, None, None, None, 7, None, None, 7]
+    assert (watch.refused, watch.rolled_back) == (8, 0)
+    assert not watch.at_loaded  # one of them was published
+
+
+# --- the draft as loaded -------------------------------------------------------------------
+
+
+def test_checks_are_due_after_some_publications() -> None:
+    watch, due = Watch(), []
+    for _ in range(9):
+        due.append(watch.check_due(SETTINGS))
+        judged(watch, loaded=0.0 if due[-1] else None)
+    assert due == [False] * 4 + [True] + [False] * 3 + [True]
+    for _ in range(LEAST):
+        watch.evidence.add(0.3)
+    due = []
+    for _ in range(20):
+        due.append(watch.check_due(SETTINGS))
+        judged(watch, loaded=-0.3 if due[-1] else None)
+    assert due == [n == 15 for n in range(20)]  # learning pays: a quarter as often
+
+
+def test_a_draft_that_learning_made_worse_goes_back_and_cools_down() -> None:
+    """Not at the first bad comparison; then to version 0, with a pause that doubles each time."""
+    watch, draw = adapted(), random.Random(0)
+    verdicts = [judged(watch, loaded=draw.gauss(0.2, 0.1), round_=50) for _ in range(LEAST)]
+    assert [v.back_to for v in verdicts] == [None] * (LEAST - 1) + [0]
+    assert not verdicts[-1].publish
+    assert (watch.resumes_at, watch.at_loaded, watch.proving) == (150, True, True)
+    # Trials that bring nothing serve nobody, and end in a longer pause each time.
+    for round_, resumes in ((150, 350), (350, 750), (750, 1550)):
+        found = [judged(watch, draw.gauss(0, 0.1), round_=round_, version=2) for _ in range(12)]
+        assert not any(v.publish for v in found)
+        assert [v.back_to for v in found] == [None] * 11 + [2]
+        assert watch.resumes_at == resumes
+
+
+def test_a_trial_that_is_better_serves_again() -> None:
+    """With the same confidence; from then on the gate is the usual one."""
+    watch, draw = Watch(proving=True), random.Random(1)
+    found = [judged(watch, draw.gauss(0.2, 0.05)).publish for _ in range(LEAST)]
+    assert found == [False] * (LEAST - 1) + [True]
+    assert judged(watch, 0.0).publish
+    assert not judged(watch, -0.2).publish
+
+
+def test_noise_alone_rarely_sends_a_draft_back() -> None:
+    """With no true difference, 64 checks go back in a tenth of 500 runs at most (seeds fixed): looking
+    again and again at 2.5 standard errors is not one test at 2.5. A harm of half of the noise is
+    found in nine tenths of them."""
+
+    def share(mean: float) -> float:
+        found = 0
+        for seed in range(500):
+            watch, draw = adapted(), random.Random(seed)
+            found += any(
+                judged(watch, loaded=draw.gauss(mean, 0.1)).back_to == 0 for _ in range(64)
+            )
+        return found / 500
+
+    assert share(0.0) < 0.1
+    assert share(0.05) > 0.9
+
+
+def test_a_version_that_is_not_worse_is_the_last_good_one() -> None:
+    """Than the loaded draft and than the good one before it, by the tolerance."""
+    watch = adapted()
+    judged(watch, loaded=0.2, version=4)
+    assert watch.good == 0
+    judged(watch, loaded=0.0, version=8)
+    assert watch.good == 8
+    scores = Scores([2.0], candidate=[2.0], loaded=[1.0], good=[2.1])
+    watch.judge(scores, SETTINGS, 0, 12)
+    assert watch.good == 8
+    watch.went_back(0)
+    assert watch.good == 0
+
+
+# --- a fall of the acceptance length -------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.lists(LENGTHS, min_size=1, max_size=300), st.booleans())
+def test_the_fall_is_pages_statistic(lengths: list[float], at_loaded: bool) -> None:
+    """The largest sum over a suffix of (level before - length - tolerance); none for the loaded."""
+    watch, terms = Watch(at_loaded=at_loaded), []
+    for number, length in enumerate(lengths):
+        terms.append(watch.level - length - FALL_TOLERANCE if number else 0.0)
+        watch.observe(length)
+    suffixes = [sum(terms[begin:]) for begin in range(1, len(terms))]
+    expected = 0.0 if at_loaded else max([0.0, *suffixes])
+    assert watch.fall == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_fall_by_one_token_is_noticed_within_32_rounds() -> None:
+    """12 tokens at 0.75 a round, less what the level gives way; noise of 1.1 tokens a round. On text
+    that stays as it is, less than one alarm in 1,000 rounds, and each costs a few scores only."""
+    settings, false_alarms, delays = Settings(), 0, []
+    for seed in range(100):
+        watch, draw = adapted(), random.Random(seed)
+        for _ in range(500):
+            watch.observe(draw.gauss(2.3, 1.1))
+            if watch.alarmed(settings):
+                false_alarms += 1
+                watch.fall, watch.lengths = 0.0, 0
+        watch.fall = 0.0
+        delay = 0
+        while not watch.alarmed(settings):
+            watch.observe(draw.gauss(1.3, 1.1))
+            delay += 1
+        delays.append(delay)
+    assert false_alarms / (100 * 500) < 1 / 1000
+    assert statistics.median(delays) <= 20
+    assert sorted(delays)[90] <= 32
+
+
+def fallen() -> Watch:
+    watch = adapted(good=3, level=2.5, lengths=100)
+    while not watch.alarmed(SETTINGS):
+        watch.observe(1.5)
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("loaded", "good", "back_to"),
+    [
+        (1.5, 1.5, None),  # harder text is harder for all
+        (1.6, 1.7, None),  # a fifth of the fall does not explain it
+        (2.4, 2.5, 3),  # the last good version does not have it
+        (2.5, 2.4, 0),  # nor has the loaded draft, which is better
+    ],
+)
+def test_who_is_to_blame_for_a_fall(loaded: float, good: float, back_to: int | None) -> None:
+    """Acceptance fell from 2.5 to 1.5 tokens: the draft is, if an older one would have 0.5 more."""
+    watch, draw = fallen(), random.Random(2)
+    noise = [draw.gauss(0, 0.2) for _ in range(16)]
+    scores = Scores(
+        serving=[1.5 + n for n in noise],
+        loaded=[loaded + n * n for n in noise],
+        good=[good + n * n for n in noise],
+    )
+    verdict = watch.look_into(scores, SETTINGS, 40)
+    assert verdict is not None
+    assert (verdict.publish, verdict.back_to) == (False, back_to)
+    assert not watch.alarmed(SETTINGS)  # asked and answered
+    assert (watch.resumes_at, watch.rolled_back) == ((0, 0) if back_to is None else (140, 1))
+
+
+def test_a_fall_waits_for_rows() -> None:
+    """Too few to tell: the alarm stands until there are more."""
+    watch = fallen()
+    few = [1.0] * (LEAST_ROWS - 1)
+    assert watch.look_into(Scores(few, loaded=[4.0] * len(few)), SETTINGS, 0) is None
+    assert watch.alarmed(SETTINGS)
+
+
+# --- what is kept, and what policies see of it ---------------------------------------------
+
+
+def test_the_memory_survives_a_file() -> None:
+    """Encoded and decoded among the totals it is the same, so a resumed run decides the same."""
+    totals = Totals(watch=fallen())
+    totals.watch.evidence.add(0.5)
+    again = msgspec.json.decode(msgspec.json.encode(totals), type=Totals)
+    assert again == totals
+    again.start_anew()  # state per request
+    assert again.watch == Watch()
+
+
+def test_gains_are_those_of_scores_where_there_are_scores() -> None:
+    """A moving mean of candidate over serving, and of serving over loaded; the noisy one is off."""
+    totals, before = Totals(recent=2.0, recent_at_update=1.0, updates=5), Totals().gain
+    for _ in range(100):
+        totals.note_scores(Verdict(True, "", None, 8, 2.2, 2.0, 1.6))
+        totals.begin_update(1)
+    seen = totals.snapshot(1, 0, 0)
+    assert before == 1
+    assert seen.update_gain == pytest.approx(1.1, rel=1e-4)
+    assert seen.shadow_gain == pytest.approx(1.25, rel=1e-4)
+    unscored = Totals(recent=2.0, recent_at_update=1.0, updates=5)
+    unscored.note_scores(Verdict(True, "finite"))
+    unscored.begin_update(1)
+    assert unscored.snapshot(1, 0, 0).update_gain == pytest.approx(2**0.1)
