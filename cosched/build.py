@@ -190,8 +190,11 @@ def build_coscheduler(
     limits = replay_limits(config, target, drafter)
     # A chain's rows behind a refusal stand on the very path that it drafted: they teach like others.
     refused_weight = 1.0 if drafter.signal.conditioning == "chain" else loss.refused_weight
+    replay = adapt.replay
     return Coscheduler(
-        buffer=ReplayBuffer(limits, loss.rows, window, refused_weight, adapt.replay.keep_finished),
+        buffer=ReplayBuffer(
+            limits, loss.rows, window, refused_weight, replay.keep_finished, replay.fresh
+        ),
         policy=policy if ranks is None else SamePolicy(policy, ranks),
         trainer=None if publisher is None else build_trainer(config, target, drafter, ranks),
         guard=FiniteGuard(),

@@ -68,10 +68,12 @@ class WorkloadSettings(Section, frozen=True):
     A prompts file has one JSON object a line with ``text`` (and optionally ``id``). With
     ``documents`` the same, and the text after the first ``prompt_tokens`` tokens is forced: real
     text at real cost, judged by the chance that the target would have accepted each draft.
+    ``samples`` answers each prompt that many times, one round over all prompts after the other.
     """
 
     prompts: str | None = None
     documents: str | None = None
+    samples: Positive = 1
     prompt_tokens: Positive = 64
     max_new_tokens: Positive = 512
     max_prompts: Positive | None = None
@@ -98,6 +100,7 @@ class ReplaySettings(Section, frozen=True):
 
     A draft learns to look as far back as ``window`` reaches: give it the length that it serves.
     ``keep_finished`` keeps a request's rows until others need the room: to train when idle.
+    ``fresh`` trains on each anchor once at most, in the first update after it.
     """
 
     window: Positive = 128
@@ -106,6 +109,7 @@ class ReplaySettings(Section, frozen=True):
     max_bytes: Positive = 268435456
     teacher: TeacherForm = "hidden"
     keep_finished: bool = False
+    fresh: bool = False
 
 
 class ScopeSettings(Section, frozen=True):
@@ -309,6 +313,10 @@ def _check_together(config: Config) -> None:
             raise ConfigError("workload.documents: SGLang decides its own text; use prompts")
     elif (workload.prompts is None) == (workload.documents is None):
         raise ConfigError("workload: give exactly one of prompts and documents")
+    if workload.samples > 1 and workload.documents is not None:
+        raise ConfigError(
+            f"workload.samples: a document is said one way only, got {workload.samples}; use 1"
+        )
     # The section itself is checked whether or not an arm uses it: servers have no arms.
     for arm in dict.fromkeys((ADAPTED, *(arm for arm in config.arms if adapts(arm)))):
         _check_adapt(config.for_arm(arm), used=arm in config.arms)

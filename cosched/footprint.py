@@ -198,7 +198,9 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
     limits = replay_limits(config, target, drafter)
     rows = config.loss_settings.rows
     one = limits.request_bytes(keep_blocks=rows != "delayed")
-    requests = min(config.engine.max_batch, limits.room(one))
+    requests = limits.room(one)
+    if not config.adapt.replay.keep_finished:
+        requests = min(config.engine.max_batch, requests)
     target_parameters = target.num_parameters()
     longest = config.workload.prompt_tokens + config.workload.max_new_tokens
     cache = drafter.cache_bytes_per_token

@@ -17,7 +17,7 @@ import msgspec
 if TYPE_CHECKING:
     from torch import Tensor
 
-Rows = Literal["accepted", "all", "delayed"]
+Rows = Literal["accepted", "refused", "all", "delayed"]
 TeacherForm = Literal["hidden", "logits"]
 
 
@@ -157,6 +157,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     drafting and verifying took since then. ``micro_step_seconds`` is 0 until it has been measured.
     ``update_gain`` is the acceptance length after an update over the one before it, a geometric
     moving mean that starts at 1. ``expected_tokens_left`` is per running request (``cosched.totals``).
+    ``num_finished`` counts requests that are done.
     """
 
     round_index: int
@@ -183,6 +184,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     update_gain: float = 1.0
     expected_tokens_left: float = 0.0
     num_queued: int = 0
+    num_finished: int = 0
+    requests_since_update: int = 0
 
 
 class Decision(msgspec.Struct, frozen=True):
