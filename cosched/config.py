@@ -231,7 +231,7 @@ def typed(merged: DictConfig, where: str) -> Config:
     partial = raw.pop("variants", {})
     if not isinstance(partial, dict):
         raise ConfigError(f"variants: expected {{NAME: {{part of adapt}}}}, got {partial!r}")
-    config = _convert(raw, Config, "")
+    config = convert(raw, Config, "")
     variants = {str(n): _variant(str(n), raw.get("adapt", {}), v) for n, v in partial.items()}
     config = msgspec.structs.replace(config, variants=variants)
     _check_together(config)
@@ -250,13 +250,18 @@ def _variant(name: str, adapt: dict[str, Any], partial: Any) -> AdaptSettings:
         raise ConfigError(f"{where}: expected a part of the section adapt, got {partial!r}")
     over = OmegaConf.create({"adapt": partial})
     merged = plain(merge(OmegaConf.create({"adapt": adapt}), over, where), where)
-    settings = _convert(merged["adapt"], AdaptSettings, where)
+    settings = convert(merged["adapt"], AdaptSettings, where)
     for part in ("policy", "loss"):
         _plugin_settings(f"adapt.{part}", f"{where}.{part}", getattr(settings, part))
     return settings
 
 
-def _convert(raw: Any, kind: Any, where: str) -> Any:
+def convert(raw: Any, kind: Any, where: str) -> Any:
+    """Plain data as ``kind``; ``where`` it stands in the file.
+
+    Raises:
+        ConfigError: it is not; the message names the key, what came and what is allowed.
+    """
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
@@ -298,7 +303,7 @@ def _plugin_settings(section: str, where: str, raw: dict[str, Any]) -> Any:
         cls = registry.get(kind)
     except PluginError as error:
         raise ConfigError(f"{where}.kind: {error}") from error
-    return _convert({**raw, "kind": kind}, cls.Settings, where)
+    return convert({**raw, "kind": kind}, cls.Settings, where)
 
 
 def _check_together(config: Config) -> None:
@@ -393,6 +398,11 @@ def check_paths(config: Config) -> None:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration, every default written out."""
+    return OmegaConf.to_yaml(OmegaConf.create(resolved(config)))
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """The whole configuration as plain data, the plugins' defaults included."""
     raw = msgspec.to_builtins(config)
     raw["drafter"] = msgspec.to_builtins(config.drafter_settings)
     learning = [(raw["adapt"], config)]
@@ -400,4 +410,4 @@ def to_yaml(config: Config) -> str:
     for section, one in learning:
         section["policy"] = msgspec.to_builtins(one.policy_settings)
         section["loss"] = msgspec.to_builtins(one.loss_settings)
-    return OmegaConf.to_yaml(OmegaConf.create(raw))
+    return raw
