@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cosched.config import Config, check_paths, split_arm
+from cosched.arms import PLAIN, adapts, split_arm
+from cosched.config import Config, check_paths
 from cosched.coscheduler import Coscheduler
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
 from cosched.engines.embedded.judges import (
@@ -103,7 +104,8 @@ def build_world(config: Config) -> World:
     if config.engine.num_threads is not None:
         torch.set_num_threads(config.engine.num_threads)
     target = Target.load(config.target.path, device, getattr(torch, config.engine.dtype))
-    if config.adapt.replay.teacher == "hidden" or config.engine.kind == "trace":
+    teachers = {config.for_arm(arm).adapt.replay.teacher for arm in config.arms}
+    if "hidden" in teachers or config.engine.kind == "trace":
         target.require_plain_head()
     tokenizer = target.tokenizer
     workload = config.workload
@@ -139,12 +141,12 @@ def build_arm(
     on_tokens: Callable[[int], None] = lambda _n: None,
 ) -> Arm:
     """An engine for one arm. With a ``writer`` it captures what the configured drafter needs."""
-    config = world.config
+    config = world.config.for_arm(name)
     base, windowed = split_arm(name)
-    drafter = None if base == "plain" else load_drafter(world)
+    drafter = None if base == PLAIN else load_drafter(world)
     window = config.drafter_settings.window if windowed else None
     coscheduler = None
-    if base == "adapted" and drafter is not None:
+    if adapts(name) and drafter is not None:
         publish, network = config.adapt.publish, drafter.network()
         publisher = network and InPlacePublisher.of_modules(
             network, world.target.model, publish.target_check_every, publish.keep
@@ -204,9 +206,16 @@ def build_coscheduler(
     # A chain's rows behind a refusal stand on the very path that it drafted: they teach like others.
     refused_weight = 1.0 if drafter.signal.conditioning == "chain" else loss.refused_weight
     shadow = adapt.guard if isinstance(adapt.guard, ShadowSettings) else None
-    held_out = shadow.anchors if shadow else 0
-    keep_finished = adapt.replay.keep_finished
-    buffer = ReplayBuffer(limits, loss.rows, window, refused_weight, keep_finished, held_out)
+    replay = adapt.replay
+    buffer = ReplayBuffer(
+        limits,
+        loss.rows,
+        window,
+        refused_weight,
+        replay.keep_finished,
+        fresh=replay.fresh,
+        held_out=shadow.anchors if shadow else 0,
+    )
     trainer, guard = None, FiniteGuard()
     if publisher is not None:
         copy = drafter.clone(torch.float32)
@@ -215,8 +224,7 @@ def build_coscheduler(
             network = drafter.network()
             assert network is not None, "what is published has a network"
             served_as = {name: p.dtype for name, p in network.named_parameters()}
-            form = adapt.replay.teacher
-            scorer = Shadow(copy, target.head, form, served_as, temperature, ranks)
+            scorer = Shadow(copy, target.head, replay.teacher, served_as, temperature, ranks)
             guard = ShadowGuard(shadow, scorer, buffer, publisher)
     return Coscheduler(
         buffer=buffer,

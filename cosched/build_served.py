@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
+from cosched.arms import PLAIN, adapts, split_arm
 from cosched.build import build_coscheduler
-from cosched.config import Config, check_paths, split_arm
+from cosched.config import Config, check_paths
 from cosched.engines.embedded.target import load_tokenizer
 from cosched.engines.embedded.verification import SamplingParams
 from cosched.engines.sglang.adaptation import Adaptation
@@ -96,11 +97,11 @@ def build_served_arm(
     world: ServedWorld, name: str, sink: Sink, on_tokens: Callable[[int], None]
 ) -> ServedArm:
     """An arm that SGLang decodes, with the settings that its name asks for."""
-    config, (base, windowed) = world.config, split_arm(name)
+    config, (base, windowed) = world.config.for_arm(name), split_arm(name)
     drafter = msgspec.structs.replace(
         config.drafter_settings, window=config.drafter_settings.window if windowed else None
     )
-    policy = config.adapt.policy if base == "adapted" else {"kind": "never"}
+    policy = config.adapt.policy if adapts(name) else {"kind": "never"}
     config = msgspec.structs.replace(
         config,
         arms=(base,),
@@ -112,7 +113,7 @@ def build_served_arm(
         "top_p": world.sampling.top_p,
         "ignore_eos": not config.workload.stop_at_end_of_text,
     }
-    speculation = "plain" if base == "plain" else "adapted"
+    speculation = "plain" if base == PLAIN else "adapted"
     return ServedArm(name, ServedEngine(config, speculation, sampling, sink, on_tokens))
 
 

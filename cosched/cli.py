@@ -24,6 +24,12 @@ from cosched.errors import ConfigError, CoschedError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rich.progress import TaskID
+
+    from cosched.sweep.pool import Event
+    from cosched.sweep.results import SweepSummary
+    from cosched.sweep.sweep import Sweep
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -106,6 +112,78 @@ def run(
     if experiment.interrupted:
         errors.print(f"interrupted; what was measured so far is in {folder.path}", soft_wrap=True)
         raise typer.Exit(1)
+
+
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Option("-c", "--config", help="The sweep, a YAML file.")],
+    overrides: Overrides = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes; as many as there are cores.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the sweep's folder if it exists.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on: what has been run already stays.")
+    ] = False,
+) -> None:
+    """Judge many settings on the same recorded text, and say which of them gain.
+
+    Settings behind the file change the experiment of all cells; [bold]run.name[/] and
+    [bold]run.dir[/] name the folder. Recordings are shared and never replaced.
+    """
+    from cosched.sweep.plan import load_plan
+    from cosched.sweep.sweep import MARKER, Sweep
+    from cosched.telemetry.run_folder import RunFolder
+
+    if resume and overwrite:
+        raise ConfigError("--resume goes without --overwrite")
+    plan = load_plan(config, overrides or ())
+    folder = RunFolder(plan.folder, MARKER)
+    if not (resume and plan.folder.exists()):
+        folder.create(overwrite)
+    changed = "".join(f"# with {word}\n" for word in overrides or ())
+    folder.write(MARKER, config.read_text() + changed)
+    running = Sweep(plan, jobs or os.cpu_count() or 1)
+    console.print(
+        f"{len(plan.cells)} cells, {len(plan.controls)} controls, {len(plan.recordings)} texts; "
+        f"{len(running.jobs)} to run, {running.num_known} known"
+    )
+    summary = _with_progress(running)
+    from cosched.sweep.page import write_page
+    from cosched.sweep.table import tables
+
+    for table in tables(summary):
+        console.print(table)
+    report_path = write_page(plan.folder, summary, MARKER)
+    console.print(f"report: [bold]{report_path}[/]", soft_wrap=True)
+    for failure in summary.failures:
+        errors.print(f"[bold red]failed[/] {failure.id}: {escape(failure.message)}", soft_wrap=True)
+    if running.interrupted:
+        errors.print("interrupted; go on with --resume", soft_wrap=True)
+    if running.interrupted or summary.failures:
+        raise typer.Exit(1)
+
+
+def _with_progress(running: Sweep) -> SweepSummary:
+    """Run a sweep under one bar for all of it and one for each worker."""
+    with _progress("{task.fields[what]}") as progress:
+        whole = progress.add_task("sweep", total=len(running.jobs), what="runs,")
+        bars: dict[int, TaskID] = {}
+
+        def show(event: Event) -> None:
+            if event.worker not in bars:
+                bars[event.worker] = progress.add_task("", what="tokens,")
+            bar = bars[event.worker]
+            if event.kind == "total":
+                progress.reset(bar, total=event.value, description=event.job.id)
+            elif event.kind == "tokens":
+                progress.update(bar, advance=event.value)
+            else:
+                progress.update(whole, advance=1)
+
+        return running.run(show)
 
 
 @app.command()
@@ -265,13 +343,13 @@ def _say_what_sglang_cannot(problems: Sequence[str]) -> None:
         console.print(f"stock SGLang cannot run this draft: {escape(problem)}", soft_wrap=True)
 
 
-def _progress() -> Progress:
+def _progress(what: str = "tokens,") -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("tokens,"),
+        TextColumn(what),
         TimeRemainingColumn(),
         TextColumn("left"),
         console=console,

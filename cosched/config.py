@@ -12,28 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from cosched.arms import ADAPTED, BASE_ARMS, PLAIN, VARIANT_NAME, WINDOW_SUFFIX, adapts, split_arm
 from cosched.errors import ConfigError, PluginError
+from cosched.merging import PLUGIN_SECTIONS, from_words, merge, plain, read_yaml
 from cosched.records import TeacherForm
-from cosched.registry import DRAFTERS, LOSSES, POLICIES, Registry
-from cosched.watch import ShadowSettings
+from cosched.watch import FiniteSettings, ShadowSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from omegaconf import DictConfig
 
     from cosched.protocols import DrafterSettings, LossSettings, PolicySettings
 
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[float, Meta(ge=0)]
-BASE_ARMS = ("plain", "frozen", "adapted")
-WINDOW_SUFFIX = "+window"
-# Sections that a plugin types, and the kind where the file names none.
-PLUGIN_SECTIONS: dict[str, tuple[Registry, str | None]] = {
-    "drafter": (DRAFTERS, None),
-    "adapt.policy": (POLICIES, "every_n_rounds"),
-    "adapt.loss": (LOSSES, "forward_kl"),
-}
 
 
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,10 +69,12 @@ class WorkloadSettings(Section, frozen=True):
     A prompts file has one JSON object a line with ``text`` (and optionally ``id``). With
     ``documents`` the same, and the text after the first ``prompt_tokens`` tokens is forced: real
     text at real cost, judged by the chance that the target would have accepted each draft.
+    ``samples`` answers each prompt that many times, one round over all prompts after the other.
     """
 
     prompts: str | None = None
     documents: str | None = None
+    samples: Positive = 1
     prompt_tokens: Positive = 64
     max_new_tokens: Positive = 512
     max_prompts: Positive | None = None
@@ -105,6 +101,7 @@ class ReplaySettings(Section, frozen=True):
 
     A draft learns to look as far back as ``window`` reaches: give it the length that it serves.
     ``keep_finished`` keeps a request's rows until others need the room: to train when idle.
+    ``fresh`` trains on each anchor once at most, in the first update after it.
     """
 
     window: Positive = 128
@@ -113,6 +110,7 @@ class ReplaySettings(Section, frozen=True):
     max_bytes: Positive = 268435456
     teacher: TeacherForm = "hidden"
     keep_finished: bool = False
+    fresh: bool = False
 
 
 class ScopeSettings(Section, frozen=True):
@@ -137,14 +135,6 @@ class TrainerSettings(Section, frozen=True):
     background: bool = False
 
 
-class FiniteSettings(Section, frozen=True, tag_field="kind", tag="finite"):
-    """``adapt.guard`` of ``kind: finite``: updates none of whose steps was finite are refused."""
-
-
-GuardSettings = FiniteSettings | ShadowSettings
-GUARDS: dict[Any, type[Struct]] = {"finite": FiniteSettings, "shadow": ShadowSettings}
-
-
 class PublishSettings(Section, frozen=True):
     """``adapt.publish``: every n-th publication checksums all of the target; 0 is never.
 
@@ -156,7 +146,7 @@ class PublishSettings(Section, frozen=True):
 
 
 class AdaptSettings(Section, frozen=True):
-    """``adapt``: how the arm ``adapted`` learns.
+    """``adapt``: how the arm ``adapted`` learns, and what the variants begin from.
 
     ``policy`` and ``loss`` have the fields of their ``kind``: ``every_n_rounds`` and
     ``forward_kl`` unless they say otherwise.
@@ -167,12 +157,16 @@ class AdaptSettings(Section, frozen=True):
     replay: ReplaySettings = ReplaySettings()
     scope: ScopeSettings = ScopeSettings()
     trainer: TrainerSettings = TrainerSettings()
-    guard: GuardSettings = FiniteSettings()
+    guard: FiniteSettings | ShadowSettings = FiniteSettings()
     publish: PublishSettings = PublishSettings()
 
 
 class Config(Section, frozen=True):
-    """The whole file."""
+    """The whole file.
+
+    ``variants`` are other ways to learn, each an arm by its name: what a variant does not say is as
+    in ``adapt``. Here each is whole.
+    """
 
     run: RunSettings
     target: TargetSettings
@@ -182,18 +176,30 @@ class Config(Section, frozen=True):
     engine: EngineSettings = EngineSettings()
     adapt: AdaptSettings = AdaptSettings()
     record: RecordSettings = RecordSettings()
+    variants: dict[str, AdaptSettings] = msgspec.field(default_factory=dict)
+
+    def for_arm(self, arm: str) -> Config:
+        """This configuration as one arm sees it: ``adapt`` is the arm's own section."""
+        adapt = self.variants.get(split_arm(arm)[0], self.adapt)
+        return msgspec.structs.replace(self, arms=(arm,), adapt=adapt)
+
+    @property
+    def adapt_key(self) -> str:
+        """Where the file says what ``adapt`` holds: ``for_arm`` may have taken it from a variant."""
+        base, _ = split_arm(self.arms[0])
+        return f"variants.{base}" if self.adapt is self.variants.get(base) else "adapt"
 
     @property
     def drafter_settings(self) -> DrafterSettings:
-        return _plugin_settings("drafter", self.drafter)
+        return _plugin_settings("drafter", "drafter", self.drafter)
 
     @property
     def policy_settings(self) -> PolicySettings:
-        return _plugin_settings("adapt.policy", self.adapt.policy)
+        return _plugin_settings("adapt.policy", f"{self.adapt_key}.policy", self.adapt.policy)
 
     @property
     def loss_settings(self) -> LossSettings:
-        return _plugin_settings("adapt.loss", self.adapt.loss)
+        return _plugin_settings("adapt.loss", f"{self.adapt_key}.loss", self.adapt.loss)
 
     @property
     def run_folder(self) -> Path:
@@ -207,47 +213,50 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file cannot be read, or a setting is not allowed; the message names the
             key, what came and what is allowed.
     """
-    if not path.is_file():
-        raise ConfigError(f"no configuration file at {path}")
-    malformed = [o for o in overrides if "=" not in o]
-    if malformed:
-        raise ConfigError(f"an override has the form key.sub=value; got {malformed[0]!r}")
-    try:
-        given, changes = OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
-        for section, (registry, default) in PLUGIN_SECTIONS.items():
-            kinds = {plugin.name: plugin.cls for plugin in registry.plugins()}
-            of_kind = {kind: cls.Settings for kind, cls in kinds.items()}
-            _forget_other_kind(given, changes, section, of_kind, default)
-        _forget_other_kind(given, changes, "adapt.guard", GUARDS, "finite")
-        merged = OmegaConf.merge(given, changes)
-        raw = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # PyYAML's errors share no base with OmegaConf's
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"{path} is not YAML: {error}") from error
-        raise
-    config = _convert(raw, Config, "")
+    return typed(merge(read_yaml(path), from_words(overrides), str(path)), str(path))
+
+
+def typed(merged: DictConfig, where: str) -> Config:
+    """Check a merged configuration; ``where`` it comes from is named with what cannot be resolved.
+
+    Raises:
+        ConfigError: a setting is not allowed.
+    """
+    raw = plain(merged, where)
+    partial = raw.pop("variants", {})
+    if not isinstance(partial, dict):
+        raise ConfigError(f"variants: expected {{NAME: {{part of adapt}}}}, got {partial!r}")
+    config = convert(raw, Config, "")
+    variants = {str(n): _variant(str(n), raw.get("adapt", {}), v) for n, v in partial.items()}
+    config = msgspec.structs.replace(config, variants=variants)
     _check_together(config)
     return config
 
 
-def _forget_other_kind(
-    given: Any, changes: Any, section: str, of_kind: dict[Any, type[Struct]], default: str | None
-) -> None:
-    """An override of ``kind`` leaves behind the file's fields that only the old kind has."""
-    old, new = OmegaConf.select(given, section), OmegaConf.select(changes, section)
-    if not OmegaConf.is_dict(old) or not OmegaConf.is_dict(new) or "kind" not in new:
-        return
-    kinds = [old.get("kind", default), new.get("kind")]
-    if any(kind not in of_kind for kind in kinds):
-        return  # the unknown kind is named when the section is checked
-    fields = [{f.name for f in msgspec.structs.fields(of_kind[kind])} for kind in kinds]
-    for name in fields[0] - fields[1]:
-        old.pop(name, None)
+def _variant(name: str, adapt: dict[str, Any], partial: Any) -> AdaptSettings:
+    """A variant's section, over ``adapt`` as it was written."""
+    where = f"variants.{name}"
+    if name in BASE_ARMS or not VARIANT_NAME.fullmatch(name):
+        raise ConfigError(
+            f"variants: {name!r} cannot name an arm; take letters, digits, - and _, and none of "
+            f"{', '.join(BASE_ARMS)}"
+        )
+    if not isinstance(partial, dict):
+        raise ConfigError(f"{where}: expected a part of the section adapt, got {partial!r}")
+    over = OmegaConf.create({"adapt": partial})
+    merged = plain(merge(OmegaConf.create({"adapt": adapt}), over, where), where)
+    settings = convert(merged["adapt"], AdaptSettings, where)
+    for part in ("policy", "loss"):
+        _plugin_settings(f"adapt.{part}", f"{where}.{part}", getattr(settings, part))
+    return settings
 
 
-def _convert(raw: Any, kind: Any, where: str) -> Any:
+def convert(raw: Any, kind: Any, where: str) -> Any:
+    """Plain data as ``kind``; ``where`` it stands in the file.
+
+    Raises:
+        ConfigError: it is not; the message names the key, what came and what is allowed.
+    """
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
@@ -279,75 +288,89 @@ def _allowed_fields(kind: Any, path: str) -> str:
     return f"; allowed here: {names}"
 
 
-def _plugin_settings(section: str, raw: dict[str, Any]) -> Any:
+def _plugin_settings(section: str, where: str, raw: dict[str, Any]) -> Any:
+    """What the plugin of a section has for settings; ``where`` the section stands in the file."""
     registry, default = PLUGIN_SECTIONS[section]
     kind = raw.get("kind", default)
     if not isinstance(kind, str):
-        raise ConfigError(f"{section}.kind: required, the name of a {registry.role}")
+        raise ConfigError(f"{where}.kind: required, the name of a {registry.role}")
     try:
         cls = registry.get(kind)
     except PluginError as error:
-        raise ConfigError(f"{section}.kind: {error}") from error
-    return _convert({**raw, "kind": kind}, cls.Settings, section)
-
-
-def split_arm(arm: str) -> tuple[str, bool]:
-    """``frozen+window`` is ``("frozen", True)``."""
-    base = arm.removesuffix(WINDOW_SUFFIX)
-    return base, base != arm
+        raise ConfigError(f"{where}.kind: {error}") from error
+    return convert({**raw, "kind": kind}, cls.Settings, where)
 
 
 def _check_together(config: Config) -> None:
     """What no single key can say."""
-    drafter, loss = config.drafter_settings, config.loss_settings
-    _ = config.policy_settings
-    bases = [split_arm(arm) for arm in config.arms]
-    for arm, (base, windowed) in zip(config.arms, bases, strict=True):
-        if base not in BASE_ARMS or (base == "plain" and windowed):
-            raise ConfigError(
-                f"arms: unknown arm {arm!r}; there are {', '.join(BASE_ARMS)}, and with "
-                f"{WINDOW_SUFFIX} behind them frozen and adapted"
-            )
-        if windowed and drafter.window is None:
-            raise ConfigError(f"arms: {arm!r} needs drafter.window, the tokens that the draft sees")
-    if len(set(config.arms)) != len(config.arms):
-        raise ConfigError(f"arms: the same arm twice in {list(config.arms)}")
-    workload, engine, replay = config.workload, config.engine, config.adapt.replay
+    _check_arms(config)
+    workload, engine = config.workload, config.engine
     if engine.kind == "trace":
         if engine.trace is None:
             raise ConfigError("engine.trace: required when engine.kind is trace, a recorded folder")
-        if loss.rows == "all":
-            raise ConfigError(
-                "adapt.loss.rows: 'all' needs rows after a refusal, which a trace does not have; "
-                "use 'accepted' or 'delayed', or engine.kind: embedded"
-            )
     elif engine.kind == "sglang":
         if workload.documents is not None:
             raise ConfigError("workload.documents: SGLang decides its own text; use prompts")
-        if config.adapt.scope.state == "per_request":
-            raise ConfigError("adapt.scope.state: SGLang serves one draft to all; use shared")
     elif (workload.prompts is None) == (workload.documents is None):
         raise ConfigError("workload: give exactly one of prompts and documents")
-    if workload.documents is not None and loss.rows == "all":
-        raise ConfigError("adapt.loss.rows: 'all' needs drafted text; documents are forced")
-    adapted = any(base == "adapted" for base, _ in bases)
-    if adapted and config.adapt.scope.state == "per_request" and engine.max_batch != 1:
+    if workload.samples > 1 and workload.documents is not None:
         raise ConfigError(
-            f"adapt.scope.state: per_request keeps one draft for each request, so "
-            f"engine.max_batch must be 1, got {engine.max_batch}; use state: shared"
+            f"workload.samples: a document is said one way only, got {workload.samples}; use 1"
         )
-    _check_guard(config)
+    # The section itself is checked whether or not an arm uses it: servers have no arms.
+    for arm in dict.fromkeys((ADAPTED, *(arm for arm in config.arms if adapts(arm)))):
+        _check_adapt(config.for_arm(arm), used=arm in config.arms)
+
+
+def _check_arms(config: Config) -> None:
+    names = (*BASE_ARMS, *config.variants)
+    for arm in config.arms:
+        base, windowed = split_arm(arm)
+        if base not in names or (base == PLAIN and windowed):
+            learning = ", ".join(name for name in names if name != PLAIN)
+            raise ConfigError(
+                f"arms: unknown arm {arm!r}; there are {', '.join(names)}, and with "
+                f"{WINDOW_SUFFIX} behind them {learning}"
+            )
+        if windowed and config.drafter_settings.window is None:
+            raise ConfigError(f"arms: {arm!r} needs drafter.window, the tokens that the draft sees")
+    if len(set(config.arms)) != len(config.arms):
+        raise ConfigError(f"arms: the same arm twice in {list(config.arms)}")
+
+
+def _check_adapt(config: Config, used: bool) -> None:
+    """Whether what an arm does to learn fits the text and the engine."""
+    drafter, loss, where = config.drafter_settings, config.loss_settings, config.adapt_key
+    _ = config.policy_settings
+    engine, replay = config.engine, config.adapt.replay
+    if loss.rows == "all":
+        if engine.kind == "trace":
+            raise ConfigError(
+                f"{where}.loss.rows: 'all' needs rows after a refusal, which a trace does not have; "
+                f"use 'accepted', 'refused' or 'delayed', or engine.kind: embedded"
+            )
+        if config.workload.documents is not None:
+            raise ConfigError(f"{where}.loss.rows: 'all' needs drafted text; documents are forced")
+    if config.adapt.scope.state == "per_request":
+        if engine.kind == "sglang":
+            raise ConfigError(f"{where}.scope.state: SGLang serves one draft to all; use shared")
+        if used and engine.max_batch != 1:
+            raise ConfigError(
+                f"{where}.scope.state: per_request keeps one draft for each request, so "
+                f"engine.max_batch must be 1, got {engine.max_batch}; use state: shared"
+            )
     if replay.window > replay.max_tokens:
         raise ConfigError(
-            f"adapt.replay.max_tokens: {replay.max_tokens} holds no request of "
-            f"adapt.replay.window = {replay.window} rows"
+            f"{where}.replay.max_tokens: {replay.max_tokens} holds no request of "
+            f"{where}.replay.window = {replay.window} rows"
         )
     if replay.window <= drafter.num_draft_tokens + 1:
         raise ConfigError(
-            f"adapt.replay.window: {replay.window} holds no path of drafter.num_draft_tokens = "
+            f"{where}.replay.window: {replay.window} holds no path of drafter.num_draft_tokens = "
             f"{drafter.num_draft_tokens} tokens behind an anchor; use at least "
             f"{drafter.num_draft_tokens + 2}"
         )
+    _check_guard(config)
 
 
 def _check_guard(config: Config) -> None:
@@ -356,8 +379,8 @@ def _check_guard(config: Config) -> None:
     most = config.adapt.replay.window - 2 * drafted
     if isinstance(guard, ShadowSettings) and guard.anchors > most:
         raise ConfigError(
-            f"adapt.guard.anchors: {guard.anchors} held-out anchors leave nothing to train on of "
-            f"adapt.replay.window = {config.adapt.replay.window} rows; use at most {max(0, most)}"
+            f"{config.adapt_key}.guard.anchors: {guard.anchors} held-out anchors leave nothing to train on of "
+            f"{config.adapt_key}.replay.window = {config.adapt.replay.window} rows; use at most {max(0, most)}"
         )
 
 
@@ -382,8 +405,16 @@ def check_paths(config: Config) -> None:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration, every default written out."""
+    return OmegaConf.to_yaml(OmegaConf.create(resolved(config)))
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """The whole configuration as plain data, the plugins' defaults included."""
     raw = msgspec.to_builtins(config)
     raw["drafter"] = msgspec.to_builtins(config.drafter_settings)
-    raw["adapt"]["policy"] = msgspec.to_builtins(config.policy_settings)
-    raw["adapt"]["loss"] = msgspec.to_builtins(config.loss_settings)
-    return OmegaConf.to_yaml(OmegaConf.create(raw))
+    learning = [(raw["adapt"], config)]
+    learning += [(raw["variants"][name], config.for_arm(name)) for name in config.variants]
+    for section, one in learning:
+        section["policy"] = msgspec.to_builtins(one.policy_settings)
+        section["loss"] = msgspec.to_builtins(one.loss_settings)
+    return raw

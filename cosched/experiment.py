@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from cosched import resume as resume_state
+from cosched.arms import adapts
 from cosched.build import Arm, World, build_arm, build_recorder, build_world
 from cosched.build_served import ServedArm, ServedWorld, build_served_arm, build_served_world
 from cosched.config import Config, to_yaml
@@ -138,9 +139,8 @@ class Experiment:
         """One arm after the other: memory holds one engine of SGLang's."""
         for one in self._arms:
             assert isinstance(one.arm, ServedArm)
-            adapted = one.arm.name.startswith("adapted")
             checkpoint = folder.path.absolute() / "checkpoints" / one.arm.name
-            with one.arm.engine.running(checkpoint if adapted else None):
+            with one.arm.engine.running(checkpoint if adapts(one.arm.name) else None):
                 for group in _groups(self.world.requests, self.config.engine.max_batch):
                     self._run_group(one, group)
 
@@ -249,9 +249,9 @@ class Experiment:
 
     def _save_drafts(self, folder: RunFolder) -> None:
         """Adapted drafts as checkpoints; with state per request there is none that outlives it."""
-        if self.config.adapt.scope.state == "per_request":
-            return
         for one in self._arms:
+            if self.config.for_arm(one.arm.name).adapt.scope.state == "per_request":
+                continue
             if one.arm.coscheduler is not None and one.arm.drafter is not None:
                 with explained(folder.path / "checkpoints"):
                     one.arm.drafter.save(folder.path / "checkpoints" / one.arm.name)

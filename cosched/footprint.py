@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from cosched.arms import adapts
 from cosched.errors import CheckpointError, ConfigError
 from cosched.registry import DRAFTERS
 from cosched.replay import ReplayLimits
@@ -171,20 +172,26 @@ def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> Repla
     )
     needed = limits.request_bytes(keep_blocks=config.loss_settings.rows != "delayed")
     if needed > replay.max_bytes:
+        where = f"{config.adapt_key}.replay"
         raise ConfigError(
-            f"adapt.replay.max_bytes: {replay.max_bytes} holds no request; one of "
-            f"adapt.replay.window = {replay.window} rows takes {needed}"
+            f"{where}.max_bytes: {replay.max_bytes} holds no request; one of "
+            f"{where}.window = {replay.window} rows takes {needed}"
         )
     return limits
 
 
 def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footprint:
-    """Add up a run of these settings; ``drafter`` may be a sketch."""
+    """Add up a run of these settings, for the arm that takes most; ``drafter`` may be a sketch."""
+    arms = [_footprint_of_arm(config.for_arm(arm), target, drafter) for arm in config.arms]
+    return max(arms, key=lambda arm: arm.added)
+
+
+def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) -> Footprint:
     network = drafter.network()
     dtype: torch.dtype = getattr(torch, config.engine.dtype)
     parameters = dict(network.named_parameters()) if network is not None else {}
     trained = 0
-    if network is not None and any(arm.startswith("adapted") for arm in config.arms):
+    if network is not None and any(map(adapts, config.arms)):
         trained = sum(
             parameters[n].numel() for n in parameters_of(drafter, config.adapt.scope.kind)
         )
@@ -192,7 +199,9 @@ def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footpri
     limits = replay_limits(config, target, drafter)
     rows = config.loss_settings.rows
     one = limits.request_bytes(keep_blocks=rows != "delayed")
-    requests = min(config.engine.max_batch, limits.room(one))
+    requests = limits.room(one)
+    if not config.adapt.replay.keep_finished:
+        requests = min(config.engine.max_batch, requests)
     target_parameters = target.num_parameters()
     longest = config.workload.prompt_tokens + config.workload.max_new_tokens
     cache = drafter.cache_bytes_per_token

@@ -51,7 +51,8 @@ class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """``adapt.loss``: weights that every loss shares; a loss adds its own fields in a subclass.
 
     ``rows`` says which text teaches: ``delayed``, what the target went on to say from any anchor;
-    ``accepted``, what was drafted, up to the first refusal; ``all``, what was drafted to its end.
+    ``accepted``, what was drafted, up to the first refusal; ``refused``, only the row at that refusal,
+    where the draft was wrong; ``all``, what was drafted to its end.
     Behind a refusal a chain is taught on the path that it drafted itself, and all rows count in
     full; a block, which does not know what it drafted, would be taught the continuation of a refused
     text: there ``refused_weight`` says how much such rows count.

@@ -17,7 +17,7 @@ import msgspec
 if TYPE_CHECKING:
     from torch import Tensor
 
-Rows = Literal["accepted", "all", "delayed"]
+Rows = Literal["accepted", "refused", "all", "delayed"]
 TeacherForm = Literal["hidden", "logits"]
 
 
@@ -159,7 +159,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     moving mean that starts at 1; where a guard scores candidates it is theirs over the serving
     draft's, on the same rows. ``shadow_gain`` is the serving draft's score over the loaded one's, a
     moving mean that stays 1 where no guard compares them. ``expected_tokens_left`` is per running
-    request (``cosched.totals``).
+    request (``cosched.totals``). ``num_finished`` counts requests that are done.
     """
 
     round_index: int
@@ -187,6 +187,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     expected_tokens_left: float = 0.0
     num_queued: int = 0
     shadow_gain: float = 1.0
+    num_finished: int = 0
+    requests_since_update: int = 0
 
 
 class Decision(msgspec.Struct, frozen=True):

@@ -52,7 +52,9 @@ class ReplayBuffer:
 
     A request costs its full reservation from its first segment on; when a new one does not fit,
     the requests that have been silent longest are dropped, and counted in ``num_evicted``. One that
-    has finished is dropped at once, unless ``keep_finished``: then it waits for its turn.
+    has finished is dropped at once, unless ``keep_finished``: then it waits for its turn. ``fresh``
+    draws an anchor once at most: those that have come since the last draw. A finished request has
+    no more to come, so it goes then.
 
     With ``held_out`` a sample leaves out the newest rows of every request, enough for that many
     anchors in all, and ``held_out()`` gives them: no row of theirs has been in a sample, only the
@@ -67,12 +69,14 @@ class ReplayBuffer:
         draft_window: int | None,
         refused_weight: float = 1.0,
         keep_finished: bool = False,
+        fresh: bool = False,
         held_out: int = 0,
     ) -> None:
         self.limits = limits
         self.rows: Rows = rows
         self.draft_window = draft_window
         self._keep_finished = keep_finished
+        self._fresh = fresh
         self._held_out = held_out
         # What rows behind the first refusal weigh: as set where they are kept, nothing where cut.
         self._refused_weight = refused_weight if rows == "all" else 0.0
@@ -101,9 +105,10 @@ class ReplayBuffer:
             for block in round_.blocks:
                 if block.request_id in self._requests:
                     self._requests[block.request_id].blocks.append(_owned(block))
-        if not self._keep_finished:
-            for request_id in round_.finished:
-                self._requests.pop(request_id, None)
+        for request_id in self._requests.keys() & set(round_.finished):
+            self._requests[request_id].finished = True
+            if not self._keep_finished:
+                del self._requests[request_id]
 
     def _admit(self, segment: Segment) -> bool:
         limits = self.limits
@@ -129,6 +134,8 @@ class ReplayBuffer:
             if (one := rows.draw(self.rows, share, self.limits.path, self._refused_weight, spare))
             is not None
         ]
+        if self._fresh:
+            self._forget_drawn(spare)
         return _pad(drawn, self.draft_window) if drawn else None
 
     def held_out(self, num_anchors: int) -> SignalBatch | None:
@@ -143,6 +150,14 @@ class ReplayBuffer:
         )
         drawn = list(islice((one for one in found if one is not None), num_anchors))
         return _pad(drawn, self.draft_window) if drawn else None
+
+    def _forget_drawn(self, spare: int) -> None:
+        """Nothing that could be drawn now will be again."""
+        for rows in self._requests.values():
+            rows.fresh_from = rows.start + rows.newest(self.rows, self.limits.path, spare) + 1
+        done = [request_id for request_id, rows in self._requests.items() if rows.finished]
+        for request_id in done:
+            del self._requests[request_id]
 
 
 def _owned(block: ServedBlock) -> ServedBlock:
@@ -177,6 +192,8 @@ class _RequestRows:
         self.start = first.start
         self.begin = 0
         self.count = 0
+        self.fresh_from = 0  # position of the first anchor that may be drawn
+        self.finished = False
         self.teacher_from: int | None = None
         self.taught_to = 0  # position behind the newest row that was in a sample
         self.tokens = first.tokens_R1.new_zeros(size + 1)
@@ -236,11 +253,16 @@ class _RequestRows:
         if rows == "delayed":
             found = self._committed_paths(num_anchors, path, 1, self.count - spare)
         else:
-            found = self._served_paths(num_anchors, refused_weight, path, spare)
+            newest = self.newest(rows, path, spare)
+            found = self._served_paths(num_anchors, rows == "refused", refused_weight, newest)
         if found is None:
             return None
         self.taught_to = max(self.taught_to, self.start + self.count - spare)
         return self._drawn(found)
+
+    def newest(self, rows: Rows, path: int, spare: int) -> int:
+        """The newest anchor that may be drawn; a served one has its rows with it."""
+        return self.count - path - spare if rows == "delayed" or spare else self.count - 1
 
     def untaught(self, num_anchors: int, path: int) -> _Drawn | None:
         """The newest anchors behind all rows that were in a sample, or None while there is none."""
@@ -273,7 +295,8 @@ class _RequestRows:
         assert self.teacher is not None
         assert self.teacher_from is not None
         last = end - path  # its path ends at the newest row
-        first = max(first, self.teacher_from - self.start, last - num_anchors + 1)
+        known = max(self.teacher_from, self.fresh_from) - self.start
+        first = max(first, known, last - num_anchors + 1)
         if first > last:
             return None
         anchors = torch.arange(first, last + 1, device=self.tokens.device)
@@ -286,14 +309,17 @@ class _RequestRows:
         )
 
     def _served_paths(
-        self, num_anchors: int, refused_weight: float, path: int, spare: int
+        self, num_anchors: int, only_refused: bool, refused_weight: float, newest: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """Anchors that were served with what was drafted, and the weight of rows after a refusal.
 
-        The row of the refused token itself stands on accepted text and counts in full.
+        The row of the refused token itself stands on accepted text and counts in full; with
+        ``only_refused`` no other does.
         """
-        newest = self.count - (path + spare if spare else 0)
-        blocks = [b for b in self.blocks if 1 <= b.anchor - self.start <= newest]
+        oldest = max(1, self.fresh_from - self.start)
+        blocks = [b for b in self.blocks if oldest <= b.anchor - self.start <= newest]
+        if only_refused:  # a block that was accepted whole would be all zeros
+            blocks = [b for b in blocks if b.num_accepted < len(b.path_K)]
         blocks = blocks[-num_anchors:]
         if not blocks:
             return None
@@ -302,8 +328,10 @@ class _RequestRows:
         paths = torch.stack([b.path_K for b in blocks])
         weights = torch.ones(paths.shape, device=device)
         accepted_N = torch.tensor([b.num_accepted for b in blocks], device=device)
-        behind_NK = torch.arange(paths.shape[1], device=device) > accepted_N[:, None]
-        weights = weights.masked_fill(behind_NK, refused_weight)
+        k_K = torch.arange(paths.shape[1], device=device)
+        weights = weights.masked_fill(k_K > accepted_N[:, None], refused_weight)
+        if only_refused:
+            weights = weights.masked_fill(k_K < accepted_N[:, None], 0)
         teacher = [b.teacher_KX for b in blocks if b.teacher_KX is not None]
         return anchors, paths, torch.stack(teacher), weights
 

@@ -33,6 +33,7 @@ class Totals:
     starved: int = 0  # decisions to train in a row for which the buffer had no rows
     round_of_update: int = 0
     committed_at_update: int = 0
+    finished_at_update: int = 0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     update_seconds: float = 0.0  # that the engine waited for
@@ -130,6 +131,7 @@ class Totals:
             self.gain *= (self.recent / self.recent_at_update / self.gain) ** UPDATE_WEIGHT
         self.round_of_update = self.rounds
         self.committed_at_update = self.committed
+        self.finished_at_update = self.finished
         self.steps_of_update = num_steps
         self.update_seconds_at_update = self.update_seconds
         self.training_seconds_at_update = self._training_seconds
@@ -152,6 +154,7 @@ class Totals:
         """The draft is again the one that was loaded; what its updates cost is not forgotten."""
         self.round_of_update = self.rounds
         self.committed_at_update = self.committed
+        self.finished_at_update = self.finished
         self.shortfall = 0.0
         self.recent_at_update = 0.0
         self.shadow_gain = 1.0
@@ -185,4 +188,6 @@ class Totals:
             expected_tokens_left=self._tokens_ahead(num_running),
             num_queued=self.queued,
             shadow_gain=self.shadow_gain,
+            num_finished=self.finished,
+            requests_since_update=self.finished - self.finished_at_update,
         )

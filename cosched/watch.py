@@ -33,6 +33,12 @@ BLAME = 0.5  # of a fall, which an older version must make up for, so that the d
 Positive = Annotated[int, Meta(ge=1)]
 
 
+class FiniteSettings(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="finite"
+):
+    """``adapt.guard`` of ``kind: finite``: updates none of whose steps was finite are refused."""
+
+
 class ShadowSettings(
     msgspec.Struct,
     frozen=True,

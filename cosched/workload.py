@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def load_requests(
     settings: WorkloadSettings, tokenizer: Any, max_length: int, device: torch.device
 ) -> list[GenerationRequest]:
-    """The workload's requests, in the order of the file.
+    """The workload's requests, in the order of the file, as often as it is to be answered.
 
     Raises:
         WorkloadError: the file is missing, empty or malformed, or a text does not fit the target.
@@ -30,8 +30,9 @@ def load_requests(
     path = Path(settings.documents or settings.prompts or "")
     key = "workload.documents" if forced else "workload.prompts"
     texts = read_texts(path, key)[: settings.max_prompts]
+    again = [(f"{name}#{n}", text) for n in range(2, settings.samples + 1) for name, text in texts]
     requests = []
-    for name, text in texts:
+    for name, text in [*texts, *again]:
         ids_T = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], device=device)
         if forced:
             if len(ids_T) <= settings.prompt_tokens + 1:

@@ -68,3 +68,32 @@ class EveryNTokens:
         if snapshot.tokens_since_update < self.settings.tokens:
             return Decision(num_steps=0)
         return Decision(self.settings.num_steps, reason=f"every {self.settings.tokens} tokens")
+
+
+class EveryNRequestsSettings(PolicySettings, frozen=True, kw_only=True):
+    """``requests`` that finish between updates, and micro-steps in each.
+
+    There is only something to train on with ``adapt.replay.keep_finished``; with
+    ``adapt.replay.fresh`` beside it every request teaches in one update and is then forgotten.
+    """
+
+    requests: Annotated[int, Meta(ge=1)] = 8
+    num_steps: Annotated[int, Meta(ge=1)] = 1
+
+
+@POLICIES.register("every_n_requests")
+class EveryNRequests:
+    """Trains after every ``requests`` finished requests, ``num_steps`` micro-steps at a time.
+
+    Source: Online Speculative Decoding (arXiv 2310.07177), whose code updates after every 8.
+    """
+
+    Settings = EveryNRequestsSettings
+
+    def __init__(self, settings: EveryNRequestsSettings) -> None:
+        self.settings = settings
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        if snapshot.requests_since_update < self.settings.requests:
+            return Decision(num_steps=0)
+        return Decision(self.settings.num_steps, reason=f"every {self.settings.requests} requests")

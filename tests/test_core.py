@@ -47,7 +47,7 @@ ROW = st.tuples(
     st.integers(6, 30),
     st.integers(10, 120),
     st.integers(1000, 40_000),
-    st.sampled_from(["delayed", "accepted", "all"]),
+    st.sampled_from(["delayed", "accepted", "refused", "all"]),
 )
 def test_the_buffer_never_exceeds_its_limits(steps, window, max_tokens, max_bytes, rows) -> None:
     """Tokens and bytes stay below their limits, whatever arrives, and rows stay in step."""

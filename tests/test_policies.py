@@ -91,6 +91,22 @@ def test_tokens_are_waited_for() -> None:
     assert steps(every, [{"rounds_since_update": n} for n in (0, 7)]) == [0, 3]
 
 
+def test_requests_are_waited_for() -> None:
+    """Whether others still run or not; what finished before the last update does not count again."""
+    every, totals = policy("every_n_requests", requests=2, num_steps=3), Totals()
+
+    def decided(*finished: str, running: int = 1) -> int:
+        totals.observe(round_of([2], finished=finished))
+        steps = every.decide(totals.snapshot(running, 0, 0)).num_steps
+        if steps:
+            totals.begin_update(steps)
+        return steps
+
+    assert [decided(), decided("a"), decided()] == [0, 0, 0]
+    assert [decided("b", running=0), decided(), decided("c"), decided("d", "e")] == [3, 0, 0, 3]
+    assert totals.snapshot(1, 0, 0).num_finished == 5
+
+
 # --- drift ---------------------------------------------------------------------------------
 
 
@@ -357,7 +373,7 @@ def test_the_cap_holds_for_every_policy_that_is_built(kind: str, target: Target)
     )
     built = build_coscheduler(config, target, make_drafter(target), None, None, NoEvents())
     would = {**PAYS, "rounds_since_update": 100, "tokens_since_update": 1000}
-    would |= {"acceptance_shortfall": 1000, "update_seconds": 1.0}
+    would |= {"acceptance_shortfall": 1000, "update_seconds": 1.0, "requests_since_update": 100}
     script = [{"serving_seconds_since_update": s} for s in (0.0, 2.9, 3.1)]
     decided = steps(built._policy, script, **would)
     assert decided[:2] == [0, 0]

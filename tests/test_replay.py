@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,65 @@ def test_weights_behind_a_refusal(
     assert batch is not None
     assert batch.weights_RNK[0].tolist() == expected
     assert batch.anchors_RN[0].tolist() == [5, 6, 9]
+
+
+def test_only_where_the_draft_was_wrong() -> None:
+    """``rows: refused``: the row of the first refusal alone; an accepted block teaches nothing."""
+    batch = buffer_with_blocks("refused", 1.0).sample()
+    assert batch is not None
+    assert batch.anchors_RN[0].tolist() == [5, 6]  # 9 was accepted whole
+    assert batch.weights_RNK[0].tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
+
+
+def round_to(length: int, request: str, grown: int, **changes: Any) -> VerifyRound:
+    """A request's text grows by some rows to ``length``, from one block refused at once."""
+    start = length - grown
+    segment = Segment(request, start, torch.arange(start, length + 1), None, torch.ones(grown, 8))
+    path = torch.zeros(K, dtype=torch.int64)
+    block = ServedBlock(request, start, path, torch.ones(K, WIDTH), 0, 1)
+    blocks = (block,) if start else ()
+    return VerifyRound(0, 0, (segment,), blocks, changes.get("finished", ()), 0.0, 0.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "first", "second"),
+    # Of 20 rows all have been served at anchor 20 and later; committed paths end at the last row.
+    [("delayed", list(range(1, 17)), [17, 18]), ("accepted", [20], [21])],
+)
+def test_fresh_anchors_teach_once(rows: Rows, first: list[int], second: list[int]) -> None:
+    """What one update has seen no later one sees; without new text there is nothing to train on."""
+    limits = ReplayLimits(64, 64, K, 1 << 20, 1 << 30, 0, 4 * WIDTH)
+    buffer = ReplayBuffer(limits, rows, None, fresh=True)
+    everything = ReplayBuffer(limits, rows, None)
+    for one in (buffer, everything):
+        one.collect(round_to(20, "r", 20))
+        if rows == "accepted":
+            one.collect(round_to(21, "r", 1))
+    seen = [buffer.sample()]
+    assert buffer.sample() is None
+    for one in (buffer, everything):
+        one.collect(round_to(22, "r", 22 - (21 if rows == "accepted" else 20)))
+    seen.append(buffer.sample())
+    assert [batch and batch.anchors_RN[0].tolist() for batch in seen] == [first, second]
+    again = everything.sample()
+    assert again is not None
+    assert again.anchors_RN[0].tolist() == first + second
+
+
+def test_a_finished_request_teaches_once_and_goes() -> None:
+    """``keep_finished`` with ``fresh``: kept for the next update, forgotten behind it."""
+    limits = ReplayLimits(64, 64, K, 1 << 20, 1 << 30, 0, 4 * WIDTH)
+    buffer = ReplayBuffer(limits, "delayed", None, keep_finished=True, fresh=True)
+    buffer.collect(round_to(20, "done", 20, finished=("done",)))
+    buffer.collect(round_to(20, "runs", 20))
+    batch = buffer.sample()
+    assert batch is not None
+    assert len(batch.starts_R) == 2
+    assert buffer.num_tokens == 20
+    buffer.collect(round_to(30, "runs", 10))
+    batch = buffer.sample()
+    assert batch is not None
+    assert batch.anchors_RN.tolist() == [list(range(17, 27))]
 
 
 def test_committed_text_has_no_refusals() -> None:

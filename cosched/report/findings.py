@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from cosched.arms import FROZEN, adapts, control_of, split_arm
 from cosched.report.table import arm_seconds, percent, speed_ratio, times
 
 if TYPE_CHECKING:
@@ -76,9 +77,9 @@ def comparisons(summary: RunSummary, events: RunEvents) -> list[Comparison]:
     """Each adapted arm that got anywhere, with the frozen arm of the same window."""
     found: list[Comparison] = []
     for name, arm in summary.arms.items():
-        if not name.startswith("adapted") or not arm.rounds:
+        if not adapts(name) or not arm.rounds:
             continue
-        control = name.replace("adapted", "frozen")
+        control = control_of(name)
         other = summary.arms.get(control)
         if other is None or not other.rounds:
             continue
@@ -146,7 +147,7 @@ def _verdict(summary: RunSummary, c: Comparison) -> tuple[Verdict, str]:
         return "none", ""
     if c.speed < 1 - SAME_SPEED:
         return "lost", "Adaptation did not pay: "
-    free = [name for name in summary.arms if name.startswith("frozen")]
+    free = [name for name in summary.arms if split_arm(name)[0] == FROZEN]
     best = max(free, key=lambda name: summary.arms[name].tokens_per_s)
     ratio = speed_ratio(summary, c.adapted, best)
     if ratio is not None and ratio < 1 - SAME_SPEED:
@@ -216,7 +217,7 @@ def _control_lines(summary: RunSummary, c: Comparison) -> list[str]:
     lines: list[str] = []
     arms, ours = summary.arms, summary.arms[c.adapted]
     window = arms.get("frozen+window")
-    if window and window.rounds and c.adapted == "adapted":
+    if window and window.rounds and not split_arm(c.adapted)[1]:
         ratio = None if is_replay(summary) else speed_ratio(summary, c.adapted, "frozen+window")
         pace = f" and runs at {times(ratio)} its speed" if ratio else ""
         lines.append(

@@ -51,14 +51,7 @@ def write_report(run_dir: Path) -> Path:
     """
     summary = load_summary(run_dir)
     events = read_events(run_dir)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cosched", "report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = template("report.html.j2").render(
         palette=PALETTE,
         run=summary.run,
         found=headline(summary, events),
@@ -76,6 +69,18 @@ def write_report(run_dir: Path) -> Path:
         config=_config(run_dir / "config.yaml"),
     )
     return RunFolder(run_dir).write("report.html", page)
+
+
+def template(name: str) -> jinja2.Template:
+    """A page of this folder; all of them include ``style.css.j2``, which wants ``palette``."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cosched", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def _row(summary: RunSummary, name: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from cosched.arms import split_arm
+
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
@@ -29,6 +31,8 @@ PALETTE = {  # name of the CSS variable: (on a light page, on a dark page)
     "adapted-window": ("#e69f00", "#f3c04b"),
     "spare-1": ("#009e73", "#2fc299"),
     "spare-2": ("#b5548f", "#dd8dbd"),
+    "spare-3": ("#6a51a3", "#a99bdc"),
+    "spare-4": ("#8a6d1d", "#cdb45c"),
     "stage-prefill": ("#d5dae1", "#454d58"),
     "stage-verify": ("#b3bbc6", "#5d6774"),
     "stage-draft": ("#66c7a8", "#1d7259"),
@@ -36,7 +40,8 @@ PALETTE = {  # name of the CSS variable: (on a light page, on a dark page)
     "stage-publish": ("#f0d0e4", "#64405a"),
     "stage-other": ("#e9ecf0", "#343b45"),
 }
-SPARE = ("spare-1", "spare-2")
+OWN_COLOUR = ("plain", "frozen", "frozen+window", "adapted", "adapted+window")
+SPARE = ("spare-1", "spare-2", "spare-3", "spare-4")
 STYLE: dict[RcKeyType, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -71,12 +76,11 @@ def colour(name: str) -> str:
 
 
 def arm_colour_name(arm: str, arms: list[str]) -> str:
-    """An arm's palette entry, the same in every figure."""
-    name = arm.replace("+", "-")
-    if name in PALETTE:
-        return name
-    strangers = [other for other in arms if other.replace("+", "-") not in PALETTE]
-    return SPARE[strangers.index(arm) % len(SPARE)]
+    """An arm's palette entry, the same in every figure; a variant has one, with a window or not."""
+    if arm in OWN_COLOUR:
+        return arm.replace("+", "-")
+    variants = dict.fromkeys(split_arm(other)[0] for other in arms if other not in OWN_COLOUR)
+    return SPARE[list(variants).index(split_arm(arm)[0]) % len(SPARE)]
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -10,6 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from cosched.arms import adapts
 from cosched.errors import RunFolderError
 from cosched.telemetry.metrics import ArmSummary, RunSummary
 
@@ -124,7 +125,7 @@ def arm_cells(summary: RunSummary, name: str) -> list[str]:
         times(speed_ratio(summary, name, "plain")),
         times(speed_ratio(summary, name, "frozen")),
         "/".join(f"{100 * share:.0f}" for share in time_shares(arm)) if arm.tokens else DASH,
-        f"{arm.updates}/{arm.versions}" if drafts and name.startswith("adapted") else DASH,
+        f"{arm.updates}/{arm.versions}" if drafts and adapts(name) else DASH,
         _differing(summary, name),
     ]
 

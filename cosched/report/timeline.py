@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cosched.arms import control_of
 from cosched.report.events import in_time
 from cosched.report.plots import WIDTH, arm_colour, line_style, styled
 from cosched.report.svg import new_figure, to_svg
@@ -32,7 +33,7 @@ def adaptation(summary: RunSummary, events: RunEvents) -> str | None:
     adapted = [name for name in summary.arms if events.of(name).losses and events.of(name).rows]
     if not adapted:
         return None
-    controls = [name.replace("adapted", "frozen") for name in adapted]
+    controls = [control_of(name) for name in adapted]
     shown = [name for name in dict.fromkeys([*controls, *adapted]) if events.of(name).rows]
     window = _window(min(len(events.of(name).rows) for name in shown))
     figure = new_figure(WIDTH, 4.6)

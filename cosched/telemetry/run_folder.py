@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
 
 class RunFolder:
-    """``config.yaml``, ``events.jsonl``, ``summary.json``, ``report.html``, ``checkpoints/``."""
+    """``config.yaml``, ``events.jsonl``, ``summary.json``, ``report.html``, ``checkpoints/``.
 
-    def __init__(self, path: Path) -> None:
+    Only a folder that has the file ``marker``, or nothing, is ever replaced.
+    """
+
+    def __init__(self, path: Path, marker: str = "config.yaml") -> None:
         self.path = path
+        self._marker = marker
 
     def check_free(self, overwrite: bool) -> None:
         """Make sure that nothing of value is in the way.
@@ -32,7 +36,7 @@ class RunFolder:
         with explained(self.path):  # a parent folder may be closed to us
             exists = self.path.exists()
             foreign = (
-                exists and not (self.path / "config.yaml").exists() and any(self.path.iterdir())
+                exists and not (self.path / self._marker).exists() and any(self.path.iterdir())
             )
         if exists and not overwrite:
             raise RunFolderError(
@@ -40,7 +44,7 @@ class RunFolder:
             )
         if foreign:
             raise RunFolderError(
-                f"{self.path} is no run folder (no config.yaml); not overwriting it"
+                f"{self.path} is no run folder (no {self._marker}); not overwriting it"
             )
 
     def check_same(self, config_yaml: str) -> None:

@@ -1,0 +1,142 @@
+"""YAML files and dotted overrides, merged: what comes before anything has a type."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cosched.errors import ConfigError
+from cosched.registry import DRAFTERS, LOSSES, POLICIES, Registry
+from cosched.watch import FiniteSettings, ShadowSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping, Sequence
+    from pathlib import Path
+
+# Sections that a plugin types, and the kind where the file names none.
+PLUGIN_SECTIONS: dict[str, tuple[Registry, str | None]] = {
+    "drafter": (DRAFTERS, None),
+    "adapt.policy": (POLICIES, "every_n_rounds"),
+    "adapt.loss": (LOSSES, "forward_kl"),
+}
+GUARDS: dict[str, type[msgspec.Struct]] = {"finite": FiniteSettings, "shadow": ShadowSettings}
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: it cannot be read, or is none.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}")
+    try:
+        with explained(str(path)):
+            given = OmegaConf.load(path)
+    except Exception as error:  # PyYAML's errors share no base with OmegaConf's
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{path} is not YAML: {error}") from error
+        raise
+    if not isinstance(given, DictConfig):
+        raise ConfigError(f"{path}: expected sections, as in `run: {{name: …}}`")
+    return given
+
+
+def from_words(words: Sequence[str]) -> DictConfig:
+    """``["key.sub=value", …]`` as the command line gives them.
+
+    Raises:
+        ConfigError: a word has another form.
+    """
+    malformed = [word for word in words if "=" not in word]
+    if malformed:
+        raise ConfigError(f"an override has the form key.sub=value; got {malformed[0]!r}")
+    with explained("override"):
+        return OmegaConf.from_dotlist(list(words))
+
+
+def from_keys(changes: Mapping[str, Any], where: str) -> DictConfig:
+    """``{"key.sub": value, …}`` as a file gives them.
+
+    Raises:
+        ConfigError: a key leads through another key's value.
+    """
+    built = OmegaConf.create()
+    with explained(where):
+        for key, value in changes.items():
+            OmegaConf.update(built, key, value, force_add=True)
+    return built
+
+
+def merge(given: DictConfig, changes: DictConfig, where: str) -> DictConfig:
+    """``given`` with ``changes`` over it; neither is touched.
+
+    A change of a section's ``kind`` leaves behind the fields that only the old kind has.
+
+    Raises:
+        ConfigError: they do not fit, named by ``where`` they come from.
+    """
+    given = given.copy()
+    with explained(where):
+        for section, (kinds, default) in _sections().items():
+            places = [section]
+            if section.startswith("adapt."):
+                places += [section.replace("adapt", f"variants.{v}") for v in _variants(given)]
+            for place in places:
+                old, new = OmegaConf.select(given, place), OmegaConf.select(changes, place)
+                _forget_other_kind(old, new, kinds, default)
+        merged = OmegaConf.merge(given, changes)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def plain(config: DictConfig, where: str) -> dict[str, Any]:
+    """All references resolved, as plain data.
+
+    Raises:
+        ConfigError: one leads nowhere, or a value is missing.
+    """
+    with explained(where):
+        raw = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(raw, dict)
+    return {str(key): value for key, value in raw.items()}
+
+
+@contextmanager
+def explained(where: str) -> Generator[None]:
+    """Turn what OmegaConf or the file system says into one line that names the file."""
+    try:
+        yield
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+
+
+def _variants(given: DictConfig) -> list[str]:
+    variants = OmegaConf.select(given, "variants")
+    return [str(name) for name in variants] if isinstance(variants, DictConfig) else []
+
+
+def _sections() -> dict[str, tuple[Mapping[str, type[msgspec.Struct]], str | None]]:
+    """Sections whose fields depend on their kind: the fields of each, and the kind if none is named."""
+    found: dict[str, tuple[Mapping[str, type[msgspec.Struct]], str | None]] = {
+        section: ({one.name: one.cls.Settings for one in registry.plugins()}, default)
+        for section, (registry, default) in PLUGIN_SECTIONS.items()
+    }
+    return found | {"adapt.guard": (GUARDS, "finite")}
+
+
+def _forget_other_kind(
+    old: Any, new: Any, of_kind: Mapping[str, type[msgspec.Struct]], default: str | None
+) -> None:
+    if not OmegaConf.is_dict(old) or not OmegaConf.is_dict(new) or "kind" not in new:
+        return
+    kinds = [old.get("kind", default), new.get("kind")]
+    if any(kind not in of_kind for kind in kinds):
+        return  # the unknown kind is named when the section is checked
+    fields = [{f.name for f in msgspec.structs.fields(of_kind[kind])} for kind in kinds]
+    for name in fields[0] - fields[1]:
+        old.pop(name, None)

@@ -1,0 +1,1 @@
+"""A grid of experiments on recorded text: planned, run by worker processes, and compared."""
