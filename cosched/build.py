@@ -32,8 +32,9 @@ from cosched.replay import ReplayBuffer
 from cosched.training.background import BackgroundTrainer
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.group import TrainingGroup
+from cosched.training.lora import MergingTrainer
 from cosched.training.micro_step import BatchLoss
-from cosched.training.scope import parameters_of
+from cosched.training.scope import lora_of, parameters_of
 from cosched.workload import load_requests
 
 if TYPE_CHECKING:
@@ -231,19 +232,24 @@ def build_trainer(
     """A DeepSpeed trainer over a float32 copy of the serving draft."""
     adapt, loss = config.adapt, config.loss_settings
     copy = drafter.clone(torch.float32)
+    lora, network = lora_of(copy, adapt.scope), copy.network()
+    assert network is not None, "a drafter without a network has nothing to train"
+    trainable = lora.inject(network, config.run.seed) if lora else ()
     batch_loss = BatchLoss(copy, LOSSES.get(loss.kind)(loss), target.head, adapt.replay.teacher)
     group = None
     if ranks and ranks.size > 1:
         group = TrainingGroup(ranks.rank, ranks.size, ranks.together, ranks.alone)
-    trainer = DeepSpeedTrainer(
+    trainer: Trainer = DeepSpeedTrainer(
         batch_loss,
-        parameters_of(copy, adapt.scope.kind),
+        trainable or parameters_of(copy, adapt.scope.kind),
         zero_stage=adapt.trainer.zero_stage,
         learning_rate=adapt.trainer.lr,
         max_grad_norm=adapt.trainer.max_grad_norm,
         weight_decay=adapt.trainer.weight_decay,
         group=group,
     )
+    if lora:
+        trainer = MergingTrainer(trainer, network, lora)
     if not adapt.trainer.background:
         return trainer
     if group is not None:

@@ -115,10 +115,17 @@ class ReplaySettings(Section, frozen=True):
 
 
 class ScopeSettings(Section, frozen=True):
-    """``adapt.scope``: which parameters learn, and for how long they remember."""
+    """``adapt.scope``: which parameters learn, and for how long they remember.
+
+    With ``kind: lora`` adapters of ``rank`` learn, scaled by ``alpha / rank``, on the linear layers
+    that ``targets`` name, by their whole names or the ends of them; null is all of them.
+    """
 
     kind: str = "full"
     state: Literal["per_request", "shared"] = "shared"
+    rank: Positive = 8
+    alpha: Annotated[float, Meta(gt=0)] = 16.0
+    targets: Annotated[tuple[str, ...], Meta(min_length=1)] | None = None
 
 
 class TrainerSettings(Section, frozen=True):

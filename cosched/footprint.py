@@ -14,7 +14,7 @@ from torch import nn
 from cosched.errors import CheckpointError, ConfigError
 from cosched.registry import DRAFTERS
 from cosched.replay import ReplayLimits
-from cosched.training.scope import parameters_of
+from cosched.training.scope import lora_of, scope_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -106,9 +106,11 @@ def _num_elements(path: Path) -> int:
 class Footprint:
     """Bytes by what they are for, and the rates behind them; None where the files do not say.
 
-    ``trainer_copy`` is the float32 draft that learns and ``first_weights`` what a reset goes back
-    to; ``masters`` (ZeRO keeps its own), ``moments`` and ``gradients`` are DeepSpeed's.
-    ``last_good`` is what can be served again: the draft as loaded, and the versions kept.
+    ``trainer_copy`` is the float32 draft that learns, with its adapters if it has any, and
+    ``first_weights`` what a reset goes back to; ``masters`` (ZeRO keeps its own), ``moments`` and
+    ``gradients`` are DeepSpeed's. ``merged`` are the weights with adapters merged in, which are there
+    only while they are published. ``last_good`` is what can be served again: the draft as loaded,
+    and the versions kept.
     """
 
     num_target_parameters: int | None
@@ -118,6 +120,7 @@ class Footprint:
     draft: int
     trainer_copy: int
     first_weights: int
+    merged: int
     last_good: int
     masters: int
     moments: int
@@ -137,6 +140,7 @@ class Footprint:
                 self.draft,
                 self.trainer_copy,
                 self.first_weights,
+                self.merged,
                 self.last_good,
                 self.masters,
                 self.moments,
@@ -182,11 +186,13 @@ def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footpri
     network = drafter.network()
     dtype: torch.dtype = getattr(torch, config.engine.dtype)
     parameters = dict(network.named_parameters()) if network is not None else {}
-    trained = 0
+    scope, adapters = config.adapt.scope, 0
+    trained = published = 0
     if network is not None and any(arm.startswith("adapted") for arm in config.arms):
-        trained = sum(
-            parameters[n].numel() for n in parameters_of(drafter, config.adapt.scope.kind)
-        )
+        names = scope_of(drafter, scope).parameters
+        trained = published = sum(parameters[name].numel() for name in names)
+        if (lora := lora_of(drafter, scope)) is not None:
+            trained = adapters = lora.num_parameters(network)
     held = sum(parameter.numel() for parameter in parameters.values())
     limits = replay_limits(config, target, drafter)
     rows = config.loss_settings.rows
@@ -201,9 +207,10 @@ def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footpri
         num_trained=trained,
         target=None if target_parameters is None else target_parameters * dtype.itemsize,
         draft=held * dtype.itemsize,
-        trainer_copy=4 * held if trained else 0,
+        trainer_copy=4 * (held + adapters) if trained else 0,
         first_weights=4 * trained,
-        last_good=dtype.itemsize * (held + config.adapt.publish.keep * trained) if trained else 0,
+        merged=4 * published if adapters else 0,
+        last_good=dtype.itemsize * (held + config.adapt.publish.keep * published) if trained else 0,
         masters=4 * trained if config.adapt.trainer.zero_stage else 0,
         moments=8 * trained,
         gradients=4 * trained,

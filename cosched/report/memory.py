@@ -34,6 +34,7 @@ def footprint_table(footprint: Footprint) -> Table:
         ("draft KV cache", footprint.draft_cache, f"{per_token} a token, of every running request"),
         ("draft that learns", footprint.trainer_copy, "all of it, in float32"),
         ("its first weights", footprint.first_weights, f"{trained:,} trained, to reset to"),
+        ("merged weights", footprint.merged, "adapters merged in, while they are published"),
         ("earlier versions", footprint.last_good, "to undo a publication, or roll back"),
         ("ZeRO masters", footprint.masters, "4 bytes a trained parameter (none in stage 0)"),
         ("Adam moments", footprint.moments, "8 bytes a trained parameter"),
