@@ -1,4 +1,4 @@
-"""From a configuration to running parts. This file and build_served.py name concrete classes."""
+"""From a configuration to running parts. The files ``build*.py`` name concrete classes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cosched.build_trainer import build_adapter_trainer, build_trainer
 from cosched.config import Config, check_paths, split_arm
 from cosched.coscheduler import Coscheduler
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
@@ -26,15 +27,13 @@ from cosched.engines.trace import RecordedRows, TraceMeta, TraceWriter, read_met
 from cosched.errors import ConfigError
 from cosched.footprint import replay_limits
 from cosched.guard import FiniteGuard, WithinTimeShare
-from cosched.publish import InPlacePublisher
-from cosched.registry import DRAFTERS, LOSSES, POLICIES
+from cosched.pool import CoschedulerPool, check_tenants
+from cosched.protocols import ServesAdapters
+from cosched.publish import InPlacePublisher, Serving
+from cosched.registry import DRAFTERS, POLICIES
 from cosched.replay import ReplayBuffer
-from cosched.training.background import BackgroundTrainer
-from cosched.training.deepspeed_trainer import DeepSpeedTrainer
-from cosched.training.group import TrainingGroup
-from cosched.training.lora import MergingTrainer
-from cosched.training.micro_step import BatchLoss
-from cosched.training.scope import lora_of, parameters_of
+from cosched.training.lora import on_base_of, weight_names
+from cosched.training.scope import lora_of
 from cosched.workload import load_requests
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class Arm:
     name: str
     engine: EmbeddedEngine
     drafter: Drafter | None
-    coscheduler: Coscheduler | None
+    coscheduler: Coscheduler | CoschedulerPool | None
 
 
 def build_world(config: Config) -> World:
@@ -115,6 +114,9 @@ def build_world(config: Config) -> World:
         trace = None
         requests = load_requests(workload, tokenizer, target.max_length, device)
         sampling = SamplingParams(workload.temperature, workload.top_p)
+    scope = config.adapt.scope
+    if scope.state == "per_tenant" and any(arm.startswith("adapted") for arm in config.arms):
+        check_tenants(requests, scope.tenants)
     return World(config, target, tokenizer, requests, sampling, trace)
 
 
@@ -137,7 +139,9 @@ def build_arm(
     drafter = None if base == "plain" else load_drafter(world)
     window = config.drafter_settings.window if windowed else None
     coscheduler = None
-    if base == "adapted" and drafter is not None:
+    if base == "adapted" and drafter is not None and config.num_adapters:
+        coscheduler = build_pool(config, world.target, drafter, window, sink)
+    elif base == "adapted" and drafter is not None:
         publish, network = config.adapt.publish, drafter.network()
         publisher = network and InPlacePublisher.of_modules(
             network, world.target.model, publish.target_check_every, publish.keep
@@ -169,6 +173,7 @@ def build_arm(
         observer=coscheduler,
         recorder=writer.record if writer else None,
         on_tokens=on_tokens,
+        admit=coscheduler.admit if isinstance(coscheduler, CoschedulerPool) else None,
     )
     return Arm(name, engine, drafter, coscheduler)
 
@@ -181,10 +186,16 @@ def build_coscheduler(
     window: int | None,
     sink: Sink,
     ranks: Ranks | None = None,
+    trainer: Trainer | None = None,
 ) -> Coscheduler:
-    """Buffer, policy, trainer and guard around a serving draft; ``ranks`` where several train it."""
+    """Buffer, policy, trainer and guard around a serving draft; ``ranks`` where several train it.
+
+    Without a ``trainer`` one is made for what is published, if anything is.
+    """
     adapt, loss = config.adapt, config.loss_settings
     settings = config.policy_settings
+    if trainer is None and publisher is not None:
+        trainer = build_trainer(config, target, drafter.clone(torch.float32), ranks)
     policy = WithinTimeShare(POLICIES.get(settings.kind)(settings), settings.max_time_share)
     limits = replay_limits(config, target, drafter)
     # A chain's rows behind a refusal stand on the very path that it drafted: they teach like others.
@@ -192,12 +203,57 @@ def build_coscheduler(
     return Coscheduler(
         buffer=ReplayBuffer(limits, loss.rows, window, refused_weight, adapt.replay.keep_finished),
         policy=policy if ranks is None else SamePolicy(policy, ranks),
-        trainer=None if publisher is None else build_trainer(config, target, drafter, ranks),
+        trainer=trainer,
         guard=FiniteGuard(),
         publisher=publisher,
         sink=sink,
         reset_when_finished=adapt.scope.state == "per_request",
     )
+
+
+def build_pool(
+    config: Config, target: Target, drafter: Drafter, window: int | None, sink: Sink
+) -> CoschedulerPool:
+    """A co-scheduler for each adapter: their trainers stand on one frozen copy of the draft.
+
+    Raises:
+        ConfigError: the drafter cannot serve several adapters.
+    """
+    lora, network, count = (
+        lora_of(drafter, config.adapt.scope),
+        drafter.network(),
+        config.num_adapters,
+    )
+    if not isinstance(drafter, ServesAdapters) or lora is None or network is None or not count:
+        raise ConfigError(
+            f"adapt.scope.state: {config.adapt.scope.state} needs a draft with an adapter for each "
+            f"request, and this drafter serves one draft to all; use shared"
+        )
+    base = drafter.clone(torch.float32)
+    copies = [on_base_of(drafter.clone(torch.float32), base) for _ in range(count)]
+    served = drafter.adapt(lora.layers, count, lora.rank, lora.scale)
+    unchanging = dict(target.model.state_dict())
+    unchanging |= {f"draft.{name}": p for name, p in network.named_parameters()}
+
+    def make(index: int, events: Sink) -> Coscheduler:
+        trainer = build_adapter_trainer(config, target, copies[index], lora)
+        storage = {
+            name: tensor
+            for layer, tensors in served[index].items()
+            for name, tensor in zip(weight_names(layer), tensors, strict=True)
+        }
+        for name, weight in trainer.weights().items():
+            storage[name].copy_(weight)
+        first = {name: tensor.clone() for name, tensor in storage.items()}
+        publish = config.adapt.publish
+        publisher = InPlacePublisher(
+            Serving(storage, unchanging), first, publish.target_check_every, publish.keep
+        )
+        return build_coscheduler(
+            config, target, drafter, publisher, window, events, trainer=trainer
+        )
+
+    return CoschedulerPool(count, config.adapt.scope.tenants, make, sink)
 
 
 def build_recorder(world: World) -> TraceWriter:
@@ -224,40 +280,6 @@ def _recorded_layers(world: World) -> tuple[int, ...]:
             f"final norm), not {beyond[0]}"
         )
     return tuple(dict.fromkeys((*load_drafter(world).signal.feature_layers, *wanted)))
-
-
-def build_trainer(
-    config: Config, target: TargetInfo, drafter: Drafter, ranks: Ranks | None = None
-) -> Trainer:
-    """A DeepSpeed trainer over a float32 copy of the serving draft."""
-    adapt, loss = config.adapt, config.loss_settings
-    copy = drafter.clone(torch.float32)
-    lora, network = lora_of(copy, adapt.scope), copy.network()
-    assert network is not None, "a drafter without a network has nothing to train"
-    trainable = lora.inject(network, config.run.seed) if lora else ()
-    batch_loss = BatchLoss(copy, LOSSES.get(loss.kind)(loss), target.head, adapt.replay.teacher)
-    group = None
-    if ranks and ranks.size > 1:
-        group = TrainingGroup(ranks.rank, ranks.size, ranks.together, ranks.alone)
-    trainer: Trainer = DeepSpeedTrainer(
-        batch_loss,
-        trainable or parameters_of(copy, adapt.scope.kind),
-        zero_stage=adapt.trainer.zero_stage,
-        learning_rate=adapt.trainer.lr,
-        max_grad_norm=adapt.trainer.max_grad_norm,
-        weight_decay=adapt.trainer.weight_decay,
-        group=group,
-    )
-    if lora:
-        trainer = MergingTrainer(trainer, network, lora)
-    if not adapt.trainer.background:
-        return trainer
-    if group is not None:
-        raise ConfigError(
-            f"adapt.trainer.background: true needs one rank, and {group.size} train together; "
-            f"use false"
-        )
-    return BackgroundTrainer(trainer, target.embedding.weight.device)
 
 
 def _rows(world: World, max_length: int, feature_layers: tuple[int, ...]) -> RowSource:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cosched.protocols import DrafterSettings, LossSettings, PolicySettings
 
 Positive = Annotated[int, Meta(ge=1)]
+Name = Annotated[str, Meta(pattern=r"^\w[\w.@-]*$")]  # what may be a folder's name
 NotNegative = Annotated[float, Meta(ge=0)]
 BASE_ARMS = ("plain", "frozen", "adapted")
 WINDOW_SUFFIX = "+window"
@@ -71,8 +72,8 @@ class TargetSettings(Section, frozen=True):
 class WorkloadSettings(Section, frozen=True):
     """``workload``: prompts to answer, or documents that the target is made to say.
 
-    A prompts file has one JSON object a line with ``text`` (and optionally ``id``). With
-    ``documents`` the same, and the text after the first ``prompt_tokens`` tokens is forced: real
+    A prompts file has one JSON object a line with ``text`` (and optionally ``id``, and ``tenant``,
+    whose it is). With ``documents`` the same, and the text after the first ``prompt_tokens`` tokens is forced: real
     text at real cost, judged by the chance that the target would have accepted each draft.
     """
 
@@ -118,14 +119,17 @@ class ScopeSettings(Section, frozen=True):
     """``adapt.scope``: which parameters learn, and for how long they remember.
 
     With ``kind: lora`` adapters of ``rank`` learn, scaled by ``alpha / rank``, on the linear layers
-    that ``targets`` name, by their whole names or the ends of them; null is all of them.
+    that ``targets`` name, by their whole names or the ends of them; null is all of them. State per
+    request in batches, and per tenant, needs adapters: one for each running request, or one for each
+    of ``tenants``, whose requests name them.
     """
 
     kind: str = "full"
-    state: Literal["per_request", "shared"] = "shared"
+    state: Literal["per_request", "shared", "per_tenant"] = "shared"
     rank: Positive = 8
     alpha: Annotated[float, Meta(gt=0)] = 16.0
     targets: Annotated[tuple[str, ...], Meta(min_length=1)] | None = None
+    tenants: tuple[Name, ...] = ()
 
 
 class TrainerSettings(Section, frozen=True):
@@ -198,6 +202,14 @@ class Config(Section, frozen=True):
     @property
     def loss_settings(self) -> LossSettings:
         return _plugin_settings("adapt.loss", self.adapt.loss)
+
+    @property
+    def num_adapters(self) -> int | None:
+        """How many adapters serve beside one another; None where the draft is one for all."""
+        state, batch = self.adapt.scope.state, self.engine.max_batch
+        if state == "per_tenant":
+            return len(self.adapt.scope.tenants)
+        return batch if state == "per_request" and batch > 1 else None
 
     @property
     def run_folder(self) -> Path:
@@ -325,18 +337,14 @@ def _check_together(config: Config) -> None:
     elif engine.kind == "sglang":
         if workload.documents is not None:
             raise ConfigError("workload.documents: SGLang decides its own text; use prompts")
-        if config.adapt.scope.state == "per_request":
+        if config.adapt.scope.state != "shared":
             raise ConfigError("adapt.scope.state: SGLang serves one draft to all; use shared")
     elif (workload.prompts is None) == (workload.documents is None):
         raise ConfigError("workload: give exactly one of prompts and documents")
     if workload.documents is not None and loss.rows == "all":
         raise ConfigError("adapt.loss.rows: 'all' needs drafted text; documents are forced")
-    adapted = any(base == "adapted" for base, _ in bases)
-    if adapted and config.adapt.scope.state == "per_request" and engine.max_batch != 1:
-        raise ConfigError(
-            f"adapt.scope.state: per_request keeps one draft for each request, so "
-            f"engine.max_batch must be 1, got {engine.max_batch}; use state: shared"
-        )
+    if any(base == "adapted" for base, _ in bases):
+        _check_scope(config)
     if replay.window > replay.max_tokens:
         raise ConfigError(
             f"adapt.replay.max_tokens: {replay.max_tokens} holds no request of "
@@ -348,6 +356,27 @@ def _check_together(config: Config) -> None:
             f"{drafter.num_draft_tokens} tokens behind an anchor; use at least "
             f"{drafter.num_draft_tokens + 2}"
         )
+
+
+def _check_scope(config: Config) -> None:
+    """Whose drafts are to be remembered, and can be."""
+    scope, engine = config.adapt.scope, config.engine
+    if scope.state == "per_request" and engine.max_batch != 1 and scope.kind != "lora":
+        raise ConfigError(
+            f"adapt.scope.state: per_request keeps one draft for each request, so "
+            f"engine.max_batch must be 1, got {engine.max_batch}; use state: shared, or kind: lora"
+        )
+    if scope.state == "per_tenant" and scope.kind != "lora":
+        raise ConfigError(
+            f"adapt.scope.state: per_tenant needs adapters, kind: lora, got {scope.kind!r}"
+        )
+    if (scope.state == "per_tenant") != bool(scope.tenants):
+        raise ConfigError(
+            f"adapt.scope.tenants: the tenants of state: per_tenant, got {list(scope.tenants)} with "
+            f"state: {scope.state}"
+        )
+    if len(set(scope.tenants)) != len(scope.tenants):
+        raise ConfigError(f"adapt.scope.tenants: the same tenant twice in {list(scope.tenants)}")
 
 
 def check_paths(config: Config) -> None:

@@ -106,7 +106,8 @@ def _num_elements(path: Path) -> int:
 class Footprint:
     """Bytes by what they are for, and the rates behind them; None where the files do not say.
 
-    ``trainer_copy`` is the float32 draft that learns, with its adapters if it has any, and
+    ``serving_adapters`` are those that serve beside one another. ``trainer_copy`` is the float32
+    draft that learns, once, with its adapters if it has any, and
     ``first_weights`` what a reset goes back to; ``masters`` (ZeRO keeps its own), ``moments`` and
     ``gradients`` are DeepSpeed's. ``merged`` are the weights with adapters merged in, which are there
     only while they are published. ``last_good`` is what can be served again: the draft as loaded,
@@ -118,6 +119,7 @@ class Footprint:
     num_trained: int
     target: int | None
     draft: int
+    serving_adapters: int
     trainer_copy: int
     first_weights: int
     merged: int
@@ -138,6 +140,7 @@ class Footprint:
         return sum(
             (
                 self.draft,
+                self.serving_adapters,
                 self.trainer_copy,
                 self.first_weights,
                 self.merged,
@@ -154,17 +157,19 @@ class Footprint:
 def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> ReplayLimits:
     """The replay buffer's bounds, with what a row of it takes.
 
+    Where several adapters learn each has a buffer, and an equal part of what all of them may hold.
+
     Raises:
         ConfigError: they hold no request.
     """
-    replay = config.adapt.replay
+    replay, num_buffers = config.adapt.replay, config.num_adapters or 1
     hidden_bytes = target.hidden_size * target.embedding.weight.dtype.itemsize
     limits = ReplayLimits(
         window=replay.window,
         anchors=replay.anchors,
         path=drafter.num_draft_tokens,
-        max_tokens=replay.max_tokens,
-        max_bytes=replay.max_bytes,
+        max_tokens=replay.max_tokens // num_buffers,
+        max_bytes=replay.max_bytes // num_buffers,
         feature_row_bytes=hidden_bytes * len(drafter.signal.feature_layers),
         teacher_row_bytes=(
             hidden_bytes
@@ -173,10 +178,16 @@ def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> Repla
         ),
     )
     needed = limits.request_bytes(keep_blocks=config.loss_settings.rows != "delayed")
-    if needed > replay.max_bytes:
+    each = f" for each of {num_buffers} adapters" if num_buffers > 1 else ""
+    if needed > limits.max_bytes:
         raise ConfigError(
-            f"adapt.replay.max_bytes: {replay.max_bytes} holds no request; one of "
+            f"adapt.replay.max_bytes: {replay.max_bytes} holds no request{each}; one of "
             f"adapt.replay.window = {replay.window} rows takes {needed}"
+        )
+    if replay.window > limits.max_tokens:
+        raise ConfigError(
+            f"adapt.replay.max_tokens: {replay.max_tokens} holds no request of "
+            f"adapt.replay.window = {replay.window} rows{each}"
         )
     return limits
 
@@ -186,18 +197,21 @@ def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footpri
     network = drafter.network()
     dtype: torch.dtype = getattr(torch, config.engine.dtype)
     parameters = dict(network.named_parameters()) if network is not None else {}
-    scope, adapters = config.adapt.scope, 0
-    trained = published = 0
+    held = sum(parameter.numel() for parameter in parameters.values())
+    scope, keep, served = config.adapt.scope, config.adapt.publish.keep, config.num_adapters
+    adapters = trained = published = versions = 0
     if network is not None and any(arm.startswith("adapted") for arm in config.arms):
         names = scope_of(drafter, scope).parameters
         trained = published = sum(parameters[name].numel() for name in names)
+        versions = held + keep * published
         if (lora := lora_of(drafter, scope)) is not None:
-            trained = adapters = lora.num_parameters(network)
-    held = sum(parameter.numel() for parameter in parameters.values())
+            trained = adapters = (served or 1) * lora.num_parameters(network)
+        if served:
+            versions = (1 + keep) * adapters
     limits = replay_limits(config, target, drafter)
     rows = config.loss_settings.rows
     one = limits.request_bytes(keep_blocks=rows != "delayed")
-    requests = min(config.engine.max_batch, limits.room(one))
+    requests = min(config.engine.max_batch, (served or 1) * limits.room(one))
     target_parameters = target.num_parameters()
     longest = config.workload.prompt_tokens + config.workload.max_new_tokens
     cache = drafter.cache_bytes_per_token
@@ -209,8 +223,9 @@ def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footpri
         draft=held * dtype.itemsize,
         trainer_copy=4 * (held + adapters) if trained else 0,
         first_weights=4 * trained,
-        merged=4 * published if adapters else 0,
-        last_good=dtype.itemsize * (held + config.adapt.publish.keep * published) if trained else 0,
+        serving_adapters=dtype.itemsize * adapters if served else 0,
+        merged=4 * published if adapters and not served else 0,
+        last_good=dtype.itemsize * versions,
         masters=4 * trained if config.adapt.trainer.zero_stage else 0,
         moments=8 * trained,
         gradients=4 * trained,

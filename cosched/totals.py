@@ -53,6 +53,9 @@ class Totals:
     recent_at_update: float = 0.0  # 0: none to compare with
     step_seconds: float = 0.0  # moving mean
     gain: float = 1.0  # moving mean
+    # Where several adapters learn: the counters of each, and to go on from them the versions.
+    parts: list[Totals] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
 
     @property
     def _serving_seconds(self) -> float:

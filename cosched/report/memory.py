@@ -31,6 +31,7 @@ def footprint_table(footprint: Footprint) -> Table:
         ),
         ("target KV cache", footprint.target_cache, "of every running request"),
         ("draft weights", footprint.draft, f"{draft:,} parameters"),
+        ("its adapters", footprint.serving_adapters, "one for each tenant or running request"),
         ("draft KV cache", footprint.draft_cache, f"{per_token} a token, of every running request"),
         ("draft that learns", footprint.trainer_copy, "all of it, in float32"),
         ("its first weights", footprint.first_weights, f"{trained:,} trained, to reset to"),

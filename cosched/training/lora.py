@@ -18,7 +18,7 @@ from cosched.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from cosched.protocols import Trainer
+    from cosched.protocols import Drafter, Trainer
     from cosched.records import Decision, SignalBatch, UpdateResult
 
 ADAPTER = "default"  # PEFT's name of the one adapter that it injects
@@ -63,6 +63,39 @@ class Lora:
             torch.manual_seed(seed)
             inject_adapter_in_model(settings, network)
         return tuple(name for name, p in network.named_parameters() if p.requires_grad)
+
+
+def on_base_of(drafter: Drafter, base: Drafter) -> Drafter:
+    """The drafter, its weights now those of ``base``: the same storage, as long as neither trains."""
+    network, shared = drafter.network(), base.network()
+    assert network is not None
+    assert shared is not None
+    for own, other in zip(network.parameters(), shared.parameters(), strict=True):
+        own.data = other.data
+    return drafter
+
+
+def weight_names(layer: str) -> tuple[str, str]:
+    """How PEFT names A and B of a layer among the network's parameters."""
+    return f"{layer}.lora_A.{ADAPTER}.weight", f"{layer}.lora_B.{ADAPTER}.weight"
+
+
+def placed(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a draft under the names that they have in a network with adapters, B being zero.
+
+    What they make of it says what the draft says: merged weights, or those of adapters themselves.
+    """
+    own = dict(network.named_parameters())
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if name in own:
+            found[name] = weight
+            continue
+        layer, _, part = name.rpartition(".")
+        found[f"{layer}.base_layer.{part}"] = weight
+        up = weight_names(layer)[1]
+        found[up] = torch.zeros_like(own[up])
+    return found
 
 
 def find_layers(network: nn.Module, targets: Sequence[str] | None) -> tuple[str, ...]:
