@@ -148,7 +148,8 @@ class Drafter(Protocol):
     no weights: its target's embedding lies on the meta device, and so does what it makes. It serves
     to see what the drafter would take. ``examples(target, num_draft_tokens) -> Mapping[str, Drafter]``
     makes small ones with random weights, one for each kind of checkpoint: the contract tests
-    (``cosched.testing``) run on them. Everything up to ``move_slot`` is about serving; what
+    (``cosched.testing``) run on them. One that can serve several adapters in a batch is also a
+    ``ServesAdapters``. Everything up to ``move_slot`` is about serving; what
     follows ``network`` is used only where that is not None, ``save`` excepted.
     """
 

@@ -57,21 +57,29 @@ class AdaptedLinear(nn.Linear):
         self._runs = runs
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) + self.scale * self._adapt(input)
-
-    def _adapt(self, x: Tensor) -> Tensor:
-        runs = self._runs
-        assert sum(count for _, count in runs.runs) == len(x), "rows without an adapter"
+        plain, runs = super().forward(input), self._runs
+        assert sum(count for _, count in runs.runs) == len(input), "rows without an adapter"
         if runs.index_B is not None:  # all in one batched product
-            x_BMX = x.reshape(len(runs.runs), -1, x.shape[-1])
-            inner = x_BMX @ self.down_NrX[runs.index_B].mT
-            return (inner @ self.up_NYr[runs.index_B].mT).view(*x.shape[:-1], -1)
-        parts = x.split([count for _, count in runs.runs])
+            num_runs = len(runs.runs)
+            inner = input.reshape(num_runs, -1, input.shape[-1]) @ self.down_NrX[runs.index_B].mT
+            whole = plain.reshape(num_runs, -1, plain.shape[-1])
+            return whole.baddbmm(inner, self.up_NYr[runs.index_B].mT, alpha=self.scale).view_as(
+                plain
+            )
+        counts = [count for _, count in runs.runs]
         adapted = [
-            part @ self.down_NrX[adapter].mT @ self.up_NYr[adapter].mT
-            for part, (adapter, _) in zip(parts, runs.runs, strict=True)
+            self._add(rows, x, adapter)
+            for rows, x, (adapter, _) in zip(
+                plain.split(counts), input.split(counts), runs.runs, strict=True
+            )
         ]
         return adapted[0] if len(adapted) == 1 else torch.cat(adapted)
+
+    def _add(self, plain: Tensor, x: Tensor, adapter: int) -> Tensor:
+        """What one adapter adds to rows of its own."""
+        inner = x.flatten(0, -2) @ self.down_NrX[adapter].mT
+        rows = plain.flatten(0, -2).addmm(inner, self.up_NYr[adapter].mT, alpha=self.scale)
+        return rows.view_as(plain)
 
     def alone(self, adapter: int) -> nn.Linear:
         """A plain layer with that adapter merged into its weight."""

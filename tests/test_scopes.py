@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -25,13 +24,12 @@ from cosched.errors import ConfigError, WorkloadError
 from cosched.experiment import Experiment
 from cosched.footprint import footprint, sketch
 from cosched.pool import CoschedulerPool
-from cosched.protocols import ServesAdapters
 from cosched.publish import InPlacePublisher
 from cosched.records import Decision, SignalBatch
 from cosched.registry import DRAFTERS
 from cosched.telemetry.run_folder import NoEvents, RunFolder
 from cosched.testing.harness import collected, decode, make_engine, make_requests, serve
-from cosched.testing.specimen import Feeder, close, make_texts
+from cosched.testing.specimen import Feeder, make_texts
 from cosched.totals import Totals
 from cosched.training.lora import MergingTrainer, find_layers, placed
 from cosched.training.scope import lora_of, scope_of
@@ -363,55 +361,6 @@ def serving(pool: CoschedulerPool) -> list[dict[str, Tensor]]:
     """What each adapter's publisher writes into, as it is now."""
     publishers: list[Any] = [part._publisher for part in pool._parts]
     return [copied(publisher._serving.draft) for publisher in publishers]
-
-
-def test_adapters_in_a_batch_draft_as_each_alone(target: Target, config: Config) -> None:
-    """Logits of three texts in one batch, each with its adapter, are those of three drafters with
-    one of them merged; also when rows come in prompts and rounds of unequal length, and a text has
-    moved to another place."""
-    for drafter in examples(target):
-        lora = lora_of(drafter, config.adapt.scope)
-        assert lora is not None
-        served = drafter.adapt(lora.layers, 3, lora.rank, lora.scale)
-        assert isinstance(drafter, ServesAdapters)
-        generator = torch.Generator().manual_seed(7)
-        for adapter in served:
-            for tensor in itertools.chain(*adapter.values()):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
-        texts = make_texts(target, drafter, 3, 60)
-        users = [2, 0, 2]
-        together = Feeder(drafter, texts)
-        for slot, adapter in enumerate(users):
-            drafter.use_adapter(together.state, slot, adapter)
-        found = together.run(3)
-        for slot, adapter in enumerate(users):
-            alone = Feeder(drafter.alone(adapter), texts[slot : slot + 1], first=slot)
-            assert close(found[:, slot : slot + 1], alone.run(3))
-        other = Feeder(drafter.alone(1), texts[:1])
-        assert not close(found[:, :1], other.run(3))  # they do differ
-        together.move(2, 0)
-        again = Feeder(drafter.alone(2), texts[2:], first=2)
-        again.run(3)
-        lengths = [length + 2 for length in together.lengths]
-        together.observe(lengths)
-        again.observe(lengths[:1])
-        assert close(together.propose()[:1], again.propose())
-
-
-def test_new_adapters_leave_the_draft_as_it_is(target: Target, config: Config) -> None:
-    """B is zero: the same logits to the bit, and the checkpoint has nothing more in it."""
-    for drafter in examples(target):
-        texts = make_texts(target, drafter, 3, 60)
-        expected, saved = Feeder(drafter, texts).run(3), set(drafter.network().state_dict())
-        lora = lora_of(drafter, config.adapt.scope)
-        assert lora is not None
-        served = drafter.adapt(lora.layers, 2, lora.rank, lora.scale)
-        for down, _ in served[0].values():
-            down.normal_()
-        feeder = Feeder(drafter, texts)
-        drafter.use_adapter(feeder.state, 1, 1)
-        assert torch.equal(feeder.run(3), expected)
-        assert set(drafter.network().state_dict()) == saved
 
 
 def test_tenants_learn_apart_and_lose_nothing(target: Target, per_tenant: Config) -> None:
