@@ -1,4 +1,4 @@
-"""From a configuration to running parts. This file and build_served.py name concrete classes."""
+"""From a configuration to running parts. The files ``build*.py`` name concrete classes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cosched.arms import PLAIN, adapts, split_arm
+from cosched.build_coscheduler import build_coscheduler, build_pool
 from cosched.config import Config, check_paths
-from cosched.coscheduler import Coscheduler
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
 from cosched.engines.embedded.judges import (
     ForcedJudge,
@@ -22,29 +22,19 @@ from cosched.engines.embedded.judges import (
 from cosched.engines.embedded.rows import LiveRows, RowSource
 from cosched.engines.embedded.target import Target
 from cosched.engines.embedded.verification import SamplingParams
-from cosched.engines.sglang.ranks import SamePolicy
 from cosched.engines.trace import RecordedRows, TraceMeta, TraceWriter, read_meta
 from cosched.errors import ConfigError
-from cosched.footprint import replay_limits
-from cosched.guard import FiniteGuard, ShadowGuard, WithinTimeShare
+from cosched.pool import CoschedulerPool, check_tenants
 from cosched.publish import InPlacePublisher
-from cosched.registry import DRAFTERS, LOSSES, POLICIES
-from cosched.replay import ReplayBuffer
-from cosched.training.background import BackgroundTrainer
-from cosched.training.deepspeed_trainer import DeepSpeedTrainer
-from cosched.training.group import TrainingGroup
-from cosched.training.micro_step import BatchLoss
-from cosched.training.scope import parameters_of
-from cosched.training.shadow import Shadow
-from cosched.watch import ShadowSettings
+from cosched.registry import DRAFTERS
 from cosched.workload import load_requests
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cosched.coscheduler import Coscheduler
     from cosched.engines.embedded.request import GenerationRequest
-    from cosched.engines.sglang.ranks import Ranks
-    from cosched.protocols import Drafter, Publisher, Sink, TargetInfo, Trainer
+    from cosched.protocols import Drafter, Sink
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +80,7 @@ class Arm:
     name: str
     engine: EmbeddedEngine
     drafter: Drafter | None
-    coscheduler: Coscheduler | None
+    coscheduler: Coscheduler | CoschedulerPool | None
 
 
 def build_world(config: Config) -> World:
@@ -124,6 +114,9 @@ def build_world(config: Config) -> World:
         trace = None
         requests = load_requests(workload, tokenizer, target.max_length, device)
         sampling = SamplingParams(workload.temperature, workload.top_p)
+    scope = config.adapt.scope
+    if scope.state == "per_tenant" and any(arm.startswith("adapted") for arm in config.arms):
+        check_tenants(requests, scope.tenants)
     return World(config, target, tokenizer, requests, sampling, trace)
 
 
@@ -146,7 +139,11 @@ def build_arm(
     drafter = None if base == PLAIN else load_drafter(world)
     window = config.drafter_settings.window if windowed else None
     coscheduler = None
-    if adapts(name) and drafter is not None:
+    if adapts(name) and drafter is not None and config.num_adapters:
+        coscheduler = build_pool(
+            config, world.target, drafter, window, sink, temperature=world.judged_at
+        )
+    elif adapts(name) and drafter is not None:
         publish, network = config.adapt.publish, drafter.network()
         publisher = network and InPlacePublisher.of_modules(
             network, world.target.model, publish.target_check_every, publish.keep
@@ -180,61 +177,9 @@ def build_arm(
         observer=coscheduler,
         recorder=writer.record if writer else None,
         on_tokens=on_tokens,
+        admit=coscheduler.admit if isinstance(coscheduler, CoschedulerPool) else None,
     )
     return Arm(name, engine, drafter, coscheduler)
-
-
-def build_coscheduler(
-    config: Config,
-    target: TargetInfo,
-    drafter: Drafter,
-    publisher: Publisher | None,
-    window: int | None,
-    sink: Sink,
-    ranks: Ranks | None = None,
-    temperature: float = 1.0,
-) -> Coscheduler:
-    """Buffer, policy, trainer and guard around a serving draft; ``ranks`` where several train it.
-
-    ``temperature`` is that of the requests, by which a guard scores; where requests differ, 1: drafts
-    whose distributions overlap more are accepted more often at any temperature, as a rule.
-    """
-    adapt, loss = config.adapt, config.loss_settings
-    settings = config.policy_settings
-    policy = WithinTimeShare(POLICIES.get(settings.kind)(settings), settings.max_time_share)
-    limits = replay_limits(config, target, drafter)
-    # A chain's rows behind a refusal stand on the very path that it drafted: they teach like others.
-    refused_weight = 1.0 if drafter.signal.conditioning == "chain" else loss.refused_weight
-    shadow = adapt.guard if isinstance(adapt.guard, ShadowSettings) else None
-    replay = adapt.replay
-    buffer = ReplayBuffer(
-        limits,
-        loss.rows,
-        window,
-        refused_weight,
-        replay.keep_finished,
-        fresh=replay.fresh,
-        held_out=shadow.anchors if shadow else 0,
-    )
-    trainer, guard = None, FiniteGuard()
-    if publisher is not None:
-        copy = drafter.clone(torch.float32)
-        trainer = build_trainer(config, target, copy, ranks)
-        if shadow is not None:
-            network = drafter.network()
-            assert network is not None, "what is published has a network"
-            served_as = {name: p.dtype for name, p in network.named_parameters()}
-            scorer = Shadow(copy, target.head, replay.teacher, served_as, temperature, ranks)
-            guard = ShadowGuard(shadow, scorer, buffer, publisher)
-    return Coscheduler(
-        buffer=buffer,
-        policy=policy if ranks is None else SamePolicy(policy, ranks),
-        trainer=trainer,
-        guard=guard,
-        publisher=publisher,
-        sink=sink,
-        reset_when_finished=adapt.scope.state == "per_request",
-    )
 
 
 def build_recorder(world: World) -> TraceWriter:
@@ -261,34 +206,6 @@ def _recorded_layers(world: World) -> tuple[int, ...]:
             f"final norm), not {beyond[0]}"
         )
     return tuple(dict.fromkeys((*load_drafter(world).signal.feature_layers, *wanted)))
-
-
-def build_trainer(
-    config: Config, target: TargetInfo, copy: Drafter, ranks: Ranks | None = None
-) -> Trainer:
-    """A DeepSpeed trainer over a float32 ``copy`` of the serving draft."""
-    adapt, loss = config.adapt, config.loss_settings
-    batch_loss = BatchLoss(copy, LOSSES.get(loss.kind)(loss), target.head, adapt.replay.teacher)
-    group = None
-    if ranks and ranks.size > 1:
-        group = TrainingGroup(ranks.rank, ranks.size, ranks.together, ranks.alone)
-    trainer = DeepSpeedTrainer(
-        batch_loss,
-        parameters_of(copy, adapt.scope.kind),
-        zero_stage=adapt.trainer.zero_stage,
-        learning_rate=adapt.trainer.lr,
-        max_grad_norm=adapt.trainer.max_grad_norm,
-        weight_decay=adapt.trainer.weight_decay,
-        group=group,
-    )
-    if not adapt.trainer.background:
-        return trainer
-    if group is not None:
-        raise ConfigError(
-            f"adapt.trainer.background: true needs one rank, and {group.size} train together; "
-            f"use false"
-        )
-    return BackgroundTrainer(trainer, target.embedding.weight.device)
 
 
 def _rows(world: World, max_length: int, feature_layers: tuple[int, ...]) -> RowSource:

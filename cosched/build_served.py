@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from cosched.arms import PLAIN, adapts, split_arm
-from cosched.build import build_coscheduler
+from cosched.build_coscheduler import build_coscheduler
 from cosched.config import Config, check_paths
 from cosched.engines.embedded.target import load_tokenizer
 from cosched.engines.embedded.verification import SamplingParams

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cosched.protocols import DrafterSettings, LossSettings, PolicySettings
 
 Positive = Annotated[int, Meta(ge=1)]
+Name = Annotated[str, Meta(pattern=r"^\w[\w.@-]*$")]  # what may be a folder's name
 NotNegative = Annotated[float, Meta(ge=0)]
 
 
@@ -66,9 +67,9 @@ class TargetSettings(Section, frozen=True):
 class WorkloadSettings(Section, frozen=True):
     """``workload``: prompts to answer, or documents that the target is made to say.
 
-    A prompts file has one JSON object a line with ``text`` (and optionally ``id``). With
-    ``documents`` the same, and the text after the first ``prompt_tokens`` tokens is forced: real
-    text at real cost, judged by the chance that the target would have accepted each draft.
+    A prompts file has one JSON object a line with ``text`` (and optionally ``id``, and ``tenant``,
+    whose it is). With ``documents`` the same, and the text after the first ``prompt_tokens`` tokens
+    is forced: real text at real cost, judged by the chance that the target would have accepted each draft.
     ``samples`` answers each prompt that many times, one round over all prompts after the other.
     """
 
@@ -114,10 +115,20 @@ class ReplaySettings(Section, frozen=True):
 
 
 class ScopeSettings(Section, frozen=True):
-    """``adapt.scope``: which parameters learn, and for how long they remember."""
+    """``adapt.scope``: which parameters learn, and for how long they remember.
+
+    With ``kind: lora`` adapters of ``rank`` learn, scaled by ``alpha / rank``, on the linear layers
+    that ``targets`` name, by their whole names or the ends of them; null is all of them. State per
+    request in batches, and per tenant, needs adapters: one for each running request, or one for each
+    of ``tenants``, whose requests name them.
+    """
 
     kind: str = "full"
-    state: Literal["per_request", "shared"] = "shared"
+    state: Literal["per_request", "shared", "per_tenant"] = "shared"
+    rank: Positive = 8
+    alpha: Annotated[float, Meta(gt=0)] = 16.0
+    targets: Annotated[tuple[str, ...], Meta(min_length=1)] | None = None
+    tenants: tuple[Name, ...] = ()
 
 
 class TrainerSettings(Section, frozen=True):
@@ -200,6 +211,14 @@ class Config(Section, frozen=True):
     @property
     def loss_settings(self) -> LossSettings:
         return _plugin_settings("adapt.loss", f"{self.adapt_key}.loss", self.adapt.loss)
+
+    @property
+    def num_adapters(self) -> int | None:
+        """How many adapters serve beside one another; None where the draft is one for all."""
+        state, batch = self.adapt.scope.state, self.engine.max_batch
+        if state == "per_tenant":
+            return len(self.adapt.scope.tenants)
+        return batch if state == "per_request" and batch > 1 else None
 
     @property
     def run_folder(self) -> Path:
@@ -351,14 +370,10 @@ def _check_adapt(config: Config, used: bool) -> None:
             )
         if config.workload.documents is not None:
             raise ConfigError(f"{where}.loss.rows: 'all' needs drafted text; documents are forced")
-    if config.adapt.scope.state == "per_request":
-        if engine.kind == "sglang":
-            raise ConfigError(f"{where}.scope.state: SGLang serves one draft to all; use shared")
-        if used and engine.max_batch != 1:
-            raise ConfigError(
-                f"{where}.scope.state: per_request keeps one draft for each request, so "
-                f"engine.max_batch must be 1, got {engine.max_batch}; use state: shared"
-            )
+    if config.adapt.scope.state != "shared" and engine.kind == "sglang":
+        raise ConfigError(f"{where}.scope.state: SGLang serves one draft to all; use shared")
+    if used:
+        _check_scope(config)
     if replay.window > replay.max_tokens:
         raise ConfigError(
             f"{where}.replay.max_tokens: {replay.max_tokens} holds no request of "
@@ -375,13 +390,35 @@ def _check_adapt(config: Config, used: bool) -> None:
 
 def _check_guard(config: Config) -> None:
     """What a guard holds out of each sample leaves rows to train on."""
-    guard, drafted = config.adapt.guard, config.drafter_settings.num_draft_tokens
-    most = config.adapt.replay.window - 2 * drafted
+    guard, where = config.adapt.guard, config.adapt_key
+    window, drafted = config.adapt.replay.window, config.drafter_settings.num_draft_tokens
+    most = max(0, window - 2 * drafted)
     if isinstance(guard, ShadowSettings) and guard.anchors > most:
         raise ConfigError(
-            f"{config.adapt_key}.guard.anchors: {guard.anchors} held-out anchors leave nothing to train on of "
-            f"{config.adapt_key}.replay.window = {config.adapt.replay.window} rows; use at most {max(0, most)}"
+            f"{where}.guard.anchors: {guard.anchors} held-out anchors leave nothing to train on of "
+            f"{where}.replay.window = {window} rows; use at most {most}"
         )
+
+
+def _check_scope(config: Config) -> None:
+    """Whose drafts are to be remembered, and can be."""
+    scope, engine, where = config.adapt.scope, config.engine, f"{config.adapt_key}.scope"
+    if scope.state == "per_request" and engine.max_batch != 1 and scope.kind != "lora":
+        raise ConfigError(
+            f"{where}.state: per_request keeps one draft for each request, so "
+            f"engine.max_batch must be 1, got {engine.max_batch}; use state: shared, or kind: lora"
+        )
+    if scope.state == "per_tenant" and scope.kind != "lora":
+        raise ConfigError(
+            f"{where}.state: per_tenant needs adapters, kind: lora, got {scope.kind!r}"
+        )
+    if (scope.state == "per_tenant") != bool(scope.tenants):
+        raise ConfigError(
+            f"{where}.tenants: the tenants of state: per_tenant, got {list(scope.tenants)} with "
+            f"state: {scope.state}"
+        )
+    if len(set(scope.tenants)) != len(scope.tenants):
+        raise ConfigError(f"{where}.tenants: the same tenant twice in {list(scope.tenants)}")
 
 
 def check_paths(config: Config) -> None:

@@ -86,6 +86,11 @@ class Coscheduler:
             self._reset()
 
     @property
+    def busy(self) -> bool:
+        """Whether an update goes on in the background, or waits to be judged."""
+        return self._trainer is not None and self._trainer.busy
+
+    @property
     def _learns(self) -> bool:
         return self._trainer is not None and self.learning
 

@@ -18,8 +18,8 @@ from cosched.arms import adapts
 from cosched.build import Arm, World, build_arm, build_recorder, build_world
 from cosched.build_served import ServedArm, ServedWorld, build_served_arm, build_served_world
 from cosched.config import Config, to_yaml
-from cosched.coscheduler import Coscheduler
 from cosched.errors import ConfigError
+from cosched.protocols import ServesAdapters
 from cosched.resume import ArmProgress, Progress
 from cosched.telemetry.metrics import (
     ArmSummary,
@@ -161,9 +161,9 @@ class Experiment:
             kept = progress.arms[one.arm.name]
             one.logs, one.wall_seconds = kept.logs, kept.wall_seconds
             one.arm.engine.seconds = kept.engine_seconds
-            if isinstance(one.arm.coscheduler, Coscheduler) and kept.totals is not None:
-                state = tensors.get(one.arm.name, {})
-                one.arm.coscheduler.restore(kept.totals, kept.version, state)
+            learner = one.arm.coscheduler if isinstance(one.arm, Arm) else None
+            if learner is not None and kept.totals is not None:
+                learner.restore(kept.totals, kept.version, tensors.get(one.arm.name, {}))
         return progress.groups_done
 
     def _keep_progress(self, folder: RunFolder, groups_done: int) -> None:
@@ -173,7 +173,7 @@ class Experiment:
         arms, tensors = {}, {}
         for one in self._arms:
             totals, version = None, 0
-            if isinstance(one.arm.coscheduler, Coscheduler):
+            if isinstance(one.arm, Arm) and one.arm.coscheduler is not None:
                 totals, version, tensors[one.arm.name] = one.arm.coscheduler.state()
             seconds = one.arm.engine.seconds
             arms[one.arm.name] = ArmProgress(one.logs, one.wall_seconds, seconds, totals, version)
@@ -248,13 +248,20 @@ class Experiment:
         )
 
     def _save_drafts(self, folder: RunFolder) -> None:
-        """Adapted drafts as checkpoints; with state per request there is none that outlives it."""
+        """Adapted drafts as checkpoints, one of each tenant; none outlives a request of its own."""
         for one in self._arms:
-            if self.config.for_arm(one.arm.name).adapt.scope.state == "per_request":
+            config, drafter = self.config.for_arm(one.arm.name), one.arm.drafter
+            if config.adapt.scope.state == "per_request":
                 continue
-            if one.arm.coscheduler is not None and one.arm.drafter is not None:
-                with explained(folder.path / "checkpoints"):
-                    one.arm.drafter.save(folder.path / "checkpoints" / one.arm.name)
+            if one.arm.coscheduler is None or drafter is None:
+                continue
+            directory = folder.path / "checkpoints" / one.arm.name
+            with explained(folder.path / "checkpoints"):
+                if isinstance(drafter, ServesAdapters) and config.num_adapters:
+                    for index, tenant in enumerate(config.adapt.scope.tenants):
+                        drafter.alone(index).save(directory / tenant)
+                else:
+                    drafter.save(directory)
 
 
 def _groups(requests: list[GenerationRequest], size: int) -> Iterator[list[GenerationRequest]]:

@@ -15,7 +15,7 @@ from cosched.arms import adapts
 from cosched.errors import CheckpointError, ConfigError
 from cosched.registry import DRAFTERS
 from cosched.replay import ReplayLimits
-from cosched.training.scope import parameters_of
+from cosched.training.scope import lora_of, scope_of
 from cosched.watch import ShadowSettings
 
 if TYPE_CHECKING:
@@ -108,9 +108,12 @@ def _num_elements(path: Path) -> int:
 class Footprint:
     """Bytes by what they are for, and the rates behind them; None where the files do not say.
 
-    ``trainer_copy`` is the float32 draft that learns and ``first_weights`` what a reset goes back
-    to; ``masters`` (ZeRO keeps its own), ``moments`` and ``gradients`` are DeepSpeed's.
-    ``last_good`` is what can be served again: the draft as loaded, and the versions kept.
+    ``serving_adapters`` are those that serve beside one another. ``trainer_copy`` is the float32
+    draft that learns, once, with its adapters if it has any, and
+    ``first_weights`` what a reset goes back to; ``masters`` (ZeRO keeps its own), ``moments`` and
+    ``gradients`` are DeepSpeed's. ``merged`` are the weights with adapters merged in, which are there
+    only while they are published. ``last_good`` is what can be served again: the draft as loaded,
+    and the versions kept.
     """
 
     num_target_parameters: int | None
@@ -118,8 +121,10 @@ class Footprint:
     num_trained: int
     target: int | None
     draft: int
+    serving_adapters: int
     trainer_copy: int
     first_weights: int
+    merged: int
     last_good: int
     masters: int
     moments: int
@@ -137,8 +142,10 @@ class Footprint:
         return sum(
             (
                 self.draft,
+                self.serving_adapters,
                 self.trainer_copy,
                 self.first_weights,
+                self.merged,
                 self.last_good,
                 self.masters,
                 self.moments,
@@ -152,17 +159,19 @@ class Footprint:
 def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> ReplayLimits:
     """The replay buffer's bounds, with what a row of it takes.
 
+    Where several adapters learn each has a buffer, and an equal part of what all of them may hold.
+
     Raises:
         ConfigError: they hold no request.
     """
-    replay = config.adapt.replay
+    replay, num_buffers = config.adapt.replay, config.num_adapters or 1
     hidden_bytes = target.hidden_size * target.embedding.weight.dtype.itemsize
     limits = ReplayLimits(
         window=replay.window,
         anchors=replay.anchors,
         path=drafter.num_draft_tokens,
-        max_tokens=replay.max_tokens,
-        max_bytes=replay.max_bytes,
+        max_tokens=replay.max_tokens // num_buffers,
+        max_bytes=replay.max_bytes // num_buffers,
         feature_row_bytes=hidden_bytes * len(drafter.signal.feature_layers),
         teacher_row_bytes=(
             hidden_bytes
@@ -171,11 +180,17 @@ def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> Repla
         ),
     )
     needed = limits.request_bytes(keep_blocks=config.loss_settings.rows != "delayed")
-    if needed > replay.max_bytes:
-        where = f"{config.adapt_key}.replay"
+    where = f"{config.adapt_key}.replay"
+    each = f" for each of {num_buffers} adapters" if num_buffers > 1 else ""
+    if needed > limits.max_bytes:
         raise ConfigError(
-            f"{where}.max_bytes: {replay.max_bytes} holds no request; one of "
+            f"{where}.max_bytes: {replay.max_bytes} holds no request{each}; one of "
             f"{where}.window = {replay.window} rows takes {needed}"
+        )
+    if replay.window > limits.max_tokens:
+        raise ConfigError(
+            f"{where}.max_tokens: {replay.max_tokens} holds no request of "
+            f"{where}.window = {replay.window} rows{each}"
         )
     return limits
 
@@ -190,32 +205,39 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
     network = drafter.network()
     dtype: torch.dtype = getattr(torch, config.engine.dtype)
     parameters = dict(network.named_parameters()) if network is not None else {}
-    trained = 0
-    if network is not None and any(map(adapts, config.arms)):
-        trained = sum(
-            parameters[n].numel() for n in parameters_of(drafter, config.adapt.scope.kind)
-        )
     held = sum(parameter.numel() for parameter in parameters.values())
+    scope, served = config.adapt.scope, config.num_adapters
+    pins = isinstance(config.adapt.guard, ShadowSettings)  # the last good version
+    keep = config.adapt.publish.keep + pins
+    adapters = trained = published = versions = 0
+    if network is not None and any(map(adapts, config.arms)):
+        names = scope_of(drafter, scope).parameters
+        trained = published = sum(parameters[name].numel() for name in names)
+        versions = held + keep * published
+        if (lora := lora_of(drafter, scope)) is not None:
+            trained = adapters = (served or 1) * lora.num_parameters(network)
+        if served:
+            versions = (1 + keep) * adapters
     limits = replay_limits(config, target, drafter)
     rows = config.loss_settings.rows
     one = limits.request_bytes(keep_blocks=rows != "delayed")
-    requests = limits.room(one)
+    requests = (served or 1) * limits.room(one)
     if not config.adapt.replay.keep_finished:
         requests = min(config.engine.max_batch, requests)
     target_parameters = target.num_parameters()
     longest = config.workload.prompt_tokens + config.workload.max_new_tokens
     cache = drafter.cache_bytes_per_token
-    pins = isinstance(config.adapt.guard, ShadowSettings)  # the last good version
-    kept = config.adapt.publish.keep + pins
     return Footprint(
         num_target_parameters=target_parameters,
         num_draft_parameters=held,
         num_trained=trained,
         target=None if target_parameters is None else target_parameters * dtype.itemsize,
         draft=held * dtype.itemsize,
-        trainer_copy=4 * held if trained else 0,
+        trainer_copy=4 * (held + adapters) if trained else 0,
         first_weights=4 * trained,
-        last_good=dtype.itemsize * (held + kept * trained) if trained else 0,
+        serving_adapters=dtype.itemsize * adapters if served else 0,
+        merged=4 * published if adapters and not served else 0,
+        last_good=dtype.itemsize * versions,
         masters=4 * trained if config.adapt.trainer.zero_stage else 0,
         moments=8 * trained,
         gradients=4 * trained,

@@ -7,7 +7,7 @@ M = R * N * K student rows of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
 import msgspec
 from msgspec import Meta
@@ -151,7 +151,8 @@ class Drafter(Protocol):
     no weights: its target's embedding lies on the meta device, and so does what it makes. It serves
     to see what the drafter would take. ``examples(target, num_draft_tokens) -> Mapping[str, Drafter]``
     makes small ones with random weights, one for each kind of checkpoint: the contract tests
-    (``cosched.testing``) run on them. Everything up to ``move_slot`` is about serving; what
+    (``cosched.testing``) run on them. One that can serve several adapters in a batch is also a
+    ``ServesAdapters``. Everything up to ``move_slot`` is about serving; what
     follows ``network`` is used only where that is not None, ``save`` excepted.
     """
 
@@ -209,6 +210,29 @@ class Drafter(Protocol):
 
     def save(self, directory: Path) -> None:
         """Write the public checkpoint format of the family."""
+        ...
+
+
+@runtime_checkable
+class ServesAdapters(Protocol):
+    """What a drafter has besides, if it can serve requests with adapters of their own in one batch."""
+
+    def adapt(
+        self, layers: Sequence[str], count: int, rank: int, scale: float
+    ) -> Sequence[Mapping[str, tuple[Tensor, Tensor]]]:
+        """Put ``count`` adapters, all zero, on those linear layers of ``network()``.
+
+        Returns A ``[rank, in]`` and B ``[out, rank]`` of every layer for each of them: the storage
+        that serves, into which is published. A layer gives ``W x + scale B A x`` from now on.
+        """
+        ...
+
+    def use_adapter(self, state: Any, slot: int, adapter: int) -> None:
+        """The request that enters ``slot`` is served with that adapter; it goes where it goes."""
+        ...
+
+    def alone(self, adapter: int) -> Drafter:
+        """A drafter of its own, with that adapter merged into its weights."""
         ...
 
 

@@ -59,6 +59,9 @@ class Totals:
     shadow_gain: float = 1.0  # moving mean
     guard_seconds: float = 0.0  # of the update seconds
     watch: Watch = field(default_factory=Watch)
+    # Where several adapters learn: the counters of each, and to go on from them the versions.
+    parts: list[Totals] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
 
     @property
     def _serving_seconds(self) -> float:

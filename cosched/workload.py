@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,14 @@ from cosched.errors import WorkloadError
 
 if TYPE_CHECKING:
     from cosched.config import WorkloadSettings
+
+
+class Text(NamedTuple):
+    """A line of a file of prompts or documents."""
+
+    id: str
+    text: str
+    tenant: str | None
 
 
 def load_requests(
@@ -29,10 +37,14 @@ def load_requests(
     forced = settings.documents is not None
     path = Path(settings.documents or settings.prompts or "")
     key = "workload.documents" if forced else "workload.prompts"
-    texts = read_texts(path, key)[: settings.max_prompts]
-    again = [(f"{name}#{n}", text) for n in range(2, settings.samples + 1) for name, text in texts]
+    texts = read_lines(path, key)[: settings.max_prompts]
+    again = [
+        (f"{name}#{n}", text, tenant)
+        for n in range(2, settings.samples + 1)
+        for name, text, tenant in texts
+    ]
     requests = []
-    for name, text in [*texts, *again]:
+    for name, text, tenant in [*texts, *again]:
         ids_T = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], device=device)
         if forced:
             if len(ids_T) <= settings.prompt_tokens + 1:
@@ -42,9 +54,10 @@ def load_requests(
                 )
             ids_T = ids_T[: settings.prompt_tokens + settings.max_new_tokens]
             prompt_P = ids_T[: settings.prompt_tokens]
-            request = GenerationRequest(name, prompt_P, len(ids_T) - len(prompt_P), ids_T)
+            num_new = len(ids_T) - len(prompt_P)
+            request = GenerationRequest(name, prompt_P, num_new, ids_T, tenant)
         else:
-            request = GenerationRequest(name, ids_T, settings.max_new_tokens)
+            request = GenerationRequest(name, ids_T, settings.max_new_tokens, tenant=tenant)
         if request.max_length > max_length:
             raise WorkloadError(
                 f"{key}: {name} has {len(request.prompt_P)} prompt tokens and "
@@ -56,16 +69,22 @@ def load_requests(
 
 
 def read_texts(path: Path, key: str) -> list[tuple[str, str]]:
-    """``(id, text)`` of every line.
+    """``(id, text)`` of every line; errors as ``read_lines``."""
+    return [(one.id, one.text) for one in read_lines(path, key)]
+
+
+def read_lines(path: Path, key: str) -> list[Text]:
+    """Every line of a file.
 
     Raises:
-        WorkloadError: no file, no line, a line that is not an object with ``text``, an id twice.
+        WorkloadError: no file, no line, a line that is not an object with ``text``, an id twice, a
+            tenant that is no name.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise WorkloadError(f"{key}: {path} cannot be read: {error.strerror}") from error
-    texts: dict[str, str] = {}
+    texts: dict[str, Text] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -81,7 +100,12 @@ def read_texts(path: Path, key: str) -> list[tuple[str, str]]:
         name = str(record.get("id", number))
         if name in texts:
             raise WorkloadError(f"{key}: the id {name!r} stands twice in {path}")
-        texts[name] = text
+        tenant = record.get("tenant")
+        if not isinstance(tenant, str | None):
+            raise WorkloadError(
+                f"{key}: line {number} of {path} has the tenant {tenant!r}; expected a name"
+            )
+        texts[name] = Text(name, text, tenant)
     if not texts:
         raise WorkloadError(f"{key}: {path} has no prompt in it")
-    return list(texts.items())
+    return list(texts.values())

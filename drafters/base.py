@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cosched.errors import CheckpointError
 from cosched.protocols import CheckpointFormats, DrafterSettings, TargetInfo
 from cosched.records import Scope, SignalSpec
+from drafters import adapters
 from drafters.cache import SlotCache
 from drafters.checkpoint import Checkpoint, check_tensors, tokenizer_vocabulary
 from drafters.config import DecoderConfig
@@ -20,7 +21,7 @@ from drafters.layers import initialise
 from drafters.vocabulary import check_mapping, check_tokenizers, partial_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from typing import Self
 
     from drafters.layers import Rotary
@@ -54,6 +55,7 @@ class NetworkDrafter(Generic[C, N]):
         self._target = target
         self._config = cast("C", network.config)
         self._origin = origin
+        self._runs: adapters.Runs | None = None
         self.num_draft_tokens = num_draft_tokens
         self._target_ids = partial_ids(getattr(network, "d2t", None), target.vocab_size)
         layers = self._config.layers_of(target.num_layers)
@@ -178,6 +180,30 @@ class NetworkDrafter(Generic[C, N]):
         if own is not None:
             return own(normed)
         return self._target.head(normed.to(self._target.embedding.weight.dtype))
+
+    # --- several adapters beside one another -----------------------------------------------
+
+    def adapt(
+        self, layers: Sequence[str], count: int, rank: int, scale: float
+    ) -> Sequence[Mapping[str, tuple[Tensor, Tensor]]]:
+        self._runs, served = adapters.adapt(self._network, layers, count, rank, scale)
+        return served
+
+    def use_adapter(self, state: SlotCache, slot: int, adapter: int) -> None:
+        state.adapters[slot] = adapter
+
+    def alone(self, adapter: int) -> Self:
+        drafter = self.clone(self._weight.dtype)
+        adapters.merge(drafter._network, adapter)
+        return drafter
+
+    def _next_rows(
+        self, state: SlotCache, first_slot: int, num_slots: int, counts: list[int] | None = None
+    ) -> None:
+        """Say whose rows the network is given next: ``counts`` of each slot, or one of each."""
+        if self._runs is not None:
+            used = state.adapters[first_slot : first_slot + num_slots]
+            self._runs.set(used, counts, self._weight)
 
     # --- what is the same in all, or in most -----------------------------------------------
 

@@ -37,6 +37,7 @@ class SlotCache:
     window: int | None
     lengths: list[int]
     rows: list[list[tuple[Tensor, Tensor | None]]] = field(default_factory=list)
+    adapters: list[int] = field(default_factory=list)  # of the request in each slot
 
     @classmethod
     def make(
@@ -56,6 +57,7 @@ class SlotCache:
             window,
             [0] * max_batch,
             [[] for _ in range(max_batch)],
+            [0] * max_batch,
         )
 
     def add(self, slot: int, tokens_R: Tensor, features_RF: Tensor | None) -> None:
@@ -133,5 +135,6 @@ class SlotCache:
                 cache[:, destination, :, :length] = cache[:, source, :, :length]
             self.lengths[destination] = length
             self.rows[destination] = self.rows[source]
+            self.adapters[destination] = self.adapters[source]
         self.lengths[source] = 0
         self.rows[source] = []

@@ -102,10 +102,8 @@ def scene() -> tuple[Any, Any, SignalBatch]:
 
 
 def shadow_of(target, drafter, dtype=torch.float32, temperature=1.0, ranks=None) -> Shadow:
-    network = drafter.network()
-    served_as = {name: dtype for name, _ in network.named_parameters()}
     copy = drafter.clone(torch.float32)
-    return Shadow(copy, target.head, "hidden", served_as, temperature, ranks)
+    return Shadow(copy, target.head, "hidden", dtype, temperature, ranks)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
@@ -127,8 +125,7 @@ def test_scores_are_the_chained_overlap(scene, temperature: float, reduced: bool
         whole, replay = q_logits, copy.replay
         q_logits, copy.replay = whole[..., ids], lambda batch: replay(batch)[..., ids]
     before = checksum(dict(copy.network().named_parameters()))
-    served_as = dict.fromkeys(weights, torch.float32)
-    shadow = Shadow(copy, target.head, "hidden", served_as, temperature)
+    shadow = Shadow(copy, target.head, "hidden", torch.float32, temperature)
     found = shadow.scores(batch, [weights])[0]
     assert checksum(dict(copy.network().named_parameters())) == before
 

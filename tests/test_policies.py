@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cosched.build import build_coscheduler
+from cosched.build_coscheduler import build_coscheduler
 from cosched.config import load_config
 from cosched.coscheduler import Coscheduler
 from cosched.engines.embedded.target import Target

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from cosched.build import build_coscheduler, build_world, load_drafter
+from cosched.build import build_world, load_drafter
+from cosched.build_coscheduler import build_coscheduler
 from cosched.config import load_config
 from cosched.errors import ConfigError
 from cosched.experiment import Experiment

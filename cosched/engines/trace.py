@@ -37,6 +37,7 @@ class TraceRequest(msgspec.Struct, frozen=True):
     file: str
     num_prompt_tokens: int
     num_tokens: int
+    tenant: str | None = None
 
 
 class TraceMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -112,7 +113,9 @@ class TraceWriter:
         name = f"{len(self._requests):05d}.safetensors"
         save_file(tensors, self.directory / name)
         self._requests.append(
-            TraceRequest(request.id, name, len(request.prompt_P), len(tensors["tokens"]))
+            TraceRequest(
+                request.id, name, len(request.prompt_P), len(tensors["tokens"]), request.tenant
+            )
         )
 
     def close(self) -> None:
@@ -163,9 +166,8 @@ class RecordedRows:
         for one in self._files.values():
             tokens_T = self._load(one)["tokens"].to(self._target.device, torch.int64)
             prompt_P = tokens_T[: one.num_prompt_tokens]
-            requests.append(
-                GenerationRequest(one.id, prompt_P, len(tokens_T) - len(prompt_P), tokens_T)
-            )
+            num_new = len(tokens_T) - len(prompt_P)
+            requests.append(GenerationRequest(one.id, prompt_P, num_new, tokens_T, one.tenant))
         return requests
 
     def _load(self, request: TraceRequest) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from cosched.training.scope import parameters_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from cosched.engines.embedded.engine import Admit
     from cosched.protocols import RoundObserver
     from cosched.records import SignalBatch
 
@@ -113,6 +114,7 @@ def make_engine(
     stop_tokens: frozenset[int] = frozenset(),
     recorder: Any = None,
     seed: int = 0,
+    admit: Admit | None = None,
 ) -> EmbeddedEngine:
     """An embedded engine that has room for these requests; greedy unless a judge is given."""
     longest = max(request.max_length for request in requests)
@@ -126,6 +128,7 @@ def make_engine(
         device=target.device,
         observer=observer,
         recorder=recorder,
+        admit=admit,
     )
 
 

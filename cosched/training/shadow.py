@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cosched.training.lora import placed
 from cosched.training.micro_step import share_of
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Shadow:
     renormalised over it. At temperature 0, p is certain of its best token and q is taken as at
     temperature 1: a_j is what q gives to that token, which moves before the draft's best one does.
 
-    Weights are rounded to ``served_as``, the types in which they would serve. Of several ``ranks``
+    Weights are rounded to ``served_as``, the type in which they would serve. Of several ``ranks``
     each scores its share of the anchors, and all get the same scores.
     """
 
@@ -47,7 +48,7 @@ class Shadow:
         copy: Drafter,
         teacher_head: nn.Module,
         teacher_form: TeacherForm,
-        served_as: Mapping[str, torch.dtype],
+        served_as: torch.dtype,
         temperature: float = 1.0,
         ranks: Ranks | None = None,
     ) -> None:
@@ -93,8 +94,8 @@ class Shadow:
 
     def _lengths(self, one: SignalBatch, p_NKV: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         served = {
-            f"network.{name}": weight.to(self._served_as[name]).float()
-            for name, weight in weights.items()
+            f"network.{name}": weight.to(self._served_as).float()
+            for name, weight in placed(self._replay.network, weights).items()
         }
         logits_RNKD = functional_call(self._replay, served, (one,))
         q_NKD = self._probabilities(logits_RNKD[0])

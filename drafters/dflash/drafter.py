@@ -144,6 +144,7 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
         network = self._network
         pending = state.take(num_slots)
         assert pending.features is not None
+        self._next_rows(state, 0, num_slots, pending.counts)
         context = network.context(pending.features)
         anchor_B = pending.tokens[[end - 1 for end in pending.ends]]
         block_BS = anchor_B.new_full((num_slots, self.num_draft_tokens + 1), self._mask)
@@ -153,6 +154,7 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
             keys, values = layer.self_attn.keys_values(context, network.rotary, pending.positions)
             state.append(index, pending, keys, values)
         state.grow(pending.counts)
+        self._next_rows(state, 0, num_slots)
         starts = state.lengths[:num_slots]
         at_B = torch.tensor(starts, device=hidden.device)
         position_BS = at_B[:, None] + torch.arange(block_BS.shape[1], device=hidden.device)

@@ -136,6 +136,7 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
     def propose(self, state: SlotCache, num_slots: int, choose: Choose) -> Proposal:
         network = self._network
         inputs, residual = self._run_pending(state, num_slots)
+        self._next_rows(state, 0, num_slots)
         newest = [length - 1 for length in state.lengths[:num_slots]]
         position_B = torch.tensor(newest, device=inputs.device)
         queries = network.queries(inputs, position_B)
@@ -158,6 +159,7 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
         """Write the keys of all committed rows; returns inputs and residual of each slot's newest."""
         network, pending = self._network, state.take(num_slots)
         assert pending.features is not None
+        self._next_rows(state, 0, num_slots, pending.counts)
         hidden = network.fuse(pending.features)
         inputs, residual = network.inputs(self._embedding(pending.tokens), hidden)
         state.append(0, pending, *network.keys_values(inputs, pending.positions))

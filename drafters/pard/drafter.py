@@ -178,6 +178,7 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
         The rows are those of the slots from ``first_slot`` on, and begin at ``starts``.
         """
         network = self._network
+        self._next_rows(state, first_slot, len(starts))
         hidden = network.embed(ids_BT, features_BTF)
         end = max(starts) + ids_BT.shape[1]
         at_L = torch.arange(end, device=ids_BT.device)

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,10 @@ from cosched.records import Proposal, RoundRow, Segment, ServedBlock, TeacherFor
 if TYPE_CHECKING:
     from cosched.engines.embedded.judges import Judge
     from cosched.engines.embedded.rows import RowSource
-    from cosched.protocols import Drafter, RoundObserver
+    from cosched.protocols import Drafter, RoundObserver, ServesAdapters
+
+Admit = Callable[[GenerationRequest], int]
+"""``admit(request)``: the adapter that serves a request from its prefill to its end."""
 
 Recorder = Callable[[GenerationRequest, TargetRows, int, int, int], None]
 """``recorder(request, rows, index, start, count)``: rows ``[index, :count]`` are at ``start``."""
@@ -75,7 +78,8 @@ class EmbeddedEngine:
     """Continuous batching over slots; slots ``0..n - 1`` run, a finished one is filled by the last.
 
     The engine knows no co-scheduler: it calls ``observer.on_round`` after each prefill and each
-    round, and goes on with whatever draft then serves.
+    round, and goes on with whatever draft then serves. With ``admit`` the drafter must be one that
+    ``ServesAdapters``.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class EmbeddedEngine:
         observer: RoundObserver | None = None,
         recorder: Recorder | None = None,
         on_tokens: Callable[[int], None] = lambda _n: None,
+        admit: Admit | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._rows = rows
@@ -98,6 +103,7 @@ class EmbeddedEngine:
         self._observer = observer
         self._recorder = recorder
         self._on_tokens = on_tokens
+        self._admit_to = admit
         self._clock = clock
         self._num_drafted = drafter.num_draft_tokens if drafter else 0
         self._state = (
@@ -136,6 +142,9 @@ class EmbeddedEngine:
         text[:num_prompt] = request.prompt_P
         slot = _Slot(request, text, num_prompt, RandomStream(self._options.seed, request.id))
         self._slots.append(slot)
+        if self._admit_to is not None:
+            adapters = cast("ServesAdapters", self._drafter)
+            adapters.use_adapter(self._state, index, self._admit_to(request))
         outcome = self._judge.rule(
             self._nothing(1),
             rows.logits_BTV[:, -1:],

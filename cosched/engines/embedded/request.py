@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A prompt, int64 on the target's device; ``forced_T`` is the whole text where it is given."""
+    """A prompt, int64 on the target's device; ``forced_T`` is the whole text where it is given.
+
+    ``tenant`` is whose request it is: with state per tenant, whose adapter serves it.
+    """
 
     id: str
     prompt_P: Tensor
     max_new_tokens: int
     forced_T: Tensor | None = None
+    tenant: str | None = None
 
     @property
     def max_length(self) -> int:
