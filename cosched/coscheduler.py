@@ -208,6 +208,8 @@ class Coscheduler:
             return
         started = self._clock()
         self._trainer.reset()
+        if self._publisher is not None:
+            self._publisher.pin(totals.watch.good)
         totals.updates_at_reset = totals.updates
         totals.update_seconds += self._clock() - started
         self._sink.emit("reset", round=totals.rounds)
