@@ -117,20 +117,15 @@ class Coscheduler:
         """
         if self._trainer is None or self._publisher is None:
             raise PublicationError("this draft is not trained here: it has no versions")
-        self._publisher.weights_of(version)  # or it raises, and nothing has changed
+        self._trainer.load(self._publisher.weights_of(version))
         self.totals.watch.went_back(version)
         self._publisher.pin(self.totals.watch.good)
-        self._go_back(version, "asked for")
+        self._serve_again(version, "asked for")
         return self.version
 
-    def _go_back(self, version: int, reason: str) -> None:
-        """Train on from an earlier version, which serves again if it does not yet."""
-        assert self._trainer is not None
-        assert self._publisher is not None
-        self._trainer.load(self._publisher.weights_of(version))
-        if version != self.version:
-            self._sink.emit("rollback", round=self.totals.rounds, to=version, reason=reason)
-            self._publish()
+    def _serve_again(self, version: int, reason: str) -> None:
+        self._sink.emit("rollback", round=self.totals.rounds, to=version, reason=reason)
+        self._publish()
 
     def _train(self, num_running: int) -> UpdateResult | None:
         """The next update's result, or that of the one that goes on in the background."""
@@ -189,11 +184,16 @@ class Coscheduler:
             self._heed(verdict, started)
 
     def _heed(self, verdict: Verdict, started: float) -> None:
+        """Note a verdict, and go back where it says so."""
         totals, published = self.totals, self.totals.publish_seconds
         totals.note_scores(verdict)
         self._sink.emit("verdict", round=totals.rounds, verdict=verdict)
         if verdict.back_to is not None:
-            self._go_back(verdict.back_to, verdict.reason)
+            assert self._trainer is not None
+            assert self._publisher is not None
+            self._trainer.load(self._publisher.weights_of(verdict.back_to))
+            if verdict.back_to != self.version:
+                self._serve_again(verdict.back_to, verdict.reason)
         seconds = self._clock() - started - (totals.publish_seconds - published)
         totals.guard_seconds += seconds
         totals.update_seconds += seconds  # the engine waits for them
@@ -213,6 +213,8 @@ class Coscheduler:
             return
         started = self._clock()
         self._trainer.reset()
+        if self._publisher is not None:
+            self._publisher.pin(totals.watch.good)
         totals.updates_at_reset = totals.updates
         totals.update_seconds += self._clock() - started
         self._sink.emit("reset", round=totals.rounds)

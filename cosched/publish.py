@@ -123,10 +123,16 @@ class InPlacePublisher:
         }
 
     def restore(self, tensors: Mapping[str, Tensor], version: int, pinned: int) -> None:
-        """Serve the weights of a ``state()`` under the version they had, with one pinned."""
+        """Serve the weights of a ``state()`` under the version they had, with one pinned.
+
+        Raises:
+            PublicationError: the state has not both of them.
+        """
         for kept in sorted({pinned, version} - {0}):
             start = f"version.{kept}."
             weights = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+            if not weights:
+                raise PublicationError(f"there are no weights of version {kept} to go on with")
             self.publish(weights)
             self._kept[kept] = self._kept.pop(self.version)
             self.version = kept

@@ -145,6 +145,9 @@ class Totals:
         """What an update brought, by scores: of the same rows, so without the noise of the text."""
         if not verdict.serving_score:
             return
+        if verdict.back_to == 0:
+            self.shadow_gain = 1.0  # the loaded draft serves
+            return
         if verdict.candidate_score:
             self.scored = True
             brought = verdict.candidate_score / verdict.serving_score

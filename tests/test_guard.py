@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from cosched.build import Arm, World, build_arm, build_world
 from cosched.config import load_config
-from cosched.errors import ConfigError
+from cosched.errors import ConfigError, PublicationError
 from cosched.experiment import Experiment
+from cosched.footprint import footprint, sketch
 from cosched.publish import InPlacePublisher, checksum
 from cosched.records import SignalBatch
 from cosched.replay import ReplayBuffer, ReplayLimits
@@ -32,7 +33,6 @@ from tests.test_core import ROW, _round
 
 SAMPLED = Path("configs/sampled.yaml")
 UNDONE_WITHIN = 64  # rounds from the publication of a draft that loses a token a round
-LOADED = {"adapt.guard.kind": "shadow"}
 
 
 # --- rows that no update has had -----------------------------------------------------------
@@ -199,6 +199,15 @@ def test_a_pinned_version_stays_whatever_comes_after_it() -> None:
             kept = publisher.weights_of(2)["norm.weight"].clone()
     assert sorted(publisher._kept) == [2, 5, 6]
     assert torch.equal(publisher.weights_of(2)["norm.weight"], kept)
+    state = publisher.state()
+    again = InPlacePublisher.of_modules(make_drafter(target).network(), target.model)
+    again.restore(state, 6, pinned=2)
+    assert again.version == 6
+    for version in (2, 6):
+        expected = publisher.weights_of(version)["norm.weight"]
+        assert torch.equal(again.weights_of(version)["norm.weight"], expected)
+    with pytest.raises(PublicationError, match="no weights of version 5"):
+        again.restore(state, 5, pinned=2)
     publisher.pin(0)
     publisher.publish({"norm.weight": network.norm.weight + 1})
     assert sorted(publisher._kept) == [6, 7]
@@ -307,7 +316,7 @@ def test_poison_that_serves_is_undone(monkeypatch) -> None:
         "adapt.policy.num_steps=4",
         "adapt.trainer.lr=1e-3",
         "adapt.guard={kind: shadow, tolerance: 1000, check_every: 1000, cooldown_rounds: 24}",
-        tokens=400,
+        tokens=384,
     )
     events = Events()
     arm = build_arm(world, "adapted", events)
@@ -347,14 +356,14 @@ def test_poison_that_serves_is_undone(monkeypatch) -> None:
 def test_nothing_is_undone_where_learning_pays() -> None:
     """On foreign text: most updates serve, none is rolled back, and scores say what they bring."""
     world, events = (
-        world_of("workload.temperature=1", domain="translated", tokens=384, prompts=2),
+        world_of("workload.temperature=1", domain="translated", tokens=224),
         Events(),
     )
     arm = build_arm(world, "adapted", events)
     decode(world, arm)
     assert arm.coscheduler is not None
     totals = arm.coscheduler.totals
-    assert totals.updates > 60
+    assert totals.updates > 25
     assert arm.coscheduler.version > 0.9 * totals.updates
     assert not events.of("rollback")
     assert totals.shadow_gain > 1
@@ -445,6 +454,13 @@ def test_an_interrupted_run_is_guarded_the_same(tmp_path: Path) -> None:
     assert verdicts("cut") == verdicts("whole")
     for field in ("tau", "rounds", "versions", "losses", "refused_updates", "rollbacks"):
         assert getattr(found, field) == getattr(expected, field), field
+
+
+def test_the_last_good_version_is_in_the_footprint() -> None:
+    """One version more is kept than ``adapt.publish.keep`` says."""
+    configs = [load_config(SAMPLED, [f"adapt.guard.kind={kind}"]) for kind in ("finite", "shadow")]
+    finite, shadow = (footprint(config, *sketch(config)) for config in configs)
+    assert shadow.last_good - finite.last_good == 4 * shadow.num_trained > 0
 
 
 # --- settings ------------------------------------------------------------------------------
