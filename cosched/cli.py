@@ -141,7 +141,7 @@ def sweep(
         raise ConfigError("--resume goes without --overwrite")
     plan = load_plan(config, overrides or ())
     folder = RunFolder(plan.folder, MARKER)
-    if not (resume and plan.folder.exists()):
+    if not (resume and (plan.folder / MARKER).exists()):
         folder.create(overwrite)
     changed = "".join(f"# with {word}\n" for word in overrides or ())
     folder.write(MARKER, config.read_text() + changed)

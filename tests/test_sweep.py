@@ -297,7 +297,7 @@ def test_a_folder_that_is_no_sweep_stays(tmp_path: Path) -> None:
     stranger.mkdir(parents=True)
     (stranger / "thesis.txt").write_text("do not delete")
     path = file(tmp_path, grid=RATES)
-    for flag in ("--overwrite", None):
+    for flag in ("--overwrite", "--resume", None):
         code, _, err = run_cli("sweep", "-c", path, *([flag] if flag else []))
         assert (code, (stranger / "thesis.txt").exists()) == (1, True), err
     code, _, err = run_cli("sweep", "-c", path, "--overwrite", "--resume")

@@ -10,7 +10,9 @@ import yaml
 
 from cosched.arms import adapts, control_of
 from cosched.build import build_arm, build_world
+from cosched.build_served import ServedWorld, build_served_arm
 from cosched.config import Config, load_config, to_yaml
+from cosched.engines.embedded.verification import SamplingParams
 from cosched.errors import ConfigError
 from cosched.experiment import Experiment
 from cosched.footprint import footprint, sketch
@@ -181,6 +183,26 @@ def test_only_its_own_section_builds_an_arm(tmp_path: Path) -> None:
         assert coscheduler is not None
         rates.append(coscheduler._trainer._learning_rate)
     assert rates == [1e-3, 0.25]
+
+
+def test_sglang_is_told_the_variant(tmp_path: Path) -> None:
+    """The engine's own file, read in another process, has the variant as its ``adapt``."""
+    variants = {"fast": {"trainer": {"lr": 0.25}, "policy": {"kind": "every_n_tokens"}}}
+    config = load_config(
+        file(tmp_path, variants, ["frozen", "fast", "fast+window"], engine={"kind": "sglang"})
+    )
+    world = ServedWorld(config, None, [], SamplingParams(0.0, 1.0))
+    for name, window, policy in (
+        ("frozen", None, "never"),
+        ("fast", None, "every_n_tokens"),
+        ("fast+window", 48, "every_n_tokens"),
+    ):
+        told = build_served_arm(world, name, NoEvents(), lambda _n: None).engine._config
+        (tmp_path / "told.yaml").write_text(to_yaml(told))
+        read = load_config(tmp_path / "told.yaml")
+        assert read.policy_settings.kind == policy
+        assert read.adapt.trainer.lr == (1e-3 if name == "frozen" else 0.25)
+        assert read.drafter_settings.window == window
 
 
 def test_names() -> None:
