@@ -104,6 +104,10 @@ class ReplaySettings(Section, frozen=True):
 
     A draft learns to look as far back as ``window`` reaches: give it the length that it serves.
     ``keep_finished`` keeps a request's rows until others need the room: to train when idle.
+    ``teacher`` is the form in which the target's rows wait: ``hidden``, its last hidden state, from
+    which its head gives the logits again; ``logits``, all of them; ``top_k``, the ``teacher_top_k``
+    best of them and the mass of the rest, which is taken to be shared evenly. The last two know no
+    more of a prompt than its last row.
     """
 
     window: Positive = 128
@@ -111,6 +115,7 @@ class ReplaySettings(Section, frozen=True):
     max_tokens: Positive = 65536
     max_bytes: Positive = 268435456
     teacher: TeacherForm = "hidden"
+    teacher_top_k: Positive = 64
     keep_finished: bool = False
 
 
@@ -295,6 +300,11 @@ def _check_together(config: Config) -> None:
     """What no single key can say."""
     drafter, loss = config.drafter_settings, config.loss_settings
     _ = config.policy_settings
+    if not getattr(LOSSES.get(loss.kind)(loss), "teaches", True):
+        raise ConfigError(
+            f"adapt.loss.kind: {loss.kind!r} does not look at the target, so the draft would stay as "
+            f"it is; make it a term of `sum`, beside one that does"
+        )
     bases = [split_arm(arm) for arm in config.arms]
     for arm, (base, windowed) in zip(config.arms, bases, strict=True):
         if base not in BASE_ARMS or (base == "plain" and windowed):

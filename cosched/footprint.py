@@ -12,15 +12,17 @@ import torch
 from torch import nn
 
 from cosched.errors import CheckpointError, ConfigError
-from cosched.registry import DRAFTERS
+from cosched.registry import DRAFTERS, LOSSES
 from cosched.replay import ReplayLimits
+from cosched.teacher import record_width
+from cosched.training.loss_peak import loss_peak
 from cosched.training.scope import parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cosched.config import Config
-    from cosched.protocols import Drafter, TargetInfo
+    from cosched.protocols import Drafter, Loss, TargetInfo
 
 SAFETENSORS_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 """Bytes of an element by the name that a safetensors header gives its type; one where not listed."""
@@ -67,6 +69,8 @@ class TargetSketch:
         with torch.device("meta"):
             embedding = nn.Embedding(vocab, hidden, dtype=dtype)
             head = nn.Linear(hidden, vocab, bias=False, dtype=dtype)
+        embedding.requires_grad_(False)
+        head.requires_grad_(False)
         return cls(vocab, hidden, layers, longest, embedding, head, directory, cache_width)
 
     def token_ids(self) -> Mapping[str, int] | None:
@@ -109,6 +113,9 @@ class Footprint:
     ``trainer_copy`` is the float32 draft that learns and ``first_weights`` what a reset goes back
     to; ``masters`` (ZeRO keeps its own), ``moments`` and ``gradients`` are DeepSpeed's.
     ``last_good`` is what can be served again: the draft as loaded, and the versions kept.
+    ``reference`` is the copy of before the update, where the loss compares with it. ``loss`` is the
+    most that logits take at once with all that is made of them, their gradients included, and that
+    of a head that is trained once more than in ``gradients``.
     """
 
     num_target_parameters: int | None
@@ -122,6 +129,8 @@ class Footprint:
     masters: int
     moments: int
     gradients: int
+    reference: int
+    loss: int
     replay: int
     draft_cache: int
     target_cache: int
@@ -141,6 +150,8 @@ class Footprint:
                 self.masters,
                 self.moments,
                 self.gradients,
+                self.reference,
+                self.loss,
                 self.replay,
                 self.draft_cache,
             )
@@ -151,9 +162,14 @@ def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> Repla
     """The replay buffer's bounds, with what a row of it takes.
 
     Raises:
-        ConfigError: they hold no request.
+        ConfigError: they hold no request, or keep more of a teacher row than it has.
     """
     replay = config.adapt.replay
+    if replay.teacher == "top_k" and replay.teacher_top_k > target.vocab_size:
+        raise ConfigError(
+            f"adapt.replay.teacher_top_k: {replay.teacher_top_k} is more than the "
+            f"{target.vocab_size} tokens of the target's vocabulary"
+        )
     hidden_bytes = target.hidden_size * target.embedding.weight.dtype.itemsize
     limits = ReplayLimits(
         window=replay.window,
@@ -162,11 +178,11 @@ def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> Repla
         max_tokens=replay.max_tokens,
         max_bytes=replay.max_bytes,
         feature_row_bytes=hidden_bytes * len(drafter.signal.feature_layers),
-        teacher_row_bytes=(
-            hidden_bytes
-            if replay.teacher == "hidden"
-            else target.vocab_size * torch.float32.itemsize
-        ),
+        teacher_row_bytes={
+            "hidden": hidden_bytes,
+            "logits": target.vocab_size * torch.float32.itemsize,
+            "top_k": record_width(replay.teacher_top_k) * torch.float32.itemsize,
+        }[replay.teacher],
     )
     needed = limits.request_bytes(keep_blocks=config.loss_settings.rows != "delayed")
     if needed > replay.max_bytes:
@@ -189,6 +205,7 @@ def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footpri
         )
     held = sum(parameter.numel() for parameter in parameters.values())
     limits = replay_limits(config, target, drafter)
+    loss = LOSSES.get(config.loss_settings.kind)(config.loss_settings)
     rows = config.loss_settings.rows
     one = limits.request_bytes(keep_blocks=rows != "delayed")
     requests = min(config.engine.max_batch, limits.room(one))
@@ -207,12 +224,31 @@ def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footpri
         masters=4 * trained if config.adapt.trainer.zero_stage else 0,
         moments=8 * trained,
         gradients=4 * trained,
+        reference=4 * trained * loss.needs_reference,
+        loss=_loss_peak(config, target, drafter, loss, limits) if trained else 0,
         replay=requests * one if trained else 0,
         draft_cache=cache * config.engine.max_batch * longest,
         target_cache=target.cache_width * dtype.itemsize * config.engine.max_batch * longest,
         feature_bytes_per_token=limits.feature_row_bytes,
         teacher_bytes_per_row=limits.teacher_row_bytes,
         cache_bytes_per_token=cache,
+    )
+
+
+def _loss_peak(
+    config: Config, target: TargetSketch, drafter: Drafter, loss: Loss, limits: ReplayLimits
+) -> int:
+    """Run the loss of a micro-step on the meta device, and count."""
+    replay = config.adapt.replay
+    dtype = target.embedding.weight.dtype if replay.teacher == "hidden" else torch.float32
+    return loss_peak(
+        drafter,
+        parameters_of(drafter, config.adapt.scope.kind),
+        loss,
+        target.head,
+        replay.teacher,
+        torch.empty(0, limits.teacher_row_bytes // dtype.itemsize, dtype=dtype, device="meta"),
+        num_rows=max(replay.anchors, config.engine.max_batch) * drafter.num_draft_tokens,
     )
 
 
