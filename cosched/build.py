@@ -172,6 +172,7 @@ def build_arm(
             stop_tokens=_stop_tokens(world),
             window=window,
             teacher=config.adapt.replay.teacher,
+            teacher_top_k=config.adapt.replay.teacher_top_k,
         ),
         device=world.target.device,
         observer=coscheduler,

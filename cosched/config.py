@@ -17,6 +17,7 @@ from cosched.arms import ADAPTED, BASE_ARMS, PLAIN, VARIANT_NAME, WINDOW_SUFFIX,
 from cosched.errors import ConfigError, PluginError
 from cosched.merging import PLUGIN_SECTIONS, from_words, merge, plain, read_yaml
 from cosched.records import TeacherForm
+from cosched.registry import LOSSES
 from cosched.watch import FiniteSettings, ShadowSettings
 
 if TYPE_CHECKING:
@@ -103,6 +104,10 @@ class ReplaySettings(Section, frozen=True):
     A draft learns to look as far back as ``window`` reaches: give it the length that it serves.
     ``keep_finished`` keeps a request's rows until others need the room: to train when idle.
     ``fresh`` trains on each anchor once at most, in the first update after it.
+    ``teacher`` is the form in which the target's rows wait: ``hidden``, its last hidden state, from
+    which its head gives the logits again; ``logits``, all of them; ``top_k``, the ``teacher_top_k``
+    best of them and the mass of the rest, which is taken to be shared evenly. The last two know no
+    more of a prompt than its last row.
     """
 
     window: Positive = 128
@@ -110,6 +115,7 @@ class ReplaySettings(Section, frozen=True):
     max_tokens: Positive = 65536
     max_bytes: Positive = 268435456
     teacher: TeacherForm = "hidden"
+    teacher_top_k: Positive = 64
     keep_finished: bool = False
     fresh: bool = False
 
@@ -361,6 +367,11 @@ def _check_adapt(config: Config, used: bool) -> None:
     """Whether what an arm does to learn fits the text and the engine."""
     drafter, loss, where = config.drafter_settings, config.loss_settings, config.adapt_key
     _ = config.policy_settings
+    if not getattr(LOSSES.get(loss.kind)(loss), "teaches", True):
+        raise ConfigError(
+            f"{where}.loss.kind: {loss.kind!r} does not look at the target, so the draft would stay "
+            f"as it is; make it a term of `sum`, beside one that does"
+        )
     engine, replay = config.engine, config.adapt.replay
     if loss.rows == "all":
         if engine.kind == "trace":

@@ -13,8 +13,10 @@ from torch import nn
 
 from cosched.arms import adapts
 from cosched.errors import CheckpointError, ConfigError
-from cosched.registry import DRAFTERS
+from cosched.registry import DRAFTERS, LOSSES
 from cosched.replay import ReplayLimits
+from cosched.teacher import record_width
+from cosched.training.loss_peak import loss_peak
 from cosched.training.scope import lora_of, scope_of
 from cosched.watch import ShadowSettings
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cosched.config import Config
-    from cosched.protocols import Drafter, TargetInfo
+    from cosched.protocols import Drafter, Loss, TargetInfo
 
 SAFETENSORS_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 """Bytes of an element by the name that a safetensors header gives its type; one where not listed."""
@@ -69,6 +71,8 @@ class TargetSketch:
         with torch.device("meta"):
             embedding = nn.Embedding(vocab, hidden, dtype=dtype)
             head = nn.Linear(hidden, vocab, bias=False, dtype=dtype)
+        embedding.requires_grad_(False)
+        head.requires_grad_(False)
         return cls(vocab, hidden, layers, longest, embedding, head, directory, cache_width)
 
     def token_ids(self) -> Mapping[str, int] | None:
@@ -113,7 +117,9 @@ class Footprint:
     ``first_weights`` what a reset goes back to; ``masters`` (ZeRO keeps its own), ``moments`` and
     ``gradients`` are DeepSpeed's. ``merged`` are the weights with adapters merged in, which are there
     only while they are published. ``last_good`` is what can be served again: the draft as loaded,
-    and the versions kept.
+    and the versions kept. ``reference`` is the copy of before the update, where the loss compares
+    with it. ``loss`` is the most that logits take at once with all that is made of them, their
+    gradients included, and that of a head that is trained once more than in ``gradients``.
     """
 
     num_target_parameters: int | None
@@ -129,6 +135,8 @@ class Footprint:
     masters: int
     moments: int
     gradients: int
+    reference: int
+    loss: int
     replay: int
     draft_cache: int
     target_cache: int
@@ -150,6 +158,8 @@ class Footprint:
                 self.masters,
                 self.moments,
                 self.gradients,
+                self.reference,
+                self.loss,
                 self.replay,
                 self.draft_cache,
             )
@@ -162,9 +172,14 @@ def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> Repla
     Where several adapters learn each has a buffer, and an equal part of what all of them may hold.
 
     Raises:
-        ConfigError: they hold no request.
+        ConfigError: they hold no request, or keep more of a teacher row than it has.
     """
     replay, num_buffers = config.adapt.replay, config.num_adapters or 1
+    if replay.teacher == "top_k" and replay.teacher_top_k > target.vocab_size:
+        raise ConfigError(
+            f"{config.adapt_key}.replay.teacher_top_k: {replay.teacher_top_k} is more than the "
+            f"{target.vocab_size} tokens of the target's vocabulary"
+        )
     hidden_bytes = target.hidden_size * target.embedding.weight.dtype.itemsize
     limits = ReplayLimits(
         window=replay.window,
@@ -173,11 +188,11 @@ def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> Repla
         max_tokens=replay.max_tokens // num_buffers,
         max_bytes=replay.max_bytes // num_buffers,
         feature_row_bytes=hidden_bytes * len(drafter.signal.feature_layers),
-        teacher_row_bytes=(
-            hidden_bytes
-            if replay.teacher == "hidden"
-            else target.vocab_size * torch.float32.itemsize
-        ),
+        teacher_row_bytes={
+            "hidden": hidden_bytes,
+            "logits": target.vocab_size * torch.float32.itemsize,
+            "top_k": record_width(replay.teacher_top_k) * torch.float32.itemsize,
+        }[replay.teacher],
     )
     needed = limits.request_bytes(keep_blocks=config.loss_settings.rows != "delayed")
     where = f"{config.adapt_key}.replay"
@@ -219,6 +234,7 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
         if served:
             versions = (1 + keep) * adapters
     limits = replay_limits(config, target, drafter)
+    loss = LOSSES.get(config.loss_settings.kind)(config.loss_settings)
     rows = config.loss_settings.rows
     one = limits.request_bytes(keep_blocks=rows != "delayed")
     requests = (served or 1) * limits.room(one)
@@ -241,12 +257,31 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
         masters=4 * trained if config.adapt.trainer.zero_stage else 0,
         moments=8 * trained,
         gradients=4 * trained,
+        reference=4 * trained * loss.needs_reference,
+        loss=_loss_peak(config, target, drafter, loss, limits) if trained else 0,
         replay=requests * one if trained else 0,
         draft_cache=cache * config.engine.max_batch * longest,
         target_cache=target.cache_width * dtype.itemsize * config.engine.max_batch * longest,
         feature_bytes_per_token=limits.feature_row_bytes,
         teacher_bytes_per_row=limits.teacher_row_bytes,
         cache_bytes_per_token=cache,
+    )
+
+
+def _loss_peak(
+    config: Config, target: TargetSketch, drafter: Drafter, loss: Loss, limits: ReplayLimits
+) -> int:
+    """Run the loss of a micro-step on the meta device, and count."""
+    replay = config.adapt.replay
+    dtype = target.embedding.weight.dtype if replay.teacher == "hidden" else torch.float32
+    return loss_peak(
+        drafter,
+        scope_of(drafter, config.adapt.scope).parameters,
+        loss,
+        target.head,
+        replay.teacher,
+        torch.empty(0, limits.teacher_row_bytes // dtype.itemsize, dtype=dtype, device="meta"),
+        num_rows=max(replay.anchors, config.engine.max_batch) * drafter.num_draft_tokens,
     )
 
 

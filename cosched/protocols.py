@@ -59,8 +59,10 @@ class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     Row weights multiply. ``position_decay`` assumes how likely a position is reached,
     ``acceptance_prefix`` computes it from the rows before (set ``position_decay: 1`` beside it).
-    ``hardest_share`` keeps that share of the rows, those where student and teacher differ most.
-    ``chunk_rows`` is how many rows a loss holds intermediates of, all where it is null.
+    ``hardest_share`` keeps that share of the rows, those where student and teacher differ most, and
+    ``easiest_share`` those where they differ least; with both, what lies between. ``chunk_rows`` is
+    of how many rows logits are held at once, of all where it is null; what was let go is computed
+    again for the gradient.
     """
 
     kind: str
@@ -68,8 +70,16 @@ class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     position_decay: Annotated[float, Meta(gt=0, le=1)] = 0.85
     acceptance_prefix: bool = False
     hardest_share: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    easiest_share: Annotated[float, Meta(gt=0, le=1)] = 1.0
     chunk_rows: Annotated[int, Meta(ge=1)] | None = None
     rows: Rows = "delayed"
+
+    def __post_init__(self) -> None:
+        if self.hardest_share + self.easiest_share <= 1:
+            raise ValueError(
+                f"hardest_share {self.hardest_share} and easiest_share {self.easiest_share} have no "
+                f"row in common; together they must be above 1"
+            )
 
 
 class DrafterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -200,8 +210,25 @@ class Drafter(Protocol):
         """A second drafter with its own network in ``dtype``; what is the target's stays shared."""
         ...
 
+    @property
+    def state_width(self) -> int:
+        """H, the width of what the head is put to."""
+        ...
+
+    def replay_states(self, batch: SignalBatch) -> Tensor:
+        """What the head is put to, with gradient ``[R, N, K, H]``, aligned to ``batch.teacher_RNKX``.
+
+        Nothing here is as wide as a vocabulary: that is left to ``project``, to be made of a few rows
+        at a time.
+        """
+        ...
+
+    def project(self, states: Tensor) -> Tensor:
+        """Student logits ``[..., V_draft]`` of states ``[..., H]``, each row by itself."""
+        ...
+
     def replay(self, batch: SignalBatch) -> Tensor:
-        """Student logits with gradient ``[R, N, K, V_draft]``, aligned to ``batch.teacher_RNKX``."""
+        """``project(replay_states(batch))``: student logits with gradient ``[R, N, K, V_draft]``."""
         ...
 
     def target_ids(self) -> Tensor | None:
@@ -239,13 +266,40 @@ class ServesAdapters(Protocol):
 class Loss(Protocol):
     """A pure function of student rows, teacher rows and row weights.
 
-    Two things it may say of itself, which the contract tests go by. ``proper = False``: it is not
-    least at q = p, only where the teacher is certain. ``detaches = True``: it holds factors that
-    depend on the student fixed, so its gradient is not that of its value.
+    It comes in two parts, so that logits need not all be there at once: ``measure`` looks at single
+    rows, ``reduce`` at what was measured of all. ``needs_reference`` says whether it compares the
+    student with the draft before the update as well, whose rows are then given.
+
+    Three things it may say of itself, which the contract tests and the settings go by. ``proper =
+    False``: it is not least at q = p, only where the teacher is certain. ``detaches = True``: it
+    holds factors that depend on the student fixed, so its gradient is not that of its value.
+    ``teaches = False``: it does not look at the teacher, and can only be a part of another.
     """
 
-    def __call__(self, student_RNKV: Tensor, teacher_RNKV: Tensor, weights_RNK: Tensor) -> Tensor:
-        """One number to step on, from logits over the draft's vocabulary on both sides."""
+    settings: LossSettings
+    needs_reference: bool
+
+    def measure(
+        self, student_MV: Tensor, teacher_MV: Tensor, reference_MV: Tensor | None = None
+    ) -> Tensor:
+        """What ``reduce`` needs of each row ``[M, Q]``, from logits over the draft's vocabulary.
+
+        Row by row: those of a few rows are the same as among all. Sizes do not depend on values.
+        """
+        ...
+
+    def reduce(self, measured_RNKQ: Tensor, weights_RNK: Tensor) -> Tensor:
+        """One number to step on; rows of weight zero may hold anything."""
+        ...
+
+    def __call__(
+        self,
+        student_RNKV: Tensor,
+        teacher_RNKV: Tensor,
+        weights_RNK: Tensor,
+        reference_RNKV: Tensor | None = None,
+    ) -> Tensor:
+        """``reduce`` of the ``measure`` of all rows at once: the plain form, to compare with."""
         ...
 
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Rows = Literal["accepted", "refused", "all", "delayed"]
-TeacherForm = Literal["hidden", "logits"]
+TeacherForm = Literal["hidden", "logits", "top_k"]
+"""How a teacher row is kept: the target's last hidden state, its logits, or the best of them
+(``cosched.teacher``)."""
 
 
 # --- data records: tensors -----------------------------------------------------------------
@@ -50,8 +52,8 @@ class Segment:
     """Rows of one request that became part of its text.
 
     Row i sits at position ``start + i``. ``tokens_R1`` has one token more than there are rows: the
-    last is the token that the last row decided. ``features_RF`` and ``teacher_RX`` (X is H or V,
-    by the teacher form) may be None where nobody asked or the engine does not have them.
+    last is the token that the last row decided. ``features_RF`` and ``teacher_RX`` (X goes by
+    the teacher form) may be None where nobody asked or the engine does not have them.
     """
 
     request_id: str

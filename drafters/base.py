@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Self
 
+    from cosched.records import SignalBatch
     from drafters.layers import Rotary
 
 C = TypeVar("C", bound=DecoderConfig)
@@ -77,6 +78,10 @@ class NetworkDrafter(Generic[C, N]):
     @abstractmethod
     def cache_writers(self) -> tuple[str, ...]:
         """Beginnings of parameter names that the keys and values of committed rows are made of."""
+
+    @abstractmethod
+    def replay_states(self, batch: SignalBatch) -> Tensor:
+        """What ``project`` makes the rows of a batch of, with gradient ``[R, N, K, H]``."""
 
     @property
     @abstractmethod
@@ -206,6 +211,16 @@ class NetworkDrafter(Generic[C, N]):
             self._runs.set(used, counts, self._weight)
 
     # --- what is the same in all, or in most -----------------------------------------------
+
+    @property
+    def state_width(self) -> int:
+        return self._config.hidden_size
+
+    def project(self, states: Tensor) -> Tensor:
+        return self.head(states)
+
+    def replay(self, batch: SignalBatch) -> Tensor:
+        return self.project(self.replay_states(batch))
 
     @property
     def cache_bytes_per_token(self) -> int:

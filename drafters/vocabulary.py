@@ -78,10 +78,11 @@ def check_mapping(d2t_U: Tensor, t2d_V: Tensor, where: object) -> None:
 
 def partial_ids(d2t_U: Tensor | None, vocab_size: int) -> Tensor | None:
     """Target token of each draft token ``[U]``; None where the two vocabularies are one."""
-    if d2t_U is None or d2t_U.is_meta:
+    if d2t_U is None:
         return None
     ids = target_ids(d2t_U)
-    whole = len(ids) == vocab_size and bool((d2t_U == 0).all())
+    # A sketch has no values to look at; what counts there is how many they are.
+    whole = len(ids) == vocab_size and (d2t_U.is_meta or bool((d2t_U == 0).all()))
     return None if whole else ids
 
 

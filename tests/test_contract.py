@@ -23,7 +23,7 @@ class TestLosses(LossContract):
             "top_k_cross_entropy": [{"k": k} for k in (1, 3, 7)],
             "sum": [
                 {"terms": [{"kind": "forward_kl"}, {"kind": other, "weight": 0.5}]}
-                for other in ("total_variation", "lk_hybrid")
+                for other in ("total_variation", "lk_hybrid", "proximal_kl")
             ],
         }
         found = cells.get(plugin.name, [{}])

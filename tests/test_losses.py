@@ -17,7 +17,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosched.config import Config, load_config, to_yaml
 from cosched.errors import ConfigError
@@ -241,14 +240,34 @@ def test_hardest_keeps_its_share_of_the_rows_that_count() -> None:
     assert int((hardest(weights, gap, 1e-3) > 0).sum()) == 1
 
 
+def test_shares_cut_the_gap_at_both_ends() -> None:
+    """Of five rows that count: the easiest three, the hardest four, and the two in both."""
+    weights = torch.tensor([[[1.0, 0.0, 0.5, 1.0, 1.0, 1.0]]])
+    alpha = torch.tensor([[[0.9, math.nan, 0.7, 0.1, 0.8, 1.0]]])
+
+    def kept(**own: float) -> list[float]:
+        loss = make("forward_kl", position_decay=1, **own)
+        return loss.weights(alpha, weights).flatten().tolist()
+
+    assert kept(easiest_share=0.5) == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+    assert kept(hardest_share=0.7) == [1.0, 0.0, 0.5, 1.0, 1.0, 0.0]
+    assert kept(easiest_share=0.5, hardest_share=0.7) == [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", ["{kind: forward_kl", "{kind: sum, terms: [{kind: forward_kl}]"])
+def test_shares_without_a_common_row_are_refused(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"adapt\.loss: hardest_share 0\.5 .*must be above 1"):
+        with_loss(kind + ", hardest_share: 0.5, easiest_share: 0.5}")
+
+
 @pytest.mark.parametrize("own", [{"acceptance_prefix": True}, {"hardest_share": 0.4}])
 def test_weights_of_rows_are_held_fixed(own: dict[str, Any]) -> None:
     """Value and gradient are those of the same weights given from outside."""
     student, teacher, weights = blocks()
     loss, plain = make("forward_kl", **own), make("forward_kl", position_decay=1)
-    seen = loss.weights(student.flatten(0, 2), teacher.flatten(0, 2), weights)
+    seen = loss.weights(acceptance(student, teacher), weights)
     assert not seen.requires_grad
-    assert not torch.equal(seen, make("forward_kl").weights(student, teacher, weights))
+    assert not torch.equal(seen, make("forward_kl").weights(None, weights))
     assert not seen[weights == 0].any()
     torch.testing.assert_close(loss(student, teacher, weights), plain(student, teacher, seen))
     found = gradient(lambda s: loss(s, teacher, weights), student)
@@ -264,50 +283,6 @@ def test_masked_rows_do_not_reach_the_weights(own: dict[str, Any]) -> None:
     expected = loss(student, teacher, weights)
     student[weights == 0] = math.nan
     assert torch.equal(loss(student, teacher, weights), expected)
-
-
-# --- chunks of rows ------------------------------------------------------------------------
-
-
-class LargeResults(TorchDispatchMode):
-    """Counts results of more than so many elements that are no views."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self.limit, self.found = limit, []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not func.is_view and result.numel() > self.limit:
-            self.found.append(str(func))
-        return result
-
-
-@pytest.mark.parametrize("kind", ROW_LOSSES)
-def test_chunks_equal_the_whole(kind: str) -> None:
-    """In value and gradient, to the rounding of a sum; the last chunk is a short one."""
-    student, teacher, weights = blocks()
-    own = {"acceptance_prefix": True, "hardest_share": 0.7}
-    eager, chunked = make(kind, **own), make(kind, **own, chunk_rows=5)
-    close(chunked(student, teacher, weights), eager(student, teacher, weights))
-    found = gradient(lambda s: chunked(s, teacher, weights), student)
-    close(found, gradient(lambda s: eager(s, teacher, weights), student))
-
-
-@pytest.mark.parametrize("kind", ROW_LOSSES)
-def test_chunks_hold_no_more_than_a_chunk(kind: str) -> None:
-    """The one thing as large as the logits that is made, forwards and back, is their gradient."""
-    student, teacher, weights = blocks()
-    own = {"acceptance_prefix": True, "hardest_share": 0.7}
-
-    def large_results(chunk_rows: int | None) -> list[str]:
-        loss, leaf = make(kind, **own, chunk_rows=chunk_rows), student.clone().requires_grad_()
-        with LargeResults(5 * student.shape[-1]) as large:
-            loss(leaf, teacher, weights).backward()
-        return large.found
-
-    assert large_results(5) == ["aten.empty_like.default"]
-    assert len(large_results(None)) > 3
 
 
 # --- sums ----------------------------------------------------------------------------------

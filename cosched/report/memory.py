@@ -40,6 +40,8 @@ def footprint_table(footprint: Footprint) -> Table:
         ("ZeRO masters", footprint.masters, "4 bytes a trained parameter (none in stage 0)"),
         ("Adam moments", footprint.moments, "8 bytes a trained parameter"),
         ("gradients", footprint.gradients, "4 bytes a trained parameter"),
+        ("draft before the update", footprint.reference, "where the loss compares with it"),
+        ("loss", footprint.loss, "logits and what is made of them (adapt.loss.chunk_rows)"),
         (
             "replay buffer",
             footprint.replay,

@@ -14,7 +14,7 @@ from cosched.engines.embedded.request import GenerationRequest
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.target import Target
 from cosched.guard import FiniteGuard
-from cosched.protocols import Drafter, LossSettings
+from cosched.protocols import Drafter, Loss, LossSettings
 from cosched.publish import InPlacePublisher
 from cosched.records import Decision, Rows, Snapshot, VerifyRound
 from cosched.registry import LOSSES
@@ -153,13 +153,19 @@ def serve(
 
 
 def make_trainer(
-    target: Target, drafter: Drafter, zero_stage: int = 1, lr: float = 1e-3, max_norm: float = 1.0
+    target: Target,
+    drafter: Drafter,
+    zero_stage: int = 1,
+    lr: float = 1e-3,
+    max_norm: float = 1.0,
+    scope: str = "full",
+    loss: Loss | None = None,
 ) -> DeepSpeedTrainer:
-    """A DeepSpeed trainer of the whole draft with the forward KL."""
+    """A DeepSpeed trainer of a draft, with the forward KL unless a loss is given."""
     copy = drafter.clone(torch.float32)
-    loss = LOSSES.get("forward_kl")(LossSettings(kind="forward_kl"))
-    batch_loss = BatchLoss(copy, loss, target.head, "hidden")
-    return DeepSpeedTrainer(batch_loss, parameters_of(copy, "full"), zero_stage, lr, max_norm)
+    chosen: Loss = loss or LOSSES.get("forward_kl")(LossSettings(kind="forward_kl"))
+    batch_loss = BatchLoss(copy, chosen, target.head, "hidden")
+    return DeepSpeedTrainer(batch_loss, parameters_of(copy, scope), zero_stage, lr, max_norm)
 
 
 def make_buffer(

@@ -55,7 +55,7 @@ class LossContract(OneThread):
         for seed in range(1, 9):
             for scale in (1e-3, 1.0, 5.0):
                 student = teacher + scale * logits(seed)
-                assert float(loss(student, teacher, weights)) >= float(least) - 1e-12
+                assert float(evaluate(loss, student, teacher, weights)) >= float(least) - 1e-12
         far, gradient = value_and_gradient(loss, logits(1), teacher, weights)
         assert float(far) > float(least)  # a constant would pass all of the above
         assert float(gradient.abs().max()) > 1e-6
@@ -67,7 +67,7 @@ class LossContract(OneThread):
         weights = torch.rand(SHAPE[:-1], dtype=torch.float64, generator=generator(3))
         weights[0, 1] = 0
         student = logits(1).requires_grad_()
-        assert torch.autograd.gradcheck(lambda s: loss(s, logits(0), weights), (student,))
+        assert torch.autograd.gradcheck(lambda s: evaluate(loss, s, logits(0), weights), (student,))
 
     def test_rows_of_weight_zero_do_not_matter(self, loss: Loss) -> None:
         """Whatever stands in them: value and gradient of the other rows are the same."""
@@ -95,9 +95,9 @@ class LossContract(OneThread):
         """Logits are known up to a constant of each row, on both sides."""
         weights = torch.ones(SHAPE[:-1], dtype=torch.float64)
         constant = logits(8)[..., :1]
-        expected = loss(logits(1), logits(0), weights)
-        assert torch.allclose(loss(logits(1) + constant, logits(0), weights), expected)
-        assert torch.allclose(loss(logits(1), logits(0) + constant, weights), expected)
+        expected = evaluate(loss, logits(1), logits(0), weights)
+        assert torch.allclose(evaluate(loss, logits(1) + constant, logits(0), weights), expected)
+        assert torch.allclose(evaluate(loss, logits(1), logits(0) + constant, weights), expected)
 
     @pytest.mark.parametrize("scale", [30.0, 1e3, 1e4])
     def test_it_stays_finite_at_extreme_logits(self, loss: Loss, scale: float) -> None:
@@ -109,15 +109,64 @@ class LossContract(OneThread):
             assert bool(value.isfinite())
             assert bool(gradient.isfinite().all())
 
+    def test_rows_are_measured_one_by_one(self, loss: Loss) -> None:
+        """Measured a few at a time and reduced, rows give the value and gradient of all at once."""
+        weights = torch.rand(SHAPE[:-1], dtype=torch.float64, generator=generator(3))
+        weights[0, 1] = 0
+        expected = value_and_gradient(loss, logits(1), logits(0), weights)
+        for chunk_rows in (1, 5):
+            student = logits(1).requires_grad_()
+            rows_M = torch.arange(student[..., 0].numel())
+            at = (rows_M[:0], *rows_M.split(chunk_rows))  # no rows at all are as good as some
+            parts = [[rows.flatten(0, 2)[few] for few in at] for rows in (student, logits(0))]
+            measured_MQ = torch.cat(
+                [
+                    loss.measure(ours, theirs, theirs if loss.needs_reference else None)
+                    for ours, theirs in zip(*parts, strict=True)
+                ]
+            )
+            value = loss.reduce(measured_MQ.unflatten(0, SHAPE[:-1]), weights)
+            assert torch.allclose(value, expected[0], rtol=1e-12)
+            (gradient,) = torch.autograd.grad(value, student)
+            assert torch.allclose(gradient, expected[1], rtol=1e-9, atol=1e-15)
+
+    def test_it_looks_at_what_it_says_it_looks_at(self, loss: Loss) -> None:
+        """At the reference only if it needs one, at the teacher unless it says otherwise."""
+        weights = torch.ones(SHAPE[:-1], dtype=torch.float64)
+
+        def value(teacher: Tensor, reference: Tensor | None) -> float:
+            return float(loss(logits(1), teacher, weights, reference))
+
+        reference = logits(2) if loss.needs_reference else None
+        changed = value(logits(0), logits(3)) != value(logits(0), reference)
+        assert changed == loss.needs_reference
+        changed = value(logits(4), reference) != value(logits(0), reference)
+        assert changed == getattr(loss, "teaches", True)
+
+    def test_sizes_do_not_depend_on_values(self, loss: Loss) -> None:
+        """It runs where there are none (`cosched check` adds up its memory so), forwards and back."""
+        rows = [torch.empty(6, 5 * SHAPE[-1], device="meta") for _ in range(3)]
+        student = rows[0].requires_grad_()
+        measured_MQ = loss.measure(student, rows[1], rows[2] if loss.needs_reference else None)
+        weights = torch.empty(1, 2, 3, device="meta")
+        loss.reduce(measured_MQ.unflatten(0, (1, 2, 3)), weights).backward()
+        assert student.grad is not None
+        assert student.grad.shape == student.shape
+
     def test_it_is_pure(self, loss: Loss) -> None:
         """One number, the same every time, from inputs that stay as they are."""
         student, teacher = logits(1), logits(0)
         weights = torch.ones(SHAPE[:-1], dtype=torch.float64)
         kept = student.clone(), teacher.clone(), weights.clone()
-        first, second = (loss(student, teacher, weights) for _ in range(2))
+        first, second = (evaluate(loss, student, teacher, weights) for _ in range(2))
         assert first.shape == ()
         assert torch.equal(first, second)
         assert all(map(torch.equal, kept, (student, teacher, weights)))
+
+
+def evaluate(loss: Loss, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """The loss, eagerly; where it asks for the draft before the update, that agrees with the teacher."""
+    return loss(student, teacher, weights, teacher if loss.needs_reference else None)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -135,6 +184,6 @@ def value_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Of the loss, with respect to the student's logits."""
     student = student.clone().requires_grad_()
-    value = loss(student, teacher, weights)
+    value = evaluate(loss, student, teacher, weights)
     (gradient,) = torch.autograd.grad(value, student)
     return value.detach(), gradient

@@ -239,6 +239,8 @@ class MetaTarget:
         with torch.device("meta"):
             self.embedding = nn.Embedding(target.vocab_size, target.hidden_size)
             self.head: nn.Module = nn.Linear(target.hidden_size, target.vocab_size, bias=False)
+        self.embedding.requires_grad_(False)
+        self.head.requires_grad_(False)
 
     def token_ids(self) -> Any:
         return copy(self._target.token_ids())

@@ -93,6 +93,7 @@ class DeepSpeedTrainer:
         num_rows = batch.num_rows
         if self._group is not None:
             batch, self._weight = share_of(batch, self._group.rank, self._group.size)
+        self._batch_loss.begin_update(batch)
         for _ in range(decision.num_steps):
             loss, taken = self.step(batch)
             losses.append(loss)

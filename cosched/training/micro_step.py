@@ -1,7 +1,7 @@
 """The loss of a batch: replay the draft, recall the teacher, compare.
 
-Letters: R requests, N anchors, K drafted tokens, X teacher width (hidden or vocabulary),
-V draft vocabulary.
+Letters: R requests, N anchors, K drafted tokens, M rows of them that count, X teacher width, H width
+of the draft's states, V draft vocabulary, Q what a loss measures of a row.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cosched.teacher import unpack_best
+from cosched.training.chunks import in_chunks
+from cosched.training.reference import DraftBefore
+
 if TYPE_CHECKING:
     from cosched.protocols import Drafter, Loss
     from cosched.records import SignalBatch, TeacherForm
@@ -22,8 +26,10 @@ class BatchLoss(nn.Module):
     """A drafter with its loss as one module whose forward is the scalar to step on.
 
     The drafter's network is the only submodule: the target's embedding and head stay outside, so
-    that no optimizer can reach them. ``lost_mass`` is what the teacher of the last batch said outside
-    of the draft's vocabulary, as a mean over its rows; None where the vocabularies are one.
+    that no optimizer can reach them. Logits, of the student, the teacher and the reference, are made
+    of ``chunk_rows`` rows at a time (``adapt.loss``), and of rows of weight zero not at all.
+    ``lost_mass`` is what the teacher of the last batch said outside of the draft's vocabulary, as a
+    mean over its rows; None where the vocabularies are one.
     """
 
     lost_mass: Tensor | None = None
@@ -39,11 +45,59 @@ class BatchLoss(nn.Module):
         self._loss = loss
         self._teacher_head = (teacher_head,)  # in a tuple, so that it is no submodule
         self._teacher_form = teacher_form
+        self._before = DraftBefore(drafter) if loss.needs_reference else None
+        self._reference_RNKH: Tensor | None = None
+
+    @torch.no_grad()
+    def begin_update(self, batch: SignalBatch) -> None:
+        """Micro-steps on this batch follow: what they are held against is the draft as it is now."""
+        if self._before is not None:
+            self._before.catch_up()
+            self._reference_RNKH = self._before.drafter.replay_states(batch)
 
     def forward(self, batch: SignalBatch) -> Tensor:
         """Scalar loss of a batch, in float32 or wider."""
-        student_RNKV = _wide(self._drafter.replay(batch))
-        return self._loss(student_RNKV, self.teacher_logits(batch), batch.weights_RNK)
+        weights_RNK, reference = batch.weights_RNK, self._reference_RNKH
+        assert self._before is None or reference is not None, "an update has not begun"
+        counts_M = weights_RNK.flatten().nonzero().squeeze(-1)  # host waits for the device
+        states_MH = self._drafter.replay_states(batch).flatten(0, 2).index_select(0, counts_M)
+        measured_MQ, lost_M = self.measure(
+            counts_M,
+            states_MH,
+            batch.teacher_RNKX.flatten(0, 2),
+            None if reference is None else reference.flatten(0, 2),
+        )
+        self._note(lost_M, weights_RNK.flatten().index_select(0, counts_M))
+        whole_MQ = measured_MQ.new_zeros(weights_RNK.numel(), measured_MQ.shape[-1])
+        whole_MQ = whole_MQ.index_copy(0, counts_M, measured_MQ)
+        return self._loss.reduce(whole_MQ.unflatten(0, weights_RNK.shape), weights_RNK)
+
+    def measure(
+        self,
+        counts_M: Tensor,
+        states_MH: Tensor,
+        teacher: Tensor,
+        reference: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the loss measures of rows ``[M, Q]``, and the mass that the draft cannot say ``[M]``.
+
+        ``teacher`` and ``reference`` have the rows of the whole batch, ``counts_M`` says which of
+        them are meant.
+        """
+
+        def measure(rows: slice, states_MH: Tensor) -> tuple[Tensor, Tensor | None]:
+            at_M = counts_M[rows]
+            student_MV = _wide(self._drafter.project(states_MH))
+            with torch.no_grad():
+                teacher_MV, lost_M = self._teacher_rows(teacher.index_select(0, at_M))
+                reference_MV = None
+                if reference is not None and self._before is not None:
+                    reference_MH = reference.index_select(0, at_M)
+                    reference_MV = _wide(self._before.drafter.project(reference_MH))
+            return self._loss.measure(student_MV, teacher_MV, reference_MV), lost_M
+
+        parameters = list(self.network.parameters())
+        return in_chunks(measure, states_MH, parameters, self._loss.settings.chunk_rows)
 
     @torch.no_grad()
     def teacher_logits(self, batch: SignalBatch) -> Tensor:
@@ -51,27 +105,28 @@ class BatchLoss(nn.Module):
 
         A loss takes their softmax, so the teacher is renormalised over that vocabulary.
         """
-        logits = batch.teacher_RNKX
+        logits, lost_RNK = self._teacher_rows(batch.teacher_RNKX)
+        self._note(lost_RNK, batch.weights_RNK)
+        return logits
+
+    def _note(self, lost: Tensor | None, weights: Tensor) -> None:
+        if lost is not None:
+            smallest = torch.finfo(weights.dtype).tiny  # a rank's share may have no row that counts
+            lost = lost.masked_fill(weights == 0, 0)
+            self.lost_mass = (lost * weights).sum() / weights.sum().clamp_min(smallest)
+
+    def _teacher_rows(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits over the draft's vocabulary ``[..., V]`` of kept rows, and the mass outside of it."""
+        head = self._teacher_head[0]
         if self._teacher_form == "hidden":
-            logits = self._teacher_head[0](logits)
+            rows = head(rows)
+        elif self._teacher_form == "top_k":
+            rows = unpack_best(rows, len(next(head.parameters())))
         ids = self._drafter.target_ids()
         if ids is None:
-            return _wide(logits)
-        kept = _wide(logits.index_select(-1, ids))
-        weights = batch.weights_RNK
-        lost_RNK = _lost_mass(logits, kept).masked_fill(weights == 0, 0)
-        smallest = torch.finfo(weights.dtype).tiny  # a rank's share may have no row that counts
-        self.lost_mass = (lost_RNK * weights).sum() / weights.sum().clamp_min(smallest)
-        return kept
-
-
-def _lost_mass(logits: Tensor, kept_RNKV: Tensor) -> Tensor:
-    """Mass of each row ``[R, N, K]`` that is not among the kept logits.
-
-    Request by request: a wide copy of the target's vocabulary is held of one of them only.
-    """
-    whole_RNK = torch.stack([_wide(rows).logsumexp(-1) for rows in logits])
-    return -torch.expm1(kept_RNKV.logsumexp(-1) - whole_RNK).clamp_max(0)
+            return _wide(rows), None
+        kept = _wide(rows.index_select(-1, ids))
+        return kept, -torch.expm1(kept.logsumexp(-1) - _wide(rows).logsumexp(-1)).clamp_max(0)
 
 
 def share_of(batch: SignalBatch, rank: int, num_ranks: int) -> tuple[SignalBatch, float]:

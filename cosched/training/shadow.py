@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cosched.teacher import unpack_best
 from cosched.training.lora import placed
 from cosched.training.micro_step import share_of
 
@@ -86,7 +87,11 @@ class Shadow:
         return [torch.cat(lengths).tolist() for lengths in found]  # host waits for the device
 
     def _teacher(self, rows_NKX: Tensor) -> Tensor:
-        logits = self._teacher_head(rows_NKX) if self._teacher_form == "hidden" else rows_NKX
+        logits = rows_NKX
+        if self._teacher_form == "hidden":
+            logits = self._teacher_head(rows_NKX)
+        elif self._teacher_form == "top_k":
+            logits = unpack_best(rows_NKX, len(next(self._teacher_head.parameters())))
         if self._temperature == 0:
             best = logits.argmax(-1, keepdim=True)
             return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best, 1)

@@ -205,7 +205,7 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
 
     # --- learning --------------------------------------------------------------------------
 
-    def replay(self, batch: SignalBatch) -> Tensor:
+    def replay_states(self, batch: SignalBatch) -> Tensor:
         """Blocks from many anchors at once over the keys and values of one context."""
         assert batch.features_RCF is not None, "a DFlash batch carries features"
         network, dtype = self._network, self._network.fc.weight.dtype
@@ -235,7 +235,7 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
                 queries, keys_RCHD, values_RCHD, visible_RNSC, keys, values, own_ST
             )
             hidden = layer.finish(hidden, attended)
-        return self.head(network.norm(hidden[:, :, 1:]))
+        return network.norm(hidden[:, :, 1:])
 
     def _packed_visible(
         self, sliding: int | None, batch: SignalBatch, at_C: Tensor, at_S: Tensor

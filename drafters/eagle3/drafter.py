@@ -191,7 +191,7 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
 
     # --- learning --------------------------------------------------------------------------
 
-    def replay(self, batch: SignalBatch) -> Tensor:
+    def replay_states(self, batch: SignalBatch) -> Tensor:
         """Chains from many anchors at once: step-0 keys of the context, then each its own.
 
         Step s of an anchor sees the context rows before the anchor and the s rows it drafted
@@ -214,7 +214,7 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
         queries = network.queries(inputs, position_RN)
         own_keys: list[Tensor] = []
         own_values: list[Tensor] = []
-        logits: list[Tensor] = []
+        states: list[Tensor] = []
         hidden = residual
         for step in range(steps):
             if step:
@@ -240,8 +240,8 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
                 own_1S,
             ).squeeze(2)
             normed, hidden = network.finish(residual, attended)
-            logits.append(self.head(normed))
-        return torch.stack(logits, 2)
+            states.append(normed)
+        return torch.stack(states, 2)
 
     def _embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Embeddings; where they are the target's, training must not reach them."""

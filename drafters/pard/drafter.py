@@ -160,8 +160,7 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
             anchor_B = torch.tensor(counts, device=hidden.device) - 1
             ahead_K = torch.arange(self.num_draft_tokens, device=hidden.device)
             hidden = gather_rows(hidden, anchor_B[:, None] + ahead_K)
-        logits = self._network.head(hidden)[..., : self._num_shared]
-        logits = over_target(logits, self._target_ids, self._target.vocab_size)
+        logits = over_target(self.project(hidden), self._target_ids, self._target.vocab_size)
         tokens = [choose(k, logits[:, k]) for k in range(self.num_draft_tokens)]
         return Proposal(torch.stack(tokens, 1), logits)
 
@@ -202,7 +201,7 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
 
     # --- learning --------------------------------------------------------------------------
 
-    def replay(self, batch: SignalBatch) -> Tensor:
+    def replay_states(self, batch: SignalBatch) -> Tensor:
         """Masks behind many anchors at once over one run of the context.
 
         The context starts with the buffer's first row: what came before it, which serving still had
@@ -245,8 +244,10 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
                 )
                 attended = attend_packed(own[0], keys, values, visible_RNMC, own[1], own[2], own_MM)
                 masked = layer.finish(masked, attended)
-        rows = torch.cat((gather_rows(hidden, anchors_RN)[:, :, None], masked), 2)
-        return network.head(rows)[..., : self._num_shared]
+        return torch.cat((gather_rows(hidden, anchors_RN)[:, :, None], masked), 2)
+
+    def project(self, states: Tensor) -> Tensor:
+        return self._network.head(states)[..., : self._num_shared]
 
 
 def _narrower(one: int | None, other: int | None) -> int | None:

@@ -18,6 +18,7 @@ from cosched.engines.embedded.request import FinishedRequest, GenerationRequest
 from cosched.engines.embedded.target import TargetRows
 from cosched.engines.embedded.verification import RandomStream
 from cosched.records import Proposal, RoundRow, Segment, ServedBlock, TeacherForm, VerifyRound
+from cosched.teacher import pack_best
 
 if TYPE_CHECKING:
     from cosched.engines.embedded.judges import Judge
@@ -33,7 +34,10 @@ Recorder = Callable[[GenerationRequest, TargetRows, int, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Limits and habits of one engine. ``window`` is how many tokens back the draft sees."""
+    """Limits and habits of one engine. ``window`` is how many tokens back the draft sees.
+
+    ``teacher_top_k`` is how many logits a teacher row of the form ``top_k`` keeps.
+    """
 
     max_batch: int
     max_length: int
@@ -41,6 +45,7 @@ class EngineOptions:
     stop_tokens: frozenset[int]
     window: int | None = None
     teacher: TeacherForm = "hidden"
+    teacher_top_k: int = 64
 
 
 @dataclass(slots=True)
@@ -152,7 +157,7 @@ class EmbeddedEngine:
             self._paths([slot], 0),
         )
         self._commit(slot, outcome.next_B)
-        segment = self._segment(index, rows, 0, 0, num_prompt)
+        segment = self._segment(index, rows, self._teacher(rows), 0, 0, num_prompt)
         self.seconds.prefill += self._now() - started
         self._report((segment,), (), 0.0, 0.0)
 
@@ -197,17 +202,18 @@ class EmbeddedEngine:
         accepted = outcome.num_accepted_B.tolist()  # host waits for the device
         verified = self._clock()
         segments, blocks = [], []
+        teacher = self._teacher(rows)
         for index, slot in enumerate(slots):
             start, count = slot.length - 1, accepted[index]
             new = torch.cat((proposal.tokens_BK[index, :count], outcome.next_B[index : index + 1]))
             committed = self._commit(slot, new)
             count = min(count, committed)  # drafts past the end of the text were not asked for
-            segments.append(self._segment(index, rows, index, start, committed))
-            teacher = self._teacher(rows)[index, :num_drafted]
+            segments.append(self._segment(index, rows, teacher, index, start, committed))
             if num_drafted:
+                judges = None if teacher is None else teacher[index, :num_drafted]
                 blocks.append(
                     ServedBlock(
-                        slot.request.id, start, proposal.tokens_BK[index], teacher, count, committed
+                        slot.request.id, start, proposal.tokens_BK[index], judges, count, committed
                     )
                 )
             generated = start + 1 - len(slot.request.prompt_P)
@@ -256,7 +262,13 @@ class EmbeddedEngine:
         return len(tokens_R)
 
     def _segment(
-        self, slot_index: int, rows: TargetRows, row_index: int, start: int, count: int
+        self,
+        slot_index: int,
+        rows: TargetRows,
+        teacher: Tensor | None,
+        row_index: int,
+        start: int,
+        count: int,
     ) -> Segment:
         """Tell the draft about committed rows, record them, and make them a segment."""
         slot = self._slots[slot_index]
@@ -267,18 +279,27 @@ class EmbeddedEngine:
             self._drafter.observe(self._state, slot_index, tokens_R1, features_RF)
         if self._recorder:
             self._recorder(slot.request, rows, row_index, start, count)
-        teacher = self._teacher(rows)
-        whole = teacher.shape[1] >= count  # a prompt has logits for its last row only
+        if teacher is not None and teacher.shape[1] < count:
+            teacher = None  # a prompt has logits for its last row only
         return Segment(
             slot.request.id,
             start,
             tokens_R1,
             features_RF,
-            teacher[row_index, :count] if whole else None,
+            None if teacher is None else teacher[row_index, :count],
         )
 
-    def _teacher(self, rows: TargetRows) -> Tensor:
-        return rows.hidden_BTH if self._options.teacher == "hidden" else rows.logits_BTV
+    def _teacher(self, rows: TargetRows) -> Tensor | None:
+        """Teacher rows ``[B, T, X]`` in the form asked for; None where nobody looks."""
+        if self._observer is None:
+            return None
+        match self._options.teacher:
+            case "hidden":
+                return rows.hidden_BTH
+            case "logits":
+                return rows.logits_BTV
+            case "top_k":
+                return pack_best(rows.logits_BTV, self._options.teacher_top_k)
 
     def _report(
         self,

@@ -119,6 +119,11 @@ def check_servable(config: Config) -> None:
     """
     fixed_arguments(config)
     settings = config.drafter_settings
+    if (form := config.adapt.replay.teacher) != "hidden":
+        raise ConfigError(
+            f"adapt.replay.teacher: {form!r} is for the embedded engine; from SGLang, which changes "
+            f"its logits in place, cosched takes the last hidden states: use 'hidden'"
+        )
     if not has_worker(ALGORITHM_OF[settings.kind]):
         raise ConfigError(
             f"drafter.kind: this version of cosched has no worker in SGLang for {settings.kind!r}"

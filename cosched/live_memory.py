@@ -1,0 +1,54 @@
+"""How much memory a computation holds at once, counted operation by operation.
+
+It counts on any device, the meta device included, where nothing is computed and no memory taken:
+there the figure is that of the sizes alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def _all(operation: Any, result: Tensor) -> bool:
+    del operation, result
+    return True
+
+
+class LivePeak(TorchDispatchMode):
+    """Counts the bytes of what is made while it is on, as long as it lives.
+
+    ``peak`` is the most that lived at once. Only results are counted that ``counts(operation,
+    result)`` says yes to: each storage once, with the size it was made in; views and changes in
+    place are no new storage. What an operation takes and gives back within itself is not seen.
+    """
+
+    def __init__(self, counts: Callable[[Any, Tensor], bool] = _all) -> None:
+        super().__init__()
+        self.peak = 0
+        self._counts = counts
+        self._live: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = {StorageWeakRef(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if self._counts(func, tensor) and (key := StorageWeakRef(storage)) not in given:
+                self._live = {kept: size for kept, size in self._live.items() if not kept.expired()}
+                self._live[key] = storage.nbytes()
+        self.peak = max(self.peak, sum(self._live.values()))
+        return result
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -1,0 +1,56 @@
+"""What the loss of a micro-step takes in memory, from sizes alone.
+
+Letters: M rows, H width of the draft's states, X teacher width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from cosched.live_memory import LivePeak
+from cosched.training.micro_step import BatchLoss
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from cosched.protocols import Drafter, Loss
+    from cosched.records import TeacherForm
+
+CHUNKS = 3  # as many as it takes to see what lives on from one chunk to the next
+
+
+def loss_peak(
+    sketch: Drafter,
+    trainable: Sequence[str],
+    loss: Loss,
+    teacher_head: nn.Module,
+    teacher_form: TeacherForm,
+    teacher_0X: Tensor,
+    num_rows: int,
+) -> int:
+    """Most bytes at once, from the draft's states to their gradient; all on the meta device.
+
+    ``teacher_0X`` says width and type of a teacher row. The head's part of it is real: logits, what
+    the loss makes of them, and the gradient of a head that is among ``trainable``.
+    """
+    copy = sketch.clone(torch.float32)
+    network = copy.network()
+    assert network is not None
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    module = BatchLoss(copy, loss, teacher_head, teacher_form)
+    if loss.settings.chunk_rows is not None:
+        num_rows = min(num_rows, CHUNKS * loss.settings.chunk_rows)
+    with torch.device("meta"):
+        states_MH = torch.empty(num_rows, copy.state_width, requires_grad=True)
+        rows_M, weights = torch.empty(num_rows, dtype=torch.int64), torch.empty(1, 1, num_rows)
+    reference = states_MH.detach() if loss.needs_reference else None
+    teacher_MX = teacher_0X.new_empty(num_rows, teacher_0X.shape[-1])
+    with LivePeak() as live:
+        measured_MQ, _ = module.measure(rows_M, states_MH, teacher_MX, reference)
+        loss.reduce(measured_MQ.unflatten(0, weights.shape), weights).backward()
+    return live.peak

@@ -1,0 +1,268 @@
+"""How much of logits is held at once, and that holding less changes nothing.
+
+Letters: R requests, N anchors, K drafted tokens, M rows, V vocabulary, H state width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from cosched.engines.embedded.target import Target
+from cosched.live_memory import LivePeak
+from cosched.records import SignalBatch
+from cosched.registry import DRAFTERS, LOSSES
+from cosched.testing.harness import make_target
+from cosched.testing.specimen import MetaTarget, as_batch, make_texts
+from cosched.training.loss_peak import loss_peak
+from cosched.training.micro_step import BatchLoss
+
+VOCAB, CHUNK, PATH = 20_000, 8, 4
+ROW_LOSSES = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "jensen_shannon": {},
+    "total_variation": {},
+    "negative_log_acceptance": {},
+    "lk_hybrid": {},
+    "hard_cross_entropy": {},
+    "top_k_cross_entropy": {"k": 8},
+}
+SUM = {"terms": [{"kind": "forward_kl"}, {"kind": "proximal_kl", "weight": 0.5}]}
+LOSSES_TO_TEST = {**ROW_LOSSES, "sum": SUM}
+DRAFTERS_TO_TEST = (
+    ("eagle3", "plain"),
+    ("eagle3", "reduced vocabulary"),
+    ("dflash", "plain"),
+    ("pard", "qwen3"),
+)
+
+# Rows as wide as the vocabulary that a chunk makes at once, in chunks: what is saved for the
+# gradient, and what an operation has beside it.
+MOST = 10
+
+
+@cache
+def large_target() -> Target:
+    return make_target(VOCAB, std=0.1)
+
+
+@cache
+def small_target() -> Target:
+    return make_target(dtype=torch.float64)
+
+
+def make_loss(kind: str, chunk_rows: int | None, **own: Any) -> Any:
+    cls = LOSSES.get(kind)
+    raw = {"kind": kind, **LOSSES_TO_TEST[kind], **own, "chunk_rows": chunk_rows}
+    return cls(msgspec.convert(raw, cls.Settings))
+
+
+def make_drafter(target: Target, kind: str, example: str, dtype: torch.dtype) -> Any:
+    torch.manual_seed(1)
+    drafter = DRAFTERS.get(kind).examples(target, PATH)[example]
+    copy = drafter.clone(dtype)
+    copy.network().requires_grad_(True)
+    return copy
+
+
+def make_batch(target: Target, drafter: Any, num_anchors: int, num_texts: int = 2) -> SignalBatch:
+    """Rows of random texts with random hidden states for teachers; all rows count."""
+    texts = make_texts(target, drafter, count=num_texts, length=num_anchors + PATH + 8)
+    anchors = torch.arange(2, num_anchors + 2).expand(num_texts, -1)
+    batch = as_batch(texts, anchors, PATH, None)
+    generator = torch.Generator().manual_seed(5)
+    shape = (*batch.paths_RNK.shape, target.hidden_size)
+    teacher = torch.randn(shape, generator=generator, dtype=target.dtype)
+    return replace(batch, teacher_RNKX=teacher)
+
+
+def is_logits(operation: Any, result: Tensor) -> bool:
+    """What a head gives: a matrix product with the vocabulary last."""
+    return operation.overloadpacket in {torch.ops.aten.mm, torch.ops.aten.addmm} and (
+        result.shape[-1] == VOCAB
+    )
+
+
+def is_as_wide(operation: Any, result: Tensor) -> bool:
+    """Whatever has the vocabulary last: logits, their gradient, softmaxes, products of them."""
+    return result.ndim > 0 and result.shape[-1] == VOCAB
+
+
+def peak_rows(module: BatchLoss, batch: SignalBatch, counts: Any) -> float:
+    """Most rows of float32 logits, or of what is as wide, that a step holds at once."""
+    module.begin_update(batch)
+    with LivePeak(counts) as live:
+        module(batch).backward()
+    return live.peak / (4 * VOCAB)
+
+
+def peaks(
+    kind: str, example: str, loss: str, num_anchors: int, chunk_rows: int | None
+) -> tuple[float, float]:
+    """Of logits, and of all that is as wide, in chunks."""
+    target = large_target()
+    drafter = make_drafter(target, kind, example, torch.float32)
+    batch = make_batch(target, drafter, num_anchors)
+    own = {"acceptance_prefix": True, "hardest_share": 0.7}
+    module = BatchLoss(drafter, make_loss(loss, chunk_rows, **own), target.head, "hidden")
+    logits, wide = (peak_rows(module, batch, counts) for counts in (is_logits, is_as_wide))
+    return logits / CHUNK, wide / CHUNK
+
+
+@pytest.mark.parametrize("loss", LOSSES_TO_TEST)
+def test_logits_are_held_of_one_chunk(loss: str) -> None:
+    """One chunk of the student's and one of the teacher's (and of the reference's, if asked for).
+
+    Softmaxes, gradients and all else that is as wide are a fixed number of chunks, however many rows
+    there are: 64, or twice as many. Without chunks the same count finds all rows.
+    """
+    sides = 3 if loss == "sum" else 2
+    few, many = (peaks("eagle3", "plain", loss, anchors, CHUNK) for anchors in (8, 16))
+    assert few[0] == many[0] == sides
+    assert few[1] == many[1] <= MOST
+    whole = peaks("eagle3", "plain", loss, 8, None)
+    assert whole[0] == 64 / CHUNK * sides
+    assert whole[1] > MOST
+
+
+@pytest.mark.parametrize(("kind", "example"), DRAFTERS_TO_TEST)
+def test_logits_of_every_kind_of_head_are_held_of_one_chunk(kind: str, example: str) -> None:
+    """The draft's own head, one over some tokens, the target's, and one tied to the embedding."""
+    reduced = example == "reduced vocabulary"  # then only the teacher is as wide as is counted
+    few, many = (peaks(kind, example, "forward_kl", anchors, CHUNK) for anchors in (8, 16))
+    assert few[0] == many[0] == (1 if reduced else 2)
+    assert few[1] == many[1] <= MOST
+    assert peaks(kind, example, "forward_kl", 8, None)[0] == few[0] * 64 / CHUNK
+
+
+def test_rows_that_do_not_count_are_not_projected() -> None:
+    """Half of the rows have weight zero: their logits are never made."""
+    target = large_target()
+    drafter = make_drafter(target, "eagle3", "plain", torch.float32)
+    batch = make_batch(target, drafter, 8)
+    batch.weights_RNK[:, ::2] = 0
+    module = BatchLoss(drafter, make_loss("forward_kl", None), target.head, "hidden")
+    assert peak_rows(module, batch, is_logits) == 2 * 32
+    batch.weights_RNK.zero_()  # a rank's share may have none at all
+    assert peak_rows(module, batch, is_logits) == 0
+    assert module(batch).item() == 0
+
+
+def step(module: BatchLoss, batch: SignalBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients."""
+    module.zero_grad()
+    value = module(batch)
+    value.backward()
+    return value.detach(), gradients(module)
+
+
+def gradients(module: BatchLoss) -> dict[str, Tensor]:
+    named = module.network.named_parameters()
+    return {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+@pytest.mark.parametrize("loss", LOSSES_TO_TEST)
+def test_chunks_equal_the_plain_form(loss: str) -> None:
+    """In value and gradient of every weight, to float64's rounding; the last chunk is a short one.
+
+    The plain form is the loss called with all logits. The draft has moved away from the reference,
+    so a proximal term has a gradient.
+    """
+    target = small_target()
+    drafter = make_drafter(target, "eagle3", "plain", torch.float64)
+    batch = make_batch(target, drafter, 5)
+    batch.weights_RNK[0, 1] = batch.weights_RNK[1, 2, 2:] = 0
+    own = {"acceptance_prefix": True, "hardest_share": 0.9, "easiest_share": 0.8}
+    modules = [
+        BatchLoss(drafter, make_loss(loss, chunk_rows, **own), target.head, "hidden")
+        for chunk_rows in (None, 7, 1)
+    ]
+    for module in modules:
+        module.begin_update(batch)
+    before = drafter.replay(batch).detach()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in drafter.network().parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(noise, alpha=0.05)
+    drafter.network().zero_grad()
+    plain = make_loss(loss, None, **own)
+    reference = before if plain.needs_reference else None
+    teacher = modules[0].teacher_logits(batch)
+    value = plain(drafter.replay(batch), teacher, batch.weights_RNK, reference)
+    value.backward()
+    expected = gradients(modules[0])
+    assert all(gradient.abs().max() > 0 for gradient in expected.values())
+    for module in modules:
+        found, slopes = step(module, batch)
+        torch.testing.assert_close(found, value.detach(), rtol=1e-11, atol=0)
+        assert slopes.keys() == expected.keys()
+        for name, slope in slopes.items():
+            torch.testing.assert_close(slope, expected[name], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "example"), DRAFTERS_TO_TEST)
+def test_chunks_of_every_kind_of_head_equal_the_plain_form(kind: str, example: str) -> None:
+    """Also of the mass that a reduced vocabulary loses, which is counted chunk by chunk."""
+    target = small_target()
+    drafter = make_drafter(target, kind, example, torch.float64)
+    batch = make_batch(target, drafter, 5)
+    batch.weights_RNK[0, 1] = 0
+    whole, chunked = (
+        BatchLoss(drafter, make_loss("forward_kl", chunk_rows), target.head, "hidden")
+        for chunk_rows in (None, 7)
+    )
+    (value, expected), (found, slopes) = (step(module, batch) for module in (whole, chunked))
+    torch.testing.assert_close(found, value, rtol=1e-11, atol=0)
+    for name, slope in slopes.items():
+        torch.testing.assert_close(slope, expected[name], rtol=1e-8, atol=1e-12)
+    whole.teacher_logits(batch)  # says the lost mass of all rows at once
+    assert (chunked.lost_mass is None) == (example != "reduced vocabulary")
+    if chunked.lost_mass is not None:
+        torch.testing.assert_close(chunked.lost_mass, whole.lost_mass)
+
+
+# --- what `cosched check` says -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_rows", [None, CHUNK])
+@pytest.mark.parametrize("loss", ["forward_kl", "sum"])
+@pytest.mark.parametrize(("kind", "example"), DRAFTERS_TO_TEST)
+def test_the_peak_of_sizes_is_that_of_a_step(
+    kind: str, example: str, loss: str, chunk_rows: int | None
+) -> None:
+    """Counted on the meta device it is what the same rows take when they are computed."""
+    target = large_target()
+    drafter = make_drafter(target, kind, example, torch.float32)
+    batch = make_batch(target, drafter, 8)
+    module = BatchLoss(drafter, make_loss(loss, chunk_rows), target.head, "hidden")
+    states = drafter.replay_states(batch).detach().flatten(0, 2).requires_grad_()
+    reference = states.detach() if loss == "sum" else None
+    teacher, weights = batch.teacher_RNKX.flatten(0, 2), batch.weights_RNK
+    module.begin_update(batch)
+    with LivePeak() as live:
+        measured, _ = module.measure(torch.arange(len(states)), states, teacher, reference)
+        module._loss.reduce(measured.unflatten(0, weights.shape), weights).backward()
+    sketch, sizes = drafter.clone(torch.float32), MetaTarget(target)
+    sketch.network().to("meta")
+    sketch._target = sizes
+    found = loss_peak(
+        sketch,
+        [name for name, _ in drafter.network().named_parameters()],
+        make_loss(loss, chunk_rows),
+        sizes.head,
+        "hidden",
+        teacher[:0].to("meta"),
+        num_rows=64,
+    )
+    # What is measured of each row lives on, here of 3 chunks in place of 8.
+    assert found == pytest.approx(live.peak, rel=0.02)
+    logits = 4 * VOCAB * (chunk_rows or 64)
+    assert found > (1 if example == "reduced vocabulary" else 2) * logits
