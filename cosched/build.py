@@ -211,7 +211,7 @@ def _recorded_layers(world: World) -> tuple[int, ...]:
 
 def _rows(world: World, max_length: int, feature_layers: tuple[int, ...]) -> RowSource:
     config = world.config
-    if world.trace is not None:
+    if world.trace is not None and not config.engine.live:
         directory = Path(config.engine.trace or "")
         return RecordedRows(directory, world.trace, world.target, feature_layers)
     return LiveRows(world.target, config.engine.max_batch, max_length, feature_layers)

@@ -47,6 +47,8 @@ class RunSettings(Section, frozen=True):
 class EngineSettings(Section, frozen=True):
     """``engine``: what decodes. ``trace`` is the folder that ``kind: trace`` replays.
 
+    A trace has the target's rows; ``live`` computes them all the same, which takes the time that
+    verification takes: to compare speeds on the same text.
     With ``kind: sglang``, ``arguments`` are SGLang's own, as ``sglang.Engine`` names them.
     """
 
@@ -56,6 +58,7 @@ class EngineSettings(Section, frozen=True):
     max_batch: Positive = 1
     num_threads: Positive | None = None
     trace: str | None = None
+    live: bool = False
     arguments: dict[str, Any] = {}
 
 
@@ -330,6 +333,10 @@ def _check_together(config: Config) -> None:
     """What no single key can say."""
     _check_arms(config)
     workload, engine = config.workload, config.engine
+    if engine.live and engine.kind != "trace":
+        raise ConfigError(
+            f"engine.live: true computes what a trace has, and engine.kind is {engine.kind}; use false"
+        )
     if engine.kind == "trace":
         if engine.trace is None:
             raise ConfigError("engine.trace: required when engine.kind is trace, a recorded folder")

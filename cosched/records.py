@@ -160,7 +160,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     ``update_gain`` is the acceptance length after an update over the one before it, a geometric
     moving mean that starts at 1; where a guard scores candidates it is theirs over the serving
     draft's, on the same rows. ``shadow_gain`` is the serving draft's score over the loaded one's, a
-    moving mean that stays 1 where no guard compares them. ``expected_tokens_left`` is per running
+    moving mean that stays 1 where no guard compares them; ``seconds_earned`` what drafting and
+    verifying would have taken longer with the loaded one, by that gain less a standard error. ``expected_tokens_left`` is per running
     request (``cosched.totals``). ``num_finished`` counts requests that are done.
     """
 
@@ -189,6 +190,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     expected_tokens_left: float = 0.0
     num_queued: int = 0
     shadow_gain: float = 1.0
+    seconds_earned: float = 0.0
     num_finished: int = 0
     requests_since_update: int = 0
 

@@ -57,6 +57,7 @@ class Totals:
     gain: float = 1.0  # moving mean
     scored: bool = False  # whether the gain is that of scores
     shadow_gain: float = 1.0  # moving mean
+    earned_seconds: float = 0.0
     guard_seconds: float = 0.0  # of the update seconds
     watch: Watch = field(default_factory=Watch)
     # Where several adapters learn: the counters of each, and to go on from them the versions.
@@ -81,12 +82,19 @@ class Totals:
             self._observe_length(committed / len(round_.blocks))
             weight = RECENT_WEIGHT if self.rounds > 1 else 1.0
             self.round_seconds += weight * (seconds - self.round_seconds)
+            self.earned_seconds += seconds * self._proven_gain
         self.committed += committed
         self.drafted += sum(len(block.path_K) for block in round_.blocks)
         self.accepted += sum(block.num_accepted for block in round_.blocks)
         self.finished += len(round_.finished)
         self.tokens_left = round_.tokens_left
         self.queued = round_.num_queued
+
+    @property
+    def _proven_gain(self) -> float:
+        """By how much what serves is better than the draft as loaded, less a standard error."""
+        z = self.watch.evidence.z
+        return max(0.0, self.shadow_gain - 1) * (1 - 1 / z) if z > 1 else 0.0
 
     def _observe_length(self, length: float) -> None:
         """The acceptance length of one more round.
@@ -194,6 +202,7 @@ class Totals:
             expected_tokens_left=self._tokens_ahead(num_running),
             num_queued=self.queued,
             shadow_gain=self.shadow_gain,
+            seconds_earned=self.earned_seconds,
             num_finished=self.finished,
             requests_since_update=self.finished - self.finished_at_update,
         )

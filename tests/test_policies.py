@@ -21,6 +21,7 @@ from cosched.records import (
     ServedBlock,
     Snapshot,
     UpdateResult,
+    Verdict,
     VerifyRound,
     WeightVersion,
 )
@@ -209,6 +210,73 @@ def test_slack_uses_an_idle_tick_once() -> None:
     assert steps(policy("slack", idle_steps=3), script, micro_step_seconds=100) == [0, 3]
 
 
+# --- earned --------------------------------------------------------------------------------
+
+
+def served(
+    totals: Totals, seconds: float, gain: float, every: Any, update_seconds: float
+) -> tuple[int, int]:
+    """Serve one request for so long; updates and rounds. Each update is scored, with noise."""
+    updates, rounds, noise = 0, 0, random.Random(0)
+    while seconds > 0:
+        totals.observe(round_of([2], seconds=0.02))
+        seconds, rounds = seconds - 0.02, rounds + 1
+        steps = every.decide(totals.snapshot(1, 0, 0)).num_steps
+        if steps:
+            totals.begin_update(steps)
+            totals.updates += 1
+            updates += 1
+            totals.update_seconds += update_seconds
+            serving = 2 * gain + noise.gauss(0, 0.05)
+            totals.watch.evidence.add(serving - 2)
+            totals.note_scores(
+                Verdict(True, "", serving_score=serving, candidate_score=serving, loaded_score=2.0)
+            )
+    return updates, rounds
+
+
+def test_what_earns_nothing_is_let_be() -> None:
+    """A credit of so many updates, and then a share of the time that nobody misses."""
+    every, totals = policy("earned", rounds=8, exploratory_updates=8), Totals()
+    assert served(totals, 2.0, 1.0, every, 0.1)[0] == 8
+    updates, _ = served(totals, 200.0, 1.0, every, 0.1)
+    assert updates * 0.1 <= 0.006 * 202
+    assert updates >= 9
+
+
+def test_what_earns_goes_on_at_full_cadence() -> None:
+    every, totals = policy("earned", rounds=8, exploratory_updates=16), Totals()
+    served(totals, 10.0, 1.5, every, 0.01)
+    updates, rounds = served(totals, 20.0, 1.5, every, 0.01)
+    assert updates == rounds // 8
+
+
+@pytest.mark.parametrize("gain", [0.8, 1.0, 1.02, 1.1, 1.5])
+@pytest.mark.parametrize("cost", [0.01, 0.1, 1.0])
+def test_learning_costs_no_more_than_it_brings(gain: float, cost: float) -> None:
+    """Beyond the credit and the small share, however dear updates are and whatever they bring."""
+    every, totals = policy("earned", rounds=8, exploratory_updates=8), Totals()
+    served(totals, 60.0, gain, every, cost)
+    saved = max(0.0, gain - 1) * 60
+    assert totals.update_seconds <= (8 + 1) * cost + 0.005 * 61 + 0.5 * saved * 1.05
+
+
+def test_nothing_is_earned_without_evidence() -> None:
+    """A score that could be chance buys no update; nor does a draft that has gone back."""
+    totals = Totals()
+    totals.shadow_gain = 1.5
+    totals.observe(round_of([2], seconds=1.0))
+    assert totals.earned_seconds == 0
+    for score in (0.1, 0.12) * 8:
+        totals.watch.evidence.add(score)
+    totals.observe(round_of([2], seconds=1.0))
+    earned = totals.earned_seconds
+    assert 0.4 < earned < 0.5
+    totals.note_scores(Verdict(False, "", back_to=0, serving_score=2.0))
+    totals.observe(round_of([2], seconds=1.0))
+    assert totals.earned_seconds == earned
+
+
 # --- goodput -------------------------------------------------------------------------------
 
 PAYS = {
@@ -374,6 +442,7 @@ def test_the_cap_holds_for_every_policy_that_is_built(kind: str, target: Target)
     built = build_coscheduler(config, target, make_drafter(target), None, None, NoEvents())
     would = {**PAYS, "rounds_since_update": 100, "tokens_since_update": 1000}
     would |= {"acceptance_shortfall": 1000, "update_seconds": 1.0, "requests_since_update": 100}
+    would |= {"seconds_earned": 1000.0}
     script = [{"serving_seconds_since_update": s} for s in (0.0, 2.9, 3.1)]
     decided = steps(built._policy, script, **would)
     assert decided[:2] == [0, 0]

@@ -140,9 +140,13 @@ def test_a_saved_draft_is_a_draft(tmp_path: Path, settings: dict) -> None:
     assert second.arms["frozen"].tau > first.arms["frozen"].tau
 
 
+@pytest.mark.parametrize("computed", [False, True])
 @pytest.mark.parametrize("max_batch", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_trace_equals_engine(tmp_path: Path, settings: dict, max_batch: int) -> None:
-    """A frozen greedy arm has the same rounds from the trace as from the engine, one by one."""
+def test_trace_equals_engine(
+    tmp_path: Path, settings: dict, max_batch: int, computed: bool
+) -> None:
+    """A frozen greedy arm has the same rounds from the trace as from the engine, one by one, whether
+    the target's rows are read or computed again."""
     settings["arms"] = ["frozen", "frozen+window"]
     settings["engine"]["max_batch"] = max_batch
     settings["workload"] |= {"max_new_tokens": 96, "max_prompts": 2}
@@ -150,6 +154,7 @@ def test_trace_equals_engine(tmp_path: Path, settings: dict, max_batch: int) -> 
     folder = new_folder(config)
     live = Experiment(config, record=True).run(folder)
     settings["engine"] |= {"kind": "trace", "trace": str(folder.path / "trace")}
+    settings["engine"]["live"] = computed
     settings["run"]["name"] = "replayed"
     config = load_config(write(tmp_path, settings))
     replayed_folder = new_folder(config)
@@ -159,6 +164,9 @@ def test_trace_equals_engine(tmp_path: Path, settings: dict, max_batch: int) -> 
         assert replayed.arms[arm].tau == live.arms[arm].tau
         rows = [_rounds(f.path, arm) for f in (folder, replayed_folder)]
         assert rows[0] == rows[1]
+        assert (
+            replayed.arms[arm].seconds["verify"] > live.arms[arm].seconds["verify"] / 2
+        ) is computed
 
 
 def _rounds(folder: Path, arm: str) -> list[tuple]:

@@ -1,0 +1,77 @@
+"""A cadence that lives on what it earns."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from cosched.protocols import PolicySettings
+from cosched.records import Decision, Snapshot
+from cosched.registry import POLICIES
+from schedulers.costs import update_seconds
+from schedulers.idle import when_idle
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+class EarnedSettings(PolicySettings, frozen=True, kw_only=True):
+    """At most one update in ``rounds``, of ``num_steps`` micro-steps.
+
+    ``exploratory_updates`` are on credit, and so are updates that take ``explore_share`` of the
+    time; ``reinvested_share`` of what learning has earned may go into more of it. ``step_ms`` is
+    believed of a micro-step until one has been measured. ``idle_steps`` are taken once when the last
+    request has finished.
+    """
+
+    rounds: Annotated[int, Meta(ge=1)] = 16
+    num_steps: Annotated[int, Meta(ge=1)] = 1
+    exploratory_updates: Annotated[int, Meta(ge=1)] = 16
+    explore_share: Share = 0.005
+    reinvested_share: Share = 0.5
+    step_ms: Annotated[float, Meta(gt=0)] = 50.0
+    idle_steps: Annotated[int, Meta(ge=0)] = 0
+
+
+@POLICIES.register("earned")
+class Earned:
+    """Trains as long as learning pays its own way.
+
+    With U seconds spent on updates so far, U' for one more, V seconds of drafting and verifying, and
+    E seconds that learning has saved, it trains when
+
+        U + U' <= credit + explore_share V + reinvested_share E
+
+    In a second of serving, a draft whose acceptance length is g times that of the draft as loaded
+    does what that one would have needed g seconds for: it saves g - 1. E is their sum, with g as a
+    guard of kind ``shadow`` scores it on the same rows, less a standard error. So whatever the text,
+    what learning costs in all is at most the credit and a small share more than what it brings: where
+    there is nothing to learn it all but stops, and where there is, it earns the means to go on.
+    Without such a guard nothing is ever earned.
+    """
+
+    Settings = EarnedSettings
+
+    def __init__(self, settings: EarnedSettings) -> None:
+        self.settings = settings
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        settings = self.settings
+        if snapshot.num_running == 0:
+            return when_idle(snapshot, settings.idle_steps)
+        if snapshot.rounds_since_update < settings.rounds:
+            return Decision(num_steps=0)
+        cost = update_seconds(snapshot, settings.num_steps, settings.step_ms)
+        if snapshot.num_updates < settings.exploratory_updates:
+            return Decision(settings.num_steps, reason="to learn whether learning pays")
+        spent = snapshot.seconds_updating + snapshot.seconds_publishing
+        served = snapshot.seconds_drafting + snapshot.seconds_verifying
+        credit = spent * settings.exploratory_updates / snapshot.num_updates
+        means = (
+            credit
+            + settings.explore_share * served
+            + settings.reinvested_share * snapshot.seconds_earned
+        )
+        if spent + cost > means:
+            return Decision(num_steps=0)
+        return Decision(settings.num_steps, reason=f"{snapshot.seconds_earned:.1f} s earned so far")
