@@ -50,13 +50,14 @@ class ShadowSettings(
     """``adapt.guard`` of ``kind: shadow``: candidates are scored on rows that no update has seen.
 
     Each update leaves out the newest ``anchors``, which judge it; later ones are taught on them. Every
-    ``every``-th update is judged, with those before it. A candidate is published unless it scores more than ``tolerance`` tokens below what serves; after
-    ``patience`` refusals in a row training starts again from what serves. A fall of the acceptance
-    length by ``alarm_tokens`` in all is looked into. After every ``check_every``-th publication (a
-    quarter as often while learning has shown that it pays) the draft is compared with itself as
-    loaded, to which it goes back where that is better with ``confidence`` (standard errors). After going back, ``cooldown_rounds`` pass without an update,
-    twice as many each time; then at most ``trials`` updates are made that serve only once they have
-    shown, with the same confidence, that they are better.
+    ``every``-th update is judged, with those before it. A candidate is published unless it scores
+    more than ``tolerance`` tokens below what serves; after ``patience`` refusals in a row training
+    starts again from what serves. A fall of the acceptance length by ``alarm_tokens`` in all is
+    looked into. After every ``check_every``-th publication (a quarter as often while learning has
+    shown that it pays) the draft is compared with itself as loaded, to which it goes back where that
+    is better with ``confidence`` (standard errors). After going back, ``cooldown_rounds`` pass
+    without an update, twice as many each time; then at most ``trials`` updates are made that serve
+    only once they have shown, with the same confidence, that they are better.
     """
 
     anchors: Positive = 16
