@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cosched.totals import Totals
     from cosched.watch import ShadowSettings
 
-LOOKED_INTO = 4  # times as many anchors as judge an update are asked for when there is an alarm
+LOOKED_INTO = 4  # times as many anchors as judge an update say whether what serves may go on
 
 
 class WithinTimeShare:
@@ -95,14 +95,18 @@ class ShadowGuard:
         return verdict
 
     def watch(self, totals: Totals) -> Verdict | None:
-        watch = totals.watch
-        if not watch.alarmed(self._settings):
+        watch, settings, round_ = totals.watch, self._settings, totals.rounds
+        alarmed = watch.alarmed(settings)
+        if not alarmed and not watch.overdue(settings, round_):
             return None
-        batch = self._buffer.held_out(LOOKED_INTO * self._settings.anchors)
+        batch = self._buffer.held_out(LOOKED_INTO * settings.anchors)
         if batch is None:
             return None
         scores = self._scores(batch, totals, None, True)
-        verdict = watch.look_into(scores, self._settings, totals.rounds)
+        if alarmed:
+            verdict = watch.look_into(scores, settings, round_)
+        else:
+            verdict = watch.compare(scores, settings, round_, self._publisher.version)
         self._publisher.pin(watch.good)
         return verdict
 

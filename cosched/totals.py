@@ -92,9 +92,12 @@ class Totals:
 
     @property
     def _proven_gain(self) -> float:
-        """By how much what serves is better than the draft as loaded, less a standard error."""
-        z = self.watch.evidence.z
-        return max(0.0, self.shadow_gain - 1) * (1 - 1 / z) if z > 1 else 0.0
+        """Share by which what serves is better than the draft as loaded, less a standard error."""
+        evidence = self.watch.evidence
+        if self.watch.at_loaded or evidence.z <= 1:
+            return 0.0
+        loaded = max(1.0, self.recent - evidence.mean)
+        return evidence.mean * (1 - 1 / evidence.z) / loaded
 
     def _observe_length(self, length: float) -> None:
         """The acceptance length of one more round.

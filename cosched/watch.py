@@ -54,10 +54,13 @@ class ShadowSettings(
     more than ``tolerance`` tokens below what serves; after ``patience`` refusals in a row training
     starts again from what serves. A fall of the acceptance length by ``alarm_tokens`` in all is
     looked into. After every ``check_every``-th publication (a quarter as often while learning has
-    shown that it pays) the draft is compared with itself as loaded, to which it goes back where that
-    is better with ``confidence`` (standard errors). After going back, ``cooldown_rounds`` pass
-    without an update, twice as many each time; then at most ``trials`` updates are made that serve
-    only once they have shown, with the same confidence, that they are better.
+    shown that it pays), and where ``check_rounds`` pass without any, the draft is compared with
+    itself as loaded, to which it goes back where that is better with ``confidence`` (standard errors).
+
+    While the draft as loaded serves, at most ``trials`` updates are made that serve only once they
+    have shown, with the same confidence, that they are better; where they do not,
+    ``cooldown_rounds`` pass without an update, and twice as many each time. Without ``prove_first``
+    that is so only after going back.
     """
 
     anchors: Positive = 16
@@ -66,9 +69,11 @@ class ShadowSettings(
     patience: Positive = 4
     alarm_tokens: Annotated[float, Meta(gt=0)] = 12.0
     check_every: Positive = 2
+    check_rounds: Positive = 256
     confidence: Annotated[float, Meta(gt=0)] = 2.5
     cooldown_rounds: Positive = 128
     trials: Positive = 16
+    prove_first: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,7 @@ class Watch:
     refused: int = 0  # in all
     rolled_back: int = 0  # publications undone
     since_check: int = 0  # publications
+    checked_at: int = 0  # round
     proving: bool = False
     trials: int = 0
     cooldown: int = 0  # rounds of the last one
@@ -169,16 +175,37 @@ class Watch:
         wait = settings.check_every * (CONVINCED if pays else 1)
         return not self.at_loaded and self.since_check >= wait
 
+    def overdue(self, settings: ShadowSettings, round_: int) -> bool:
+        """Whether what serves has gone unlooked at for long, because nothing is being trained."""
+        return not self.at_loaded and round_ - self.checked_at >= settings.check_rounds
+
+    def compare(
+        self, scores: Scores, settings: ShadowSettings, round_: int, version: int
+    ) -> Verdict:
+        """What serves with the draft as loaded, between updates."""
+        self.checked_at = round_
+        self._check(scores, settings, version)
+        if self._outdone(settings):
+            return self._back_to_loaded(scores, settings, round_)
+        return scores.verdict(False, f"scores {self.evidence.mean:+.3f} on what was loaded")
+
+    def _outdone(self, settings: ShadowSettings) -> bool:
+        return self.evidence.z <= -settings.confidence
+
+    def _back_to_loaded(self, scores: Scores, settings: ShadowSettings, round_: int) -> Verdict:
+        reason = f"the draft as loaded scores {-self.evidence.mean:.3f} more"
+        return self._go_back(scores, settings, round_, 0, reason)
+
     def judge(self, scores: Scores, settings: ShadowSettings, round_: int, version: int) -> Verdict:
         """Whether a candidate may take the place of ``version``, which serves."""
         assert scores.candidate is not None
         ahead = _mean(scores.candidate) - _mean(scores.serving)
+        self.checked_at = round_
         if scores.loaded is not None:
             self._check(scores, settings, version)
-            if self.evidence.z <= -settings.confidence:
-                reason = f"the draft as loaded scores {-self.evidence.mean:.3f} more"
-                return self._go_back(scores, settings, round_, 0, reason)
-        if self.proving:
+            if self._outdone(settings):
+                return self._back_to_loaded(scores, settings, round_)
+        if self.proving or (settings.prove_first and self.at_loaded):
             return self._try(scores, ahead, settings, round_, version)
         if ahead >= -settings.tolerance:
             self.refusals = 0
@@ -200,14 +227,14 @@ class Watch:
     def _try(
         self, scores: Scores, ahead: float, settings: ShadowSettings, round_: int, version: int
     ) -> Verdict:
-        """Once a draft had to go back, its successor must show that it is better before it serves."""
+        """What would take the place of the draft as loaded must first show that it is better."""
         self.trials += 1
         self.evidence.add(ahead)
         if self.evidence.z >= settings.confidence:
-            self.proving, self.trials, self.evidence = False, 0, Evidence()
+            self.proving, self.trials = False, 0
             return self._publish(scores, "has shown that it is better than the draft as loaded")
         self.refused += 1
-        if self.trials < settings.trials:
+        if self.trials < settings.trials and not self._outdone(settings):
             return scores.verdict(False, "has yet to show that it is better than the loaded draft")
         self.trials, self.evidence = 0, Evidence()
         self._cool_down(settings, round_)

@@ -244,7 +244,7 @@ def world_of(*overrides: str, domain: str = "code", tokens: int = 256, prompts: 
                 "workload.temperature=0",
                 "adapt.replay.window=128",
                 "adapt.policy.rounds=4",
-                "adapt.guard.kind=shadow",
+                "adapt.guard={kind: shadow, prove_first: false}",
                 *overrides,
             ],
         )
@@ -315,7 +315,8 @@ def test_poison_that_serves_is_undone(monkeypatch) -> None:
     world = world_of(
         "adapt.policy.num_steps=4",
         "adapt.trainer.lr=1e-3",
-        "adapt.guard={kind: shadow, tolerance: 1000, check_every: 1000, cooldown_rounds: 24}",
+        "adapt.guard={kind: shadow, tolerance: 1000, check_every: 1000, cooldown_rounds: 24,"
+        " prove_first: false, check_rounds: 100000}",
         tokens=384,
     )
     events = Events()
@@ -427,7 +428,8 @@ def test_an_interrupted_run_is_guarded_the_same(tmp_path: Path) -> None:
                 "workload.max_new_tokens=160",
                 "workload.max_prompts=2",
                 "adapt.policy.rounds=4",
-                "adapt.guard={kind: shadow, tolerance: 0.005, check_every: 2, patience: 2}",
+                "adapt.guard={kind: shadow, tolerance: 0.005, check_every: 2, patience: 2,"
+                " prove_first: false}",
             ],
         )
 

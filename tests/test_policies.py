@@ -21,7 +21,6 @@ from cosched.records import (
     ServedBlock,
     Snapshot,
     UpdateResult,
-    Verdict,
     VerifyRound,
     WeightVersion,
 )
@@ -227,11 +226,9 @@ def served(
             totals.updates += 1
             updates += 1
             totals.update_seconds += update_seconds
-            serving = 2 * gain + noise.gauss(0, 0.05)
-            totals.watch.evidence.add(serving - 2)
-            totals.note_scores(
-                Verdict(True, "", serving_score=serving, candidate_score=serving, loaded_score=2.0)
-            )
+            totals.watch.at_loaded = False
+            loaded = 2 / gain + noise.gauss(0, 0.05)
+            totals.watch.evidence.add(2 - loaded)
     return updates, rounds
 
 
@@ -264,15 +261,17 @@ def test_learning_costs_no_more_than_it_brings(gain: float, cost: float) -> None
 def test_nothing_is_earned_without_evidence() -> None:
     """A score that could be chance buys no update; nor does a draft that has gone back."""
     totals = Totals()
-    totals.shadow_gain = 1.5
-    totals.observe(round_of([2], seconds=1.0))
+    totals.watch.at_loaded = False
+    for _ in range(4):
+        totals.watch.evidence.add(1.0)
+    totals.observe(round_of([3], seconds=1.0))
     assert totals.earned_seconds == 0
-    for score in (0.1, 0.12) * 8:
+    for score in (0.9, 1.1) * 8:
         totals.watch.evidence.add(score)
-    totals.observe(round_of([2], seconds=1.0))
+    totals.observe(round_of([3], seconds=1.0))
     earned = totals.earned_seconds
-    assert 0.4 < earned < 0.5
-    totals.note_scores(Verdict(False, "", back_to=0, serving_score=2.0))
+    assert 0.45 < earned < 0.5  # a token of the three, which the draft as loaded would not have had
+    totals.watch.went_back(0)
     totals.observe(round_of([2], seconds=1.0))
     assert totals.earned_seconds == earned
 

@@ -16,7 +16,10 @@ from cosched.totals import Totals
 from cosched.watch import FALL_TOLERANCE, LEAST, LEAST_ROWS, MEMORY, Evidence, Scores, Watch
 from cosched.watch import ShadowSettings as Settings
 
-SETTINGS = Settings(tolerance=0.05, patience=3, check_every=4, cooldown_rounds=100, trials=12)
+SETTINGS = Settings(
+    tolerance=0.05, patience=3, check_every=4, cooldown_rounds=100, trials=12, prove_first=False
+)
+PROVE_FIRST = msgspec.structs.replace(SETTINGS, prove_first=True)
 LENGTHS = st.floats(1, 4)
 
 
@@ -131,6 +134,35 @@ def test_a_trial_that_is_better_serves_again() -> None:
     assert found == [False] * (LEAST - 1) + [True]
     assert judged(watch, 0.0).publish
     assert not judged(watch, -0.2).publish
+
+
+def test_the_loaded_draft_serves_until_another_has_shown_that_it_is_better() -> None:
+    """From the first update on; what was shown is remembered, and what is worse ends the trials."""
+
+    def trial(watch: Watch, ahead: float) -> Verdict:
+        scores = Scores(serving=[1.0, 3.0], candidate=[1.0 + ahead, 3.0 + ahead])
+        return watch.judge(scores, PROVE_FIRST, 10, 0)
+
+    better, worse, draw = Watch(), Watch(), random.Random(2)
+    served = [trial(better, draw.gauss(0.2, 0.05)).publish for _ in range(LEAST + 1)]
+    assert served == [False] * (LEAST - 1) + [True, True]
+    assert better.evidence.mean == pytest.approx(0.2, abs=0.05)
+    found = [trial(worse, draw.gauss(-0.2, 0.05)) for _ in range(LEAST)]
+    assert not any(verdict.publish for verdict in found)
+    assert (worse.resumes_at, worse.evidence.count) == (10 + 100, 0)
+
+
+def test_what_serves_is_looked_at_also_where_nothing_is_trained() -> None:
+    """Once in so many rounds, until there is evidence; the loaded draft has nothing to fear."""
+    settings = msgspec.structs.replace(SETTINGS, check_rounds=100)
+    watch, draw, compared = adapted(), random.Random(3), []
+    for round_ in range(2000):
+        if watch.overdue(settings, round_):
+            loaded = draw.gauss(0.1, 0.05)
+            scores = Scores(serving=[1.0, 3.0], loaded=[1.0 + loaded, 3.0 + loaded])
+            compared.append((round_, watch.compare(scores, settings, round_, 5).back_to))
+    assert compared == [(100 * n, None if n < LEAST else 0) for n in range(1, LEAST + 1)]
+    assert watch.at_loaded
 
 
 def test_noise_alone_rarely_sends_a_draft_back() -> None:
