@@ -41,7 +41,7 @@ def build_coscheduler(
     temperature: float = 1.0,
     learner: tuple[Drafter, Trainer] | None = None,
 ) -> Coscheduler:
-    """Buffer, policy, objective, trainer and guard around a serving draft; ``ranks`` where several train it.
+    """All that adapts a serving draft; ``ranks`` where several train it.
 
     ``temperature`` is that of the requests, by which a guard scores; where requests differ, 1: drafts
     whose distributions overlap more are accepted more often at any temperature, as a rule. Without a

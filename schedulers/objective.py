@@ -32,7 +32,9 @@ class HedgeSettings(ExpertSettings, frozen=True, kw_only=True):
     """All ``experts`` are tried in every ``every_updates``-th update, which costs as many updates.
 
     ``eta`` is per token: an expert that is 1 / ``eta`` tokens behind in the sum of its trials weighs
-    1 / e as much. A trial counts ``discount`` times as much with each one after it.
+    1 / e as much. A trial counts ``discount`` times as much with each one after it. What trials have
+    shown outlives the draft's state: with ``adapt.scope.state: per_request`` the next request begins
+    from it. ``adapt.guard`` has to be ``shadow``, by whose scores and rows the experts are compared.
     """
 
     every_updates: Annotated[int, Meta(ge=1)] = 8
