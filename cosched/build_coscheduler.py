@@ -15,11 +15,12 @@ from cosched.guard import FiniteGuard, ShadowGuard, WithinTimeShare
 from cosched.pool import CoschedulerPool
 from cosched.protocols import ServesAdapters
 from cosched.publish import InPlacePublisher, Serving
-from cosched.registry import POLICIES
+from cosched.registry import OBJECTIVES, POLICIES
 from cosched.replay import ReplayBuffer
 from cosched.training.lora import on_base_of, weight_names
 from cosched.training.scope import lora_of
 from cosched.training.shadow import Shadow
+from cosched.trials import TryingTrainer, WithObjective
 from cosched.watch import ShadowSettings
 
 if TYPE_CHECKING:
@@ -40,14 +41,20 @@ def build_coscheduler(
     temperature: float = 1.0,
     learner: tuple[Drafter, Trainer] | None = None,
 ) -> Coscheduler:
-    """Buffer, policy, trainer and guard around a serving draft; ``ranks`` where several train it.
+    """All that adapts a serving draft; ``ranks`` where several train it.
 
     ``temperature`` is that of the requests, by which a guard scores; where requests differ, 1: drafts
     whose distributions overlap more are accepted more often at any temperature, as a rule. Without a
     ``learner``, a copy of the draft and what trains it, one is made if anything is published.
     """
     adapt, loss, settings = config.adapt, config.loss_settings, config.policy_settings
-    policy = WithinTimeShare(POLICIES.get(settings.kind)(settings), settings.max_time_share)
+    chosen, rates = config.objective_settings, [rate for _, rate in config.experts]
+    policy = WithObjective(
+        WithinTimeShare(POLICIES.get(settings.kind)(settings), settings.max_time_share),
+        OBJECTIVES.get(chosen.kind)(chosen),
+        rates,
+        chosen.warm_tokens,
+    )
     # A chain's rows behind a refusal stand on the very path that it drafted: they teach like others.
     refused_weight = 1.0 if drafter.signal.conditioning == "chain" else loss.refused_weight
     shadow = adapt.guard if isinstance(adapt.guard, ShadowSettings) else None
@@ -70,6 +77,10 @@ def build_coscheduler(
             form = adapt.replay.teacher
             scorer = Shadow(learner[0], target.head, form, dtype, temperature, ranks)
             guard = ShadowGuard(shadow, scorer, buffer, publisher)
+            if rates:
+                copy, trainer = learner
+                tried = TryingTrainer(trainer, rates, scorer, buffer, publisher, shadow.anchors)
+                learner = copy, tried
     return Coscheduler(
         buffer=buffer,
         policy=policy if ranks is None else SamePolicy(policy, ranks),

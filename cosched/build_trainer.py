@@ -57,8 +57,10 @@ def _trainer(
     trainable: Sequence[str],
     ranks: Ranks | None,
 ) -> DeepSpeedTrainer:
-    adapt, loss = config.adapt, config.loss_settings
-    batch_loss = BatchLoss(copy, LOSSES.get(loss.kind)(loss), target.head, adapt.replay.teacher)
+    adapt = config.adapt
+    losses = [loss for loss, _ in config.experts] or [config.loss_settings]
+    loss, *others = [LOSSES.get(settings.kind)(settings) for settings in losses]
+    batch_loss = BatchLoss(copy, loss, target.head, adapt.replay.teacher, others)
     group = None
     if ranks and ranks.size > 1:
         group = TrainingGroup(ranks.rank, ranks.size, ranks.together, ranks.alone)

@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 
 from cosched.arms import ADAPTED, BASE_ARMS, PLAIN, VARIANT_NAME, WINDOW_SUFFIX, adapts, split_arm
 from cosched.errors import ConfigError, PluginError
-from cosched.merging import PLUGIN_SECTIONS, from_words, merge, plain, read_yaml
+from cosched.merging import PLUGIN_SECTIONS, from_words, merge, plain, read_yaml, with_defaults
+from cosched.protocols import ExpertSettings
 from cosched.records import TeacherForm
 from cosched.registry import LOSSES
 from cosched.watch import FiniteSettings, ShadowSettings
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from cosched.protocols import DrafterSettings, LossSettings, PolicySettings
+    from cosched.protocols import (
+        DrafterSettings,
+        LossSettings,
+        ObjectiveSettings,
+        PolicySettings,
+    )
 
 Positive = Annotated[int, Meta(ge=1)]
 Name = Annotated[str, Meta(pattern=r"^\w[\w.@-]*$")]  # what may be a folder's name
@@ -168,12 +174,15 @@ class PublishSettings(Section, frozen=True):
 class AdaptSettings(Section, frozen=True):
     """``adapt``: how the arm ``adapted`` learns, and what the variants begin from.
 
-    ``policy`` and ``loss`` have the fields of their ``kind``: ``every_n_rounds`` and
-    ``forward_kl`` unless they say otherwise.
+    ``policy``, ``loss`` and ``objective`` have the fields of their ``kind``: ``every_n_rounds``,
+    ``forward_kl`` and ``fixed`` unless they say otherwise. Where the file has no ``policy`` or no
+    ``loss``, no ``trainer.lr`` or no ``replay.anchors``, it is that of the drafter's type
+    (``schedulers/defaults.py``).
     """
 
     policy: dict[str, Any] = msgspec.field(default_factory=dict)
     loss: dict[str, Any] = msgspec.field(default_factory=dict)
+    objective: dict[str, Any] = msgspec.field(default_factory=dict)
     replay: ReplaySettings = ReplaySettings()
     scope: ScopeSettings = ScopeSettings()
     trainer: TrainerSettings = TrainerSettings()
@@ -222,6 +231,26 @@ class Config(Section, frozen=True):
         return _plugin_settings("adapt.loss", f"{self.adapt_key}.loss", self.adapt.loss)
 
     @property
+    def objective_settings(self) -> ObjectiveSettings:
+        where = f"{self.adapt_key}.objective"
+        return _plugin_settings("adapt.objective", where, self.adapt.objective)
+
+    @property
+    def experts(self) -> tuple[tuple[LossSettings, float], ...]:
+        """Loss and learning rate of each that the objective chooses from; empty where it does not."""
+        settings = self.objective_settings
+        if not isinstance(settings, ExpertSettings):
+            return ()
+        found: list[tuple[LossSettings, float]] = []
+        for number, expert in enumerate(settings.experts):
+            where = f"{self.adapt_key}.objective.experts[{number}].loss"
+            own = OmegaConf.create({"adapt": {"loss": expert.loss}})
+            merged = merge(OmegaConf.create({"adapt": {"loss": self.adapt.loss}}), own, where)
+            loss = _plugin_settings("adapt.loss", where, plain(merged, where)["adapt"]["loss"])
+            found.append((loss, expert.lr or self.adapt.trainer.lr))
+        return tuple(found)
+
+    @property
     def num_adapters(self) -> int | None:
         """How many adapters serve beside one another; None where the draft is one for all."""
         state, batch = self.adapt.scope.state, self.engine.max_batch
@@ -254,8 +283,9 @@ def typed(merged: DictConfig, where: str) -> Config:
     partial = raw.pop("variants", {})
     if not isinstance(partial, dict):
         raise ConfigError(f"variants: expected {{NAME: {{part of adapt}}}}, got {partial!r}")
+    raw["adapt"] = with_defaults(raw.get("drafter"), raw.get("adapt", {}))
     config = convert(raw, Config, "")
-    variants = {str(n): _variant(str(n), raw.get("adapt", {}), v) for n, v in partial.items()}
+    variants = {str(n): _variant(str(n), raw["adapt"], v) for n, v in partial.items()}
     config = msgspec.structs.replace(config, variants=variants)
     _check_together(config)
     return config
@@ -274,7 +304,7 @@ def _variant(name: str, adapt: dict[str, Any], partial: Any) -> AdaptSettings:
     over = OmegaConf.create({"adapt": partial})
     merged = plain(merge(OmegaConf.create({"adapt": adapt}), over, where), where)
     settings = convert(merged["adapt"], AdaptSettings, where)
-    for part in ("policy", "loss"):
+    for part in ("policy", "loss", "objective"):
         _plugin_settings(f"adapt.{part}", f"{where}.{part}", getattr(settings, part))
     return settings
 
@@ -374,11 +404,8 @@ def _check_adapt(config: Config, used: bool) -> None:
     """Whether what an arm does to learn fits the text and the engine."""
     drafter, loss, where = config.drafter_settings, config.loss_settings, config.adapt_key
     _ = config.policy_settings
-    if not getattr(LOSSES.get(loss.kind)(loss), "teaches", True):
-        raise ConfigError(
-            f"{where}.loss.kind: {loss.kind!r} does not look at the target, so the draft would stay "
-            f"as it is; make it a term of `sum`, beside one that does"
-        )
+    _check_teaches(loss, f"{where}.loss")
+    _check_experts(config)
     engine, replay = config.engine, config.adapt.replay
     if loss.rows == "all":
         if engine.kind == "trace":
@@ -404,6 +431,47 @@ def _check_adapt(config: Config, used: bool) -> None:
             f"{drafter.num_draft_tokens + 2}"
         )
     _check_guard(config)
+
+
+def _check_teaches(loss: LossSettings, where: str) -> None:
+    if not getattr(LOSSES.get(loss.kind)(loss), "teaches", True):
+        raise ConfigError(
+            f"{where}.kind: {loss.kind!r} does not look at the target, so the draft would stay "
+            f"as it is; make it a term of `sum`, beside one that does"
+        )
+
+
+def _check_experts(config: Config) -> None:
+    """What an objective chooses from can be tried: on the same rows, and scored."""
+    experts, adapt, where = config.experts, config.adapt, config.adapt_key
+    if not experts:
+        return
+    loss, kind = config.loss_settings, config.objective_settings.kind
+    for number, (own, _) in enumerate(experts):
+        at = f"{where}.objective.experts[{number}].loss"
+        _check_teaches(own, at)
+        for key in ("rows", "refused_weight"):
+            found, wanted = getattr(own, key), getattr(loss, key)
+            if found != wanted:
+                raise ConfigError(
+                    f"{at}.{key}: all experts are tried on the same rows, got {found!r}; "
+                    f"use {wanted!r} as {where}.loss does"
+                )
+    if not isinstance(adapt.guard, ShadowSettings):
+        raise ConfigError(
+            f"{where}.guard.kind: {where}.objective.kind = {kind} scores its experts on held-out "
+            f"rows, which only shadow has, got finite; use shadow"
+        )
+    if adapt.trainer.background:
+        raise ConfigError(
+            f"{where}.trainer.background: {where}.objective.kind = {kind} tries its experts while "
+            f"the engine waits, got true; use false"
+        )
+    if config.num_adapters:
+        raise ConfigError(
+            f"{where}.scope.state: {where}.objective.kind = {kind} needs one draft for all, got "
+            f"{adapt.scope.state}; use shared"
+        )
 
 
 def _check_guard(config: Config) -> None:
@@ -472,4 +540,9 @@ def resolved(config: Config) -> dict[str, Any]:
     for section, one in learning:
         section["policy"] = msgspec.to_builtins(one.policy_settings)
         section["loss"] = msgspec.to_builtins(one.loss_settings)
+        section["objective"] = msgspec.to_builtins(one.objective_settings)
+        for expert, (loss, rate) in zip(
+            section["objective"].get("experts", ()), one.experts, strict=True
+        ):
+            expert.update(loss=msgspec.to_builtins(loss), lr=rate)
     return raw

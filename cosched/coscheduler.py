@@ -118,7 +118,7 @@ class Coscheduler:
         if self._trainer is None or self._publisher is None:
             raise PublicationError("this draft is not trained here: it has no versions")
         self._trainer.load(self._publisher.weights_of(version))
-        self.totals.watch.went_back(version)
+        self.totals.went_back(version)
         self._publisher.pin(self.totals.watch.good)
         self._serve_again(version, "asked for")
         return self.version
@@ -165,6 +165,8 @@ class Coscheduler:
         totals = self.totals
         totals.updates += 1
         totals.skipped_steps += result.num_skipped
+        if result.trial:
+            totals.note_trial(result.trial)
         totals.losses.append(result.losses[-1] if math.isfinite(result.losses[-1]) else None)
         del totals.losses[:-LOSSES_KEPT]  # a server runs for months
         self._sink.emit("update", round=totals.rounds, result=result)

@@ -118,7 +118,7 @@ class Footprint:
     ``gradients`` are DeepSpeed's. ``merged`` are the weights with adapters merged in, which are there
     only while they are published. ``last_good`` is what can be served again: the draft as loaded,
     and the versions kept. ``reference`` is the copy of before the update, where the loss compares
-    with it. ``loss`` is the most that logits take at once with all that is made of them, their
+    with it. ``trials`` are the trainer's states between which an objective chooses. ``loss`` is the most that logits take at once with all that is made of them, their
     gradients included, and that of a head that is trained once more than in ``gradients``.
     """
 
@@ -136,6 +136,7 @@ class Footprint:
     moments: int
     gradients: int
     reference: int
+    trials: int
     loss: int
     replay: int
     draft_cache: int
@@ -159,6 +160,7 @@ class Footprint:
                 self.moments,
                 self.gradients,
                 self.reference,
+                self.trials,
                 self.loss,
                 self.replay,
                 self.draft_cache,
@@ -234,7 +236,8 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
         if served:
             versions = (1 + keep) * adapters
     limits = replay_limits(config, target, drafter)
-    loss = LOSSES.get(config.loss_settings.kind)(config.loss_settings)
+    experts = [own for own, _ in config.experts]
+    losses = [LOSSES.get(own.kind)(own) for own in experts or [config.loss_settings]]
     rows = config.loss_settings.rows
     one = limits.request_bytes(keep_blocks=rows != "delayed")
     requests = (served or 1) * limits.room(one)
@@ -257,8 +260,11 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
         masters=4 * trained if config.adapt.trainer.zero_stage else 0,
         moments=8 * trained,
         gradients=4 * trained,
-        reference=4 * trained * loss.needs_reference,
-        loss=_loss_peak(config, target, drafter, loss, limits) if trained else 0,
+        reference=4 * trained * any(loss.needs_reference for loss in losses),
+        trials=2 * (12 * trained + 4 * published * (adapters > 0)) if experts else 0,
+        loss=max(_loss_peak(config, target, drafter, loss, limits) for loss in losses)
+        if trained
+        else 0,
         replay=requests * one if trained else 0,
         draft_cache=cache * config.engine.max_batch * longest,
         target_cache=target.cache_width * dtype.itemsize * config.engine.max_batch * longest,

@@ -9,8 +9,8 @@ import msgspec
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cosched.errors import ConfigError
-from cosched.registry import DRAFTERS, LOSSES, POLICIES, Registry
+from cosched.errors import ConfigError, PluginError
+from cosched.registry import DRAFTERS, LOSSES, OBJECTIVES, POLICIES, Registry, defaults_for
 from cosched.watch import FiniteSettings, ShadowSettings
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ PLUGIN_SECTIONS: dict[str, tuple[Registry, str | None]] = {
     "drafter": (DRAFTERS, None),
     "adapt.policy": (POLICIES, "every_n_rounds"),
     "adapt.loss": (LOSSES, "forward_kl"),
+    "adapt.objective": (OBJECTIVES, "fixed"),
 }
 GUARDS: dict[str, type[msgspec.Struct]] = {"finite": FiniteSettings, "shadow": ShadowSettings}
 
@@ -104,6 +105,32 @@ def plain(config: DictConfig, where: str) -> dict[str, Any]:
         raw = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(raw, dict)
     return {str(key): value for key, value in raw.items()}
+
+
+def with_defaults(drafter: Any, adapt: Any) -> Any:
+    """``adapt`` with what the file does not say of it, which goes by the drafter.
+
+    A section that a plugin types is taken whole or not at all: its fields go with its kind.
+
+    Raises:
+        ConfigError: the drafter does not say how it drafts.
+    """
+    kind = drafter.get("kind") if isinstance(drafter, dict) else None
+    known = [plugin.name for plugin in DRAFTERS.plugins()]
+    if kind not in known or not isinstance(adapt, dict):
+        return adapt  # named when the section is checked
+    try:
+        defaults = defaults_for(kind)
+    except PluginError as error:
+        raise ConfigError(f"drafter.kind: {error}") from error
+    whole = dict(adapt)
+    for section, values in defaults.items():
+        own = adapt.get(section, {})
+        if section not in adapt:
+            whole[section] = values
+        elif isinstance(own, dict) and f"adapt.{section}" not in PLUGIN_SECTIONS:
+            whole[section] = {**values, **own}
+    return whole
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from cosched.records import (
+    Choice,
     Decision,
     Proposal,
     Rows,
@@ -45,6 +46,31 @@ class PolicySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     kind: str
     max_time_share: Annotated[float, Meta(gt=0, le=1)] = 1.0
+
+
+class ObjectiveSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``adapt.objective``: an objective adds its own fields in a subclass.
+
+    The learning rate is ``t / warm_tokens`` of what it would be while t, the tokens committed since
+    the draft was last as it was loaded, is less than that; 0 is no warm start. A fresh draft is then
+    taught gently while there is little text to teach it, and AdamW's moments are of a few steps.
+    """
+
+    kind: str
+    warm_tokens: Annotated[int, Meta(ge=0)] = 0
+
+
+class Expert(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One way to make an update: what it does not say is as in ``adapt.loss`` and ``adapt.trainer``."""
+
+    loss: dict[str, Any] = {}
+    lr: Annotated[float, Meta(gt=0)] | None = None
+
+
+class ExpertSettings(ObjectiveSettings, frozen=True, kw_only=True):
+    """``adapt.objective`` of a kind that chooses among ``experts`` by trials."""
+
+    experts: Annotated[tuple[Expert, ...], Meta(min_length=2)]
 
 
 class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -161,7 +187,8 @@ class Drafter(Protocol):
     no weights: its target's embedding lies on the meta device, and so does what it makes. It serves
     to see what the drafter would take. ``examples(target, num_draft_tokens) -> Mapping[str, Drafter]``
     makes small ones with random weights, one for each kind of checkpoint: the contract tests
-    (``cosched.testing``) run on them. One that can serve several adapters in a batch is also a
+    (``cosched.testing``) run on them. Its class attribute ``draft_type`` (``cosched.records``) says
+    which defaults are its own. One that can serve several adapters in a batch is also a
     ``ServesAdapters``. Everything up to ``move_slot`` is about serving; what
     follows ``network`` is used only where that is not None, ``save`` excepted.
     """
@@ -311,6 +338,12 @@ class Policy(Protocol):
     """
 
     def decide(self, snapshot: Snapshot) -> Decision: ...
+
+
+class Objective(Protocol):
+    """What an update is made with. Pure, as a policy is: the same snapshot gives the same choice."""
+
+    def choose(self, snapshot: Snapshot) -> Choice: ...
 
 
 class Buffer(Protocol):

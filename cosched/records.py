@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Rows = Literal["accepted", "refused", "all", "delayed"]
+DraftType = Literal["chain", "block", "parallel", "none"]
+"""How a drafter drafts: token by token, as EAGLE-3 does; a block at once from the target's features
+(DFlash); all tokens in parallel behind its own text (PARD); or it learns by itself."""
 TeacherForm = Literal["hidden", "logits", "top_k"]
 """How a teacher row is kept: the target's last hidden state, its logits, or the best of them
 (``cosched.teacher``)."""
@@ -163,6 +166,9 @@ class Snapshot(msgspec.Struct, frozen=True):
     moving mean that stays 1 where no guard compares them; ``seconds_earned`` what drafting and
     verifying would have taken longer with the loaded one, by that gain less a standard error. ``expected_tokens_left`` is per running
     request (``cosched.totals``). ``num_finished`` counts requests that are done.
+    ``tokens_since_loaded`` were committed since the draft was last as it was loaded. ``trials`` are the
+    newest comparisons of objectives, the oldest first: what one update with each of them, from the same
+    weights, would have brought over the serving draft, in tokens; ``num_trials`` counts all there were.
     """
 
     round_index: int
@@ -193,21 +199,41 @@ class Snapshot(msgspec.Struct, frozen=True):
     seconds_earned: float = 0.0
     num_finished: int = 0
     requests_since_update: int = 0
+    tokens_since_loaded: int = 0
+    updates_since_trial: int = 0
+    num_trials: int = 0
+    trials: tuple[tuple[float, ...], ...] = ()
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """Train now, or not. ``learning_rate`` None keeps the trainer's own."""
+    """Train now, or not. ``learning_rate`` None keeps the trainer's own.
+
+    The rest says what with: the loss of which of the objectives (0 where there is but one), what
+    share of the learning rate, and whether all objectives are tried and the best of them is kept.
+    """
 
     num_steps: int
     learning_rate: float | None = None
     reason: str = ""
+    objective: int = 0
+    rate_share: float = 1.0
+    trial: bool = False
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """Which objective the next update takes, and whether it tries all of them instead."""
+
+    objective: int = 0
+    trial: bool = False
 
 
 class UpdateResult(msgspec.Struct, frozen=True):
     """What the trainer did: micro-steps taken, steps skipped as non-finite, loss of each step.
 
     ``lost_mass`` is the share of the teacher's mass outside of the draft's vocabulary, a mean over
-    the rows (of this rank, where there are several); None where the vocabularies are one.
+    the rows (of this rank, where there are several); None where the vocabularies are one. After a
+    trial ``objective`` is the one whose update was kept, and ``trial`` what each brought: the score of
+    its candidate above that of the serving draft, in tokens.
     """
 
     num_steps: int
@@ -216,6 +242,8 @@ class UpdateResult(msgspec.Struct, frozen=True):
     num_rows: int
     seconds: float
     lost_mass: float | None = None
+    objective: int = 0
+    trial: tuple[float, ...] = ()
 
 
 class Verdict(msgspec.Struct, frozen=True):

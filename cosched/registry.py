@@ -6,13 +6,15 @@ imports a plugin.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.metadata
 import pkgutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
 
 from cosched.errors import PluginError
+from cosched.records import DraftType
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,12 +35,14 @@ class Registry:
     """Classes of one role by name.
 
     Built-in plugins are the modules of ``package``; others announce themselves in the entry-point
-    group ``cosched.PACKAGE`` with a module or class that registers on import.
+    group ``cosched.GROUP``, by default that of the package's name, with a module or class that
+    registers on import.
     """
 
-    def __init__(self, role: str, package: str) -> None:
+    def __init__(self, role: str, package: str, group: str | None = None) -> None:
         self.role = role
         self.package = package
+        self.group = f"cosched.{group or package}"
         self._plugins: dict[str, Plugin] = {}
         self._loaded = False
 
@@ -93,7 +97,7 @@ class Registry:
             )
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
-        for entry in importlib.metadata.entry_points(group=f"cosched.{self.package}"):
+        for entry in importlib.metadata.entry_points(group=self.group):
             self._load_entry(entry)
         self._loaded = True
 
@@ -117,3 +121,22 @@ def _origin(cls: type) -> str:
 DRAFTERS = Registry("drafter", "drafters")
 LOSSES = Registry("loss", "losses")
 POLICIES = Registry("policy", "schedulers")
+OBJECTIVES = Registry("objective", "schedulers", "objectives")
+
+
+def defaults_for(drafter: str) -> dict[str, Any]:
+    """What ``adapt`` holds for a drafter where the file does not say: a row of ``schedulers.defaults``.
+
+    Raises:
+        PluginError: no such drafter, or it does not say how it drafts.
+    """
+    cls, known = DRAFTERS.get(drafter), get_args(DraftType)
+    draft_type = getattr(cls, "draft_type", None)
+    if draft_type not in known:
+        raise PluginError(
+            f"the drafter {drafter!r} ({_origin(cls)}) has draft_type = {draft_type!r}; one of "
+            f"{', '.join(known)} is needed"
+        )
+    POLICIES.plugins()  # proves that the package is ours
+    table = importlib.import_module(f"{POLICIES.package}.defaults").TABLE
+    return copy.deepcopy(table[draft_type])

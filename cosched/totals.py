@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 RECENT_WEIGHT = 0.05  # of the newest round in the moving acceptance length
 REFERENCE_WEIGHT = 0.0002  # of the newest round in the length that acceptance is measured against
 SHORTFALL_TOLERANCE = 0.1  # tokens a round below the reference that are no fall
+TRIALS_KEPT = 64  # comparisons of objectives: text moves on, what an older one said is of no use
 UPDATE_WEIGHT = 0.1  # of the newest update in what updates cost and bring
 
 
@@ -59,6 +60,10 @@ class Totals:
     shadow_gain: float = 1.0  # moving mean
     earned_seconds: float = 0.0
     guard_seconds: float = 0.0  # of the update seconds
+    committed_at_loaded: int = 0
+    num_trials: int = 0
+    updates_at_trial: int = 0
+    trials: list[tuple[float, ...]] = field(default_factory=list)  # what each objective brought
     watch: Watch = field(default_factory=Watch)
     # Where several adapters learn: the counters of each, and to go on from them the versions.
     parts: list[Totals] = field(default_factory=list)
@@ -157,7 +162,7 @@ class Totals:
         if not verdict.serving_score:
             return
         if verdict.back_to == 0:
-            self.shadow_gain = 1.0  # the loaded draft serves
+            self._as_loaded()
             return
         if verdict.candidate_score:
             self.scored = True
@@ -167,14 +172,35 @@ class Totals:
             ahead = verdict.serving_score / verdict.loaded_score
             self.shadow_gain *= (ahead / self.shadow_gain) ** UPDATE_WEIGHT
 
+    def note_trial(self, gains: tuple[float, ...]) -> None:
+        """What one update with each of the objectives brought, or would have."""
+        self.num_trials += 1
+        self.updates_at_trial = self.updates
+        self.trials.append(gains)
+        del self.trials[:-TRIALS_KEPT]
+
+    def went_back(self, version: int) -> None:
+        """An earlier version serves again because somebody asked for it."""
+        self.watch.went_back(version)
+        if version == 0:
+            self._as_loaded()
+
+    def _as_loaded(self) -> None:
+        """The draft that was loaded serves again."""
+        self.shadow_gain = 1.0
+        self.committed_at_loaded = self.committed
+
     def start_anew(self) -> None:
-        """The draft is again the one that was loaded; what its updates cost is not forgotten."""
+        """The draft is again the one that was loaded; what its updates cost is not forgotten.
+
+        Nor is which objective was good: that is about the traffic, more than about one request.
+        """
         self.round_of_update = self.rounds
         self.committed_at_update = self.committed
         self.finished_at_update = self.finished
         self.shortfall = 0.0
         self.recent_at_update = 0.0
-        self.shadow_gain = 1.0
+        self._as_loaded()
         self.watch = Watch(refused=self.watch.refused, rolled_back=self.watch.rolled_back)
 
     def snapshot(self, num_running: int, draft_version: int, buffered_tokens: int) -> Snapshot:
@@ -208,4 +234,8 @@ class Totals:
             seconds_earned=self.earned_seconds,
             num_finished=self.finished,
             requests_since_update=self.finished - self.finished_at_update,
+            tokens_since_loaded=self.committed - self.committed_at_loaded,
+            updates_since_trial=self.updates - self.updates_at_trial,
+            num_trials=self.num_trials,
+            trials=tuple(self.trials),
         )

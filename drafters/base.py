@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cosched.errors import CheckpointError
 from cosched.protocols import CheckpointFormats, DrafterSettings, TargetInfo
-from cosched.records import Scope, SignalSpec
+from cosched.records import DraftType, Scope, SignalSpec
 from drafters import adapters
 from drafters.cache import SlotCache
 from drafters.checkpoint import Checkpoint, check_tensors, tokenizer_vocabulary
@@ -34,13 +34,14 @@ N = TypeVar("N", bound=nn.Module)
 class NetworkDrafter(Generic[C, N]):
     """A drafter whose network is read from a public checkpoint; serving and replay are the family's.
 
-    A family gives ``formats``, ``conditioning``, ``Settings``, and the methods below that are empty
-    here.
+    A family gives ``formats``, ``conditioning``, ``draft_type``, ``Settings``, and the methods below
+    that are empty here.
     """
 
     Settings: ClassVar[type[DrafterSettings]] = DrafterSettings
     formats: ClassVar[CheckpointFormats]
     conditioning: ClassVar[Any]
+    draft_type: ClassVar[DraftType]
     borrowed: ClassVar[
         tuple[str, ...]
     ] = ()  # tensors that a file may have as copies of the target's

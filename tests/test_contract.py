@@ -1,4 +1,4 @@
-"""The contract of every registered drafter, loss and policy: a new one is covered at once."""
+"""The contract of every registered drafter, loss, policy and objective: a new one is covered at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from msgspec import convert
 
 from cosched.registry import Plugin
-from cosched.testing import DrafterContract, LossContract, PolicyContract
+from cosched.testing import DrafterContract, LossContract, ObjectiveContract, PolicyContract
 
 
 class TestDrafters(DrafterContract):
@@ -32,3 +32,7 @@ class TestLosses(LossContract):
 
 class TestPolicies(PolicyContract):
     """All policies there are."""
+
+
+class TestObjectives(ObjectiveContract):
+    """All objectives there are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -25,8 +26,9 @@ from cosched.testing.harness import (
 from tests.conftest import make_drafter
 
 
-def snapshot(**changes: float) -> Snapshot:
-    zero = dict.fromkeys(Snapshot.__struct_fields__, 0)
+def snapshot(**changes: Any) -> Snapshot:
+    fields = msgspec.structs.fields(Snapshot)
+    zero = {field.name: 0 for field in fields if field.type in {int, float}}
     return msgspec.convert({**zero, **changes}, Snapshot)
 
 

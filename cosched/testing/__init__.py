@@ -1,4 +1,4 @@
-"""Contract tests for drafters, losses and policies, ours and anybody's (needs pytest).
+"""Contract tests for drafters, losses, policies and objectives, ours and anybody's (needs pytest).
 
 A file of three lines runs them::
 
@@ -14,11 +14,15 @@ a project with ``--strict-markers`` has to list among its markers.
 import pytest
 
 pytest.register_assert_rewrite(
-    *(f"{__name__}.{module}" for module in ("drafters", "losses", "policies", "sampling"))
+    *(
+        f"{__name__}.{module}"
+        for module in ("drafters", "losses", "policies", "objectives", "sampling")
+    )
 )
 
 from cosched.testing.drafters import DrafterContract  # noqa: E402  what it asserts is rewritten
 from cosched.testing.losses import LossContract  # noqa: E402
+from cosched.testing.objectives import ObjectiveContract  # noqa: E402
 from cosched.testing.policies import PolicyContract  # noqa: E402
 
-__all__ = ["DrafterContract", "LossContract", "PolicyContract"]
+__all__ = ["DrafterContract", "LossContract", "ObjectiveContract", "PolicyContract"]

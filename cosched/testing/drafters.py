@@ -90,6 +90,8 @@ class DrafterContract(OneThread):
         layers = drafter.signal.feature_layers
         assert all(0 <= layer <= specimen.target.num_layers for layer in layers)
         assert (drafter.signal.conditioning == "none") == (drafter.network() is None)
+        knows = {"chain": "chain", "block": "block", "parallel": "block", "none": "none"}
+        assert knows[specimen.plugin.cls.draft_type] == drafter.signal.conditioning
         assert drafter.cache_bytes_per_token >= 0
         assert all(isinstance(reason, str) for reason in drafter.not_for_sglang())
 

@@ -24,11 +24,12 @@ for name in ("torch", "numpy", "transformers", "deepspeed"):
     sys.modules[name] = None  # importing it raises
 import importlib, msgspec
 from cosched.records import Snapshot
-module, name, kind = sys.argv[1:]
+module, name, ask = sys.argv[1:]
 cls = getattr(importlib.import_module(module), name)
 settings = msgspec.json.decode(sys.stdin.buffer.read(), type=cls.Settings)
-snapshot = msgspec.convert(dict.fromkeys(Snapshot.__struct_fields__, 1), Snapshot)
-cls(settings).decide(snapshot)
+numbers = [field.name for field in msgspec.structs.fields(Snapshot) if field.type in (int, float)]
+snapshot = msgspec.convert(dict.fromkeys(numbers, 1), Snapshot)
+getattr(cls(settings), ask)(snapshot)
 """
 
 
@@ -73,25 +74,23 @@ class PolicyContract:
 
     def test_it_does_without_a_tensor_library(self, case: tuple[Plugin, Any]) -> None:
         """It is imported and decides where neither torch nor numpy can be imported."""
-        plugin, settings = case
-        process = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                WITHOUT_TORCH,
-                plugin.cls.__module__,
-                plugin.cls.__qualname__,
-                plugin.name,
-            ],
-            input=msgspec.json.encode(settings),
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
-        assert process.returncode == 0, process.stderr.decode()
+        ask_without_torch(*case, "decide")
 
 
-def random_snapshot(seed: int) -> Snapshot:
+def ask_without_torch(plugin: Plugin, settings: Any, ask: str) -> None:
+    """Make a plugin of these settings in a process of its own, and ask it about a snapshot."""
+    words = [plugin.cls.__module__, plugin.cls.__qualname__, ask]
+    process = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *words],
+        input=msgspec.json.encode(settings),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr.decode()
+
+
+def random_snapshot(seed: int, num_experts: int = 2) -> Snapshot:
     """A state that a run might be in; zeros now and then, as at its start."""
     draw = random.Random(seed)
     rounds = draw.choice([0, draw.randrange(10), draw.randrange(100_000)])
@@ -99,6 +98,7 @@ def random_snapshot(seed: int) -> Snapshot:
     accepted = draw.randint(0, drafted)
     committed = rounds + accepted
     updates = draw.randint(0, rounds)
+    trials = draw.choice([0, draw.randint(0, updates)])
     return Snapshot(
         round_index=rounds,
         num_running=draw.randrange(64),
@@ -128,4 +128,10 @@ def random_snapshot(seed: int) -> Snapshot:
         num_queued=draw.choice([0, draw.randrange(100)]),
         num_finished=(finished := draw.choice([0, draw.randrange(1000)])),
         requests_since_update=draw.randint(0, finished),
+        tokens_since_loaded=draw.randint(0, committed),
+        updates_since_trial=draw.randint(0, updates),
+        num_trials=trials,
+        trials=tuple(
+            tuple(draw.gauss(0, 0.1) for _ in range(num_experts)) for _ in range(min(trials, 64))
+        ),
     )

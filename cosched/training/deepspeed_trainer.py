@@ -86,14 +86,15 @@ class DeepSpeedTrainer:
     def update(self, batch: SignalBatch, decision: Decision) -> UpdateResult:
         """``decision.num_steps`` micro-steps on one batch."""
         started = self._clock()
+        rate = decision.rate_share * (decision.learning_rate or self._learning_rate)
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = decision.learning_rate or self._learning_rate
+            group["lr"] = rate
         losses: list[float] = []
         num_skipped = 0
         num_rows = batch.num_rows
         if self._group is not None:
             batch, self._weight = share_of(batch, self._group.rank, self._group.size)
-        self._batch_loss.begin_update(batch)
+        self._batch_loss.begin_update(batch, decision.objective)
         for _ in range(decision.num_steps):
             loss, taken = self.step(batch)
             losses.append(loss)
@@ -106,6 +107,7 @@ class DeepSpeedTrainer:
             num_rows=num_rows,
             seconds=self._clock() - started,
             lost_mass=None if lost_mass is None else float(lost_mass),  # host waits for the device
+            objective=decision.objective,
         )
 
     def step(self, batch: SignalBatch) -> tuple[float, bool]:
@@ -152,10 +154,7 @@ class DeepSpeedTrainer:
         for name, parameter in self._trained.items():
             parameter.copy_(weights[name])
         self._refresh_masters()
-        for state in self._base_optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
+        self._empty_optimizer()
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on: weights and the optimizer's moments."""
@@ -168,16 +167,26 @@ class DeepSpeedTrainer:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from ``state()`` of a trainer built the same way, to the bit."""
+        """Go on from ``state()`` of a trainer built the same way, to the bit.
+
+        One that had not stepped yet has no moments in its state: they become zero, as at its start.
+        """
         for name, parameter in self._trained.items():
             parameter.copy_(tensors[f"weight.{name}"])
         self._refresh_masters()
+        self._empty_optimizer()
         optimizer = self._base_optimizer
         owners = [p for group in optimizer.param_groups for p in group["params"]]
         for key, value in tensors.items():
             kind, number, entry = (*key.split("."), "", "")[:3]
             if kind == "optimizer":
                 optimizer.state[owners[int(number)]][entry] = value.clone()
+
+    def _empty_optimizer(self) -> None:
+        for state in self._base_optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
 
     def _refresh_masters(self) -> None:
         """Tell ZeRO that the weights were written, else its masters would bring the old ones back."""

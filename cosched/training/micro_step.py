@@ -18,6 +18,8 @@ from cosched.training.chunks import in_chunks
 from cosched.training.reference import DraftBefore
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cosched.protocols import Drafter, Loss
     from cosched.records import SignalBatch, TeacherForm
 
@@ -29,36 +31,46 @@ class BatchLoss(nn.Module):
     that no optimizer can reach them. Logits, of the student, the teacher and the reference, are made
     of ``chunk_rows`` rows at a time (``adapt.loss``), and of rows of weight zero not at all.
     ``lost_mass`` is what the teacher of the last batch said outside of the draft's vocabulary, as a
-    mean over its rows; None where the vocabularies are one.
+    mean over its rows; None where the vocabularies are one. An update may be made with one of the
+    ``others`` instead of the ``loss``: they are objectives 1, 2, …, and it is objective 0.
     """
 
     lost_mass: Tensor | None = None
 
     def __init__(
-        self, drafter: Drafter, loss: Loss, teacher_head: nn.Module, teacher_form: TeacherForm
+        self,
+        drafter: Drafter,
+        loss: Loss,
+        teacher_head: nn.Module,
+        teacher_form: TeacherForm,
+        others: Sequence[Loss] = (),
     ) -> None:
         super().__init__()
         network = drafter.network()
         assert network is not None, "a drafter without a network has nothing to train"
         self.network = network
         self._drafter = drafter
-        self._loss = loss
+        self._losses = (loss, *others)
+        self._loss = loss  # that of the update which is being made
         self._teacher_head = (teacher_head,)  # in a tuple, so that it is no submodule
         self._teacher_form = teacher_form
-        self._before = DraftBefore(drafter) if loss.needs_reference else None
+        compares = any(one.needs_reference for one in self._losses)
+        self._before = DraftBefore(drafter) if compares else None
         self._reference_RNKH: Tensor | None = None
 
     @torch.no_grad()
-    def begin_update(self, batch: SignalBatch) -> None:
+    def begin_update(self, batch: SignalBatch, objective: int = 0) -> None:
         """Micro-steps on this batch follow: what they are held against is the draft as it is now."""
-        if self._before is not None:
+        self._loss, self._reference_RNKH = self._losses[objective], None
+        if self._before is not None and self._loss.needs_reference:
             self._before.catch_up()
             self._reference_RNKH = self._before.drafter.replay_states(batch)
 
     def forward(self, batch: SignalBatch) -> Tensor:
         """Scalar loss of a batch, in float32 or wider."""
         weights_RNK, reference = batch.weights_RNK, self._reference_RNKH
-        assert self._before is None or reference is not None, "an update has not begun"
+        begun = not self._loss.needs_reference or reference is not None
+        assert begun, "an update has not begun"
         counts_M = weights_RNK.flatten().nonzero().squeeze(-1)  # host waits for the device
         states_MH = self._drafter.replay_states(batch).flatten(0, 2).index_select(0, counts_M)
         measured_MQ, lost_M = self.measure(

@@ -42,6 +42,7 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
 
     formats: ClassVar = formats
     conditioning: ClassVar = "block"
+    draft_type: ClassVar = "block"
     borrowed: ClassVar = formats.BORROWED
 
     def __init__(

@@ -57,6 +57,7 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
     Settings: ClassVar = Eagle3Settings
     formats: ClassVar = formats
     conditioning: ClassVar = "chain"
+    draft_type: ClassVar = "chain"
     borrowed: ClassVar = (EMBEDDING,)
 
     def __init__(

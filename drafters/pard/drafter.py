@@ -43,6 +43,7 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
 
     formats: ClassVar = formats
     conditioning: ClassVar = "block"
+    draft_type: ClassVar = "parallel"
 
     def __init__(
         self,

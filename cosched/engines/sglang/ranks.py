@@ -9,14 +9,13 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 
-from cosched.records import Decision
-
 if TYPE_CHECKING:
     from cosched.protocols import Policy
-    from cosched.records import Snapshot
+    from cosched.records import Decision, Snapshot
 
 PATIENCE = timedelta(seconds=60)  # after which a rank that waits for a lost one stops training
 
@@ -72,7 +71,10 @@ class Ranks:
 
 
 class SamePolicy:
-    """A policy whose decision is rank 0's: costs in the snapshot are those of one clock."""
+    """A policy whose decision is rank 0's: costs in the snapshot are those of one clock.
+
+    What the update is made with goes by counts and scores, of which all ranks have the same.
+    """
 
     def __init__(self, policy: Policy, ranks: Ranks) -> None:
         self._policy = policy
@@ -83,4 +85,4 @@ class SamePolicy:
         if self._ranks.size == 1:
             return decision
         steps, rate = self._ranks.from_first((decision.num_steps, decision.learning_rate))
-        return Decision(steps, rate, decision.reason)
+        return msgspec.structs.replace(decision, num_steps=steps, learning_rate=rate)

@@ -37,6 +37,7 @@ class TokenRecycling:
     """Token Recycling: drafts what the target would have said the last time."""
 
     Settings: ClassVar = TokenRecyclingSettings
+    draft_type = "none"  # it learns by itself
     cache_bytes_per_token = 0  # a matrix a slot, however long its text is
 
     def __init__(self, target: TargetInfo, num_draft_tokens: int, matrix_VC: Tensor) -> None:

@@ -1,0 +1,34 @@
+"""What ``adapt`` holds where the file does not say, by how the drafter drafts.
+
+``policy`` and ``loss`` stand in for a section that the file leaves out as a whole; of the others a
+key at a time. ``config.yaml`` in the run folder shows what came of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cosched.records import DraftType
+
+TABLE: dict[DraftType, dict[str, dict[str, Any]]] = {
+    "chain": {  # EAGLE-3
+        "policy": {"kind": "every_n_rounds", "rounds": 16, "num_steps": 1},
+        "loss": {"kind": "forward_kl", "position_decay": 0.85, "rows": "delayed"},
+        "trainer": {"lr": 3e-4},
+        "replay": {"anchors": 64},
+    },
+    "block": {  # DFlash
+        "policy": {"kind": "every_n_rounds", "rounds": 16, "num_steps": 1},
+        "loss": {"kind": "forward_kl", "position_decay": 0.85, "rows": "delayed"},
+        "trainer": {"lr": 3e-4},
+        "replay": {"anchors": 64},
+    },
+    "parallel": {  # PARD
+        "policy": {"kind": "every_n_rounds", "rounds": 16, "num_steps": 1},
+        "loss": {"kind": "forward_kl", "position_decay": 0.85, "rows": "delayed"},
+        "trainer": {"lr": 3e-4},
+        "replay": {"anchors": 64},
+    },
+    "none": {},  # nothing is trained
+}
