@@ -13,12 +13,12 @@ import msgspec
 from msgspec import Meta, Struct
 from omegaconf import OmegaConf
 
-from cosched.arms import ADAPTED, BASE_ARMS, PLAIN, VARIANT_NAME, WINDOW_SUFFIX, adapts, split_arm
+from cosched.arms import BASE_ARMS, VARIANT_NAME, split_arm
+from cosched.consistency import check_together
 from cosched.errors import ConfigError, PluginError
 from cosched.merging import PLUGIN_SECTIONS, from_words, merge, plain, read_yaml, with_defaults
 from cosched.protocols import ExpertSettings
 from cosched.records import TeacherForm
-from cosched.registry import LOSSES
 from cosched.watch import FiniteSettings, ShadowSettings
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ def typed(merged: DictConfig, where: str) -> Config:
     config = convert(raw, Config, "")
     variants = {str(n): _variant(str(n), raw["adapt"], v) for n, v in partial.items()}
     config = msgspec.structs.replace(config, variants=variants)
-    _check_together(config)
+    check_together(config)
     return config
 
 
@@ -357,154 +357,6 @@ def _plugin_settings(section: str, where: str, raw: dict[str, Any]) -> Any:
     except PluginError as error:
         raise ConfigError(f"{where}.kind: {error}") from error
     return convert({**raw, "kind": kind}, cls.Settings, where)
-
-
-def _check_together(config: Config) -> None:
-    """What no single key can say."""
-    _check_arms(config)
-    workload, engine = config.workload, config.engine
-    if engine.live and engine.kind != "trace":
-        raise ConfigError(
-            f"engine.live: true computes what a trace has, and engine.kind is {engine.kind}; use false"
-        )
-    if engine.kind == "trace":
-        if engine.trace is None:
-            raise ConfigError("engine.trace: required when engine.kind is trace, a recorded folder")
-    elif engine.kind == "sglang":
-        if workload.documents is not None:
-            raise ConfigError("workload.documents: SGLang decides its own text; use prompts")
-    elif (workload.prompts is None) == (workload.documents is None):
-        raise ConfigError("workload: give exactly one of prompts and documents")
-    if workload.samples > 1 and workload.documents is not None:
-        raise ConfigError(
-            f"workload.samples: a document is said one way only, got {workload.samples}; use 1"
-        )
-    # The section itself is checked whether or not an arm uses it: servers have no arms.
-    for arm in dict.fromkeys((ADAPTED, *(arm for arm in config.arms if adapts(arm)))):
-        _check_adapt(config.for_arm(arm), used=arm in config.arms)
-
-
-def _check_arms(config: Config) -> None:
-    names = (*BASE_ARMS, *config.variants)
-    for arm in config.arms:
-        base, windowed = split_arm(arm)
-        if base not in names or (base == PLAIN and windowed):
-            learning = ", ".join(name for name in names if name != PLAIN)
-            raise ConfigError(
-                f"arms: unknown arm {arm!r}; there are {', '.join(names)}, and with "
-                f"{WINDOW_SUFFIX} behind them {learning}"
-            )
-        if windowed and config.drafter_settings.window is None:
-            raise ConfigError(f"arms: {arm!r} needs drafter.window, the tokens that the draft sees")
-    if len(set(config.arms)) != len(config.arms):
-        raise ConfigError(f"arms: the same arm twice in {list(config.arms)}")
-
-
-def _check_adapt(config: Config, used: bool) -> None:
-    """Whether what an arm does to learn fits the text and the engine."""
-    drafter, loss, where = config.drafter_settings, config.loss_settings, config.adapt_key
-    _ = config.policy_settings
-    _check_teaches(loss, f"{where}.loss")
-    _check_experts(config)
-    engine, replay = config.engine, config.adapt.replay
-    if loss.rows == "all":
-        if engine.kind == "trace":
-            raise ConfigError(
-                f"{where}.loss.rows: 'all' needs rows after a refusal, which a trace does not have; "
-                f"use 'accepted', 'refused' or 'delayed', or engine.kind: embedded"
-            )
-        if config.workload.documents is not None:
-            raise ConfigError(f"{where}.loss.rows: 'all' needs drafted text; documents are forced")
-    if config.adapt.scope.state != "shared" and engine.kind == "sglang":
-        raise ConfigError(f"{where}.scope.state: SGLang serves one draft to all; use shared")
-    if used:
-        _check_scope(config)
-    if replay.window > replay.max_tokens:
-        raise ConfigError(
-            f"{where}.replay.max_tokens: {replay.max_tokens} holds no request of "
-            f"{where}.replay.window = {replay.window} rows"
-        )
-    if replay.window <= drafter.num_draft_tokens + 1:
-        raise ConfigError(
-            f"{where}.replay.window: {replay.window} holds no path of drafter.num_draft_tokens = "
-            f"{drafter.num_draft_tokens} tokens behind an anchor; use at least "
-            f"{drafter.num_draft_tokens + 2}"
-        )
-    _check_guard(config)
-
-
-def _check_teaches(loss: LossSettings, where: str) -> None:
-    if not getattr(LOSSES.get(loss.kind)(loss), "teaches", True):
-        raise ConfigError(
-            f"{where}.kind: {loss.kind!r} does not look at the target, so the draft would stay "
-            f"as it is; make it a term of `sum`, beside one that does"
-        )
-
-
-def _check_experts(config: Config) -> None:
-    """What an objective chooses from can be tried: on the same rows, and scored."""
-    experts, adapt, where = config.experts, config.adapt, config.adapt_key
-    if not experts:
-        return
-    loss, kind = config.loss_settings, config.objective_settings.kind
-    for number, (own, _) in enumerate(experts):
-        at = f"{where}.objective.experts[{number}].loss"
-        _check_teaches(own, at)
-        for key in ("rows", "refused_weight"):
-            found, wanted = getattr(own, key), getattr(loss, key)
-            if found != wanted:
-                raise ConfigError(
-                    f"{at}.{key}: all experts are tried on the same rows, got {found!r}; "
-                    f"use {wanted!r} as {where}.loss does"
-                )
-    if not isinstance(adapt.guard, ShadowSettings):
-        raise ConfigError(
-            f"{where}.guard.kind: {where}.objective.kind = {kind} scores its experts on held-out "
-            f"rows, which only shadow has, got finite; use shadow"
-        )
-    if adapt.trainer.background:
-        raise ConfigError(
-            f"{where}.trainer.background: {where}.objective.kind = {kind} tries its experts while "
-            f"the engine waits, got true; use false"
-        )
-    if config.num_adapters:
-        raise ConfigError(
-            f"{where}.scope.state: {where}.objective.kind = {kind} needs one draft for all, got "
-            f"{adapt.scope.state}; use shared"
-        )
-
-
-def _check_guard(config: Config) -> None:
-    """What a guard holds out of each sample leaves rows to train on."""
-    guard, where = config.adapt.guard, config.adapt_key
-    window, drafted = config.adapt.replay.window, config.drafter_settings.num_draft_tokens
-    most = max(0, window - 2 * drafted)
-    if isinstance(guard, ShadowSettings) and guard.anchors > most:
-        raise ConfigError(
-            f"{where}.guard.anchors: {guard.anchors} held-out anchors leave nothing to train on of "
-            f"{where}.replay.window = {window} rows; use at most {most}"
-        )
-
-
-def _check_scope(config: Config) -> None:
-    """Whose drafts are to be remembered, and can be."""
-    scope, engine, where = config.adapt.scope, config.engine, f"{config.adapt_key}.scope"
-    if scope.state == "per_request" and engine.max_batch != 1 and scope.kind != "lora":
-        raise ConfigError(
-            f"{where}.state: per_request keeps one draft for each request, so "
-            f"engine.max_batch must be 1, got {engine.max_batch}; use state: shared, or kind: lora"
-        )
-    if scope.state == "per_tenant" and scope.kind != "lora":
-        raise ConfigError(
-            f"{where}.state: per_tenant needs adapters, kind: lora, got {scope.kind!r}"
-        )
-    if (scope.state == "per_tenant") != bool(scope.tenants):
-        raise ConfigError(
-            f"{where}.tenants: the tenants of state: per_tenant, got {list(scope.tenants)} with "
-            f"state: {scope.state}"
-        )
-    if len(set(scope.tenants)) != len(scope.tenants):
-        raise ConfigError(f"{where}.tenants: the same tenant twice in {list(scope.tenants)}")
 
 
 def check_paths(config: Config) -> None:
