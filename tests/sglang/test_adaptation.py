@@ -250,6 +250,27 @@ def test_ranks_stop_learning_together(
         assert len(served.of("publication")) == publications
 
 
+@pytest.mark.parametrize(("prove_first", "tp_size"), [("false", 1), ("true", 2)])
+def test_a_guard_judges_what_would_serve(
+    prove_first: str, tp_size: int, serve: Any, decode: Decode, report: Callable[[str], None]
+) -> None:
+    """On rows that no update has seen, and all ranks alike: those that judged differently would publish
+    different drafts, and stop. With ``prove_first`` the loaded draft serves until there is evidence."""
+    guard = f"adapt.guard={{kind: shadow, prove_first: {prove_first}}}"
+    served = serve("eagle3", *OFTEN, guard, tp_size=tp_size)
+    assert tokens(served.answers) == tokens(plainly(decode))
+    assert not served.of("failure")
+    verdicts = [event["verdict"] for event in served.of("verdict")]
+    scored = [verdict for verdict in verdicts if verdict["candidate_score"]]
+    assert len(scored) > 10
+    assert all(1 < verdict["serving_score"] < K + 1 for verdict in scored)
+    published = [verdict["publish"] for verdict in verdicts].count(True)
+    assert len(served.of("publication")) == published + len(served.of("rollback"))
+    first = [verdict["publish"] for verdict in scored[:7]]
+    assert any(first) is (prove_first == "false")
+    report(f"{tp_size} ranks, prove_first {prove_first}: {published} of {len(scored)} published")
+
+
 @pytest.mark.parametrize("max_queued", [0, 100])
 def test_a_policy_sees_who_waits(max_queued: int, serve: Any) -> None:
     """With two places for four requests, ``slack`` holds back until the last has found one."""
