@@ -182,8 +182,12 @@ class Coscheduler:
         """Whether what serves may go on; not while the trainer's copy is in use."""
         assert self._trainer is not None
         started = self._clock()
-        if not self._trainer.busy and (verdict := self._guard.watch(self.totals)):
+        if self._trainer.busy:
+            return
+        if verdict := self._guard.watch(self.totals, self._trainer.weights):
             self._heed(verdict, started)
+            if verdict.publish:
+                self._publish()
 
     def _heed(self, verdict: Verdict, started: float) -> None:
         """Note a verdict, and go back where it says so."""

@@ -8,7 +8,7 @@ from cosched.records import Decision, UpdateResult, Verdict
 from cosched.watch import Scores
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cosched.totals import Totals
     from cosched.watch import ShadowSettings
 
-LOOKED_INTO = 4  # times as many anchors as judge an update say whether what serves may go on
+LOOKED_INTO = 8  # times as many anchors as judge an update say whether what serves may go on
 
 
 class WithinTimeShare:
@@ -55,7 +55,11 @@ class FiniteGuard:
             return Verdict(publish=False, reason="every step was non-finite and skipped")
         return Verdict(publish=True, reason="finite")
 
-    def watch(self, totals: Totals) -> Verdict | None:  # noqa: ARG002
+    def watch(
+        self,
+        totals: Totals,  # noqa: ARG002
+        candidate: Callable[[], Mapping[str, Tensor]],  # noqa: ARG002
+    ) -> Verdict | None:
         """What serves is not watched."""
         return None
 
@@ -94,7 +98,9 @@ class ShadowGuard:
         self._publisher.pin(watch.good)
         return verdict
 
-    def watch(self, totals: Totals) -> Verdict | None:
+    def watch(
+        self, totals: Totals, candidate: Callable[[], Mapping[str, Tensor]]
+    ) -> Verdict | None:
         watch, settings, round_ = totals.watch, self._settings, totals.rounds
         alarmed = watch.alarmed(settings)
         if not alarmed and not watch.overdue(settings, round_):
@@ -102,11 +108,15 @@ class ShadowGuard:
         batch = self._buffer.held_out(LOOKED_INTO * settings.anchors)
         if batch is None:
             return None
-        scores = self._scores(batch, totals, None, True)
-        if alarmed:
+        waiting = candidate() if watch.trials else None
+        scores = self._scores(batch, totals, waiting, waiting is None)
+        version = self._publisher.version
+        if waiting is not None:
+            verdict = watch.prove(scores, settings, round_, version)
+        elif alarmed:
             verdict = watch.look_into(scores, settings, round_)
         else:
-            verdict = watch.compare(scores, settings, round_, self._publisher.version)
+            verdict = watch.compare(scores, settings, round_, version)
         self._publisher.pin(watch.good)
         return verdict
 

@@ -417,8 +417,13 @@ class Guard(Protocol):
         self, result: UpdateResult, candidate: Mapping[str, Tensor], totals: Totals
     ) -> Verdict: ...
 
-    def watch(self, totals: Totals) -> Verdict | None:
-        """Asked after every round while nothing is being trained; None where all is well."""
+    def watch(
+        self, totals: Totals, candidate: Callable[[], Mapping[str, Tensor]]
+    ) -> Verdict | None:
+        """Asked after every round while nothing is being trained; None where all is well.
+
+        The ``candidate`` of the last update may be published still.
+        """
         ...
 
 

@@ -58,7 +58,8 @@ class ShadowSettings(
     itself as loaded, to which it goes back where that is better with ``confidence`` (standard errors).
 
     While the draft as loaded serves, at most ``trials`` updates are made that serve only once they
-    have shown, with the same confidence, that they are better; where they do not,
+    have shown, with the same confidence, that they are better: on the rows that each leaves out, and
+    where ``check_rounds`` pass without another on all that has come since. Where they do not,
     ``cooldown_rounds`` pass without an update, and twice as many each time. Without ``prove_first``
     that is so only after going back.
     """
@@ -104,19 +105,28 @@ class Scores:
 
 @dataclass(slots=True)
 class Evidence:
-    """Paired differences, one of each comparison: a moving mean and variance over ``MEMORY``."""
+    """Paired differences, one of each comparison, weighed by the rows that it was made on.
+
+    The mean m = sum w d / sum w; a comparison's variance goes with 1 / w, so that of the mean is
+    sum w (d - m)^2 / ((n - 1) sum w). From the ``MEMORY``-th on older ones are forgotten
+    exponentially.
+    """
 
     count: int = 0
     mean: float = 0.0
-    variance: float = 0.0
+    weight: float = 0.0
+    squares: float = 0.0  # sum of w (d - m)^2
 
-    def add(self, difference: float) -> None:
-        """Welford's update, which forgets exponentially from the ``MEMORY``-th on."""
+    def add(self, difference: float, num_rows: int = 1) -> None:
+        """Welford's update, weighted (West, Communications of the ACM 22, 1979)."""
         self.count += 1
-        weight = 1 / min(self.count, MEMORY)
+        if self.count > MEMORY:
+            self.weight *= 1 - 1 / MEMORY
+            self.squares *= 1 - 1 / MEMORY
+        self.weight += num_rows
         off = difference - self.mean
-        self.mean += weight * off
-        self.variance += weight * (off * (difference - self.mean) - self.variance)
+        self.mean += num_rows / self.weight * off
+        self.squares += num_rows * off * (difference - self.mean)
 
     @property
     def z(self) -> float:
@@ -124,7 +134,7 @@ class Evidence:
         number = min(self.count, MEMORY)
         if number < LEAST or self.mean == 0:
             return 0.0
-        error = math.sqrt(max(0.0, self.variance) / (number - 1))
+        error = math.sqrt(max(0.0, self.squares) / ((number - 1) * self.weight))
         return self.mean / error if error else math.copysign(math.inf, self.mean)
 
 
@@ -176,8 +186,20 @@ class Watch:
         return not self.at_loaded and self.since_check >= wait
 
     def overdue(self, settings: ShadowSettings, round_: int) -> bool:
-        """Whether what serves has gone unlooked at for long, because nothing is being trained."""
-        return not self.at_loaded and round_ - self.checked_at >= settings.check_rounds
+        """Whether nothing has been looked at for long, because nothing is being trained.
+
+        There is something to look at where what serves is not the draft as loaded, or a candidate
+        waits to take its place.
+        """
+        waits = not self.at_loaded or self.trials > 0
+        return waits and round_ - self.checked_at >= settings.check_rounds
+
+    def prove(self, scores: Scores, settings: ShadowSettings, round_: int, version: int) -> Verdict:
+        """Whether a candidate that waits may take the place of ``version``, the draft as loaded."""
+        assert scores.candidate is not None
+        self.checked_at = round_
+        ahead = _mean(scores.candidate) - _mean(scores.serving)
+        return self._try(scores, ahead, settings, round_, version)
 
     def compare(
         self, scores: Scores, settings: ShadowSettings, round_: int, version: int
@@ -217,7 +239,7 @@ class Watch:
         assert scores.loaded is not None
         serving, loaded = _mean(scores.serving), _mean(scores.loaded)
         self.since_check = 0
-        self.evidence.add(serving - loaded)
+        self.evidence.add(serving - loaded, len(scores.serving))
         before = loaded if scores.good is None else _mean(scores.good)
         if serving >= max(loaded, before) - settings.tolerance:
             self.good = version
@@ -229,7 +251,7 @@ class Watch:
     ) -> Verdict:
         """What would take the place of the draft as loaded must first show that it is better."""
         self.trials += 1
-        self.evidence.add(ahead)
+        self.evidence.add(ahead, len(scores.serving))
         if self.evidence.z >= settings.confidence:
             self.proving, self.trials = False, 0
             return self._publish(scores, "has shown that it is better than the draft as loaded")

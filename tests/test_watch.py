@@ -56,6 +56,19 @@ def test_evidence_is_the_mean_in_standard_errors(differences: list[float]) -> No
         assert evidence.z == pytest.approx(mean / error, rel=1e-6, abs=1e-9)
 
 
+def test_a_comparison_counts_by_its_rows() -> None:
+    """As the weighted mean and its standard error from their definitions."""
+    draw, evidence = random.Random(4), Evidence()
+    pairs = [(draw.gauss(0.1, 1 / rows**0.5), rows) for rows in (16, 16, 16, 128, 16, 128, 64, 128)]
+    for difference, rows in pairs:
+        evidence.add(difference, rows)
+    weight = sum(rows for _, rows in pairs)
+    mean = sum(difference * rows for difference, rows in pairs) / weight
+    squares = sum(rows * (difference - mean) ** 2 for difference, rows in pairs)
+    assert evidence.mean == pytest.approx(mean)
+    assert evidence.z == pytest.approx(mean / math.sqrt(squares / (len(pairs) - 1) / weight))
+
+
 def test_evidence_needs_comparisons_and_forgets() -> None:
     """Three say nothing, however far apart; what was true long ago is outweighed."""
     evidence = Evidence()
@@ -163,6 +176,38 @@ def test_what_serves_is_looked_at_also_where_nothing_is_trained() -> None:
             compared.append((round_, watch.compare(scores, settings, round_, 5).back_to))
     assert compared == [(100 * n, None if n < LEAST else 0) for n in range(1, LEAST + 1)]
     assert watch.at_loaded
+
+
+def test_a_candidate_that_waits_is_looked_at_on_all_that_comes() -> None:
+    """A few updates, then none: it serves once that has shown it, or is given up; never unseen."""
+    settings = msgspec.structs.replace(PROVE_FIRST, check_rounds=100)
+
+    def outcome(mean: float) -> tuple[list[int], Watch]:
+        watch, draw = Watch(), random.Random(5)
+        assert not watch.overdue(settings, 1000)  # there is no candidate
+        looked, served = [], []
+        for round_ in range(1000, 3000):
+            ahead, _rows = draw.gauss(mean, 0.1), 2
+            if round_ < 1004:
+                ahead, _rows = ahead * 3, 1
+                scores = Scores(serving=[2.0], candidate=[2.0 + ahead])
+                watch.judge(scores, settings, round_, 0)
+            elif watch.overdue(settings, round_):
+                scores = Scores(serving=[1.0, 3.0], candidate=[1.0 + ahead, 3.0 + ahead])
+                looked.append(round_)
+                if watch.prove(scores, settings, round_, 0).publish:
+                    served.append(round_)
+                    break
+        assert looked == [1003 + 100 * n for n in range(1, len(looked) + 1)]
+        return served, watch
+
+    served, watch = outcome(0.3)
+    assert served == [1003 + 100 * (LEAST - 4)]
+    assert not watch.at_loaded
+    served, watch = outcome(0.0)
+    assert not served
+    assert (watch.at_loaded, watch.trials) == (True, 0)
+    assert watch.cooldown
 
 
 def test_noise_alone_rarely_sends_a_draft_back() -> None:
