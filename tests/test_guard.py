@@ -234,6 +234,9 @@ class Events:
 
 
 def world_of(*overrides: str, domain: str = "code", tokens: int = 256, prompts: int = 1) -> World:
+    guarded = any(
+        override.startswith(("adapt.guard=", "adapt.guard.kind")) for override in overrides
+    )
     return build_world(
         load_config(
             SAMPLED,
@@ -244,7 +247,7 @@ def world_of(*overrides: str, domain: str = "code", tokens: int = 256, prompts: 
                 "workload.temperature=0",
                 "adapt.replay.window=128",
                 "adapt.policy.rounds=4",
-                "adapt.guard={kind: shadow, prove_first: false}",
+                *(() if guarded else ("adapt.guard={kind: shadow, prove_first: false}",)),
                 *overrides,
             ],
         )
