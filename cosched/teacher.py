@@ -1,6 +1,6 @@
-"""Teacher rows kept as their best logits: k of them, their tokens, and the mass of all others.
+"""Teacher rows as they are kept: hidden states, logits, or the best k of them with all others' mass.
 
-A record is ``2k + 1`` numbers in float32: the k best logits, their token ids (whole numbers, exact
+The record of a row's best is ``2k + 1`` numbers in float32: the k best logits, their token ids (whole numbers, exact
 up to 2^24), and the log-sum-exp of the logits that are not among them. With the k it makes up the
 log-sum-exp of the row; kept by itself it is exact also where next to nothing is left.
 
@@ -10,11 +10,24 @@ Letters: V target vocabulary, k best tokens, X = 2k + 1.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cosched.records import TeacherForm
+
 EXACT_INTEGERS = 1 << 24  # float32 holds every whole number up to here
+
+
+def recall(rows: Tensor, form: TeacherForm, head: nn.Module) -> Tensor:
+    """The target's logits ``[..., V]`` of rows as they were kept ``[..., X]``; ``head`` is its own."""
+    if form == "hidden":
+        return head(rows)
+    return unpack_best(rows, len(next(head.parameters()))) if form == "top_k" else rows
 
 
 def record_width(k: int) -> int:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosched.teacher import unpack_best
+from cosched.teacher import recall
 from cosched.training.chunks import in_chunks
 from cosched.training.reference import DraftBefore
 
@@ -129,11 +129,7 @@ class BatchLoss(nn.Module):
 
     def _teacher_rows(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits over the draft's vocabulary ``[..., V]`` of kept rows, and the mass outside of it."""
-        head = self._teacher_head[0]
-        if self._teacher_form == "hidden":
-            rows = head(rows)
-        elif self._teacher_form == "top_k":
-            rows = unpack_best(rows, len(next(head.parameters())))
+        rows = recall(rows, self._teacher_form, self._teacher_head[0])
         ids = self._drafter.target_ids()
         if ids is None:
             return _wide(rows), None

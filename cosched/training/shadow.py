@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cosched.teacher import unpack_best
+from cosched.teacher import recall
 from cosched.training.lora import placed
 from cosched.training.micro_step import share_of
 
@@ -87,11 +87,7 @@ class Shadow:
         return [torch.cat(lengths).tolist() for lengths in found]  # host waits for the device
 
     def _teacher(self, rows_NKX: Tensor) -> Tensor:
-        logits = rows_NKX
-        if self._teacher_form == "hidden":
-            logits = self._teacher_head(rows_NKX)
-        elif self._teacher_form == "top_k":
-            logits = unpack_best(rows_NKX, len(next(self._teacher_head.parameters())))
+        logits = recall(rows_NKX, self._teacher_form, self._teacher_head)
         if self._temperature == 0:
             best = logits.argmax(-1, keepdim=True)
             return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best, 1)
