@@ -53,7 +53,7 @@ class BatchLoss(nn.Module):
         self._losses = (loss, *others)
         self._loss = loss  # that of the update which is being made
         self._teacher_head = (teacher_head,)  # in a tuple, so that it is no submodule
-        self._teacher_form = teacher_form
+        self._teacher_form: TeacherForm = teacher_form
         compares = any(one.needs_reference for one in self._losses)
         self._before = DraftBefore(drafter) if compares else None
         self._reference_RNKH: Tensor | None = None

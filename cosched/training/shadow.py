@@ -58,7 +58,7 @@ class Shadow:
         self._replay = _Replay(copy, network)
         self._target_ids = copy.target_ids()
         self._teacher_head = teacher_head
-        self._teacher_form = teacher_form
+        self._teacher_form: TeacherForm = teacher_form
         self._served_as = served_as
         self._temperature = temperature
         self._ranks = ranks
