@@ -112,7 +112,7 @@ class ShadowGuard:
         scores = self._scores(batch, totals, waiting, waiting is None)
         version = self._publisher.version
         if waiting is not None:
-            verdict = watch.prove(scores, settings, round_, version)
+            verdict = watch.judge(scores, settings, round_, version)
         elif alarmed:
             verdict = watch.look_into(scores, settings, round_)
         else:

@@ -194,13 +194,6 @@ class Watch:
         waits = not self.at_loaded or self.trials > 0
         return waits and round_ - self.checked_at >= settings.check_rounds
 
-    def prove(self, scores: Scores, settings: ShadowSettings, round_: int, version: int) -> Verdict:
-        """Whether a candidate that waits may take the place of ``version``, the draft as loaded."""
-        assert scores.candidate is not None
-        self.checked_at = round_
-        ahead = _mean(scores.candidate) - _mean(scores.serving)
-        return self._try(scores, ahead, settings, round_, version)
-
     def compare(
         self, scores: Scores, settings: ShadowSettings, round_: int, version: int
     ) -> Verdict:

@@ -195,7 +195,7 @@ def test_a_candidate_that_waits_is_looked_at_on_all_that_comes() -> None:
             elif watch.overdue(settings, round_):
                 scores = Scores(serving=[1.0, 3.0], candidate=[1.0 + ahead, 3.0 + ahead])
                 looked.append(round_)
-                if watch.prove(scores, settings, round_, 0).publish:
+                if watch.judge(scores, settings, round_, 0).publish:
                     served.append(round_)
                     break
         assert looked == [1003 + 100 * n for n in range(1, len(looked) + 1)]
