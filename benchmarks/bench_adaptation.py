@@ -26,6 +26,7 @@ from cosched.telemetry.metrics import RunSummary
 from cosched.telemetry.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
+SAMPLED = ROOT / "configs" / "sampled.yaml"
 ARMS = ["frozen", "frozen+window", "adapted", "adapted+window"]
 
 
@@ -40,15 +41,30 @@ def workload(domain: str, text: str, tokens: int) -> list[str]:
     return [*shared, f"workload.prompts=tinyworld/prompts/{domain}.jsonl"]
 
 
-def run(overrides: list[str], overwrite: bool, record: bool = False) -> RunSummary | None:
-    """Run configs/sampled.yaml with overrides; None if the folder is there and may stay."""
-    config = load_config(ROOT / "configs" / "sampled.yaml", overrides)
-    if config.run_folder.exists() and not overwrite:
-        return None
-    experiment = Experiment(config, record)
-    folder = RunFolder(config.run_folder)
+def run(file: Path, overrides: list[str], record: bool = False) -> RunSummary:
+    """Run a file with overrides, in place of what lies in its folder."""
+    experiment = Experiment(load_config(file, overrides), record)
+    folder = RunFolder(experiment.config.run_folder)
     folder.create(overwrite=True)
     return experiment.run(folder)
+
+
+def record(
+    work: str, domain: str, text: str, tokens: int, drafters: list[str], more: list[str]
+) -> str:
+    """The trace of what the target says of a text, which is made if it is not there."""
+    name = f"{domain}-{text}-recorded"
+    if not (ROOT / work / name / "summary.json").exists():
+        overrides = [
+            f"run.dir={work}",
+            f"run.name={name}",
+            *workload(domain, text, tokens),
+            "arms=[plain]",
+            f"record.feature_layers={sorted(layers_of(drafters))}",
+            *more,
+        ]
+        run(SAMPLED, overrides, record=True)
+    return f"{work}/{name}/trace"
 
 
 def main() -> None:
@@ -62,36 +78,24 @@ def main() -> None:
     options = parser.parse_args()
     console = Console(width=120)
     found: dict[str, dict[str, RunSummary]] = {drafter: {} for drafter in options.drafters}
-    place = [f"run.dir={options.work}"]
     for domain in options.domains:
         for text in options.texts:
             name = f"{domain}-{text}"
-            run(
-                [
-                    *place,
-                    *workload(domain, text, options.tokens),
-                    f"run.name={name}-recorded",
-                    "arms=[plain]",
-                    f"record.feature_layers={sorted(layers_of(options.drafters))}",
-                ],
-                overwrite=False,
-                record=True,
-            )
+            trace = record(options.work, domain, text, options.tokens, options.drafters, [])
             for drafter in options.drafters:
                 summary = run(
+                    SAMPLED,
                     [
-                        *place,
+                        f"run.dir={options.work}",
                         f"run.name={name}-{drafter}",
                         "engine.kind=trace",
-                        f"engine.trace={options.work}/{name}-recorded/trace",
+                        f"engine.trace={trace}",
                         f"drafter.kind={drafter}",
                         f"arms=[{','.join(ARMS)}]",
                         "workload.max_prompts=null",
                         *options.overrides,
                     ],
-                    overwrite=True,
                 )
-                assert summary is not None
                 found[drafter][name] = summary
                 console.print(table(f"{drafter}, {name}", summary))
     console.print(overview(found))
@@ -101,7 +105,7 @@ def layers_of(drafters: list[str]) -> set[int]:
     """Target layers whose features any of the drafters needs."""
     layers: set[int] = set()
     for drafter in drafters:
-        config = load_config(ROOT / "configs" / "sampled.yaml", [f"drafter.kind={drafter}"])
+        config = load_config(SAMPLED, [f"drafter.kind={drafter}"])
         layers |= set(sketch(config)[1].signal.feature_layers)
     return layers
 

@@ -17,24 +17,12 @@ import argparse
 import statistics
 import sys
 
-from bench_adaptation import ROOT, layers_of, workload
+from bench_adaptation import ROOT, record, run
 from rich.console import Console
 from rich.table import Table
 
-from cosched.config import load_config
-from cosched.experiment import Experiment
-from cosched.telemetry.metrics import RunSummary
-from cosched.telemetry.run_folder import RunFolder
-
 CONFIG = ROOT / "configs" / "never_worse.yaml"
 TAU_AT_LEAST, SPEED_AT_LEAST = 0.99, 0.98
-
-
-def run(overrides: list[str], record: bool = False) -> RunSummary:
-    experiment = Experiment(load_config(CONFIG, overrides), record)
-    folder = RunFolder(experiment.config.run_folder)
-    folder.create(overwrite=True)
-    return experiment.run(folder)
 
 
 def main() -> None:
@@ -57,22 +45,16 @@ def main() -> None:
     held = True
     for domain in options.domains:
         for text in options.texts:
-            trace = f"{options.work}/{domain}-{text}-recorded"
-            if not (ROOT / trace / "summary.json").exists():
-                run(
-                    [
-                        f"run.dir={options.work}", f"run.name={domain}-{text}-recorded",
-                        *workload(domain, text, options.tokens), "arms=[plain]",
-                        f"workload.max_prompts={options.max_prompts}",
-                        f"record.feature_layers={sorted(layers_of(options.drafters))}",
-                    ],
-                    record=True,
-                )  # fmt: skip
+            trace = record(
+                options.work, domain, text, options.tokens, options.drafters,
+                [f"workload.max_prompts={options.max_prompts}"],
+            )  # fmt: skip
             for drafter in options.drafters:
                 arms = run(
+                    CONFIG,
                     [
                         f"run.dir={options.work}", f"run.name={domain}-{text}-{drafter}",
-                        f"engine.trace={trace}/trace", "engine.kind=trace", "engine.live=true",
+                        f"engine.trace={trace}", "engine.kind=trace", "engine.live=true",
                         f"drafter.kind={drafter}", "workload.max_prompts=null", *options.overrides,
                     ]
                 ).arms  # fmt: skip

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from bench_adaptation import run, workload
+from bench_adaptation import SAMPLED, run, workload
 from rich.console import Console
 
 from cosched.report.table import summary_table
@@ -29,6 +29,7 @@ def main() -> None:
     console = Console(width=120)
     for text in options.texts:
         summary = run(
+            SAMPLED,
             [
                 f"run.dir={options.work}",
                 f"run.name={text}",
@@ -36,9 +37,7 @@ def main() -> None:
                 f"workload.max_prompts={options.prompts}",
                 *options.overrides,
             ],
-            overwrite=True,
         )
-        assert summary is not None
         console.print(summary_table(summary))
 
 

@@ -162,10 +162,10 @@ class Snapshot(msgspec.Struct, frozen=True):
     drafting and verifying took since then. ``micro_step_seconds`` is 0 until it has been measured.
     ``update_gain`` is the acceptance length after an update over the one before it, a geometric
     moving mean that starts at 1; where a guard scores candidates it is theirs over the serving
-    draft's, on the same rows. ``shadow_gain`` is the serving draft's score over the loaded one's, a
-    moving mean that stays 1 where no guard compares them; ``seconds_earned`` what drafting and
-    verifying would have taken longer with the loaded one, by that gain less a standard error. ``expected_tokens_left`` is per running
-    request (``cosched.totals``). ``num_finished`` counts requests that are done.
+    draft's, on the same rows. ``seconds_earned`` is what drafting and verifying would have taken
+    longer with the draft as loaded, by the guard's mean difference less its standard error.
+    ``expected_tokens_left`` is per running request (``cosched.totals``). ``num_finished`` counts
+    requests that are done.
     ``tokens_since_loaded`` were committed since the draft was last as it was loaded. ``trials`` are the
     newest comparisons of objectives, the oldest first: what one update with each of them, from the same
     weights, would have brought over the serving draft, in tokens; ``num_trials`` counts all there were.
@@ -195,7 +195,6 @@ class Snapshot(msgspec.Struct, frozen=True):
     update_gain: float = 1.0
     expected_tokens_left: float = 0.0
     num_queued: int = 0
-    shadow_gain: float = 1.0
     seconds_earned: float = 0.0
     num_finished: int = 0
     requests_since_update: int = 0

@@ -57,7 +57,6 @@ class Totals:
     step_seconds: float = 0.0  # moving mean
     gain: float = 1.0  # moving mean
     scored: bool = False  # whether the gain is that of scores
-    shadow_gain: float = 1.0  # moving mean
     earned_seconds: float = 0.0
     guard_seconds: float = 0.0  # of the update seconds
     committed_at_loaded: int = 0
@@ -168,9 +167,6 @@ class Totals:
             self.scored = True
             brought = verdict.candidate_score / verdict.serving_score
             self.gain *= (brought / self.gain) ** UPDATE_WEIGHT
-        if verdict.loaded_score:
-            ahead = verdict.serving_score / verdict.loaded_score
-            self.shadow_gain *= (ahead / self.shadow_gain) ** UPDATE_WEIGHT
 
     def note_trial(self, gains: tuple[float, ...]) -> None:
         """What one update with each of the objectives brought, or would have."""
@@ -187,7 +183,6 @@ class Totals:
 
     def _as_loaded(self) -> None:
         """The draft that was loaded serves again."""
-        self.shadow_gain = 1.0
         self.committed_at_loaded = self.committed
 
     def start_anew(self) -> None:
@@ -230,7 +225,6 @@ class Totals:
             update_gain=self.gain,
             expected_tokens_left=self._tokens_ahead(num_running),
             num_queued=self.queued,
-            shadow_gain=self.shadow_gain,
             seconds_earned=self.earned_seconds,
             num_finished=self.finished,
             requests_since_update=self.finished - self.finished_at_update,

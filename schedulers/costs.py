@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from msgspec import Meta
+
+from cosched.protocols import PolicySettings
 
 if TYPE_CHECKING:
     from cosched.records import Snapshot
 
 
-def update_seconds(snapshot: Snapshot, num_steps: int, guess_ms: float) -> float:
-    """``num_steps`` micro-steps and a publication, as measured.
+class CostAwareSettings(PolicySettings, frozen=True, kw_only=True):
+    """Of a policy that weighs what an update of ``num_steps`` micro-steps costs.
 
-    ``guess_ms`` is taken for a micro-step until one has been measured.
+    ``step_ms`` is believed of a micro-step until one has been measured.
     """
-    step = snapshot.micro_step_seconds or guess_ms / 1000
+
+    num_steps: Annotated[int, Meta(ge=1)] = 1
+    step_ms: Annotated[float, Meta(gt=0)] = 50.0
+
+
+def update_seconds(snapshot: Snapshot, settings: CostAwareSettings) -> float:
+    """An update and a publication, as measured."""
+    step = snapshot.micro_step_seconds or settings.step_ms / 1000
     publication = snapshot.seconds_publishing / max(1, snapshot.num_updates)
-    return num_steps * step + publication
+    return settings.num_steps * step + publication

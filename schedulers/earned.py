@@ -6,30 +6,26 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from cosched.protocols import PolicySettings
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
-from schedulers.costs import update_seconds
+from schedulers.costs import CostAwareSettings, update_seconds
 from schedulers.idle import when_idle
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 
 
-class EarnedSettings(PolicySettings, frozen=True, kw_only=True):
+class EarnedSettings(CostAwareSettings, frozen=True, kw_only=True):
     """At most one update in ``rounds``, of ``num_steps`` micro-steps.
 
     ``exploratory_updates`` are on credit, and so are updates that take ``explore_share`` of the
-    time; ``reinvested_share`` of what learning has earned may go into more of it. ``step_ms`` is
-    believed of a micro-step until one has been measured. ``idle_steps`` are taken once when the last
-    request has finished.
+    time; ``reinvested_share`` of what learning has earned may go into more of it. ``idle_steps`` are
+    taken once when the last request has finished.
     """
 
     rounds: Annotated[int, Meta(ge=1)] = 16
-    num_steps: Annotated[int, Meta(ge=1)] = 1
     exploratory_updates: Annotated[int, Meta(ge=1)] = 16
     explore_share: Share = 0.005
     reinvested_share: Share = 0.5
-    step_ms: Annotated[float, Meta(gt=0)] = 50.0
     idle_steps: Annotated[int, Meta(ge=0)] = 0
 
 
@@ -61,7 +57,7 @@ class Earned:
             return when_idle(snapshot, settings.idle_steps)
         if snapshot.rounds_since_update < settings.rounds:
             return Decision(num_steps=0)
-        cost = update_seconds(snapshot, settings.num_steps, settings.step_ms)
+        cost = update_seconds(snapshot, settings)
         if snapshot.num_updates < settings.exploratory_updates:
             return Decision(settings.num_steps, reason="to learn whether learning pays")
         spent = snapshot.seconds_updating + snapshot.seconds_publishing

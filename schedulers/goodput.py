@@ -6,27 +6,23 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from cosched.protocols import PolicySettings
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
-from schedulers.costs import update_seconds
+from schedulers.costs import CostAwareSettings, update_seconds
 
 
-class GoodputSettings(PolicySettings, frozen=True, kw_only=True):
+class GoodputSettings(CostAwareSettings, frozen=True, kw_only=True):
     """At most one update in ``rounds``, of ``num_steps`` micro-steps.
 
     The first ``exploratory_updates`` are made to learn what updates bring; later, one that does not
     seem to pay is tried all the same after ``retry_rounds``. ``horizon_rounds`` is how long a gain
-    is counted at most, because text moves on. ``step_ms`` is believed of a micro-step until one has
-    been measured.
+    is counted at most, because text moves on.
     """
 
     rounds: Annotated[int, Meta(ge=1)] = 16
-    num_steps: Annotated[int, Meta(ge=1)] = 1
     exploratory_updates: Annotated[int, Meta(ge=1)] = 8
     retry_rounds: Annotated[int, Meta(ge=1)] = 1024
     horizon_rounds: Annotated[int, Meta(ge=1)] = 256
-    step_ms: Annotated[float, Meta(gt=0)] = 50.0
     max_time_share: Annotated[float, Meta(gt=0, le=1)] = 0.2
 
 
@@ -61,7 +57,7 @@ class Goodput:
             return Decision(num_steps=0)
         if snapshot.num_updates < settings.exploratory_updates:
             return Decision(settings.num_steps, reason="to learn what an update brings")
-        cost = update_seconds(snapshot, settings.num_steps, settings.step_ms)
+        cost = update_seconds(snapshot, settings)
         served = min(rounds_left, settings.horizon_rounds) * snapshot.recent_round_seconds
         if (gain - 1) * served > cost:
             return Decision(settings.num_steps, reason=f"a gain of {gain - 1:.2%} pays")

@@ -6,27 +6,24 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from cosched.protocols import PolicySettings
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
-from schedulers.costs import update_seconds
+from schedulers.costs import CostAwareSettings, update_seconds
 from schedulers.idle import when_idle
 
 
-class SlackSettings(PolicySettings, frozen=True, kw_only=True):
+class SlackSettings(CostAwareSettings, frozen=True, kw_only=True):
     """How much room is room.
 
     ``budget_ms`` is what training may add to a round, on the average since the last update; a
-    single update stops the engine for longer, by ``num_steps`` micro-steps. ``step_ms`` is believed
-    of a micro-step until one has been measured. ``max_queued`` means something where the engine
-    reports its queue. ``idle_steps`` are taken once when the last request has finished.
+    single update stops the engine for longer, by ``num_steps`` micro-steps. ``max_queued`` means
+    something where the engine reports its queue. ``idle_steps`` are taken once when the last request
+    has finished.
     """
 
     max_running: Annotated[int, Meta(ge=1)] = 4
     max_queued: Annotated[int, Meta(ge=0)] = 0
     budget_ms: Annotated[float, Meta(gt=0)] = 2.0
-    step_ms: Annotated[float, Meta(gt=0)] = 50.0
-    num_steps: Annotated[int, Meta(ge=1)] = 1
     idle_steps: Annotated[int, Meta(ge=0)] = 4
     max_time_share: Annotated[float, Meta(gt=0, le=1)] = 0.2
 
@@ -53,7 +50,7 @@ class Slack:
             snapshot.num_running > settings.max_running or snapshot.num_queued > settings.max_queued
         )
         saved = snapshot.rounds_since_update * settings.budget_ms / 1000
-        cost = update_seconds(snapshot, settings.num_steps, settings.step_ms)
+        cost = update_seconds(snapshot, settings)
         if busy or cost > saved:
             return Decision(num_steps=0)
         return Decision(settings.num_steps, reason=f"{1000 * cost:.0f} ms, within the budget")
