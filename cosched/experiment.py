@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from cosched.engines.embedded.request import FinishedRequest, GenerationRequest
     from cosched.engines.trace import TraceWriter
 
+TURN_TOKENS = 32  # that an arm commits before it is the next one's turn: less than a second's drift
+
 OnTokens = Callable[[str, int], None]
 """``on_tokens(arm, n)``: an arm committed n more tokens."""
 
@@ -48,9 +53,11 @@ class _Running:
 
 
 class Experiment:
-    """Runs the arms group by group in turn, so that a machine's drift hits all of them.
+    """Runs the arms in turn, some tokens at a time, so that a machine's drift hits all of them.
 
-    Arms in SGLang run one after the other: an engine takes the memory that there is.
+    Where one trains in the background, a turn is a whole group of requests: its training would go on
+    in the time of the next. Arms in SGLang run one after the other: an engine takes the memory that
+    there is.
 
     ``total_tokens`` is known before ``run`` and at most what the arms will commit.
     """
@@ -73,6 +80,10 @@ class Experiment:
             for index, name in enumerate(config.arms)
         ]
         self._on_tokens: OnTokens = lambda _arm, _n: None
+        self._tokens = Counter[str]()
+        adapted = (config.for_arm(name) for name in config.arms if adapts(name))
+        background = any(one.adapt.trainer.background for one in adapted)
+        self._turn_tokens = math.inf if background else TURN_TOKENS
 
     @property
     def not_for_sglang(self) -> list[str]:
@@ -126,13 +137,20 @@ class Experiment:
         return summary
 
     def _run_in_turn(self, folder: RunFolder, groups_done: int) -> None:
-        """Each group in every arm, so that a machine's drift hits all of them."""
+        """Each group in every arm, by turns."""
         groups = _groups(self.world.requests, self.config.engine.max_batch)
         for number, group in enumerate(groups, 1):
             if number <= groups_done:
                 continue
-            for one in self._arms:
-                self._run_group(one, group)
+            going = {
+                one.arm.name: (one, one.arm.engine.rounds(group))
+                for one in self._arms
+                if isinstance(one.arm, Arm)
+            }
+            while going:
+                for name, (one, rounds) in list(going.items()):
+                    if not self._turn(one, rounds):
+                        del going[name]
             self._keep_progress(folder, number)
 
     def _run_served(self, folder: RunFolder) -> None:
@@ -142,7 +160,8 @@ class Experiment:
             checkpoint = folder.path.absolute() / "checkpoints" / one.arm.name
             with one.arm.engine.running(checkpoint if adapts(one.arm.name) else None):
                 for group in _groups(self.world.requests, self.config.engine.max_batch):
-                    self._run_group(one, group)
+                    with self._timed(one) as finished:
+                        finished.extend(one.arm.engine.generate(group))
 
     def _start(self, folder: RunFolder) -> int:
         folder.write("config.yaml", to_yaml(self.config))
@@ -185,22 +204,37 @@ class Experiment:
                 self.world,
                 name,
                 self._events.for_arm(name),
-                lambda number: self._on_tokens(name, number),
+                lambda number: self._count(name, number),
             )
         return build_arm(
             self.world,
             name,
             self._events.for_arm(name),
             writer,
-            lambda number: self._on_tokens(name, number),
+            lambda number: self._count(name, number),
         )
 
-    def _run_group(self, one: _Running, group: list[GenerationRequest]) -> None:
-        """Decode a group in one arm; its wall time counts also when it is interrupted."""
+    def _count(self, name: str, number: int) -> None:
+        self._tokens[name] += number
+        self._on_tokens(name, number)
+
+    def _turn(self, one: _Running, rounds: Iterator[list[FinishedRequest]]) -> bool:
+        """Decode on in one arm; whether there is more to do."""
+        until, more = self._tokens[one.arm.name] + self._turn_tokens, True
+        with self._timed(one) as finished_requests:
+            while more and self._tokens[one.arm.name] < until:
+                finished = next(rounds, None)
+                more = finished is not None
+                finished_requests += finished or []
+        return more
+
+    @contextmanager
+    def _timed(self, one: _Running) -> Generator[list[FinishedRequest]]:
+        """Wall time counts, and what is in the list is kept, also when it is interrupted."""
         started = time.perf_counter()
         finished_requests: list[FinishedRequest] = []
         try:
-            finished_requests.extend(one.arm.engine.generate(group))
+            yield finished_requests
         finally:
             one.wall_seconds += time.perf_counter() - started
             for finished in finished_requests:

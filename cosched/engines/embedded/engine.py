@@ -126,14 +126,19 @@ class EmbeddedEngine:
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[FinishedRequest]:
         """Decode all requests; each is yielded when it is done, in the order of finishing."""
+        for finished in self.rounds(requests):
+            yield from finished
+
+    def rounds(self, requests: Iterable[GenerationRequest]) -> Iterator[list[FinishedRequest]]:
+        """The same, a prefill or a round at a time: what that one has finished, often nothing."""
         waiting = deque(requests)
         while waiting or self._slots:
             while waiting and len(self._slots) < self._options.max_batch:
                 self._admit(waiting.popleft())
-                yield from self._retire()
+                yield list(self._retire())
             if self._slots:
                 self._round()
-                yield from self._retire()
+                yield list(self._retire())
 
     # --- a request enters and leaves -------------------------------------------------------
 
