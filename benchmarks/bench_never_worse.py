@@ -1,7 +1,7 @@
 """Is an adapted draft ever worse than a frozen one? Acceptance length and speed, cell by cell.
 
 Usage: python benchmarks/bench_never_worse.py [--drafters eagle3 dflash pard] [--domains code translated]
-           [--texts sampled documents] [--tokens 1024] [--max-prompts 6] [--work DIR] [--set key.sub=value …]
+           [--texts sampled documents] [--tokens 2048] [--max-prompts 3] [--work DIR] [--set key.sub=value …]
 
 Records once what the target says at temperature 1 and real held-out documents, in the draft's own
 domain (``code``) and in a far one (``translated``). Then all arms say each recording again, live:
@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--drafters", nargs="+", default=["eagle3", "dflash", "pard"])
     parser.add_argument("--domains", nargs="+", default=["code", "translated"])
     parser.add_argument("--texts", nargs="+", default=["sampled", "documents"])
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--max-prompts", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--max-prompts", type=int, default=3)
     parser.add_argument("--work", default="runs/bench_never_worse")
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value")
     options = parser.parse_args()

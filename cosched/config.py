@@ -186,7 +186,7 @@ class AdaptSettings(Section, frozen=True):
     replay: ReplaySettings = ReplaySettings()
     scope: ScopeSettings = ScopeSettings()
     trainer: TrainerSettings = TrainerSettings()
-    guard: FiniteSettings | ShadowSettings = FiniteSettings()
+    guard: FiniteSettings | ShadowSettings = ShadowSettings()
     publish: PublishSettings = PublishSettings()
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from cosched.arms import ADAPTED, BASE_ARMS, PLAIN, WINDOW_SUFFIX, adapts, split_arm
 from cosched.errors import ConfigError
-from cosched.registry import LOSSES
+from cosched.registry import LOSSES, POLICIES
 from cosched.watch import ShadowSettings
 
 if TYPE_CHECKING:
@@ -134,8 +134,13 @@ def _check_experts(config: Config) -> None:
 
 
 def _check_guard(config: Config) -> None:
-    """What a guard holds out of each sample leaves rows to train on."""
-    guard, where = config.adapt.guard, config.adapt_key
+    """A guard has the scores that a policy needs, and leaves rows to train on."""
+    guard, where, kind = config.adapt.guard, config.adapt_key, config.policy_settings.kind
+    if not isinstance(guard, ShadowSettings) and getattr(POLICIES.get(kind), "needs_scores", False):
+        raise ConfigError(
+            f"{where}.guard.kind: {where}.policy.kind = {kind} goes by scores, which only shadow "
+            f"has, got finite; use shadow, or a policy that needs none, as every_n_rounds"
+        )
     window, drafted = config.adapt.replay.window, config.drafter_settings.num_draft_tokens
     most = max(0, window - 2 * drafted)
     if isinstance(guard, ShadowSettings) and guard.anchors > most:

@@ -334,7 +334,8 @@ class Policy(Protocol):
     """When to train, and how much. Pure: the same snapshot gives the same decision.
 
     One that never trains may say so with a class attribute ``trains = False``: an engine that has
-    to take rows off a device for it can then leave that.
+    to take rows off a device for it can then leave that. One that goes by what a guard has scored
+    may say ``needs_scores = True``: it is refused beside a guard that scores nothing.
     """
 
     def decide(self, snapshot: Snapshot) -> Decision: ...

@@ -11,6 +11,7 @@ comparisons with that add up to evidence that learning does not pay on this text
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,8 +23,9 @@ from cosched.records import Verdict
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MEMORY = 64  # comparisons that evidence is made of: text moves on
-LEAST = 8  # comparisons below which there is no evidence
+MEMORY = 256  # rows that evidence is made of: text moves on
+EVIDENCE_ROWS = 128  # below which there is no evidence
+LEAST = 4  # comparisons, the same
 CONVINCED = 4  # times as long between comparisons, once learning has shown that it pays
 LEAST_ROWS = 8  # paired rows below which an alarm is neither confirmed nor dismissed
 LEVEL_WEIGHT = 1 / 256  # of the newest round in the level that a fall is measured from
@@ -55,13 +57,14 @@ class ShadowSettings(
     starts again from what serves. A fall of the acceptance length by ``alarm_tokens`` in all is
     looked into. After every ``check_every``-th publication (a quarter as often while learning has
     shown that it pays), and where ``check_rounds`` pass without any, the draft is compared with
-    itself as loaded, to which it goes back where that is better with ``confidence`` (standard errors).
+    itself as loaded, to which it goes back where that is better by ``doubt`` standard errors.
 
     While the draft as loaded serves, at most ``trials`` updates are made that serve only once they
-    have shown, with the same confidence, that they are better: on the rows that each leaves out, and
-    where ``check_rounds`` pass without another on all that has come since. Where they do not,
+    have shown with ``confidence`` (standard errors) that they are better: on the rows that each leaves
+    out, and where ``check_rounds`` pass without another on all that has come since. Where they do not,
     ``cooldown_rounds`` pass without an update, and twice as many each time. Without ``prove_first``
-    that is so only after going back.
+    that is so only after going back. To serve takes more evidence than to go back, because the draft as
+    loaded is what users had before.
     """
 
     anchors: Positive = 16
@@ -69,9 +72,10 @@ class ShadowSettings(
     tolerance: Annotated[float, Meta(ge=0)] = 0.05
     patience: Positive = 4
     alarm_tokens: Annotated[float, Meta(gt=0)] = 12.0
-    check_every: Positive = 2
-    check_rounds: Positive = 256
+    check_every: Positive = 1
+    check_rounds: Positive = 128
     confidence: Annotated[float, Meta(gt=0)] = 2.5
+    doubt: Annotated[float, Meta(gt=0)] = 1.0
     cooldown_rounds: Positive = 128
     trials: Positive = 16
     prove_first: bool = True
@@ -107,33 +111,36 @@ class Scores:
 class Evidence:
     """Paired differences, one of each comparison, weighed by the rows that it was made on.
 
-    The mean m = sum w d / sum w; a comparison's variance goes with 1 / w, so that of the mean is
-    sum w (d - m)^2 / ((n - 1) sum w). From the ``MEMORY``-th on older ones are forgotten
-    exponentially.
+    The mean m = sum w d / sum w. A comparison's variance goes with 1 / w, so that of the mean is
+    sum w (d - m)^2 / ((n - 1) sum w), with n = (sum w)^2 / sum w^2, Kish's effective number. Beyond
+    ``MEMORY`` rows older ones are forgotten exponentially.
     """
 
     count: int = 0
     mean: float = 0.0
     weight: float = 0.0
+    squared_weights: float = 0.0
     squares: float = 0.0  # sum of w (d - m)^2
 
-    def add(self, difference: float, num_rows: int = 1) -> None:
+    def add(self, difference: float, num_rows: int) -> None:
         """Welford's update, weighted (West, Communications of the ACM 22, 1979)."""
         self.count += 1
-        if self.count > MEMORY:
-            self.weight *= 1 - 1 / MEMORY
-            self.squares *= 1 - 1 / MEMORY
         self.weight += num_rows
+        self.squared_weights += num_rows**2
         off = difference - self.mean
         self.mean += num_rows / self.weight * off
         self.squares += num_rows * off * (difference - self.mean)
+        kept = min(1.0, MEMORY / self.weight)
+        self.weight *= kept
+        self.squared_weights *= kept**2
+        self.squares *= kept
 
     @property
     def z(self) -> float:
-        """The mean in standard errors; 0 while there are too few comparisons to say."""
-        number = min(self.count, MEMORY)
-        if number < LEAST or self.mean == 0:
+        """The mean in standard errors; 0 while there is too little to say."""
+        if self.count < LEAST or self.weight < EVIDENCE_ROWS or self.mean == 0:
             return 0.0
+        number = self.weight**2 / self.squared_weights
         error = math.sqrt(max(0.0, self.squares) / ((number - 1) * self.weight))
         return self.mean / error if error else math.copysign(math.inf, self.mean)
 
@@ -205,7 +212,7 @@ class Watch:
         return scores.verdict(False, f"scores {self.evidence.mean:+.3f} on what was loaded")
 
     def _outdone(self, settings: ShadowSettings) -> bool:
-        return self.evidence.z <= -settings.confidence
+        return self.evidence.z <= -settings.doubt
 
     def _back_to_loaded(self, scores: Scores, settings: ShadowSettings, round_: int) -> Verdict:
         reason = f"the draft as loaded scores {-self.evidence.mean:.3f} more"
@@ -249,7 +256,7 @@ class Watch:
             self.proving, self.trials = False, 0
             return self._publish(scores, "has shown that it is better than the draft as loaded")
         self.refused += 1
-        if self.trials < settings.trials and not self._outdone(settings):
+        if self.trials < settings.trials and self.evidence.z > -settings.confidence:
             return scores.verdict(False, "has yet to show that it is better than the loaded draft")
         self.trials, self.evidence = 0, Evidence()
         self._cool_down(settings, round_)
@@ -285,13 +292,12 @@ class Watch:
         if scores.good is not None:
             rivals[self.good] = scores.good
         best = max(rivals, key=lambda version: _mean(rivals[version]))
-        harm = Evidence()
-        for rival, serving in zip(rivals[best], scores.serving, strict=True):
-            harm.add(rival - serving)
+        harm = [rival - own for rival, own in zip(rivals[best], scores.serving, strict=True)]
+        mean, error = statistics.fmean(harm), statistics.stdev(harm) / math.sqrt(len(harm))
         fall = self.fall / max(1, self.falling) + FALL_TOLERANCE
-        reason = f"acceptance fell by {fall:.2f}, version {best} scores {harm.mean:+.3f}"
+        reason = f"acceptance fell by {fall:.2f}, version {best} scores {mean:+.3f}"
         self.fall, self.falling, self.lengths = 0.0, 0, 0
-        if harm.mean >= BLAME * fall and harm.z >= settings.confidence:
+        if mean >= BLAME * fall and mean >= settings.confidence * error:
             return self._go_back(scores, settings, round_, best, reason)
         return scores.verdict(False, reason)
 

@@ -23,8 +23,8 @@ class EarnedSettings(CostAwareSettings, frozen=True, kw_only=True):
     """
 
     rounds: Annotated[int, Meta(ge=1)] = 16
-    exploratory_updates: Annotated[int, Meta(ge=1)] = 16
-    explore_share: Share = 0.005
+    exploratory_updates: Annotated[int, Meta(ge=1)] = 24
+    explore_share: Share = 0.02
     reinvested_share: Share = 0.5
     idle_steps: Annotated[int, Meta(ge=0)] = 0
 
@@ -47,6 +47,7 @@ class Earned:
     """
 
     Settings = EarnedSettings
+    needs_scores = True
 
     def __init__(self, settings: EarnedSettings) -> None:
         self.settings = settings

@@ -479,6 +479,10 @@ def test_the_last_good_version_is_in_the_footprint() -> None:
         ("adapt.guard.tolerance=-1", r"adapt\.guard\.tolerance.*-1"),
         ("adapt.guard.patient=3", r"adapt\.guard.*patient"),
         ("adapt.guard.anchors=2000", r"adapt\.guard\.anchors: 2000.*window = 1024.*at most 1018"),
+        (
+            "adapt={policy: {kind: earned}, guard: {kind: finite}}",
+            r"adapt\.guard\.kind: adapt\.policy\.kind = earned .*got finite; use shadow",
+        ),
     ],
 )
 def test_bad_guards_are_named(override: str, says: str) -> None:

@@ -228,13 +228,13 @@ def served(
             totals.update_seconds += update_seconds
             totals.watch.at_loaded = False
             loaded = 2 / gain + noise.gauss(0, 0.05)
-            totals.watch.evidence.add(2 - loaded)
+            totals.watch.evidence.add(2 - loaded, 16)
     return updates, rounds
 
 
 def test_what_earns_nothing_is_let_be() -> None:
     """A credit of so many updates, and then a share of the time that nobody misses."""
-    every, totals = policy("earned", rounds=8, exploratory_updates=8), Totals()
+    every, totals = policy("earned", rounds=8, exploratory_updates=8, explore_share=0.005), Totals()
     assert served(totals, 2.0, 1.0, every, 0.1)[0] == 8
     updates, _ = served(totals, 200.0, 1.0, every, 0.1)
     assert updates * 0.1 <= 0.006 * 202
@@ -252,7 +252,7 @@ def test_what_earns_goes_on_at_full_cadence() -> None:
 @pytest.mark.parametrize("cost", [0.01, 0.1, 1.0])
 def test_learning_costs_no_more_than_it_brings(gain: float, cost: float) -> None:
     """Beyond the credit and the small share, however dear updates are and whatever they bring."""
-    every, totals = policy("earned", rounds=8, exploratory_updates=8), Totals()
+    every, totals = policy("earned", rounds=8, exploratory_updates=8, explore_share=0.005), Totals()
     served(totals, 60.0, gain, every, cost)
     saved = max(0.0, gain - 1) * 60
     assert totals.update_seconds <= (8 + 1) * cost + 0.005 * 61 + 0.5 * saved * 1.05
@@ -263,11 +263,11 @@ def test_nothing_is_earned_without_evidence() -> None:
     totals = Totals()
     totals.watch.at_loaded = False
     for _ in range(4):
-        totals.watch.evidence.add(1.0)
+        totals.watch.evidence.add(1.0, 16)
     totals.observe(round_of([3], seconds=1.0))
     assert totals.earned_seconds == 0
     for score in (0.9, 1.1) * 8:
-        totals.watch.evidence.add(score)
+        totals.watch.evidence.add(score, 16)
     totals.observe(round_of([3], seconds=1.0))
     earned = totals.earned_seconds
     assert 0.45 < earned < 0.5  # a token of the three, which the draft as loaded would not have had
@@ -436,7 +436,12 @@ def test_a_quiet_time_saves_nothing_up() -> None:
 def test_the_cap_holds_for_every_policy_that_is_built(kind: str, target: Target) -> None:
     """A state in which each would train: not before the last update is paid for."""
     config = load_config(
-        QUICKSTART, [f"adapt.policy.kind={kind}", "adapt.policy.max_time_share=0.25"]
+        QUICKSTART,
+        [
+            f"adapt.policy.kind={kind}",
+            "adapt.policy.max_time_share=0.25",
+            "adapt.guard.kind=shadow",
+        ],
     )
     built = build_coscheduler(config, target, make_drafter(target), None, None, NoEvents())
     would = {**PAYS, "rounds_since_update": 100, "tokens_since_update": 1000}

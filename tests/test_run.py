@@ -45,6 +45,7 @@ def settings(tmp_path: Path, tinyworld: Path) -> dict:
         "adapt": {
             "policy": {"rounds": 4},
             "replay": {"window": 32, "anchors": 16},
+            "guard": {"kind": "finite"},
         },
     }
 

@@ -55,6 +55,7 @@ def configure(tinyworld: Path, tmp_path: Path) -> Configure:
             "replay": {"window": 64, "anchors": 16},
             "scope": {"kind": "lora", "rank": 4, "alpha": 8},
             "trainer": {"lr": 3e-3},
+            "guard": {"kind": "finite"},
         },
     }
     path = tmp_path / "scopes.yaml"

@@ -178,7 +178,11 @@ def write_experiment(folder: Path, kind: str, drafted: int, **engine: Any) -> Pa
         "drafter": {"kind": kind, "path": str(folder / "draft"), "num_draft_tokens": drafted},
         "workload": {"prompts": str(prompts), "prompt_tokens": 48, "max_new_tokens": 2000},
         "arms": ["frozen", "adapted"],
-        "adapt": {"replay": {"window": 512, "max_bytes": 2**30}},
+        "adapt": {
+            "replay": {"window": 512, "max_bytes": 2**30},
+            "policy": {"kind": "every_n_rounds"},
+            "guard": {"kind": "finite"},
+        },
     }
     path = folder / "experiment.yaml"
     path.write_text(json.dumps(config))  # JSON is YAML

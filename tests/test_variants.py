@@ -26,6 +26,7 @@ ADAPT = {
     "loss": {"kind": "forward_kl", "position_decay": 0.7},
     "replay": {"window": 32, "anchors": 16},
     "trainer": {"lr": 1e-3},
+    "guard": {"kind": "finite"},
 }
 
 
