@@ -11,8 +11,11 @@ from cosched.config import Config, load_config
 from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError
 from cosched.experiment import Experiment
+from cosched.registry import defaults_for
 from cosched.telemetry.run_folder import RunFolder
+from cosched.watch import ShadowSettings
 from cosched.workload import load_requests
+from schedulers.earned import EarnedSettings
 from tests.test_run import run_cli
 
 RECIPES = Path(__file__).parent.parent / "configs" / "recipes.yaml"
@@ -29,7 +32,16 @@ def test_the_file_is_valid() -> None:
     config = recipes()
     assert set(config.variants) <= set(config.arms)
     assert {"frozen", "frozen+window", "ours", "tts", "osd", "aurora"} <= set(config.arms)
-    assert config.for_arm("ours").adapt == config.adapt
+
+
+def test_ours_is_what_a_file_gets_that_says_nothing() -> None:
+    config, defaults = recipes().for_arm("ours"), defaults_for("eagle3")
+    adapt = config.adapt
+    assert config.policy_settings == EarnedSettings(**defaults["policy"])
+    assert adapt.loss == defaults["loss"]
+    assert adapt.trainer.lr == defaults["trainer"]["lr"]
+    assert adapt.replay.anchors == defaults["replay"]["anchors"]
+    assert adapt.guard == ShadowSettings()
 
 
 def test_recipes_say_what_their_sources_say() -> None:
