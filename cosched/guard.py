@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from cosched.totals import Totals
     from cosched.watch import ShadowSettings
 
-LOOKED_INTO = 8  # times as many anchors as judge an update say whether what serves may go on
+LOOKED_INTO = (
+    8  # times as many anchors as judge an update, at most, are compared with the loaded draft
+)
 
 
 class WithinTimeShare:
@@ -89,11 +91,13 @@ class ShadowGuard:
             return finite
         if totals.updates % self._settings.every:
             return Verdict(publish=False, reason="to be judged with the next update")
-        batch = self._buffer.held_out(self._settings.anchors)
+        watch, version = totals.watch, self._publisher.version
+        check = watch.check_due(self._settings)
+        much = LOOKED_INTO if check or watch.at_loaded else 1
+        batch = self._buffer.held_out(much * self._settings.anchors)
         if batch is None:
             return Verdict(publish=False, reason="no held-out rows to score it on")
-        watch, version = totals.watch, self._publisher.version
-        scores = self._scores(batch, totals, candidate, watch.check_due(self._settings))
+        scores = self._scores(batch, totals, candidate, check)
         verdict = watch.judge(scores, self._settings, totals.rounds, version)
         self._publisher.pin(watch.good)
         return verdict

@@ -51,8 +51,9 @@ class ShadowSettings(
 ):
     """``adapt.guard`` of ``kind: shadow``: candidates are scored on rows that no update has seen.
 
-    Each update leaves out the newest ``anchors``, which judge it; later ones are taught on them. Every
-    ``every``-th update is judged, with those before it. A candidate is published unless it scores
+    Each update leaves out the newest ``anchors``, which judge it; later ones are taught on them.
+    Comparisons with the draft as loaded take in older rows that no update has had, where there are any.
+    Every ``every``-th update is judged, with those before it. A candidate is published unless it scores
     more than ``tolerance`` tokens below what serves; after ``patience`` refusals in a row training
     starts again from what serves. A fall of the acceptance length by ``alarm_tokens`` in all is
     looked into. After every ``check_every``-th publication (a quarter as often while learning has
@@ -74,7 +75,7 @@ class ShadowSettings(
     alarm_tokens: Annotated[float, Meta(gt=0)] = 12.0
     check_every: Positive = 1
     check_rounds: Positive = 128
-    confidence: Annotated[float, Meta(gt=0)] = 2.5
+    confidence: Annotated[float, Meta(gt=0)] = 3.0
     doubt: Annotated[float, Meta(gt=0)] = 1.0
     cooldown_rounds: Positive = 128
     trials: Positive = 16
