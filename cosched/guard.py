@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from cosched.totals import Totals
     from cosched.watch import ShadowSettings
 
-LOOKED_INTO = (
-    8  # times as many anchors as judge an update, at most, are compared with the loaded draft
-)
+LOOKED_INTO = 8  # times as many anchors as judge an update, where more depends on it
 
 
 class WithinTimeShare:

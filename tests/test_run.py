@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import resource
@@ -20,7 +21,7 @@ from cosched import cli
 from cosched.config import Config, load_config, to_yaml
 from cosched.engines.embedded.engine import EngineSeconds
 from cosched.errors import ConfigError, CoschedError, RunFolderError
-from cosched.experiment import Experiment
+from cosched.experiment import TURN_TOKENS, Experiment
 from cosched.resume import ArmProgress, Progress, load, save
 from cosched.telemetry.run_folder import RunFolder
 from cosched.totals import Totals
@@ -123,6 +124,23 @@ def test_a_run_leaves_its_folder(tmp_path: Path, settings: dict) -> None:
     code, out, _ = run_cli("report", folder)
     assert code == 0
     assert "adapted" in out
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_arms_take_turns(tmp_path: Path, settings: dict, background: bool) -> None:
+    """A few tokens at a time; a whole request where one trains on in the time of the others."""
+    settings["arms"] = ["frozen", "adapted"]
+    settings["adapt"]["trainer"] = {"background": background}
+    config, said = load_config(write(tmp_path, settings)), []
+    Experiment(config).run(new_folder(config), lambda arm, number: said.append((arm, number)))
+    turns = [
+        (arm, sum(number for _, number in turn))
+        for arm, turn in itertools.groupby(said, key=lambda one: one[0])
+    ]
+    assert [arm for arm, _ in turns] == settings["arms"] * (len(turns) // 2)
+    longest = config.drafter_settings.num_draft_tokens + TURN_TOKENS
+    assert all(number == 48 if background else number <= longest for _, number in turns)
+    assert len(turns) == (4 if background else 8)
 
 
 @pytest.mark.slow
