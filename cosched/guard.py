@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cosched.totals import Totals
     from cosched.watch import ShadowSettings
 
-LOOKED_INTO = 8  # times as many anchors as judge an update, where more depends on it
+LOOKED_INTO = 8  # times as many anchors as judge an update say whether what serves may go on
 
 
 class WithinTimeShare:
@@ -89,13 +89,11 @@ class ShadowGuard:
             return finite
         if totals.updates % self._settings.every:
             return Verdict(publish=False, reason="to be judged with the next update")
-        watch, version = totals.watch, self._publisher.version
-        check = watch.check_due(self._settings)
-        much = LOOKED_INTO if check or watch.at_loaded else 1
-        batch = self._buffer.held_out(much * self._settings.anchors)
+        batch = self._buffer.held_out(self._settings.anchors)
         if batch is None:
             return Verdict(publish=False, reason="no held-out rows to score it on")
-        scores = self._scores(batch, totals, candidate, check)
+        watch, version = totals.watch, self._publisher.version
+        scores = self._scores(batch, totals, candidate, watch.check_due(self._settings))
         verdict = watch.judge(scores, self._settings, totals.rounds, version)
         self._publisher.pin(watch.good)
         return verdict
@@ -110,6 +108,8 @@ class ShadowGuard:
         batch = self._buffer.held_out(LOOKED_INTO * settings.anchors)
         if batch is None:
             return None
+        if not alarmed:
+            watch.looked_at = round_
         waiting = candidate() if watch.trials else None
         scores = self._scores(batch, totals, waiting, waiting is None)
         version = self._publisher.version

@@ -51,18 +51,17 @@ class ShadowSettings(
 ):
     """``adapt.guard`` of ``kind: shadow``: candidates are scored on rows that no update has seen.
 
-    Each update leaves out the newest ``anchors``, which judge it; later ones are taught on them.
-    Comparisons with the draft as loaded take in older rows that no update has had, where there are any.
-    Every ``every``-th update is judged, with those before it. A candidate is published unless it scores
+    Each update leaves out the newest ``anchors``, which judge it; later ones are taught on them. Every
+    ``every``-th update is judged, with those before it. A candidate is published unless it scores
     more than ``tolerance`` tokens below what serves; after ``patience`` refusals in a row training
     starts again from what serves. A fall of the acceptance length by ``alarm_tokens`` in all is
     looked into. After every ``check_every``-th publication (a quarter as often while learning has
-    shown that it pays), and where ``check_rounds`` pass without any, the draft is compared with
-    itself as loaded, to which it goes back where that is better by ``doubt`` standard errors.
+    shown that it pays), and every ``check_rounds`` on all rows that no update has had, the draft is
+    compared with itself as loaded, to which it goes back where that is better by ``doubt`` standard errors.
 
     While the draft as loaded serves, at most ``trials`` updates are made that serve only once they
     have shown with ``confidence`` (standard errors) that they are better: on the rows that each leaves
-    out, and where ``check_rounds`` pass without another on all that has come since. Where they do not,
+    out, and every ``check_rounds`` on all that no update has had. Where they do not,
     ``cooldown_rounds`` pass without an update, and twice as many each time. Without ``prove_first``
     that is so only after going back. To serve takes more evidence than to go back, because the draft as
     loaded is what users had before.
@@ -160,7 +159,7 @@ class Watch:
     refused: int = 0  # in all
     rolled_back: int = 0  # publications undone
     since_check: int = 0  # publications
-    checked_at: int = 0  # round
+    looked_at: int = 0  # round
     proving: bool = False
     trials: int = 0
     cooldown: int = 0  # rounds of the last one
@@ -194,19 +193,18 @@ class Watch:
         return not self.at_loaded and self.since_check >= wait
 
     def overdue(self, settings: ShadowSettings, round_: int) -> bool:
-        """Whether nothing has been looked at for long, because nothing is being trained.
+        """Whether it is time to look at all rows that no update has had, between two updates.
 
         There is something to look at where what serves is not the draft as loaded, or a candidate
         waits to take its place.
         """
         waits = not self.at_loaded or self.trials > 0
-        return waits and round_ - self.checked_at >= settings.check_rounds
+        return waits and round_ - self.looked_at >= settings.check_rounds
 
     def compare(
         self, scores: Scores, settings: ShadowSettings, round_: int, version: int
     ) -> Verdict:
         """What serves with the draft as loaded, between updates."""
-        self.checked_at = round_
         self._check(scores, settings, version)
         if self._outdone(settings):
             return self._back_to_loaded(scores, settings, round_)
@@ -223,7 +221,8 @@ class Watch:
         """Whether a candidate may take the place of ``version``, which serves."""
         assert scores.candidate is not None
         ahead = _mean(scores.candidate) - _mean(scores.serving)
-        self.checked_at = round_
+        if self.at_loaded and self.trials == 0:
+            self.looked_at = round_
         if scores.loaded is not None:
             self._check(scores, settings, version)
             if self._outdone(settings):
