@@ -1,13 +1,15 @@
 """Does adaptation pay on text that the draft never saw? Paired, on recorded text.
 
 Usage: python benchmarks/bench_adaptation.py [--drafters eagle3 dflash pard] [--work DIR]
-           [--tokens 1024] [--domains …] [--texts …] [--set key.sub=value …]
+           [--tokens 1024] [--max-prompts N] [--domains …] [--texts …] [--beyond 0]
+           [--set key.sub=value …]
 
 Records, once, what the target says at temperature 1 and real held-out documents, in the domain that
 the drafts were taught on (``code``), in a near one (``manuals``, English) and in a far one
 (``translated``, German and French). Then every arm is judged on the same recordings by the trace
 engine, every drafter on the same ones. Prints acceptance length on all and on novel positions, by
-generated position, and in the end one table of all drafters. Overrides apply to the arms, not to
+generated position, and in the end one table of all drafters, whose gains are those of positions
+``--beyond`` which the drafts were not taught, for instance 256. Overrides apply to the arms, not to
 the recording.
 """
 
@@ -22,7 +24,7 @@ from rich.table import Table
 from cosched.config import load_config
 from cosched.experiment import Experiment
 from cosched.footprint import sketch
-from cosched.telemetry.metrics import RunSummary
+from cosched.telemetry.metrics import ArmSummary, RunSummary
 from cosched.telemetry.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +74,8 @@ def main() -> None:
     parser.add_argument("--drafters", nargs="+", default=["eagle3", "dflash", "pard"])
     parser.add_argument("--work", default="runs/bench_adaptation")
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--max-prompts", type=int, default=None)
+    parser.add_argument("--beyond", type=int, default=0, metavar="POSITION")
     parser.add_argument("--texts", nargs="+", default=["sampled", "documents"])
     parser.add_argument("--domains", nargs="+", default=["code", "manuals", "translated"])
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value")
@@ -81,7 +85,15 @@ def main() -> None:
     for domain in options.domains:
         for text in options.texts:
             name = f"{domain}-{text}"
-            trace = record(options.work, domain, text, options.tokens, options.drafters, [])
+            prompts = "null" if options.max_prompts is None else options.max_prompts
+            trace = record(
+                options.work,
+                domain,
+                text,
+                options.tokens,
+                options.drafters,
+                [f"workload.max_prompts={prompts}"],
+            )
             for drafter in options.drafters:
                 summary = run(
                     SAMPLED,
@@ -98,7 +110,7 @@ def main() -> None:
                 )
                 found[drafter][name] = summary
                 console.print(table(f"{drafter}, {name}", summary))
-    console.print(overview(found))
+    console.print(overview(found, options.beyond))
 
 
 def layers_of(drafters: list[str]) -> set[int]:
@@ -110,26 +122,33 @@ def layers_of(drafters: list[str]) -> set[int]:
     return layers
 
 
-def overview(found: dict[str, dict[str, RunSummary]]) -> Table:
-    """One line for each drafter and text: acceptance length on all and on novel positions."""
+def overview(found: dict[str, dict[str, RunSummary]], beyond: int) -> Table:
+    """One line for each drafter and text: acceptance length, and what learning adds to it."""
     rows = Table(
-        "drafter", "text", *(f"{arm}\nall / novel" for arm in ARMS), "adapted vs\nfrozen",
-        "adapted vs\nwindow", title="acceptance length, all and novel positions",
+        "drafter", "text", *(f"{arm}\nall / novel" for arm in ARMS), "adapted\nover both",
+        "adapted+window\nover both", title=f"acceptance length, all and novel from {beyond} on",
     )  # fmt: skip
     for drafter, texts in found.items():
         for name, summary in texts.items():
             arms = [summary.arms[arm] for arm in ARMS]
-            novel = [arm.tau_novel or 0.0 for arm in arms]
+            novel = [tau_novel(arm, beyond) for arm in arms]
+            gains = [[at / control - 1 for control in novel[:2]] for at in novel[2:]]
             rows.add_row(
                 drafter,
                 name,
                 *(f"{arm.tau:.3f} / {at:.3f}" for arm, at in zip(arms, novel, strict=True)),
-                f"{novel[2] / novel[0] - 1:+.1%}",
-                f"{novel[2] / novel[1] - 1:+.1%}",
+                *(f"{frozen:+.1%} {window:+.1%}" for frozen, window in gains),
             )
         rows.add_section()
-    rows.caption = "gains are those of novel positions"
+    rows.caption = "gains are those of novel positions, over frozen and over frozen+window"
     return rows
+
+
+def tau_novel(arm: ArmSummary, start: int) -> float:
+    """Of all generated positions from ``start`` on, which is the beginning of a bucket."""
+    buckets = [b for b in arm.tau_by_position if b.start >= start and b.rounds_novel]
+    committed = sum((b.tau_novel or 0.0) * b.rounds_novel for b in buckets)
+    return committed / max(1, sum(b.rounds_novel for b in buckets))
 
 
 def table(name: str, summary: RunSummary) -> Table:
