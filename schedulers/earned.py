@@ -33,10 +33,10 @@ class EarnedSettings(CostAwareSettings, frozen=True, kw_only=True):
 class Earned:
     """Trains as long as learning pays its own way.
 
-    With U seconds spent on updates so far, U' for one more, V seconds of drafting and verifying, and
-    E seconds that learning has saved, it trains when
+    With U seconds spent on updates and their judgement so far, U' for one more, V seconds of drafting
+    and verifying, and E seconds that learning has saved, it trains when
 
-        U + U' <= credit + explore_share V + reinvested_share E
+        U + U' <= exploratory_updates U' + explore_share V + reinvested_share E
 
     In a second of serving, a draft whose acceptance length is g times that of the draft as loaded
     does what that one would have needed g seconds for: it saves g - 1. E is their sum, with g as a
@@ -63,9 +63,8 @@ class Earned:
             return Decision(settings.num_steps, reason="to learn whether learning pays")
         spent = snapshot.seconds_updating + snapshot.seconds_publishing
         served = snapshot.seconds_drafting + snapshot.seconds_verifying
-        credit = spent * settings.exploratory_updates / snapshot.num_updates
         means = (
-            credit
+            settings.exploratory_updates * cost
             + settings.explore_share * served
             + settings.reinvested_share * snapshot.seconds_earned
         )
