@@ -17,13 +17,13 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 class EarnedSettings(CostAwareSettings, frozen=True, kw_only=True):
     """At most one update in ``rounds``, of ``num_steps`` micro-steps.
 
-    ``exploratory_updates`` are on credit, and so are updates that take ``explore_share`` of the
-    time; ``reinvested_share`` of what learning has earned may go into more of it. ``idle_steps`` are
-    taken once when the last request has finished.
+    What ``credit_rounds`` take to draft and verify may be spent in advance, and ``explore_share`` of
+    the time; ``reinvested_share`` of what learning has earned may go into more of it. ``idle_steps``
+    are taken once when the last request has finished.
     """
 
     rounds: Annotated[int, Meta(ge=1)] = 16
-    exploratory_updates: Annotated[int, Meta(ge=1)] = 24
+    credit_rounds: Annotated[int, Meta(ge=1)] = 128
     explore_share: Share = 0.02
     reinvested_share: Share = 0.5
     idle_steps: Annotated[int, Meta(ge=0)] = 0
@@ -33,17 +33,17 @@ class EarnedSettings(CostAwareSettings, frozen=True, kw_only=True):
 class Earned:
     """Trains as long as learning pays its own way.
 
-    With U seconds spent on updates and their judgement so far, U' for one more, V seconds of drafting
-    and verifying, and E seconds that learning has saved, it trains when
+    With U seconds spent on updates and their judgement so far, U' for one more, R rounds that took V
+    seconds to draft and verify, and E seconds that learning has saved, it trains when
 
-        U + U' <= exploratory_updates U' + explore_share V + reinvested_share E
+        U + U' <= credit_rounds V / R + explore_share V + reinvested_share E
 
     In a second of serving, a draft whose acceptance length is g times that of the draft as loaded
     does what that one would have needed g seconds for: it saves g - 1. E is their sum, with g as a
     guard of kind ``shadow`` scores it on the same rows, less a standard error. So whatever the text,
     what learning costs in all is at most the credit and a small share more than what it brings: where
-    there is nothing to learn it all but stops, and where there is, it earns the means to go on.
-    Without such a guard nothing is ever earned.
+    there is nothing to learn it all but stops, and where there is, it earns the means to go on. The
+    dearer updates are, the fewer are on credit. Without such a guard nothing is ever earned.
     """
 
     Settings = EarnedSettings
@@ -58,16 +58,14 @@ class Earned:
             return when_idle(snapshot, settings.idle_steps)
         if snapshot.rounds_since_update < settings.rounds:
             return Decision(num_steps=0)
-        cost = update_seconds(snapshot, settings)
-        if snapshot.num_updates < settings.exploratory_updates:
-            return Decision(settings.num_steps, reason="to learn whether learning pays")
         spent = snapshot.seconds_updating + snapshot.seconds_publishing
         served = snapshot.seconds_drafting + snapshot.seconds_verifying
+        credit = settings.credit_rounds * served / max(1, snapshot.round_index)
         means = (
-            settings.exploratory_updates * cost
+            credit
             + settings.explore_share * served
             + settings.reinvested_share * snapshot.seconds_earned
         )
-        if spent + cost > means:
+        if spent + update_seconds(snapshot, settings) > means:
             return Decision(num_steps=0)
         return Decision(settings.num_steps, reason=f"{snapshot.seconds_earned:.1f} s earned so far")

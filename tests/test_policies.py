@@ -233,16 +233,20 @@ def served(
 
 
 def test_what_earns_nothing_is_let_be() -> None:
-    """A credit of so many updates, and then a share of the time that nobody misses."""
-    every, totals = policy("earned", rounds=8, exploratory_updates=8, explore_share=0.005), Totals()
-    assert served(totals, 2.0, 1.0, every, 0.1)[0] == 8
+    """A credit of so many rounds' time, and then a share of the time that nobody misses."""
+    every, totals = policy("earned", rounds=8, credit_rounds=40, explore_share=0.005), Totals()
+    assert served(totals, 2.0, 1.0, every, 0.1)[0] == 8  # 40 rounds of 0.02 s
     updates, _ = served(totals, 200.0, 1.0, every, 0.1)
     assert updates * 0.1 <= 0.006 * 202
     assert updates >= 9
+    dearer = Totals()
+    assert served(dearer, 2.0, 1.0, every, 0.2)[0] == 4
+    dearest = Totals()
+    assert served(dearest, 2.0, 1.0, every, 0.9)[0] <= 1
 
 
 def test_what_earns_goes_on_at_full_cadence() -> None:
-    every, totals = policy("earned", rounds=8, exploratory_updates=16), Totals()
+    every, totals = policy("earned", rounds=8, credit_rounds=128), Totals()
     served(totals, 10.0, 1.5, every, 0.01)
     updates, rounds = served(totals, 20.0, 1.5, every, 0.01)
     assert updates == rounds // 8
@@ -252,10 +256,10 @@ def test_what_earns_goes_on_at_full_cadence() -> None:
 @pytest.mark.parametrize("cost", [0.01, 0.1, 1.0])
 def test_learning_costs_no_more_than_it_brings(gain: float, cost: float) -> None:
     """Beyond the credit and the small share, however dear updates are and whatever they bring."""
-    every, totals = policy("earned", rounds=8, exploratory_updates=8, explore_share=0.005), Totals()
+    every, totals = policy("earned", rounds=8, credit_rounds=100, explore_share=0.005), Totals()
     served(totals, 60.0, gain, every, cost)
     saved = max(0.0, gain - 1) * 60
-    assert totals.update_seconds <= (8 + 1) * cost + 0.005 * 61 + 0.5 * saved * 1.05
+    assert totals.update_seconds <= 100 * 0.02 + cost + 0.005 * 61 + 0.5 * saved * 1.05
 
 
 def test_nothing_is_earned_without_evidence() -> None:
