@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cosched.totals import Totals
     from cosched.watch import ShadowSettings
 
-LOOKED_INTO = 8  # times as many anchors as judge an update say whether what serves may go on
+LOOKED_INTO = 4  # times as many anchors as judge an update say whether what serves may go on
 
 
 class WithinTimeShare:
@@ -108,17 +108,12 @@ class ShadowGuard:
         batch = self._buffer.held_out(LOOKED_INTO * settings.anchors)
         if batch is None:
             return None
-        if not alarmed:
-            watch.looked_at = round_
         waiting = candidate() if watch.trials else None
         scores = self._scores(batch, totals, waiting, waiting is None)
-        version = self._publisher.version
-        if waiting is not None:
-            verdict = watch.judge(scores, settings, round_, version)
-        elif alarmed:
+        if alarmed:
             verdict = watch.look_into(scores, settings, round_)
         else:
-            verdict = watch.compare(scores, settings, round_, version)
+            verdict = watch.look(scores, settings, round_, self._publisher.version)
         self._publisher.pin(watch.good)
         return verdict
 

@@ -56,6 +56,9 @@ class ReplayBuffer:
     draws an anchor once at most: those that have come since the last draw. A finished request has
     no more to come, so it goes then.
 
+    Context that no anchor's window reaches is left out of a batch. A draft of several layers, whose
+    older rows have seen more than their window when it serves, loses a little by that.
+
     With ``held_out`` a sample leaves out the newest rows of every request, enough for that many
     anchors in all, and ``held_out()`` gives them: no row of theirs has been in a sample, only the
     context before them. They are sampled later, when they are no longer the newest: training lags
@@ -119,7 +122,7 @@ class ReplayBuffer:
         while len(self._requests) >= room:
             self._requests.popitem(last=False)
             self.num_evicted += 1
-        self._requests[segment.request_id] = _RequestRows(limits, segment)
+        self._requests[segment.request_id] = _RequestRows(limits, segment, self.draft_window)
         return True
 
     def sample(self) -> SignalBatch | None:
@@ -179,6 +182,10 @@ class _Drawn:
     weights_NK: Tensor
 
 
+_Found = tuple[int, Tensor, Tensor, Tensor, Tensor]
+"""The first anchor; anchors [N], oldest first, paths [N, K], their teacher and weights."""
+
+
 class _RequestRows:
     """The newest rows of one request, contiguous, in storage twice as long as what is kept.
 
@@ -186,8 +193,9 @@ class _RequestRows:
     costs one copy of each row and now and then one more.
     """
 
-    def __init__(self, limits: ReplayLimits, first: Segment) -> None:
+    def __init__(self, limits: ReplayLimits, first: Segment, draft_window: int | None) -> None:
         self.capacity = limits.window
+        self._draft_window = draft_window
         size = 2 * self.capacity
         self.start = first.start
         self.begin = 0
@@ -272,22 +280,22 @@ class _RequestRows:
         found = self._committed_paths(num_anchors, path, first, self.count)
         return None if found is None else self._drawn(found)
 
-    def _drawn(self, found: tuple[Tensor, Tensor, Tensor, Tensor]) -> _Drawn:
-        anchors, paths, teacher, weights = found
-        stored = slice(self.begin, self.begin + self.count)
+    def _drawn(self, found: _Found) -> _Drawn:
+        """With what is kept as context, or of it what the window of the first anchor reaches."""
+        first, anchors, paths, teacher, weights = found
+        unseen = max(0, first - self._draft_window - 1) if self._draft_window else 0
+        begin, end = self.begin + unseen, self.begin + self.count
         return _Drawn(
-            start=self.start,
-            tokens_C1=self.tokens[self.begin : self.begin + self.count + 1],
-            features_CF=None if self.features is None else self.features[stored],
-            anchors_N=anchors,
+            start=self.start + unseen,
+            tokens_C1=self.tokens[begin : end + 1],
+            features_CF=None if self.features is None else self.features[begin:end],
+            anchors_N=anchors - unseen,
             paths_NK=paths,
             teacher_NKX=teacher,
             weights_NK=weights,
         )
 
-    def _committed_paths(
-        self, num_anchors: int, path: int, first: int, end: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    def _committed_paths(self, num_anchors: int, path: int, first: int, end: int) -> _Found | None:
         """Anchors in the text with what the target went on to say; teacher rows are the text's.
 
         The newest whose rows lie in ``first .. end - 1``.
@@ -302,6 +310,7 @@ class _RequestRows:
         anchors = torch.arange(first, last + 1, device=self.tokens.device)
         ahead = anchors[:, None] + torch.arange(path, device=anchors.device)
         return (
+            first,
             anchors,
             self.tokens[self.begin + ahead + 1],
             self.teacher[self.begin + ahead],
@@ -310,7 +319,7 @@ class _RequestRows:
 
     def _served_paths(
         self, num_anchors: int, only_refused: bool, refused_weight: float, newest: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    ) -> _Found | None:
         """Anchors that were served with what was drafted, and the weight of rows after a refusal.
 
         The row of the refused token itself stands on accepted text and counts in full; with
@@ -333,7 +342,7 @@ class _RequestRows:
         if only_refused:
             weights = weights.masked_fill(k_K < accepted_N[:, None], 0)
         teacher = [b.teacher_KX for b in blocks if b.teacher_KX is not None]
-        return anchors, paths, torch.stack(teacher), weights
+        return blocks[0].anchor - self.start, anchors, paths, torch.stack(teacher), weights
 
 
 def _pad(drawn: list[_Drawn], draft_window: int | None) -> SignalBatch:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MEMORY = 256  # rows that evidence is made of: text moves on
 EVIDENCE_ROWS = 128  # below which there is no evidence
-LEAST = 4  # comparisons, the same
+PIECE = 16  # rows that are one observation: neighbours in a text are alike
 CONVINCED = 4  # times as long between comparisons, once learning has shown that it pays
 LEAST_ROWS = 8  # paired rows below which an alarm is neither confirmed nor dismissed
 LEVEL_WEIGHT = 1 / 256  # of the newest round in the level that a fall is measured from
@@ -59,16 +59,16 @@ class ShadowSettings(
     shown that it pays), and every ``check_rounds`` on all rows that no update has had, the draft is
     compared with itself as loaded, to which it goes back where that is better by ``doubt`` standard errors.
 
-    While the draft as loaded serves, at most ``trials`` updates are made that serve only once they
-    have shown with ``confidence`` (standard errors) that they are better: on the rows that each leaves
-    out, and every ``check_rounds`` on all that no update has had. Where they do not,
+    While the draft as loaded serves, candidates serve only once they have shown with ``confidence``
+    (standard errors) that they are better: on the rows that each update leaves out, and every
+    ``check_rounds`` on all that no update has had. Where ``trials`` judgements have not shown it,
     ``cooldown_rounds`` pass without an update, and twice as many each time. Without ``prove_first``
     that is so only after going back. To serve takes more evidence than to go back, because the draft as
     loaded is what users had before.
     """
 
-    anchors: Positive = 16
-    every: Positive = 1
+    anchors: Positive = 32
+    every: Positive = 2
     tolerance: Annotated[float, Meta(ge=0)] = 0.05
     patience: Positive = 4
     alarm_tokens: Annotated[float, Meta(gt=0)] = 12.0
@@ -77,7 +77,7 @@ class ShadowSettings(
     confidence: Annotated[float, Meta(gt=0)] = 3.0
     doubt: Annotated[float, Meta(gt=0)] = 1.0
     cooldown_rounds: Positive = 128
-    trials: Positive = 16
+    trials: Positive = 8
     prove_first: bool = True
 
 
@@ -109,22 +109,27 @@ class Scores:
 
 @dataclass(slots=True)
 class Evidence:
-    """Paired differences, one of each comparison, weighed by the rows that it was made on.
+    """Paired differences, one of each piece of ``PIECE`` rows, weighed by how many it had.
 
-    The mean m = sum w d / sum w. A comparison's variance goes with 1 / w, so that of the mean is
+    The mean m = sum w d / sum w. A piece's variance goes with 1 / w, so that of the mean is
     sum w (d - m)^2 / ((n - 1) sum w), with n = (sum w)^2 / sum w^2, Kish's effective number. Beyond
     ``MEMORY`` rows older ones are forgotten exponentially.
     """
 
-    count: int = 0
     mean: float = 0.0
     weight: float = 0.0
     squared_weights: float = 0.0
     squares: float = 0.0  # sum of w (d - m)^2
 
-    def add(self, difference: float, num_rows: int) -> None:
+    def add(self, ones: Sequence[float], others: Sequence[float]) -> None:
+        """What one draft scored above another, row by row."""
+        rows = [one - other for one, other in zip(ones, others, strict=True)]
+        for start in range(0, len(rows), PIECE):
+            piece = rows[start : start + PIECE]
+            self._add(_mean(piece), len(piece))
+
+    def _add(self, difference: float, num_rows: int) -> None:
         """Welford's update, weighted (West, Communications of the ACM 22, 1979)."""
-        self.count += 1
         self.weight += num_rows
         self.squared_weights += num_rows**2
         off = difference - self.mean
@@ -138,7 +143,7 @@ class Evidence:
     @property
     def z(self) -> float:
         """The mean in standard errors; 0 while there is too little to say."""
-        if self.count < LEAST or self.weight < EVIDENCE_ROWS or self.mean == 0:
+        if self.weight < EVIDENCE_ROWS or self.mean == 0:
             return 0.0
         number = self.weight**2 / self.squared_weights
         error = math.sqrt(max(0.0, self.squares) / ((number - 1) * self.weight))
@@ -201,10 +206,11 @@ class Watch:
         waits = not self.at_loaded or self.trials > 0
         return waits and round_ - self.looked_at >= settings.check_rounds
 
-    def compare(
-        self, scores: Scores, settings: ShadowSettings, round_: int, version: int
-    ) -> Verdict:
-        """What serves with the draft as loaded, between updates."""
+    def look(self, scores: Scores, settings: ShadowSettings, round_: int, version: int) -> Verdict:
+        """Between updates: at the candidate that waits, or at what serves."""
+        self.looked_at = round_
+        if scores.candidate is not None:
+            return self.judge(scores, settings, round_, version)
         self._check(scores, settings, version)
         if self._outdone(settings):
             return self._back_to_loaded(scores, settings, round_)
@@ -228,7 +234,7 @@ class Watch:
             if self._outdone(settings):
                 return self._back_to_loaded(scores, settings, round_)
         if self.proving or (settings.prove_first and self.at_loaded):
-            return self._try(scores, ahead, settings, round_, version)
+            return self._try(scores, settings, round_, version)
         if ahead >= -settings.tolerance:
             self.refusals = 0
             return self._publish(scores, f"scores {ahead:+.3f}")
@@ -239,19 +245,18 @@ class Watch:
         assert scores.loaded is not None
         serving, loaded = _mean(scores.serving), _mean(scores.loaded)
         self.since_check = 0
-        self.evidence.add(serving - loaded, len(scores.serving))
+        self.evidence.add(scores.serving, scores.loaded)
         before = loaded if scores.good is None else _mean(scores.good)
         if serving >= max(loaded, before) - settings.tolerance:
             self.good = version
         if self.evidence.z >= settings.confidence:
             self.cooldown = 0  # learning pays here after all
 
-    def _try(
-        self, scores: Scores, ahead: float, settings: ShadowSettings, round_: int, version: int
-    ) -> Verdict:
+    def _try(self, scores: Scores, settings: ShadowSettings, round_: int, version: int) -> Verdict:
         """What would take the place of the draft as loaded must first show that it is better."""
+        assert scores.candidate is not None
         self.trials += 1
-        self.evidence.add(ahead, len(scores.serving))
+        self.evidence.add(scores.candidate, scores.serving)
         if self.evidence.z >= settings.confidence:
             self.proving, self.trials = False, 0
             return self._publish(scores, "has shown that it is better than the draft as loaded")

@@ -233,6 +233,9 @@ class Events:
         return [event["verdict"] for event in self.of("verdict")]
 
 
+EACH = "adapt.guard={kind: shadow, anchors: 16, every: 1, prove_first: false}"
+
+
 def world_of(*overrides: str, domain: str = "code", tokens: int = 256, prompts: int = 1) -> World:
     guarded = any(
         override.startswith(("adapt.guard=", "adapt.guard.kind")) for override in overrides
@@ -247,7 +250,7 @@ def world_of(*overrides: str, domain: str = "code", tokens: int = 256, prompts: 
                 "workload.temperature=0",
                 "adapt.replay.window=128",
                 "adapt.policy.rounds=4",
-                *(() if guarded else ("adapt.guard={kind: shadow, prove_first: false}",)),
+                *(() if guarded else (EACH,)),
                 *overrides,
             ],
         )
@@ -431,8 +434,8 @@ def test_an_interrupted_run_is_guarded_the_same(tmp_path: Path) -> None:
                 "workload.max_new_tokens=160",
                 "workload.max_prompts=2",
                 "adapt.policy.rounds=4",
-                "adapt.guard={kind: shadow, tolerance: 0.005, check_every: 2, patience: 2,"
-                " prove_first: false}",
+                EACH,
+                "adapt.guard={tolerance: 0.005, check_every: 2, patience: 2}",
             ],
         )
 

@@ -228,7 +228,7 @@ def served(
             totals.update_seconds += update_seconds
             totals.watch.at_loaded = False
             loaded = 2 / gain + noise.gauss(0, 0.05)
-            totals.watch.evidence.add(2 - loaded, 16)
+            totals.watch.evidence.add([2.0] * 16, [loaded] * 16)
     return updates, rounds
 
 
@@ -267,11 +267,11 @@ def test_nothing_is_earned_without_evidence() -> None:
     totals = Totals()
     totals.watch.at_loaded = False
     for _ in range(4):
-        totals.watch.evidence.add(1.0, 16)
+        totals.watch.evidence.add([2.0] * 16, [1.0] * 16)
     totals.observe(round_of([3], seconds=1.0))
     assert totals.earned_seconds == 0
     for score in (0.9, 1.1) * 8:
-        totals.watch.evidence.add(score, 16)
+        totals.watch.evidence.add([1 + score] * 16, [1.0] * 16)
     totals.observe(round_of([3], seconds=1.0))
     earned = totals.earned_seconds
     assert 0.45 < earned < 0.5  # a token of the three, which the draft as loaded would not have had

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 from cosched.build import build_world, load_drafter
 from cosched.build_coscheduler import build_coscheduler
 from cosched.config import load_config
+from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError
 from cosched.experiment import Experiment
 from cosched.records import Rows, Segment, ServedBlock, VerifyRound
+from cosched.registry import DRAFTERS
 from cosched.replay import ReplayBuffer, ReplayLimits
 from cosched.telemetry.run_folder import NoEvents
+from cosched.testing.harness import make_buffer, make_requests, serve
 
 K, WIDTH = 4, 8
 QUICKSTART, SAMPLED = Path("configs/quickstart.yaml"), Path("configs/sampled.yaml")
@@ -121,6 +125,30 @@ def test_committed_text_has_no_refusals() -> None:
     assert batch is not None
     assert batch.anchors_RN[0].tolist() == list(range(1, 17))
     assert batch.weights_RNK.min() == 1
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dflash"])
+def test_context_that_no_window_reaches_is_left_out(kind: str, target: Target) -> None:
+    """Of 60 rows before the newest anchors; the draft says of them what it would say with all."""
+    drafter = next(iter(DRAFTERS.get(kind).examples(target, 3).values()))
+    rounds = serve(target, drafter, make_requests(target, 1, 8, 60))
+    batches = []
+    for draft_window in (None, 12):
+        buffer = make_buffer(target, drafter, "delayed", draft_window, window=400, anchors=5)
+        for round_ in rounds[:-1]:  # the last one ends the request
+            buffer.collect(round_)
+        batch = buffer.sample()
+        assert batch is not None
+        batches.append(batch)
+    whole, cut = batches
+    places = [(batch.starts_R + batch.anchors_RN[0]).tolist() for batch in batches]
+    assert places[0] == places[1]
+    assert cut.tokens_RC1.shape[1] - 1 == 12 + 1 + 4 + drafter.num_draft_tokens  # to the fifth
+    assert whole.tokens_RC1.shape[1] > 60
+    with torch.no_grad():
+        expected = drafter.replay(replace(whole, window=12))
+        assert torch.allclose(drafter.replay(cut), expected, atol=1e-5)
+        assert not torch.allclose(drafter.replay(whole), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize(("kind", "weight"), [("eagle3", 1.0), ("dflash", 0.3), ("pard", 0.3)])

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from cosched.records import Verdict
 from cosched.totals import Totals
-from cosched.watch import EVIDENCE_ROWS, FALL_TOLERANCE, LEAST_ROWS, MEMORY, Evidence, Scores, Watch
+from cosched.watch import (
+    EVIDENCE_ROWS,
+    FALL_TOLERANCE,
+    LEAST_ROWS,
+    MEMORY,
+    PIECE,
+    Evidence,
+    Scores,
+    Watch,
+)
 from cosched.watch import ShadowSettings as Settings
 
 SETTINGS = Settings(
@@ -21,7 +30,7 @@ SETTINGS = Settings(
 )
 PROVE_FIRST = msgspec.structs.replace(SETTINGS, prove_first=True)
 LENGTHS = st.floats(1, 4)
-ROWS = 16  # of each comparison
+ROWS = PIECE  # of each comparison
 LEAST = EVIDENCE_ROWS // ROWS  # comparisons that may be evidence
 
 
@@ -54,7 +63,7 @@ def test_evidence_is_the_mean_in_standard_errors(differences: list[float]) -> No
     """Up to its memory it is the textbook's t statistic."""
     evidence = Evidence()
     for difference in differences:
-        evidence.add(difference, ROWS)
+        evidence.add(lengths(difference), lengths(0.0))
     mean = statistics.fmean(differences)
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     assert evidence.mean == pytest.approx(mean, abs=1e-12)
@@ -62,35 +71,43 @@ def test_evidence_is_the_mean_in_standard_errors(differences: list[float]) -> No
         assert evidence.z == pytest.approx(mean / error, rel=1e-6, abs=1e-9)
 
 
-def test_a_comparison_counts_by_its_rows() -> None:
+def test_a_piece_counts_by_its_rows() -> None:
     """As the weighted mean and its standard error from their definitions."""
     draw, evidence = random.Random(4), Evidence()
-    pairs = [(draw.gauss(0.1, 1 / rows**0.5), rows) for rows in (16, 8, 16, 64, 16, 32, 64, 40)]
+    pairs = [(draw.gauss(0.1, 1 / rows**0.5), rows) for rows in [16, 8, 16, 4, 16, 12, 16, 16] * 2]
     for difference, rows in pairs:
-        evidence.add(difference, rows)
+        evidence.add([1.5 + difference] * rows, [1.5] * rows)
     weight = sum(rows for _, rows in pairs)
     mean = sum(difference * rows for difference, rows in pairs) / weight
     squares = sum(rows * (difference - mean) ** 2 for difference, rows in pairs)
     assert evidence.mean == pytest.approx(mean)
     number = weight**2 / sum(rows**2 for _, rows in pairs)
-    assert weight == MEMORY  # nothing is forgotten yet
+    assert EVIDENCE_ROWS <= weight < MEMORY  # nothing is forgotten yet
     assert evidence.z == pytest.approx(mean / math.sqrt(squares / (number - 1) / weight))
 
 
-def test_evidence_needs_comparisons_and_forgets() -> None:
-    """A few rows say nothing, nor do a few comparisons; what was true long ago is outweighed."""
+@settings(deadline=None)
+@given(st.lists(st.floats(-2, 2), min_size=EVIDENCE_ROWS, max_size=MEMORY))
+def test_many_rows_at_once_are_many_pieces(differences: list[float]) -> None:
+    at_once, apart = Evidence(), Evidence()
+    at_once.add(differences, [0.0] * len(differences))
+    for start in range(0, len(differences), PIECE):
+        piece = differences[start : start + PIECE]
+        apart.add(piece, [0.0] * len(piece))
+    assert at_once == apart
+    assert at_once.mean == pytest.approx(statistics.fmean(differences), abs=1e-12)
+
+
+def test_evidence_needs_rows_and_forgets() -> None:
+    """A few rows say nothing; what was true long ago is outweighed."""
     evidence = Evidence()
     for _ in range(LEAST - 1):
-        evidence.add(1.0, ROWS)
+        evidence.add(lengths(1.0), lengths(0.0))
         assert evidence.z == 0
-    evidence.add(1.0, ROWS)
+    evidence.add(lengths(1.0), lengths(0.0))
     assert evidence.z == math.inf
-    few = Evidence()
-    for _ in range(3):
-        few.add(1.0, EVIDENCE_ROWS)
-        assert few.z == 0
     for number in range(6 * MEMORY // ROWS):
-        evidence.add(-1.0 + 0.1 * (-1) ** number, ROWS)
+        evidence.add(lengths(-1.0 + 0.1 * (-1) ** number), lengths(0.0))
     assert evidence.mean == pytest.approx(-1, abs=0.02)
     assert evidence.z < -10
 
@@ -129,7 +146,7 @@ def test_checks_are_due_after_some_publications() -> None:
         judged(watch, loaded=0.0 if due[-1] else None)
     assert due == [False] * 4 + [True] + [False] * 3 + [True]
     for _ in range(LEAST):
-        watch.evidence.add(0.3, ROWS)
+        watch.evidence.add(lengths(0.3), lengths(0.0))
     due = []
     for _ in range(20):
         due.append(watch.check_due(SETTINGS))
@@ -174,7 +191,7 @@ def test_the_loaded_draft_serves_until_another_has_shown_that_it_is_better() -> 
     assert better.evidence.mean == pytest.approx(0.2, abs=0.05)
     found = [trial(worse, draw.gauss(-0.2, 0.05)) for _ in range(LEAST)]
     assert not any(verdict.publish for verdict in found)
-    assert (worse.resumes_at, worse.evidence.count) == (10 + 100, 0)
+    assert (worse.resumes_at, worse.evidence) == (10 + 100, Evidence())
 
 
 def test_what_serves_is_looked_at_also_where_nothing_is_trained() -> None:
@@ -185,8 +202,7 @@ def test_what_serves_is_looked_at_also_where_nothing_is_trained() -> None:
         if watch.overdue(settings, round_):
             loaded = draw.gauss(0.1, 0.05)
             scores = Scores(serving=lengths(0.0), loaded=lengths(loaded))
-            watch.looked_at = round_
-            compared.append((round_, watch.compare(scores, settings, round_, 5).back_to))
+            compared.append((round_, watch.look(scores, settings, round_, 5).back_to))
     assert compared == [(100 * n, None if n < LEAST else 0) for n in range(1, LEAST + 1)]
     assert watch.at_loaded
 
@@ -208,8 +224,7 @@ def test_a_candidate_that_waits_is_looked_at_on_all_that_comes() -> None:
             elif watch.overdue(settings, round_):
                 scores = Scores(serving=lengths(0.0), candidate=lengths(ahead))
                 looked.append(round_)
-                watch.looked_at = round_
-                if watch.judge(scores, settings, round_, 0).publish:
+                if watch.look(scores, settings, round_, 0).publish:
                     served.append(round_)
                     break
         assert looked == [1000 + 100 * n for n in range(1, len(looked) + 1)]
@@ -343,7 +358,7 @@ def test_a_fall_waits_for_rows() -> None:
 def test_the_memory_survives_a_file() -> None:
     """Encoded and decoded among the totals it is the same, so a resumed run decides the same."""
     totals = Totals(watch=fallen())
-    totals.watch.evidence.add(0.5, ROWS)
+    totals.watch.evidence.add(lengths(0.5), lengths(0.0))
     again = msgspec.json.decode(msgspec.json.encode(totals), type=Totals)
     assert again == totals
     again.start_anew()  # state per request
