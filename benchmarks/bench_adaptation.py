@@ -32,8 +32,9 @@ SAMPLED = ROOT / "configs" / "sampled.yaml"
 ARMS = ["frozen", "frozen+window", "adapted", "adapted+window"]
 
 
-def workload(domain: str, text: str, tokens: int) -> list[str]:
-    shared = [f"workload.max_new_tokens={tokens}", "workload.max_prompts=null"]
+def workload(domain: str, text: str, tokens: int, max_prompts: int | None) -> list[str]:
+    prompts = "null" if max_prompts is None else max_prompts
+    shared = [f"workload.max_new_tokens={tokens}", f"workload.max_prompts={prompts}"]
     if text == "documents":
         return [
             *shared,
@@ -52,7 +53,7 @@ def run(file: Path, overrides: list[str], record: bool = False) -> RunSummary:
 
 
 def record(
-    work: str, domain: str, text: str, tokens: int, drafters: list[str], more: list[str]
+    work: str, domain: str, text: str, tokens: int, max_prompts: int | None, drafters: list[str]
 ) -> str:
     """The trace of what the target says of a text, which is made if it is not there."""
     name = f"{domain}-{text}-recorded"
@@ -60,10 +61,9 @@ def record(
         overrides = [
             f"run.dir={work}",
             f"run.name={name}",
-            *workload(domain, text, tokens),
+            *workload(domain, text, tokens, max_prompts),
             "arms=[plain]",
             f"record.feature_layers={sorted(layers_of(drafters))}",
-            *more,
         ]
         run(SAMPLED, overrides, record=True)
     return f"{work}/{name}/trace"
@@ -85,14 +85,8 @@ def main() -> None:
     for domain in options.domains:
         for text in options.texts:
             name = f"{domain}-{text}"
-            prompts = "null" if options.max_prompts is None else options.max_prompts
             trace = record(
-                options.work,
-                domain,
-                text,
-                options.tokens,
-                options.drafters,
-                [f"workload.max_prompts={prompts}"],
+                options.work, domain, text, options.tokens, options.max_prompts, options.drafters
             )
             for drafter in options.drafters:
                 summary = run(

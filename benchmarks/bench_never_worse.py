@@ -46,9 +46,8 @@ def main() -> None:
     for domain in options.domains:
         for text in options.texts:
             trace = record(
-                options.work, domain, text, options.tokens, options.drafters,
-                [f"workload.max_prompts={options.max_prompts}"],
-            )  # fmt: skip
+                options.work, domain, text, options.tokens, options.max_prompts, options.drafters
+            )
             for drafter in options.drafters:
                 arms = run(
                     CONFIG,
