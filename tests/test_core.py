@@ -127,6 +127,7 @@ def test_publication_changes_the_draft_in_place_and_nothing_else() -> None:
     assert [p.data_ptr() for p in network.parameters()] == pointers
 
 
+@pytest.mark.slow
 def test_the_target_is_the_same_after_100_publications() -> None:
     """Adapting through a hundred publications leaves every bit of the target."""
     target = make_target(seed=7)

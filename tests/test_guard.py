@@ -279,6 +279,7 @@ def moments(trainer: Any) -> float:
     )
 
 
+@pytest.mark.slow
 def test_a_poisoned_update_is_caught_before_it_serves(monkeypatch) -> None:
     """Random labels from the 5th update to the 8th: no version of theirs is published, the fourth
     refusal starts again from what serves with an empty optimizer, and what follows serves."""
@@ -314,6 +315,7 @@ def test_a_poisoned_update_is_caught_before_it_serves(monkeypatch) -> None:
     assert tokens == decode(world, build_arm(world, "plain", Events()))
 
 
+@pytest.mark.slow
 def test_poison_that_serves_is_undone(monkeypatch) -> None:
     """The gate lets everything pass, and every update from round 60 on is poisoned: within 64 rounds
     of the first the loaded draft serves again, to the bit; the optimizer is empty, the text is the
@@ -360,6 +362,7 @@ def test_poison_that_serves_is_undone(monkeypatch) -> None:
     assert tokens == decode(world, build_arm(world, "plain", Events()))
 
 
+@pytest.mark.slow
 def test_nothing_is_undone_where_learning_pays() -> None:
     """On foreign text: most updates serve, none is rolled back, and scores say what they bring."""
     world, events = (
@@ -387,6 +390,7 @@ def test_every_second_update_is_judged_with_the_one_before() -> None:
     assert arm.coscheduler.version <= arm.coscheduler.totals.updates / 2
 
 
+@pytest.mark.slow
 def test_updates_in_the_background_are_judged() -> None:
     """When they are finished, on the rows that have come since as well."""
     world, events = world_of("adapt.trainer.background=true"), Events()
@@ -398,6 +402,7 @@ def test_updates_in_the_background_are_judged() -> None:
     assert len(events.of("publication")) == sum(v.publish for v in scored)
 
 
+@pytest.mark.slow
 def test_state_per_request_forgets_what_was_watched() -> None:
     """The second request's verdicts are those of its own, as if it were the first."""
     verdicts = {}

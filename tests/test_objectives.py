@@ -313,6 +313,7 @@ def alone() -> tuple[Any, Events, Any]:
     return run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("good", [0, 1])
 def test_an_absurd_expert_leaves_no_trace(alone, good: int) -> None:
     """One at a rate that ruins a draft in a step: wherever it stands, it is tried, never taken, and

@@ -159,8 +159,9 @@ def test_a_saved_draft_is_a_draft(tmp_path: Path, settings: dict) -> None:
     assert second.arms["frozen"].tau > first.arms["frozen"].tau
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("computed", [False, True])
-@pytest.mark.parametrize("max_batch", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("max_batch", [1, 2])
 def test_trace_equals_engine(
     tmp_path: Path, settings: dict, max_batch: int, computed: bool
 ) -> None:
@@ -455,6 +456,7 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, settings: dict) -> N
     assert (code, "nothing to resume" in err) == (1, True)
 
 
+@pytest.mark.slow
 def test_a_run_cut_in_its_first_request_can_be_resumed(tmp_path: Path, settings: dict) -> None:
     """There is a point to go on from before anything is done."""
     settings["arms"] = ["plain", "adapted"]

@@ -162,6 +162,7 @@ def test_a_draft_with_new_adapters_is_the_draft(target: Target, config: Config) 
         assert publisher.publish(trainer.weights()).version == 1
 
 
+@pytest.mark.slow
 def test_merged_weights_say_what_the_adapters_say(target: Target, config: Config) -> None:
     """The loss through adapters is that of a draft without any that has the merged weights."""
     for drafter in examples(target):
@@ -265,6 +266,7 @@ def test_adapters_are_the_same_for_a_seed_and_disturb_no_draw(
     assert not same(runs[0], runs[2])
 
 
+@pytest.mark.slow
 def test_lora_serves_per_request_without_loss(target: Target, configure: Configure) -> None:
     """The text is the target's own, and the second request is served as if it were the first."""
     requests = make_requests(target, count=2, prompt=8, new=120)
@@ -365,6 +367,7 @@ def serving(pool: CoschedulerPool) -> list[dict[str, Tensor]]:
     return [copied(publisher._serving.draft) for publisher in publishers]
 
 
+@pytest.mark.slow
 def test_tenants_learn_apart_and_lose_nothing(target: Target, per_tenant: Config) -> None:
     """Greedy text is the target's own; who did not ask for anything has learnt nothing, to the bit."""
     requests = owned(make_requests(target, count=5, prompt=8, new=90), "a", "b")
@@ -435,6 +438,7 @@ def test_trainers_stand_on_one_base(target: Target, per_tenant: Config) -> None:
         assert moments == 2 * lora.num_parameters(drafter.network())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 def test_requests_of_a_batch_learn_apart_and_are_forgotten(
     target: Target, configure: Configure, background: bool
@@ -472,6 +476,7 @@ def test_a_lent_adapter_comes_back_as_it_was(target: Target, configure: Configur
     assert rounds[0] == rounds[1]
 
 
+@pytest.mark.slow
 def test_a_pool_goes_on_exactly(target: Target, per_tenant: Config) -> None:
     """Counters, versions, adapters and moments of every tenant, through a file."""
     requests = owned(make_requests(target, count=4, prompt=8, new=60), "a", "b")
@@ -562,6 +567,7 @@ def test_a_tenant_without_an_adapter_is_found_before_the_run(
         build_world(msgspec.structs.replace(per_tenant, workload=workload))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_with_tenants(configure: Configure, tmp_path: Path, family: str) -> None:
     """From files to files: the plain text, events that say whose they are, a draft for each tenant;
