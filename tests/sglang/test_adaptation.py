@@ -256,7 +256,7 @@ def test_a_guard_judges_what_would_serve(
 ) -> None:
     """On rows that no update has seen, and all ranks alike: those that judged differently would publish
     different drafts, and stop. With ``prove_first`` the loaded draft serves until there is evidence."""
-    guard = f"adapt.guard={{kind: shadow, prove_first: {prove_first}}}"
+    guard = f"adapt.guard={{kind: shadow, anchors: 16, every: 1, trials: 16, prove_first: {prove_first}}}"
     served = serve("eagle3", *OFTEN, guard, tp_size=tp_size)
     assert tokens(served.answers) == tokens(plainly(decode))
     assert not served.of("failure")
@@ -269,6 +269,21 @@ def test_a_guard_judges_what_would_serve(
     first = [verdict["publish"] for verdict in scored[:7]]
     assert any(first) is (prove_first == "false")
     report(f"{tp_size} ranks, prove_first {prove_first}: {published} of {len(scored)} published")
+
+
+@pytest.mark.parametrize("credit", [1, 10_000])
+def test_a_policy_sees_what_learning_costs(
+    credit: int, serve: Any, decode: Decode, report: Callable[[str], None]
+) -> None:
+    """``earned`` beside the guard that scores, which are the defaults: it spends its credit, no more."""
+    policy = f"adapt.policy={{kind: earned, rounds: 4, credit_rounds: {credit}}}"
+    served = serve("eagle3", policy, "adapt.guard={kind: shadow}")
+    assert tokens(served.answers) == tokens(plainly(decode))
+    assert not served.of("failure")
+    updates, judged = len(served.of("update")), len(served.of("verdict"))
+    assert (updates > 20) if credit > 1 else (updates < 10)
+    assert judged >= updates
+    report(f"a credit of {credit} rounds: {updates} updates, {len(served.of('publication'))} served")
 
 
 @pytest.mark.parametrize("max_queued", [0, 100])
