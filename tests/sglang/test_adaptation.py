@@ -283,7 +283,9 @@ def test_a_policy_sees_what_learning_costs(
     updates, judged = len(served.of("update")), len(served.of("verdict"))
     assert (updates > 20) if credit > 1 else (updates < 10)
     assert judged >= updates
-    report(f"a credit of {credit} rounds: {updates} updates, {len(served.of('publication'))} served")
+    report(
+        f"a credit of {credit} rounds: {updates} updates, {len(served.of('publication'))} served"
+    )
 
 
 @pytest.mark.parametrize("max_queued", [0, 100])
