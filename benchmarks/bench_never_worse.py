@@ -38,7 +38,7 @@ def main() -> None:
     console = Console(width=140)
     table = Table(
         "drafter", "text", "τ frozen", "τ frozen\n+window", "τ adapted\n+window", "of the\nbetter",
-        "tokens/s of\nfrozen's", "updates", "refused", "rolled\nback", "holds",
+        "tokens/s of\nfrozen's", "of frozen\n+window's", "updates", "refused", "rolled\nback", "holds",
         title="never worse",
     )  # fmt: skip
     shares: list[float] = []
@@ -60,12 +60,13 @@ def main() -> None:
                 frozen, window, adapted = (arms[name] for name in arms)
                 share = adapted.tau / max(frozen.tau, window.tau)
                 speed = adapted.tokens_per_s / frozen.tokens_per_s
+                to_window = adapted.tokens_per_s / window.tokens_per_s
                 holds = share >= TAU_AT_LEAST and speed >= SPEED_AT_LEAST
                 held, shares = held and holds, [*shares, share]
                 table.add_row(
                     drafter, f"{domain}, {text}", f"{frozen.tau:.3f}", f"{window.tau:.3f}",
-                    f"{adapted.tau:.3f}", f"{share:.3f}", f"{speed:.3f}", str(adapted.updates),
-                    str(adapted.refused_updates), str(adapted.rollbacks), "yes" if holds else "NO",
+                    f"{adapted.tau:.3f}", f"{share:.3f}", f"{speed:.3f}", f"{to_window:.3f}",
+                    str(adapted.updates), str(adapted.refused_updates), str(adapted.rollbacks), "yes" if holds else "NO",
                 )  # fmt: skip
                 console.print(table.title, drafter, domain, text, f"{share:.3f} {speed:.3f}")
     mean = statistics.fmean(shares)
