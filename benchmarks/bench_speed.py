@@ -33,8 +33,7 @@ def main() -> None:
             [
                 f"run.dir={options.work}",
                 f"run.name={text}",
-                *workload("translated", text, options.tokens, None),
-                f"workload.max_prompts={options.prompts}",
+                *workload("translated", text, options.tokens, options.prompts),
                 *options.overrides,
             ],
         )

@@ -191,6 +191,7 @@ def test_shipped_sweeps_share_their_recordings(monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     kinds = ("eagle3", "dflash", "pard")
     plans = [load_plan(path) for path in SWEEPS if path.stem[6:] in kinds]
+    assert len(plans) == len(kinds)
     assert len({job.id for plan in plans for job in plan.recordings.values()}) == 2
     assert {cell.drafter for plan in plans for cell in plan.cells} == set(kinds)
 
