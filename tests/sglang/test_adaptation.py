@@ -221,8 +221,9 @@ def test_an_idle_server_trains_if_the_policy_says_so(serve: Any) -> None:
 def test_two_ranks_serve_and_learn_as_one(serve: Any, report: Callable[[str], None]) -> None:
     """ZeRO 1 over the tensor-parallel group, each rank on its share of the anchors: the same text,
     the same losses, and after every publication both ranks have the same weights (the publisher
-    compares them, and stops if not)."""
-    one, two = serve("eagle3", *OFTEN), serve("eagle3", *OFTEN, tp_size=2)
+    compares them, and stops if not). One request after the other: which of four join first is chance,
+    and with it what an update learns from."""
+    one, two = (serve("eagle3", *OFTEN, max_running_requests=1, tp_size=ranks) for ranks in (1, 2))
     assert tokens(one.answers) == tokens(two.answers)
     assert not two.of("failure")
     losses = [[e["result"]["losses"][0] for e in served.of("update")] for served in (one, two)]
