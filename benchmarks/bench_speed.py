@@ -1,11 +1,12 @@
 """Tokens per second on natural text, all costs included: plain, frozen, frozen+window, adapted.
 
-Usage: python benchmarks/bench_speed.py [--tokens 640] [--prompts 6] [--set key.sub=value …]
+Usage: python benchmarks/bench_speed.py [--texts sampled documents] [--tokens 640] [--prompts 6] [--work DIR]
+           [--set key.sub=value …]
 
-Two kinds of text of a domain that the draft never saw: what the target says at temperature 1 (arms say different
-texts, so compare speeds over many tokens only), and real held-out documents that every arm is made
-to say, at the real cost of drafting, verifying, updating and publishing. The arms take turns, a few
-tokens at a time, in one process.
+Two kinds of text of a domain that the draft never saw: what the target says at temperature 1 (arms
+say different texts, so compare speeds over many tokens only), and real held-out documents that
+every arm is made to say, at the real cost of drafting, verifying, updating and publishing. The arms
+take turns, a few tokens at a time, in one process.
 """
 
 from __future__ import annotations

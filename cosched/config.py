@@ -79,8 +79,9 @@ class WorkloadSettings(Section, frozen=True):
 
     A prompts file has one JSON object a line with ``text`` (and optionally ``id``, and ``tenant``,
     whose it is). With ``documents`` the same, and the text after the first ``prompt_tokens`` tokens
-    is forced: real text at real cost, judged by the chance that the target would have accepted each draft.
-    ``samples`` answers each prompt that many times, one round over all prompts after the other.
+    is forced: real text at real cost, judged by the chance that the target would have accepted each
+    draft. ``samples`` answers each prompt that many times, one round over all prompts after the
+    other.
     """
 
     prompts: str | None = None

@@ -113,13 +113,14 @@ class Footprint:
     """Bytes by what they are for, and the rates behind them; None where the files do not say.
 
     ``serving_adapters`` are those that serve beside one another. ``trainer_copy`` is the float32
-    draft that learns, once, with its adapters if it has any, and
-    ``first_weights`` what a reset goes back to; ``masters`` (ZeRO keeps its own), ``moments`` and
-    ``gradients`` are DeepSpeed's. ``merged`` are the weights with adapters merged in, which are there
-    only while they are published. ``last_good`` is what can be served again: the draft as loaded,
-    and the versions kept. ``reference`` is the copy of before the update, where the loss compares
-    with it. ``trials`` are the trainer's states between which an objective chooses. ``loss`` is the most that logits take at once with all that is made of them, their
-    gradients included, and that of a head that is trained once more than in ``gradients``.
+    draft that learns, once, with its adapters if it has any, and ``first_weights`` what a reset
+    goes back to; ``masters`` (ZeRO keeps its own), ``moments`` and ``gradients`` are DeepSpeed's.
+    ``merged`` are the weights with adapters merged in, which are there only while they are
+    published. ``last_good`` is what can be served again: the draft as loaded, and the versions
+    kept. ``reference`` is the copy of before the update, where the loss compares with it.
+    ``trials`` are the trainer's states between which an objective chooses. ``loss`` is the most
+    that logits take at once with all that is made of them, their gradients included, and that of a
+    head that is trained once more than in ``gradients``.
     """
 
     num_target_parameters: int | None

@@ -1,8 +1,9 @@
 """Teacher rows as they are kept: hidden states, logits, or the best k of them with all others' mass.
 
-The record of a row's best is ``2k + 1`` numbers in float32: the k best logits, their token ids (whole numbers, exact
-up to 2^24), and the log-sum-exp of the logits that are not among them. With the k it makes up the
-log-sum-exp of the row; kept by itself it is exact also where next to nothing is left.
+The record of a row's best is ``2k + 1`` numbers in float32: the k best logits, their token ids
+(whole numbers, exact up to 2^24), and the log-sum-exp of the logits that are not among them. With
+the k it makes up the log-sum-exp of the row; kept by itself it is exact also where next to nothing
+is left.
 
 Letters: V target vocabulary, k best tokens, X = 2k + 1.
 """

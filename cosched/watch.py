@@ -51,20 +51,21 @@ class ShadowSettings(
 ):
     """``adapt.guard`` of ``kind: shadow``: candidates are scored on rows that no update has seen.
 
-    Each update leaves out the newest ``anchors``, which judge it; later ones are taught on them. Every
-    ``every``-th update is judged, with those before it. A candidate is published unless it scores
-    more than ``tolerance`` tokens below what serves; after ``patience`` refusals in a row training
-    starts again from what serves. A fall of the acceptance length by ``alarm_tokens`` in all is
-    looked into. After every ``check_every``-th publication (a quarter as often while learning has
-    shown that it pays), and every ``check_rounds`` on all rows that no update has had, the draft is
-    compared with itself as loaded, to which it goes back where that is better by ``doubt`` standard errors.
+    Each update leaves out the newest ``anchors``, which judge it; later ones are taught on them.
+    Every ``every``-th update is judged, with those before it. A candidate is published unless it
+    scores more than ``tolerance`` tokens below what serves; after ``patience`` refusals in a row
+    training starts again from what serves. A fall of the acceptance length by ``alarm_tokens`` in
+    all is looked into. After every ``check_every``-th publication (a quarter as often while
+    learning has shown that it pays), and every ``check_rounds`` on all rows that no update has had,
+    the draft is compared with itself as loaded, to which it goes back where that is better by
+    ``doubt`` standard errors.
 
     While the draft as loaded serves, candidates serve only once they have shown with ``confidence``
     (standard errors) that they are better: on the rows that each update leaves out, and every
     ``check_rounds`` on all that no update has had. Where ``trials`` judgements have not shown it,
     ``cooldown_rounds`` pass without an update, and twice as many each time. Without ``prove_first``
-    that is so only after going back. To serve takes more evidence than to go back, because the draft as
-    loaded is what users had before.
+    that is so only after going back. To serve takes more evidence than to go back, because the
+    draft as loaded is what users had before.
     """
 
     anchors: Positive = 32

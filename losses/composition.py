@@ -64,8 +64,9 @@ class Sum(ReducedLoss):
 
     .. math:: \ell_m = \sum_i w_i \ell_{im}
 
-    The weights are used as they are given; a term of weight zero is not computed. Source: such mixtures are usual for drafts, as 0.9 total
-    variation and 0.1 cross-entropy in DSpark, arXiv 2607.05147.
+    The weights are used as they are given; a term of weight zero is not computed. Source: such
+    mixtures are usual for drafts, as 0.9 total variation and 0.1 cross-entropy in DSpark, arXiv
+    2607.05147.
     """
 
     Settings = SumSettings

@@ -37,10 +37,11 @@ class Goodput:
 
     (the break-even of test-time speculation: t1 / (C0 + delta + U / S) > t0 / C0). Here t1 / t0 is
     the moving mean of what recent updates brought, by the guard's scores where it has them; C0 the
-    recent seconds drafting and verifying; U the measured cost of micro-steps and publication; S the rounds that running requests have left,
-    expected tokens / t1, up to ``horizon_rounds``. delta, which watching adds to a round, is paid
-    whether or not this update is made and is inside C0. Nothing is counted for requests to come, and
-    an update is supposed to bring nothing until updates have shown otherwise.
+    recent seconds drafting and verifying; U the measured cost of micro-steps and publication; S the
+    rounds that running requests have left, expected tokens / t1, up to ``horizon_rounds``. delta,
+    which watching adds to a round, is paid whether or not this update is made and is inside C0.
+    Nothing is counted for requests to come, and an update is supposed to bring nothing until
+    updates have shown otherwise.
     """
 
     Settings = GoodputSettings
