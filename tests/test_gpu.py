@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
+from cosched.config import load_config
 from cosched.engines.embedded.request import GenerationRequest
 from cosched.engines.embedded.target import Target
+from cosched.experiment import Experiment
+from cosched.records import SignalBatch
 from cosched.registry import DRAFTERS
+from cosched.telemetry.run_folder import RunFolder
 from cosched.testing.harness import (
     decode,
     make_coscheduler,
@@ -15,6 +24,41 @@ from cosched.testing.harness import (
     make_requests,
     make_target,
 )
+from cosched.training.micro_step import BatchLoss
+from tests.test_memory import (
+    CHUNK,
+    LOSSES_TO_TEST,
+    MOST,
+    VOCAB,
+    make_batch,
+    make_drafter,
+    make_loss,
+)
+
+WORLD = Path(__file__).parent.parent / "tinyworld"
+DEVICE = "cuda"
+OFTEN = ("adapt.policy.kind=every_n_rounds", "adapt.policy.rounds=4")
+GUARDED = (*OFTEN, "adapt.guard={kind: shadow, prove_first: false, anchors: 8, every: 1}")
+LEARNT = (*OFTEN, "adapt.guard.kind=finite")
+WAYS = {
+    "as a file gets it that says nothing, but sooner": (
+        "adapt.policy.rounds=4", "adapt.guard={every: 1, anchors: 8}",
+    ),
+    "guarded": GUARDED,
+    "hedge": (*GUARDED, "adapt.objective={kind: hedge, experts: [{}, {lr: 1.0e-3}]}"),
+    "tail": (*LEARNT, "adapt.scope.kind=tail"),
+    "lora per request": (*LEARNT, "adapt.scope={kind: lora, rank: 4, state: per_request}"),
+    "lora per tenant": (
+        *LEARNT, "adapt.scope={kind: lora, rank: 4, state: per_tenant, tenants: [a]}",
+    ),
+    "in chunks": (*LEARNT, "adapt.loss.chunk_rows=8"),
+    "near the draft before": (
+        *LEARNT, "adapt.policy.num_steps=2",
+        "adapt.loss={kind: sum, terms: [{kind: forward_kl}, {kind: proximal_kl, weight: 0.5}]}",
+    ),
+    "top-k teacher": (*LEARNT, "adapt.replay.teacher=top_k"),
+    "in the background": (*LEARNT, "adapt.trainer.background=true"),
+}  # fmt: skip
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,3 +88,60 @@ def test_greedy_equals_plain_on_cuda(kind: str, adapted: bool, max_batch: int) -
     assert target.checksum() == before
     if observer is not None:
         assert observer.version >= 10
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["eagle3", "dflash", "pard"])
+def test_every_way_to_learn_runs_on_cuda(kind: str, way: str, tmp_path: Path) -> None:
+    """From files to files, on real text: updates are made, and no text differs from the plain one."""
+    texts = (WORLD / "prompts" / "translated.jsonl").read_text().splitlines()[:2]
+    prompts = [{**json.loads(text), "tenant": "a"} for text in texts]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    settings = {
+        "run": {"name": "way", "dir": str(tmp_path)},
+        "engine": {"device": DEVICE, "max_batch": 2},
+        "target": {"path": f"{WORLD}/target"},
+        "drafter": {"kind": kind, "path": f"{WORLD}/{kind}", "num_draft_tokens": 3},
+        "workload": {"prompts": str(tmp_path / "prompts.jsonl"), "max_new_tokens": 96},
+        "arms": ["plain", "adapted"],
+    }
+    (tmp_path / "way.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    config = load_config(tmp_path / "way.yaml", WAYS[way])
+    folder = RunFolder(config.run_folder)
+    folder.create()
+    adapted = Experiment(config).run(folder).arms["adapted"]
+    assert adapted.lossless_mismatches == 0
+    assert adapted.updates > 0
+    if "adapt.guard.kind=finite" in WAYS[way]:
+        assert adapted.versions > 0
+
+
+@pytest.mark.parametrize("loss", LOSSES_TO_TEST)
+def test_logits_are_held_of_one_chunk_on_cuda(loss: str) -> None:
+    """Of 512 rows: what a step allocates beyond gradients is that of a chunk, not of all rows."""
+    target = Target(make_target(VOCAB).model)
+    drafter = make_drafter(target, "eagle3", "plain", torch.float32)
+    batch = on_device(make_batch(target, drafter, num_anchors=64))
+    target.model.to(DEVICE)
+    drafter.network().to(DEVICE)
+
+    def allocated(chunk_rows: int | None) -> float:
+        """At most, in rows of logits."""
+        module = BatchLoss(drafter, make_loss(loss, chunk_rows), target.head, "hidden")
+        module.begin_update(batch)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        module(batch).backward()
+        found = torch.cuda.max_memory_allocated() - before
+        drafter.network().zero_grad()
+        return found / (4 * VOCAB)
+
+    gradients = 2 * sum(p.numel() for p in drafter.network().parameters()) / VOCAB
+    assert allocated(CHUNK) < MOST * CHUNK + gradients + 64  # the rest: states, attention
+    assert allocated(None) > 2 * 512
+
+
+def on_device(batch: SignalBatch) -> SignalBatch:
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    moved = {name: t.to(DEVICE) for name, t in tensors.items() if isinstance(t, Tensor)}
+    return replace(batch, **moved)

@@ -44,7 +44,7 @@ def settings(tmp_path: Path, tinyworld: Path) -> dict:
         },
         "arms": ["plain", "frozen", "frozen+window", "adapted"],
         "adapt": {
-            "policy": {"rounds": 4},
+            "policy": {"kind": "every_n_rounds", "rounds": 4},
             "replay": {"window": 32, "anchors": 16},
             "guard": {"kind": "finite"},
         },
@@ -236,7 +236,11 @@ def test_documents_are_forced(tmp_path: Path, settings: dict, tinyworld: Path) -
     ("override", "says"),
     [
         ("adapt.trainer.zero_stagee=1", ("adapt.trainer", "zero_stagee", "zero_stage")),
-        ("adapt.trainer.zero_stage=3", ("adapt.trainer.zero_stage", "3")),
+        ("adapt.trainer.zero_stage=3", ("adapt.trainer.zero_stage", "3", "0, 1, 2")),
+        ("adapt.scope.state=forever", ("adapt.scope.state", "forever", "per_request")),
+        ("engine.kind=vllm", ("engine.kind", "vllm", "embedded, sglang, trace")),
+        ("adapt.loss.rows=some", ("adapt.loss.rows", "some", "accepted, all, delayed, refused")),
+        ("adapt.guard.kind=bouncer", ("adapt.guard.kind", "bouncer", "finite, shadow")),
         ("adapt.trainer.lr=fast", ("adapt.trainer.lr", "float", "fast")),
         ("adapt.trainer.lr=-1", ("adapt.trainer.lr", "-1")),
         ("adapt.policy.kind=someday", ("adapt.policy.kind", "someday", "every_n_rounds")),
@@ -366,6 +370,11 @@ def cosched_process(arguments: list[str], preexec_fn=None, **variables) -> subpr
     )
 
 
+def heed_ctrl_c() -> None:
+    """In a new process, as a shell's foreground job does: those of a script's ``&`` ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_a_full_disk_is_one_message(tmp_path: Path, settings: dict) -> None:
     """When no byte more can be written the run ends with a message that names the file."""
@@ -404,7 +413,7 @@ def test_no_compiler_is_needed(tmp_path: Path, settings: dict) -> None:
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, settings: dict) -> None:
     """SIGINT in the middle: exit code 1, and a readable summary, report and event log."""
     settings["workload"] |= {"max_new_tokens": 2000, "max_prompts": 6}
-    process = cosched_process(["run", "-c", str(write(tmp_path, settings))])
+    process = cosched_process(["run", "-c", str(write(tmp_path, settings))], heed_ctrl_c)
     events = tmp_path / "runs" / "one" / "events.jsonl"
     deadline = time.monotonic() + 100
     while not events.exists() and time.monotonic() < deadline:

@@ -19,7 +19,7 @@ from cosched.sweep.plan import AxisInfo, Plan, load_plan
 from cosched.sweep.pool import Event, Pool
 from cosched.sweep.results import CellResult, SweepSummary, effects, named, points
 from cosched.sweep.sweep import Sweep
-from tests.test_run import cosched_process, run_cli
+from tests.test_run import cosched_process, heed_ctrl_c, run_cli
 
 ROOT = Path(__file__).parent.parent
 WORLD = ROOT / "tinyworld"
@@ -29,7 +29,10 @@ EXPERIMENT = {
     "target": {"path": str(WORLD / "target")},
     "drafter": {"kind": "eagle3", "path": f"{WORLD}/${{drafter.kind}}", "window": 48},
     "workload": {"max_new_tokens": 24, "max_prompts": 1},
-    "adapt": {"policy": {"rounds": 4}, "replay": {"window": 64, "anchors": 16}},
+    "adapt": {
+        "policy": {"kind": "every_n_rounds", "rounds": 4},
+        "replay": {"window": 64, "anchors": 16},
+    },
     "variants": {"own": {"loss": {"kind": "reverse_kl"}}},
 }
 TEXTS = {
@@ -350,7 +353,7 @@ def test_ctrl_c_keeps_the_cells_that_are_done(tmp_path: Path) -> None:
     path = file(tmp_path, grid={"adapt.trainer.lr": [1e-4, 1e-3, 3e-3, 1e-2]})
     longer = ["workload.max_new_tokens=300"]
     folder = tmp_path / "runs" / "grid"
-    process = cosched_process(["sweep", "-c", str(path), "--jobs", "1", *longer])
+    process = cosched_process(["sweep", "-c", str(path), "--jobs", "1", *longer], heed_ctrl_c)
     deadline = time.monotonic() + 200
     while len(list(folder.glob("cells/*/summary.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
