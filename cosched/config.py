@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from cosched.arms import BASE_ARMS, VARIANT_NAME, split_arm
 from cosched.consistency import check_together
+from cosched.conversion import convert
 from cosched.errors import ConfigError, PluginError
 from cosched.merging import PLUGIN_SECTIONS, from_words, merge, plain, read_yaml, with_defaults
 from cosched.protocols import ExpertSettings
@@ -175,10 +176,9 @@ class PublishSettings(Section, frozen=True):
 class AdaptSettings(Section, frozen=True):
     """``adapt``: how the arm ``adapted`` learns, and what the variants begin from.
 
-    ``policy``, ``loss`` and ``objective`` have the fields of their ``kind``: ``every_n_rounds``,
-    ``forward_kl`` and ``fixed`` unless they say otherwise. Where the file has no ``policy`` or no
-    ``loss``, no ``trainer.lr`` or no ``replay.anchors``, it is that of the drafter's type
-    (``schedulers/defaults.py``).
+    ``policy``, ``loss``, ``objective`` and ``guard`` have the fields of their ``kind``. What a file
+    leaves out, the kind of these or ``trainer.lr`` or ``replay.anchors``, is that of the drafter's
+    type (``schedulers/defaults.py``).
     """
 
     policy: dict[str, Any] = msgspec.field(default_factory=dict)
@@ -308,43 +308,6 @@ def _variant(name: str, adapt: dict[str, Any], partial: Any) -> AdaptSettings:
     for part in ("policy", "loss", "objective"):
         _plugin_settings(f"adapt.{part}", f"{where}.{part}", getattr(settings, part))
     return settings
-
-
-def convert(raw: Any, kind: Any, where: str) -> Any:
-    """Plain data as ``kind``; ``where`` it stands in the file.
-
-    Raises:
-        ConfigError: it is not; the message names the key, what came and what is allowed.
-    """
-    try:
-        return msgspec.convert(raw, kind)
-    except msgspec.ValidationError as error:
-        message, _, tail = str(error).partition(" - at `$")
-        key = ".".join(part for part in (where, tail.strip("`").lstrip(".")) if part)
-        came = _lookup(raw, tail.strip("`").lstrip("."))
-        shown = "" if came is None or isinstance(came, dict | list) else f", got {came!r}"
-        allowed = ""
-        if "unknown field" in message:
-            allowed = _allowed_fields(kind, tail.strip("`").lstrip("."))
-        raise ConfigError(f"{key or 'configuration'}: {message}{shown}{allowed}") from error
-
-
-def _lookup(raw: Any, path: str) -> Any:
-    for part in filter(None, path.split(".")):
-        if not isinstance(raw, dict) or part not in raw:
-            return None
-        raw = raw[part]
-    return raw
-
-
-def _allowed_fields(kind: Any, path: str) -> str:
-    for part in filter(None, path.split(".")):
-        field = next((f for f in msgspec.structs.fields(kind) if f.name == part), None)
-        if field is None or not isinstance(field.type, type):
-            return ""
-        kind = field.type
-    names = ", ".join(field.name for field in msgspec.structs.fields(kind))
-    return f"; allowed here: {names}"
 
 
 def _plugin_settings(section: str, where: str, raw: dict[str, Any]) -> Any:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
     from pathlib import Path
 
-# Sections that a plugin types, and the kind where the file names none.
+# Sections that a plugin types, and the kind where neither the file nor the drafter's defaults name one.
 PLUGIN_SECTIONS: dict[str, tuple[Registry, str | None]] = {
     "drafter": (DRAFTERS, None),
     "adapt.policy": (POLICIES, "every_n_rounds"),
@@ -76,20 +76,21 @@ def from_keys(changes: Mapping[str, Any], where: str) -> DictConfig:
 def merge(given: DictConfig, changes: DictConfig, where: str) -> DictConfig:
     """``given`` with ``changes`` over it; neither is touched.
 
-    A change of a section's ``kind`` leaves behind the fields that only the old kind has.
+    A change of a section's ``kind`` leaves behind the fields that only the old kind has, or where
+    none was named, that only others have.
 
     Raises:
         ConfigError: they do not fit, named by ``where`` they come from.
     """
     given = given.copy()
     with explained(where):
-        for section, (kinds, default) in _sections().items():
+        for section, kinds in _sections().items():
             places = [section]
             if section.startswith("adapt."):
                 places += [section.replace("adapt", f"variants.{v}") for v in _variants(given)]
             for place in places:
                 old, new = OmegaConf.select(given, place), OmegaConf.select(changes, place)
-                _forget_other_kind(old, new, kinds, default)
+                _forget_other_kind(old, new, kinds)
         merged = OmegaConf.merge(given, changes)
     assert isinstance(merged, DictConfig)
     return merged
@@ -110,7 +111,7 @@ def plain(config: DictConfig, where: str) -> dict[str, Any]:
 def with_defaults(drafter: Any, adapt: Any) -> Any:
     """``adapt`` with what the file does not say of it, which goes by the drafter.
 
-    A section that a plugin types is taken whole or not at all: its fields go with its kind.
+    A section whose fields go with its kind is taken as it is where it names one.
 
     Raises:
         ConfigError: the drafter does not say how it drafts.
@@ -123,12 +124,10 @@ def with_defaults(drafter: Any, adapt: Any) -> Any:
         defaults = defaults_for(kind)
     except PluginError as error:
         raise ConfigError(f"drafter.kind: {error}") from error
-    whole = dict(adapt)
+    whole, sections = dict(adapt), _sections()
     for section, values in defaults.items():
         own = adapt.get(section, {})
-        if section not in adapt:
-            whole[section] = values
-        elif isinstance(own, dict) and f"adapt.{section}" not in PLUGIN_SECTIONS:
+        if isinstance(own, dict) and not (f"adapt.{section}" in sections and "kind" in own):
             whole[section] = {**values, **own}
     return whole
 
@@ -147,23 +146,21 @@ def _variants(given: DictConfig) -> list[str]:
     return [str(name) for name in variants] if isinstance(variants, DictConfig) else []
 
 
-def _sections() -> dict[str, tuple[Mapping[str, type[msgspec.Struct]], str | None]]:
-    """Sections whose fields depend on their kind: the fields of each, and the kind if none is named."""
-    found: dict[str, tuple[Mapping[str, type[msgspec.Struct]], str | None]] = {
-        section: ({one.name: one.cls.Settings for one in registry.plugins()}, default)
-        for section, (registry, default) in PLUGIN_SECTIONS.items()
+def _sections() -> dict[str, Mapping[str, type[msgspec.Struct]]]:
+    """Sections whose fields depend on their kind, and the fields of each."""
+    found: dict[str, Mapping[str, type[msgspec.Struct]]] = {
+        section: {one.name: one.cls.Settings for one in registry.plugins()}
+        for section, (registry, _) in PLUGIN_SECTIONS.items()
     }
-    return found | {"adapt.guard": (GUARDS, "finite")}
+    return found | {"adapt.guard": GUARDS}
 
 
-def _forget_other_kind(
-    old: Any, new: Any, of_kind: Mapping[str, type[msgspec.Struct]], default: str | None
-) -> None:
+def _forget_other_kind(old: Any, new: Any, of_kind: Mapping[str, type[msgspec.Struct]]) -> None:
     if not OmegaConf.is_dict(old) or not OmegaConf.is_dict(new) or "kind" not in new:
         return
-    kinds = [old.get("kind", default), new.get("kind")]
-    if any(kind not in of_kind for kind in kinds):
+    named = [old["kind"]] if "kind" in old else list(of_kind)
+    if any(kind not in of_kind for kind in (*named, new["kind"])):
         return  # the unknown kind is named when the section is checked
-    fields = [{f.name for f in msgspec.structs.fields(of_kind[kind])} for kind in kinds]
-    for name in fields[0] - fields[1]:
+    fields = {kind: {f.name for f in msgspec.structs.fields(of_kind[kind])} for kind in of_kind}
+    for name in set().union(*(fields[kind] for kind in named)) - fields[new["kind"]]:
         old.pop(name, None)

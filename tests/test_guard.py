@@ -482,10 +482,10 @@ def test_the_last_good_version_is_in_the_footprint() -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("adapt.guard.kind=sentinel", r"adapt\.guard.*sentinel"),
+        ("adapt.guard.kind=sentinel", r"adapt\.guard\.kind: .*'sentinel'; .*finite, shadow"),
         ("adapt.guard.anchors=0", r"adapt\.guard.*anchors|adapt\.guard\.anchors"),
         ("adapt.guard.tolerance=-1", r"adapt\.guard\.tolerance.*-1"),
-        ("adapt.guard.patient=3", r"adapt\.guard.*patient"),
+        ("adapt.guard.patient=3", r"adapt\.guard: .*patient.*allowed here: .*patience"),
         ("adapt.guard.anchors=2000", r"adapt\.guard\.anchors: 2000.*window = 1024.*at most 1018"),
         (
             "adapt={policy: {kind: earned}, guard: {kind: finite}}",

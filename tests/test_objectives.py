@@ -37,6 +37,7 @@ from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
 from cosched.training.scope import parameters_of
 from cosched.trials import WithObjective
+from cosched.watch import FiniteSettings, ShadowSettings
 from schedulers.defaults import TABLE
 from tests.conftest import make_drafter
 from tests.test_core import snapshot
@@ -534,6 +535,7 @@ def test_what_a_file_leaves_out_goes_by_the_drafter(
         "loss": {"kind": "top_k_cross_entropy", "k": 5},
         "trainer": {"lr": 0.125},
         "replay": {"anchors": 9},
+        "guard": {"kind": "shadow", "trials": 2},
     }
     for kind in set(TABLE) - {"none"}:
         mine = kind == DRAFTERS.get(drafter).draft_type
@@ -542,12 +544,22 @@ def test_what_a_file_leaves_out_goes_by_the_drafter(
     assert (config.policy_settings.tokens, config.loss_settings.k) == (7, 5)
     assert (config.adapt.trainer.lr, config.adapt.replay.anchors) == (0.125, 9)
     assert yaml.safe_load(to_yaml(config))["adapt"]["policy"]["tokens"] == 7
-    said = "{policy: {rounds: 3}, loss: {kind: reverse_kl}, trainer: {zero_stage: 0}, replay: {window: 99}}"
+    said = (
+        "{policy: {num_steps: 3}, loss: {kind: reverse_kl}, guard: {every: 7}, "
+        "trainer: {zero_stage: 0}, replay: {window: 99}}"
+    )
     config = load_config(bare(tmp_path, drafter, said), ["adapt.replay.anchors=3"])
-    assert (config.policy_settings.kind, config.policy_settings.rounds) == ("every_n_rounds", 3)
+    policy, guard = config.policy_settings, config.adapt.guard
+    assert (policy.kind, policy.tokens, policy.num_steps) == ("every_n_tokens", 7, 3)
     assert config.loss_settings == LossSettings(kind="reverse_kl")
+    assert guard == ShadowSettings(every=7, trials=2)
     assert (config.adapt.trainer.lr, config.adapt.trainer.zero_stage) == (0.125, 0)
     assert (config.adapt.replay.anchors, config.adapt.replay.window) == (3, 99)
+    changed = ["adapt.policy.kind=every_n_rounds", "adapt.guard.kind=finite"]
+    config = load_config(bare(tmp_path, drafter, said), changed)
+    policy = config.policy_settings
+    assert (policy.kind, policy.rounds, policy.num_steps) == ("every_n_rounds", 16, 3)
+    assert config.adapt.guard == FiniteSettings()
     config = load_config(bare(tmp_path, drafter), ["variants.fast.trainer.lr=0.5"])
     fast = config.for_arm("fast")
     assert (fast.adapt.trainer.lr, fast.policy_settings.tokens) == (0.5, 7)

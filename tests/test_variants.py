@@ -22,7 +22,7 @@ from cosched.telemetry.run_folder import NoEvents, RunFolder
 
 ROOT = Path(__file__).parent.parent
 ADAPT = {
-    "policy": {"rounds": 4, "num_steps": 2},
+    "policy": {"kind": "every_n_rounds", "rounds": 4, "num_steps": 2},
     "loss": {"kind": "forward_kl", "position_decay": 0.7},
     "replay": {"window": 32, "anchors": 16},
     "trainer": {"lr": 1e-3},

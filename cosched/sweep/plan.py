@@ -18,7 +18,8 @@ from msgspec import Meta
 from omegaconf import DictConfig, OmegaConf
 
 from cosched.arms import ADAPTED, FROZEN, PLAIN, VARIANT_NAME, WINDOW_SUFFIX, adapts
-from cosched.config import AdaptSettings, Config, Section, check_paths, convert, resolved, typed
+from cosched.config import AdaptSettings, Config, Section, check_paths, resolved, typed
+from cosched.conversion import convert
 from cosched.errors import ConfigError
 from cosched.footprint import sketch
 from cosched.merging import from_keys, from_words, merge, read_yaml
