@@ -17,6 +17,8 @@ config="${CONFIG:-configs/serve_tiny_gpu.yaml}"
 "$python" benchmarks/bench_drafters.py --device cuda
 "$python" benchmarks/bench_cost_ratio.py
 "$python" benchmarks/bench_speed.py --work runs/gpu_speed
+"$python" benchmarks/bench_never_worse.py --domains translated --texts documents --max-prompts 1 \
+  --work runs/gpu_never_worse || echo "a cell of bench_never_worse.py does not hold"
 if ! "$python" -c 'import sglang' 2>/dev/null; then
   echo "SGLang is not installed: its arms were not measured"
   exit
