@@ -193,6 +193,8 @@ class Coscheduler:
         """Note a verdict, and go back where it says so."""
         totals, published = self.totals, self.totals.publish_seconds
         totals.note_scores(verdict)
+        if verdict.back_to is not None:
+            totals.updates_at_served = totals.updates
         self._sink.emit("verdict", round=totals.rounds, verdict=verdict)
         if verdict.back_to is not None:
             assert self._trainer is not None
@@ -208,6 +210,7 @@ class Coscheduler:
         assert self._trainer is not None
         assert self._publisher is not None
         version = self._publisher.publish(self._trainer.weights())
+        self.totals.updates_at_served = self.totals.updates
         self.totals.publish_seconds += version.seconds
         self._sink.emit("publication", round=self.totals.rounds, version=version)
 
@@ -215,7 +218,8 @@ class Coscheduler:
         """State per request: the next one starts from the draft as it was loaded, and anew."""
         totals = self.totals
         totals.start_anew()
-        if self._trainer is None or totals.updates == totals.updates_at_reset:
+        assert self._trainer is not None
+        if totals.updates == totals.updates_at_reset and not self._trainer.busy:
             return
         started = self._clock()
         self._trainer.reset()

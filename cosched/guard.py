@@ -89,7 +89,7 @@ class ShadowGuard:
             return finite
         if totals.updates % self._settings.every:
             return Verdict(publish=False, reason="to be judged with the next update")
-        batch = self._buffer.held_out(self._settings.anchors)
+        batch = self._buffer.held_out(self._settings.anchors, once=True)
         if batch is None:
             return Verdict(publish=False, reason="no held-out rows to score it on")
         watch, version = totals.watch, self._publisher.version
@@ -105,7 +105,7 @@ class ShadowGuard:
         alarmed = watch.alarmed(settings)
         if not alarmed and not watch.overdue(settings, round_):
             return None
-        batch = self._buffer.held_out(LOOKED_INTO * settings.anchors)
+        batch = self._buffer.held_out(LOOKED_INTO * settings.anchors, once=not alarmed)
         if batch is None:
             return None
         waiting = candidate() if watch.trials else None

@@ -335,7 +335,9 @@ class Policy(Protocol):
 
     One that never trains may say so with a class attribute ``trains = False``: an engine that has
     to take rows off a device for it can then leave that. One that goes by what a guard has scored
-    may say ``needs_scores = True``: it is refused beside a guard that scores nothing.
+    may say ``needs_scores = True``: it is refused beside a guard that scores nothing. One that learns
+    from finished requests may say ``needs_finished = True``: it is refused where they are not kept,
+    and so are ``idle_steps`` in its settings, when only those are left.
     """
 
     def decide(self, snapshot: Snapshot) -> Decision: ...
@@ -359,8 +361,11 @@ class Buffer(Protocol):
         """Rows to train on now; None while there are too few."""
         ...
 
-    def held_out(self, num_anchors: int) -> SignalBatch | None:
-        """The newest rows that no sample has had; None while there are none."""
+    def held_out(self, num_anchors: int, once: bool = False) -> SignalBatch | None:
+        """The newest rows that no sample has had; None while there are none.
+
+        What was given ``once`` is not given so again: evidence is made of new rows.
+        """
         ...
 
 

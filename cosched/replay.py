@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cosched.records import Rows, Segment, ServedBlock, SignalBatch, VerifyRound
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TOKEN_BYTES = torch.int64.itemsize
 
@@ -22,8 +26,8 @@ TOKEN_BYTES = torch.int64.itemsize
 class ReplayLimits:
     """What is kept and what is drawn.
 
-    ``window`` rows of context are kept of each request, ``anchors`` are drawn for a micro-step,
-    shared evenly by the requests. ``max_tokens`` and ``max_bytes`` bound the whole buffer;
+    ``window`` rows of context are kept of each request, ``anchors`` are drawn for a micro-step
+    at most, shared evenly by the requests (those heard of last, where they are more). ``max_tokens`` and ``max_bytes`` bound the whole buffer;
     ``feature_row_bytes`` and ``teacher_row_bytes`` are what one row of each takes, so that a
     request's cost is known before it is let in.
     """
@@ -52,9 +56,9 @@ class ReplayBuffer:
 
     A request costs its full reservation from its first segment on; when a new one does not fit,
     the requests that have been silent longest are dropped, and counted in ``num_evicted``. One that
-    has finished is dropped at once, unless ``keep_finished``: then it waits for its turn. ``fresh``
-    draws an anchor once at most: those that have come since the last draw. A finished request has
-    no more to come, so it goes then.
+    has finished is dropped at once, unless ``keep_finished``: then it is drawn from where no running
+    one has an anchor. ``fresh`` draws an anchor once at most: those that have come since the last
+    draw, of finished requests too, which have no more to come and go then.
 
     Context that no anchor's window reaches is left out of a batch. A draft of several layers, whose
     older rows have seen more than their window when it serves, loses a little by that.
@@ -62,7 +66,8 @@ class ReplayBuffer:
     With ``held_out`` a sample leaves out the newest rows of every request, enough for that many
     anchors in all, and ``held_out()`` gives them: no row of theirs has been in a sample, only the
     context before them. They are sampled later, when they are no longer the newest: training lags
-    behind the text by that many tokens and a path, which is what an honest score costs.
+    behind the text by that many tokens and a path, which is what an honest score costs. What is
+    evidence is given once (``once``): the same rows again would seem to say more than they do.
     """
 
     def __init__(
@@ -126,38 +131,56 @@ class ReplayBuffer:
         return True
 
     def sample(self) -> SignalBatch | None:
-        """The newest anchors of every request; None while no request has one."""
-        share = max(1, self.limits.anchors // max(1, len(self._requests)))
-        spare = 0
-        if self._held_out:
-            spare = max(1, self._held_out // max(1, len(self._requests))) + self.limits.path - 1
-        drawn = [
-            one
-            for rows in self._requests.values()
-            if (one := rows.draw(self.rows, share, self.limits.path, self._refused_weight, spare))
-            is not None
-        ]
-        if self._fresh:
-            self._forget_drawn(spare)
-        return _pad(drawn, self.draft_window) if drawn else None
+        """The newest anchors of the requests; None while none has one."""
+        limits = self.limits
 
-    def held_out(self, num_anchors: int) -> SignalBatch | None:
+        def draw(rows: _RequestRows, sharing: int) -> _Drawn | None:
+            most, spare = max(1, limits.anchors // sharing), self._spare(sharing)
+            return rows.draw(self.rows, most, limits.path, self._refused_weight, spare)
+
+        drawn = self._shared(draw, limits.anchors)
+        if self._fresh:
+            self._forget_drawn()
+        return _pad(drawn[::-1], self.draft_window) if drawn else None
+
+    def held_out(self, num_anchors: int, once: bool = False) -> SignalBatch | None:
         """The newest anchors, none of whose rows was in a sample, with the text that followed.
 
-        At most ``num_anchors``, shared evenly by the requests (those heard of last, where they are
-        more); None while no request has one. Paths are committed text, whatever ``rows`` says.
+        At most ``num_anchors``, shared as those of a sample; None while no request has one. Paths
+        are committed text, whatever ``rows`` says. What was given ``once`` is not given so again.
         """
-        share = max(1, num_anchors // max(1, len(self._requests)))
-        found = (
-            rows.untaught(share, self.limits.path) for rows in reversed(self._requests.values())
-        )
-        drawn = list(islice((one for one in found if one is not None), num_anchors))
+
+        def draw(rows: _RequestRows, sharing: int) -> _Drawn | None:
+            return rows.untaught(max(1, num_anchors // sharing), self.limits.path, once)
+
+        drawn = self._shared(draw, num_anchors)
         return _pad(drawn, self.draft_window) if drawn else None
 
-    def _forget_drawn(self, spare: int) -> None:
+    def _shared(
+        self, draw: Callable[[_RequestRows, int], _Drawn | None], most: int
+    ) -> list[_Drawn]:
+        """What ``draw(request, how many share)`` finds, in at most that many requests."""
+        requests = list(reversed(self._requests.values()))  # those heard of last come first
+        running = [rows for rows in requests if not rows.finished]
+        finished = [rows for rows in requests if rows.finished]
+        for group in [running + finished] if self._fresh else [running, finished]:
+            found = (draw(rows, len(group)) for rows in group)
+            if drawn := list(islice((one for one in found if one is not None), most)):
+                return drawn
+        return []
+
+    def _spare(self, sharing: int) -> int:
+        """Newest rows of each of so many requests that no sample has."""
+        if not self._held_out:
+            return 0
+        return max(1, self._held_out // sharing) + self.limits.path - 1
+
+    def _forget_drawn(self) -> None:
         """Nothing that could be drawn now will be again."""
+        spare = self._spare(max(1, len(self._requests)))
         for rows in self._requests.values():
-            rows.fresh_from = rows.start + rows.newest(self.rows, self.limits.path, spare) + 1
+            newest = rows.start + rows.newest(self.rows, self.limits.path, spare)
+            rows.fresh_from = max(rows.fresh_from, newest + 1)
         done = [request_id for request_id, rows in self._requests.items() if rows.finished]
         for request_id in done:
             del self._requests[request_id]
@@ -204,6 +227,7 @@ class _RequestRows:
         self.finished = False
         self.teacher_from: int | None = None
         self.taught_to = 0  # position behind the newest row that was in a sample
+        self.given_to = 0  # position behind the newest anchor that was given once
         self.tokens = first.tokens_R1.new_zeros(size + 1)
         features = first.features_RF
         self.features = None if features is None else features.new_zeros(size, features.shape[-1])
@@ -272,13 +296,17 @@ class _RequestRows:
         """The newest anchor that may be drawn; a served one has its rows with it."""
         return self.count - path - spare if rows == "delayed" or spare else self.count - 1
 
-    def untaught(self, num_anchors: int, path: int) -> _Drawn | None:
+    def untaught(self, num_anchors: int, path: int, once: bool) -> _Drawn | None:
         """The newest anchors behind all rows that were in a sample, or None while there is none."""
         if self.teacher is None or self.teacher_from is None:
             return None
-        first = max(1, self.taught_to - self.start)
+        first = max(1, max(self.taught_to, self.given_to if once else 0) - self.start)
         found = self._committed_paths(num_anchors, path, first, self.count)
-        return None if found is None else self._drawn(found)
+        if found is None:
+            return None
+        if once:
+            self.given_to = self.start + self.count - path + 1
+        return self._drawn(found)
 
     def _drawn(self, found: _Found) -> _Drawn:
         """With what is kept as context, or of it what the window of the first anchor reaches."""

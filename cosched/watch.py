@@ -62,10 +62,10 @@ class ShadowSettings(
 
     While the draft as loaded serves, candidates serve only once they have shown with ``confidence``
     (standard errors) that they are better: on the rows that each update leaves out, and every
-    ``check_rounds`` on all that no update has had. Where ``trials`` judgements have not shown it,
-    ``cooldown_rounds`` pass without an update, and twice as many each time. Without ``prove_first``
-    that is so only after going back. To serve takes more evidence than to go back, because the
-    draft as loaded is what users had before.
+    ``check_rounds`` on all that no update has had. Where ``trials`` judgements of ``anchors`` rows
+    have not shown it, ``cooldown_rounds`` pass without an update, and twice as many each time.
+    Without ``prove_first`` that is so only after going back. To serve takes more evidence than to
+    go back, because the draft as loaded is what users had before.
     """
 
     anchors: Positive = 32
@@ -167,7 +167,7 @@ class Watch:
     since_check: int = 0  # publications
     looked_at: int = 0  # round
     proving: bool = False
-    trials: int = 0
+    trials: float = 0  # judgements; one on fewer rows than ``anchors`` counts for less
     cooldown: int = 0  # rounds of the last one
     resumes_at: int = 0  # round
     level: float = 0.0
@@ -256,7 +256,7 @@ class Watch:
     def _try(self, scores: Scores, settings: ShadowSettings, round_: int, version: int) -> Verdict:
         """What would take the place of the draft as loaded must first show that it is better."""
         assert scores.candidate is not None
-        self.trials += 1
+        self.trials += min(1.0, len(scores.serving) / settings.anchors)
         self.evidence.add(scores.candidate, scores.serving)
         if self.evidence.z >= settings.confidence:
             self.proving, self.trials = False, 0

@@ -86,6 +86,25 @@ def test_held_out_rows_are_the_newest_and_are_taught_later() -> None:
     assert places(buffer.sample()) == set(map(float, range(1, 35)))
 
 
+def test_evidence_is_given_once() -> None:
+    """Rows that have judged a draft do not judge again; to look into a fall they still do."""
+    buffer = ReplayBuffer(
+        ReplayLimits(64, 100, 2, 1000, 1 << 20, 12, 12), "delayed", None, held_out=8
+    )
+    buffer.collect(_round(0, 0, 20, True, False))
+    buffer.sample()
+    assert anchors(buffer.held_out(8, once=True)) == list(range(11, 19))
+    assert buffer.held_out(8, once=True) is None
+    assert anchors(buffer.held_out(8)) == list(range(11, 19))
+    buffer.collect(_round(0, 20, 3, True, False))
+    assert anchors(buffer.held_out(8, once=True)) == [19, 20, 21]
+
+
+def anchors(batch: SignalBatch | None) -> list[int]:
+    assert batch is not None
+    return (batch.starts_R[0] + batch.anchors_RN[0]).tolist()
+
+
 # --- scores --------------------------------------------------------------------------------
 
 
@@ -484,8 +503,12 @@ def test_the_last_good_version_is_in_the_footprint() -> None:
     [
         ("adapt.guard.kind=sentinel", r"adapt\.guard\.kind: .*'sentinel'; .*finite, shadow"),
         ("adapt.guard.anchors=0", r"adapt\.guard.*anchors|adapt\.guard\.anchors"),
+        (
+            "adapt.guard={kind: finite, every: 3}",
+            r"adapt\.guard: .*every.*kind finite: nothing else",
+        ),
         ("adapt.guard.tolerance=-1", r"adapt\.guard\.tolerance.*-1"),
-        ("adapt.guard.patient=3", r"adapt\.guard: .*patient.*allowed here: .*patience"),
+        ("adapt.guard.patient=3", r"adapt\.guard: .*patient.*allowed with kind shadow: .*patience"),
         ("adapt.guard.anchors=2000", r"adapt\.guard\.anchors: 2000.*window = 1024.*at most 1018"),
         (
             "adapt={policy: {kind: earned}, guard: {kind: finite}}",

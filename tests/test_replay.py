@@ -78,6 +78,13 @@ def round_to(length: int, request: str, grown: int, **changes: Any) -> VerifyRou
     return VerifyRound(0, 0, (segment,), blocks, changes.get("finished", ()), 0.0, 0.0, 1)
 
 
+def named_round(length: int, request: str, name: int, grown: int = 0, **changes: Any) -> Any:
+    """The same, and every feature is the request's name."""
+    one = round_to(length, request, grown or length, **changes)
+    features = torch.full((grown or length, 1), float(name))
+    return replace(one, segments=(replace(one.segments[0], features_RF=features),))
+
+
 @pytest.mark.parametrize(
     ("rows", "first", "second"),
     # Of 20 rows all have been served at anchor 20 and later; committed paths end at the last row.
@@ -117,6 +124,50 @@ def test_a_finished_request_teaches_once_and_goes() -> None:
     batch = buffer.sample()
     assert batch is not None
     assert batch.anchors_RN.tolist() == [list(range(17, 27))]
+
+
+def test_finished_requests_teach_where_no_running_one_can() -> None:
+    """``keep_finished``: never more anchors than asked for, the newest requests', however many wait."""
+    limits = ReplayLimits(64, 16, K, 1 << 20, 1 << 30, 0, 4 * WIDTH)
+    buffer = ReplayBuffer(limits, "delayed", None, keep_finished=True)
+
+    def taught() -> dict[int, int]:
+        """How many anchors of the request that each text's first token names."""
+        batch = buffer.sample()
+        assert batch is not None
+        counts = (batch.weights_RNK[:, :, 0] > 0).sum(1).tolist()
+        return dict(zip(batch.features_RCF[:, 0, 0].tolist(), counts, strict=True))
+
+    for number in range(40):
+        request = f"done-{number}"
+        buffer.collect(named_round(20, request, number, finished=(request,)))
+    assert taught() == dict.fromkeys(range(24, 40), 1)
+    buffer.collect(named_round(3, "runs", 99))
+    assert taught() == dict.fromkeys(range(24, 40), 1)  # too short yet to teach
+    buffer.collect(named_round(30, "runs", 99, grown=27))
+    assert taught() == {99: 16}
+
+
+def test_fresh_anchors_teach_once_also_when_others_finish() -> None:
+    """The fewer requests, the more rows of each are held out: what was drawn stays drawn."""
+    limits = ReplayLimits(256, 64, K, 1 << 20, 1 << 30, 0, 4 * WIDTH)
+    buffer = ReplayBuffer(limits, "delayed", None, fresh=True, held_out=32)
+    others = [f"other-{number}" for number in range(7)]
+    for number, request in enumerate(["it", *others]):
+        buffer.collect(named_round(60, request, number))
+    seen: list[int] = []
+    for length in (62, 90, 150):
+        batch = buffer.sample()
+        if batch is not None:
+            it = batch.features_RCF[:, 0, 0] == 0
+            anchors = (batch.starts_R[:, None] + batch.anchors_RN)[it]
+            seen += anchors[batch.weights_RNK[it][..., 0] > 0].tolist()
+        for number, request in enumerate(others, 1):
+            if length == 62:
+                buffer.collect(named_round(61, request, number, grown=1, finished=(request,)))
+        grown = length - {62: 60, 90: 62, 150: 90}[length]
+        buffer.collect(named_round(length, "it", 0, grown=grown))
+    assert len(seen) == len(set(seen)) > 8
 
 
 def test_committed_text_has_no_refusals() -> None:

@@ -26,7 +26,13 @@ from cosched.watch import (
 from cosched.watch import ShadowSettings as Settings
 
 SETTINGS = Settings(
-    tolerance=0.05, patience=3, check_every=4, cooldown_rounds=100, trials=12, prove_first=False
+    anchors=PIECE,
+    tolerance=0.05,
+    patience=3,
+    check_every=4,
+    cooldown_rounds=100,
+    trials=12,
+    prove_first=False,
 )
 PROVE_FIRST = msgspec.structs.replace(SETTINGS, prove_first=True)
 LENGTHS = st.floats(1, 4)
@@ -192,6 +198,17 @@ def test_the_loaded_draft_serves_until_another_has_shown_that_it_is_better() -> 
     found = [trial(worse, draw.gauss(-0.2, 0.05)) for _ in range(LEAST)]
     assert not any(verdict.publish for verdict in found)
     assert (worse.resumes_at, worse.evidence) == (10 + 100, Evidence())
+
+
+def test_trials_on_fewer_rows_count_for_less() -> None:
+    """Twelve trials of 16 rows are 96 of 2: given up after as much evidence, not as many looks."""
+    watch, draw = Watch(), random.Random(4)
+    for number in range(1, 97):
+        ahead = draw.gauss(0, 0.1)
+        scores = Scores(serving=[2.0, 3.0], candidate=[2.0 + ahead, 3.0 - ahead])
+        verdict = watch.judge(scores, PROVE_FIRST, 10, 0)
+        assert not verdict.publish
+        assert (watch.trials, verdict.back_to) == ((number / 8, None) if number < 96 else (0, 0))
 
 
 def test_what_serves_is_looked_at_also_where_nothing_is_trained() -> None:
@@ -367,13 +384,18 @@ def test_the_memory_survives_a_file() -> None:
 
 def test_gains_are_those_of_scores_where_there_are_scores() -> None:
     """A moving mean of candidate over serving; the noisy one is off."""
-    totals, before = Totals(recent=2.0, recent_at_update=1.0, updates=5), Totals().gain
+    before = Totals().gain
+    totals = Totals(recent=2.0, recent_at_update=1.0, updates=5, updates_at_served=4)
     for _ in range(100):
         totals.note_scores(Verdict(True, "", None, 8, 2.2, 2.0, 1.6))
         totals.begin_update(1)
     seen = totals.snapshot(1, 0, 0)
     assert before == 1
     assert seen.update_gain == pytest.approx(1.1, rel=1e-4)
+    for _ in range(200):  # each candidate two updates ahead of what serves
+        totals.updates, totals.updates_at_served = 7, 5
+        totals.note_scores(Verdict(False, "", None, 8, 2.42, 2.0, 1.6))
+    assert totals.gain == pytest.approx(1.1, rel=1e-4)
     unscored = Totals(recent=2.0, recent_at_update=1.0, updates=5)
     unscored.note_scores(Verdict(True, "finite"))
     unscored.begin_update(1)
