@@ -24,10 +24,11 @@ from cosched.engines.embedded.target import Target
 from cosched.engines.embedded.verification import SamplingParams
 from cosched.engines.trace import RecordedRows, TraceMeta, TraceWriter, read_meta
 from cosched.errors import ConfigError
-from cosched.pool import CoschedulerPool, check_tenants
+from cosched.footprint import footprint, sketch
+from cosched.pool import CoschedulerPool
 from cosched.publish import InPlacePublisher
 from cosched.registry import DRAFTERS
-from cosched.workload import load_requests
+from cosched.workload import check_owners, load_requests
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,6 +91,7 @@ def build_world(config: Config) -> World:
         CoschedError: anything that the user's files or settings get wrong.
     """
     check_paths(config)
+    footprint(config, *sketch(config))  # what does not fit is named before anything is loaded
     device = _device(config.engine.device)
     if config.engine.num_threads is not None:
         torch.set_num_threads(config.engine.num_threads)
@@ -114,9 +116,7 @@ def build_world(config: Config) -> World:
         trace = None
         requests = load_requests(workload, tokenizer, target.max_length, device)
         sampling = SamplingParams(workload.temperature, workload.top_p)
-    scope = config.adapt.scope
-    if scope.state == "per_tenant" and any(arm.startswith("adapted") for arm in config.arms):
-        check_tenants(requests, scope.tenants)
+    check_owners(config, requests)
     return World(config, target, tokenizer, requests, sampling, trace)
 
 

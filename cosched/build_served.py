@@ -18,7 +18,7 @@ from cosched.engines.sglang.arm import ServedEngine
 from cosched.engines.sglang.collector import RoundCollector
 from cosched.engines.sglang.launch import check_servable
 from cosched.errors import ConfigError
-from cosched.footprint import TargetSketch
+from cosched.footprint import TargetSketch, footprint, sketch
 from cosched.publish import InPlacePublisher, Serving
 from cosched.registry import DRAFTERS, POLICIES
 from cosched.workload import load_requests
@@ -82,6 +82,7 @@ def build_served_world(config: Config) -> ServedWorld:
     """
     check_paths(config)
     check_servable(config)
+    footprint(config, *sketch(config))  # what does not fit is named before anything is loaded
     workload = config.workload
     if workload.prompts is None:
         raise ConfigError("workload.prompts: required, a file of prompts to answer")

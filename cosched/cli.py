@@ -198,7 +198,9 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     check_paths(loaded)
     from cosched.footprint import footprint, sketch
     from cosched.report.memory import footprint_table
+    from cosched.workload import check_texts
 
+    check_texts(loaded)
     target, drafter = sketch(loaded)
     console.print(to_yaml(loaded), markup=False, highlight=False)
     console.print(footprint_table(footprint(loaded, target, drafter)))

@@ -284,6 +284,8 @@ def typed(merged: DictConfig, where: str) -> Config:
     partial = raw.pop("variants", {})
     if not isinstance(partial, dict):
         raise ConfigError(f"variants: expected {{NAME: {{part of adapt}}}}, got {partial!r}")
+    if isinstance(raw.get("drafter"), dict):
+        _plugin_settings("drafter", "drafter", raw["drafter"])  # the defaults go by it
     raw["adapt"] = with_defaults(raw.get("drafter"), raw.get("adapt", {}))
     config = convert(raw, Config, "")
     variants = {str(n): _variant(str(n), raw["adapt"], v) for n, v in partial.items()}
@@ -315,7 +317,11 @@ def _plugin_settings(section: str, where: str, raw: dict[str, Any]) -> Any:
     registry, default = PLUGIN_SECTIONS[section]
     kind = raw.get("kind", default)
     if not isinstance(kind, str):
-        raise ConfigError(f"{where}.kind: required, the name of a {registry.role}")
+        came = "none was given" if kind is None else f"got {kind!r}"
+        there = ", ".join(plugin.name for plugin in registry.plugins())
+        raise ConfigError(
+            f"{where}.kind: the name of a {registry.role}, {came}; there are: {there}"
+        )
     try:
         cls = registry.get(kind)
     except PluginError as error:

@@ -90,6 +90,21 @@ def _check_adapt(config: Config, used: bool) -> None:
             f"{drafter.num_draft_tokens + 2}"
         )
     _check_guard(config)
+    _check_finished(config)
+
+
+def _check_finished(config: Config) -> None:
+    """A policy that learns from finished requests finds them."""
+    settings, where = config.policy_settings, config.adapt_key
+    if config.adapt.replay.keep_finished:
+        return
+    if getattr(POLICIES.get(settings.kind), "needs_finished", False):
+        why = f"{where}.policy.kind = {settings.kind} learns from finished requests"
+    elif idle_steps := getattr(settings, "idle_steps", 0):
+        why = f"{where}.policy.idle_steps = {idle_steps} are taken when all requests have finished"
+    else:
+        return
+    raise ConfigError(f"{where}.replay.keep_finished: {why}, got false; use true")
 
 
 def _check_teaches(loss: LossSettings, where: str) -> None:

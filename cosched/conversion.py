@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from msgspec.inspect import LiteralType, Metadata, StructType, Type, UnionType, type_info
+from msgspec.inspect import (
+    DictType,
+    ListType,
+    LiteralType,
+    StructType,
+    Type,
+    UnionType,
+    VarTupleType,
+    type_info,
+)
 
 from cosched.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Step = str | int
+"""A key, or the place in a list."""
 
 
 def convert(raw: Any, kind: Any, where: str) -> Any:
@@ -20,56 +36,98 @@ def convert(raw: Any, kind: Any, where: str) -> Any:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
         message, _, tail = str(error).partition(" - at `$")
-        path = tail.strip("`").lstrip(".")
-        key = ".".join(part for part in (where, path) if part)
-        came = _lookup(raw, path)
-        shown = "" if came is None or isinstance(came, dict | list) else f", got {came!r}"
-        names = _allowed(message, kind, path, raw)
-        allowed = f"; allowed here: {', '.join(map(str, names))}" if names else ""
-        raise ConfigError(f"{key or 'configuration'}: {message}{shown}{allowed}") from error
+        steps = _steps(raw, kind, tail.removesuffix("`"))
+        shown = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
+        key = f"{where}{shown}".lstrip(".") or "configuration"
+        came = _lookup(raw, steps)
+        got = "" if came is None or isinstance(came, dict | list) else f", got {came!r}"
+        raise ConfigError(f"{key}: {message}{got}{_allowed(message, kind, steps, raw)}") from error
 
 
-def _lookup(raw: Any, path: str) -> Any:
-    for part in filter(None, path.split(".")):
-        if not isinstance(raw, dict) or part not in raw:
+def _steps(raw: Any, kind: Any, path: str) -> list[Step]:
+    """``.a.b[0]`` step by step; of a mapping's values, ``[...]``, the first that is refused."""
+    steps: list[Step] = []
+    for step in re.findall(r"\[[^\]]*\]|[^.\[]+", path):
+        if step == "[...]":
+            steps.append(_refused(raw, kind, steps))
+        else:
+            steps.append(int(step[1:-1]) if step.startswith("[") else step)
+    return steps
+
+
+def _refused(raw: Any, kind: Any, steps: Sequence[Step]) -> str:
+    """Which value of the mapping at ``steps`` is not allowed: it is refused also by itself."""
+    mapping = _lookup(raw, steps)
+    for name, value in mapping.items():
+        try:
+            msgspec.convert(_with(raw, steps, {name: value}), kind)
+        except msgspec.ValidationError:
+            return str(name)
+    raise AssertionError(f"no value of {mapping} is refused")
+
+
+def _with(raw: Any, steps: Sequence[Step], value: Any) -> Any:
+    """A copy with another value there."""
+    if not steps:
+        return value
+    copy = raw.copy()
+    copy[steps[0]] = _with(raw[steps[0]], steps[1:], value)
+    return copy
+
+
+def _lookup(raw: Any, steps: Sequence[Step]) -> Any:
+    """What stands there; None where nothing does."""
+    for step in steps:
+        if isinstance(step, str) and not (isinstance(raw, dict) and step in raw):
             return None
-        raw = raw[part]
+        raw = raw[step]
     return raw
 
 
-def _allowed(message: str, kind: Any, path: str, raw: Any) -> list[Any]:
-    """Fields, literal values or kinds, whichever the message is about; it says the rest itself."""
-    steps = [step for step in path.split(".") if step]
+def _allowed(message: str, kind: Any, steps: Sequence[Step], raw: Any) -> str:
+    """Fields, values or kinds, whichever the message is about; it says the rest itself."""
     no_such_kind = message.startswith("Invalid value")
+    found = [type_info(kind)]
+    for step in (
+        steps[:-1] if no_such_kind else steps
+    ):  # a kind is no field, but one of several types
+        found = [inner for one in found for inner in _inner(one, step, raw)]
+        raw = _lookup(raw, [step])
+    alternatives = [one for each in found for one in _alternatives(each)]
+    structs = [one for one in alternatives if isinstance(one, StructType)]
     if no_such_kind:
-        steps.pop()  # the kind is no field, it stands for one of several types
-    found = type_info(kind)
-    for step in steps:
-        types = [
-            field.type for one in _structs(found, raw) for field in one.fields if field.name == step
-        ]
-        if not types:
-            return []
-        found, raw = types[0], raw[step]
-    if no_such_kind:
-        return [one.tag for one in _alternatives(found) if isinstance(one, StructType)]
+        return _listed("here", [one.tag for one in structs])
     if "unknown field" in message:
-        return [field.name for one in _structs(found, raw) for field in one.fields]
+        one = next(one for one in structs if _is_meant(one, raw))
+        here = f"with kind {one.tag}" if one.tag else "here"
+        return _listed(here, [field.name for field in one.fields])
     if message.startswith("Invalid enum value"):
-        literals = [one for one in _alternatives(found) if isinstance(one, LiteralType)]
-        return [value for one in literals for value in one.values]
-    return []
+        literals = [one for one in alternatives if isinstance(one, LiteralType)]
+        return _listed("here", [value for one in literals for value in one.values])
+    return ""
 
 
-def _alternatives(found: Type) -> list[Type]:
-    if isinstance(found, Metadata):
-        found = found.type
-    return list(found.types) if isinstance(found, UnionType) else [found]
+def _listed(where: str, names: Sequence[Any]) -> str:
+    return f"; allowed {where}: {', '.join(map(str, names)) or 'nothing else'}"
 
 
-def _structs(found: Type, raw: Any) -> list[StructType]:
-    """Of several by their kind the one that is meant."""
-    structs = [one for one in _alternatives(found) if isinstance(one, StructType)]
-    if len(structs) == 1:
-        return structs
-    return [one for one in structs if one.tag_field and raw.get(one.tag_field) == one.tag]
+def _inner(found: Type, step: Step, raw: Any) -> list[Type]:
+    """The types of what stands there in something of that type."""
+    inner: list[Type] = []
+    for one in _alternatives(found):
+        if isinstance(one, StructType) and _is_meant(one, raw):
+            inner += [field.type for field in one.fields if field.name == step]
+        elif isinstance(one, DictType) and isinstance(step, str):
+            inner.append(one.value_type)
+        elif isinstance(one, ListType | VarTupleType) and isinstance(step, int):
+            inner.append(one.item_type)
+    return inner
+
+
+def _alternatives(found: Type) -> Sequence[Type]:
+    return found.types if isinstance(found, UnionType) else [found]
+
+
+def _is_meant(struct: StructType, raw: Any) -> bool:
+    """Of several by their kind this one."""
+    return struct.tag_field is None or raw.get(struct.tag_field) == struct.tag

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from cosched.training.scope import lora_of, scope_of
 from cosched.watch import ShadowSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Generator, Mapping
 
     from cosched.config import Config
     from cosched.protocols import Drafter, Loss, TargetInfo
@@ -214,9 +215,29 @@ def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> Repla
 
 
 def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footprint:
-    """Add up a run of these settings, for the arm that takes most; ``drafter`` may be a sketch."""
-    arms = [_footprint_of_arm(config.for_arm(arm), target, drafter) for arm in config.arms]
-    return max(arms, key=lambda arm: arm.added)
+    """Add up a run of these settings, for the arm that takes most; ``drafter`` may be a sketch.
+
+    Raises:
+        ConfigError: an arm's settings do not fit this target or this draft.
+    """
+    found: list[Footprint] = []
+    for arm in config.arms:
+        own = config.for_arm(arm)
+        with _named(own.adapt_key):
+            found.append(_footprint_of_arm(own, target, drafter))
+    return max(found, key=lambda one: one.added)
+
+
+@contextmanager
+def _named(adapt_key: str) -> Generator[None]:
+    """What scopes and losses call ``adapt`` is the arm's section, by the name that the file has for it."""
+    try:
+        yield
+    except ConfigError as error:
+        message = str(error)
+        if not message.startswith("adapt."):
+            raise
+        raise ConfigError(f"{adapt_key}{message.removeprefix('adapt')}") from error
 
 
 def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) -> Footprint:
@@ -288,7 +309,7 @@ def _loss_peak(
         target.head,
         replay.teacher,
         torch.empty(0, limits.teacher_row_bytes // dtype.itemsize, dtype=dtype, device="meta"),
-        num_rows=max(replay.anchors, config.engine.max_batch) * drafter.num_draft_tokens,
+        num_rows=replay.anchors * drafter.num_draft_tokens,
     )
 
 

@@ -116,12 +116,10 @@ def with_defaults(drafter: Any, adapt: Any) -> Any:
     Raises:
         ConfigError: the drafter does not say how it drafts.
     """
-    kind = drafter.get("kind") if isinstance(drafter, dict) else None
-    known = [plugin.name for plugin in DRAFTERS.plugins()]
-    if kind not in known or not isinstance(adapt, dict):
+    if not isinstance(drafter, dict) or not isinstance(adapt, dict):
         return adapt  # named when the section is checked
     try:
-        defaults = defaults_for(kind)
+        defaults = defaults_for(drafter["kind"])
     except PluginError as error:
         raise ConfigError(f"drafter.kind: {error}") from error
     whole, sections = dict(adapt), _sections()

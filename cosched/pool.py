@@ -13,6 +13,7 @@ import msgspec
 
 from cosched.errors import WorkloadError
 from cosched.totals import Totals
+from cosched.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -86,6 +87,12 @@ class CoschedulerPool:
             skipped_steps=sum(part.skipped_steps for part in parts),
             finished=sum(part.finished for part in parts),
             losses=[loss for part in parts for loss in part.losses],
+            guard_seconds=sum(part.guard_seconds for part in parts),
+            starved=max(part.starved for part in parts),
+            watch=Watch(
+                refused=sum(part.watch.refused for part in parts),
+                rolled_back=sum(part.watch.rolled_back for part in parts),
+            ),
             parts=parts,
         )
 
@@ -107,7 +114,7 @@ class CoschedulerPool:
 
     def on_round(self, round_: VerifyRound) -> None:
         """Called by the engine after each verification round and after each prefill."""
-        self._rounds += 1
+        self._rounds += bool(round_.blocks)  # a prefill is none
         used = {self._users[segment.request_id] for segment in round_.segments}
         for index, part in enumerate(self._parts):
             if index in used:
@@ -171,8 +178,10 @@ class _AdapterEvents:
         self._sink.emit(kind, **{**fields, "round": self._pool.rounds, "adapter": self._adapter})
 
 
-def check_tenants(requests: Iterable[Request], tenants: Sequence[str]) -> None:
-    """Make sure that each request's tenant has an adapter.
+def check_tenants(
+    requests: Iterable[Request], tenants: Sequence[str], where: str = "adapt"
+) -> None:
+    """Make sure that each request's tenant has an adapter; ``where`` the file names them.
 
     Raises:
         WorkloadError: one has none, or names no tenant; the known ones are listed.
@@ -181,6 +190,6 @@ def check_tenants(requests: Iterable[Request], tenants: Sequence[str]) -> None:
         if request.tenant not in tenants:
             whose = "names no tenant" if request.tenant is None else f"is of {request.tenant!r}"
             raise WorkloadError(
-                f"a tenant without an adapter: request {request.id} {whose}; adapt.scope.tenants "
+                f"a tenant without an adapter: request {request.id} {whose}; {where}.scope.tenants "
                 f"has {', '.join(tenants)}"
             )

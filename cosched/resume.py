@@ -70,7 +70,10 @@ def load(folder: RunFolder) -> tuple[Progress, dict[str, dict[str, Tensor]]]:
     """
     path = folder.path / STATE
     if not path.exists():
-        raise RunFolderError(f"{folder.path} has nothing to resume: no run was interrupted there")
+        raise RunFolderError(
+            f"{folder.path} has nothing to resume: no run was interrupted there, or one "
+            f"that keeps nothing to go on from (a recording, or engine.kind: sglang)"
+        )
     try:
         progress = msgspec.json.decode(path.read_bytes(), type=Progress)
     except msgspec.DecodeError as error:

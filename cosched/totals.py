@@ -31,6 +31,7 @@ class Totals:
     accepted: int = 0
     updates: int = 0
     updates_at_reset: int = 0
+    updates_at_served: int = 0  # that are in what serves
     starved: int = 0  # decisions to train in a row for which the buffer had no rows
     round_of_update: int = 0
     committed_at_update: int = 0
@@ -157,7 +158,10 @@ class Totals:
         self.recent_at_update = self.recent
 
     def note_scores(self, verdict: Verdict) -> None:
-        """What an update brought, by scores: of the same rows, so without the noise of the text."""
+        """What an update brought, by scores: of the same rows, so without the noise of the text.
+
+        A candidate may be several updates ahead of what serves: each brought its root.
+        """
         if not verdict.serving_score:
             return
         if verdict.back_to == 0:
@@ -165,7 +169,8 @@ class Totals:
             return
         if verdict.candidate_score:
             self.scored = True
-            brought = verdict.candidate_score / verdict.serving_score
+            ahead = max(1, self.updates - self.updates_at_served)
+            brought = (verdict.candidate_score / verdict.serving_score) ** (1 / ahead)
             self.gain *= (brought / self.gain) ** UPDATE_WEIGHT
 
     def note_trial(self, gains: tuple[float, ...]) -> None:

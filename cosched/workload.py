@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from cosched.arms import adapts
 from cosched.engines.embedded.request import GenerationRequest
 from cosched.errors import WorkloadError
+from cosched.pool import check_tenants
 
 if TYPE_CHECKING:
-    from cosched.config import WorkloadSettings
+    from collections.abc import Sequence
+
+    from cosched.config import Config, WorkloadSettings
+    from cosched.pool import Request
 
 
 class Text(NamedTuple):
@@ -35,9 +40,8 @@ def load_requests(
         WorkloadError: the file is missing, empty or malformed, or a text does not fit the target.
     """
     forced = settings.documents is not None
-    path = Path(settings.documents or settings.prompts or "")
-    key = "workload.documents" if forced else "workload.prompts"
-    texts = read_lines(path, key)[: settings.max_prompts]
+    path, key = _source(settings)
+    texts = read_texts(settings)
     again = [
         (f"{name}#{n}", text, tenant)
         for n in range(2, settings.samples + 1)
@@ -68,9 +72,39 @@ def load_requests(
     return requests
 
 
-def read_texts(path: Path, key: str) -> list[tuple[str, str]]:
-    """``(id, text)`` of every line; errors as ``read_lines``."""
-    return [(one.id, one.text) for one in read_lines(path, key)]
+def check_texts(config: Config) -> None:
+    """What the file names is there to be answered or said, and has an owner where it needs one.
+
+    Raises:
+        WorkloadError: as ``read_lines`` and ``check_owners``.
+    """
+    workload = config.workload
+    if config.engine.kind != "trace" and (workload.prompts or workload.documents):
+        check_owners(config, read_texts(workload))
+
+
+def check_owners(config: Config, texts: Sequence[Request]) -> None:
+    """Where an arm learns for each tenant, every text names one that has an adapter.
+
+    Raises:
+        WorkloadError: one does not.
+    """
+    for arm in filter(adapts, config.arms):
+        own = config.for_arm(arm)
+        if own.adapt.scope.state == "per_tenant":
+            check_tenants(texts, own.adapt.scope.tenants, own.adapt_key)
+
+
+def read_texts(settings: WorkloadSettings) -> list[Text]:
+    """What is to be answered or said, once each; errors as ``read_lines``."""
+    return read_lines(*_source(settings))[: settings.max_prompts]
+
+
+def _source(settings: WorkloadSettings) -> tuple[Path, str]:
+    """The file of prompts or documents, and the key that names it."""
+    if settings.documents is not None:
+        return Path(settings.documents), "workload.documents"
+    return Path(settings.prompts or ""), "workload.prompts"
 
 
 def read_lines(path: Path, key: str) -> list[Text]:

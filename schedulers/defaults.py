@@ -26,5 +26,5 @@ TABLE: dict[DraftType, dict[str, dict[str, Any]]] = {
     "chain": _SWEPT,  # EAGLE-3
     "block": _SWEPT,  # DFlash
     "parallel": _SWEPT,  # PARD
-    "none": {},  # nothing is trained
+    "none": {"guard": {"kind": "shadow"}},  # nothing is trained
 }

@@ -15,8 +15,8 @@ from schedulers.idle import when_idle
 class EveryNRoundsSettings(PolicySettings, frozen=True, kw_only=True):
     """``rounds`` between updates, and micro-steps in each.
 
-    ``idle_steps`` are taken once when the last request has finished (``adapt.replay.keep_finished``
-    keeps it something to train on).
+    ``idle_steps`` are taken once when the last request has finished; that needs
+    ``adapt.replay.keep_finished``, so that there is something to train on.
     """
 
     rounds: Annotated[int, Meta(ge=1)] = 16
@@ -73,8 +73,7 @@ class EveryNTokens:
 class EveryNRequestsSettings(PolicySettings, frozen=True, kw_only=True):
     """``requests`` that finish between updates, and micro-steps in each.
 
-    There is only something to train on with ``adapt.replay.keep_finished``; with
-    ``adapt.replay.fresh`` beside it every request teaches in one update and is then forgotten.
+    It needs ``adapt.replay.keep_finished``; with ``adapt.replay.fresh`` beside it every request teaches in one update and is then forgotten.
     """
 
     requests: Annotated[int, Meta(ge=1)] = 8
@@ -89,6 +88,7 @@ class EveryNRequests:
     """
 
     Settings = EveryNRequestsSettings
+    needs_finished = True
 
     def __init__(self, settings: EveryNRequestsSettings) -> None:
         self.settings = settings

@@ -24,7 +24,7 @@ class SlackSettings(CostAwareSettings, frozen=True, kw_only=True):
     max_running: Annotated[int, Meta(ge=1)] = 4
     max_queued: Annotated[int, Meta(ge=0)] = 0
     budget_ms: Annotated[float, Meta(gt=0)] = 2.0
-    idle_steps: Annotated[int, Meta(ge=0)] = 4
+    idle_steps: Annotated[int, Meta(ge=0)] = 0
     max_time_share: Annotated[float, Meta(gt=0, le=1)] = 0.2
 
 

@@ -39,14 +39,14 @@ def test_greedy_equals_plain_on_the_tiny_world(tiny_target: Target, tinyworld, m
     from transformers import AutoTokenizer
 
     from cosched.protocols import DrafterSettings
-    from cosched.workload import read_texts
+    from cosched.workload import read_lines
     from drafters.eagle3 import Eagle3Drafter
 
     tokenizer = AutoTokenizer.from_pretrained(tinyworld / "target")
-    texts = read_texts(tinyworld / "prompts" / "translated.jsonl", "prompts")[:4]
+    texts = read_lines(tinyworld / "prompts" / "translated.jsonl", "prompts")[:4]
     requests = [
         GenerationRequest(name, torch.tensor(tokenizer(text)["input_ids"]), 512)
-        for name, text in texts
+        for name, text, _ in texts
     ]
     plain = decode(make_engine(tiny_target, None, requests, max_batch), requests)
     settings = DrafterSettings(kind="eagle3", path=str(tinyworld / "eagle3"))

@@ -454,8 +454,8 @@ def test_a_variant_has_its_own_objective() -> None:
         (["adapt.objective.kind=hedge"], r"adapt\.objective: .*`experts`"),
         ([experts()], r"adapt\.objective\.experts: .*length >= 2"),
         ([experts(GOOD)], r"adapt\.objective\.experts: .*length >= 2"),
-        ([experts(GOOD, "{rate: 1}")], r"adapt\.objective\.experts.*`rate`"),
-        ([experts(GOOD, "{lr: 0}")], r"adapt\.objective\.experts\[1\]\.lr: .*> 0"),
+        ([experts(GOOD, "{rate: 1}")], r"adapt\.objective\.experts\[1\]: .*`rate`; .*: loss, lr"),
+        ([experts(GOOD, "{lr: 0}")], r"adapt\.objective\.experts\[1\]\.lr: .*> 0.*got 0"),
         (
             [experts(GOOD, "{loss: {kind: hope}}")],
             r"adapt\.objective\.experts\[1\]\.loss\.kind: .*'hope'; there are: .*forward_kl",
@@ -570,7 +570,7 @@ def test_every_row_of_the_table_is_allowed(tmp_path: Path, draft_type: str) -> N
     """It loads as it stands, and a caller cannot change it."""
     kinds = {plugin.cls.draft_type: plugin.name for plugin in DRAFTERS.plugins()}
     if draft_type not in kinds:
-        assert TABLE[draft_type] == {}
+        assert TABLE[draft_type].keys() == {"guard"}  # nothing is trained
         return
     config = load_config(bare(tmp_path, kinds[draft_type]))
     assert config.loss_settings.kind == TABLE[draft_type]["loss"]["kind"]

@@ -83,6 +83,20 @@ def test_slack_refuses_other_zeros(key: str) -> None:
 # --- counted cadences ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        ("{kind: every_n_requests}", "policy.kind = every_n_requests learns from finished"),
+        ("{kind: slack, idle_steps: 2}", "policy.idle_steps = 2 are taken when all requests have"),
+    ],
+)
+def test_who_learns_from_finished_requests_keeps_them(policy: str, says: str) -> None:
+    said = rf"adapt\.replay\.keep_finished: adapt\.{says}.*got false; use true"
+    with pytest.raises(ConfigError, match=said):
+        load_config(QUICKSTART, [f"adapt.policy={policy}"])
+    load_config(QUICKSTART, [f"adapt.policy={policy}", "adapt.replay.keep_finished=true"])
+
+
 def test_tokens_are_waited_for() -> None:
     """By all requests together; and once, when all is done."""
     every = policy("every_n_tokens", tokens=100, num_steps=2, idle_steps=3)
@@ -445,6 +459,7 @@ def test_the_cap_holds_for_every_policy_that_is_built(kind: str, target: Target)
             f"adapt.policy.kind={kind}",
             "adapt.policy.max_time_share=0.25",
             "adapt.guard.kind=shadow",
+            "adapt.replay.keep_finished=true",
         ],
     )
     built = build_coscheduler(config, target, make_drafter(target), None, None, NoEvents())

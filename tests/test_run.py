@@ -248,6 +248,8 @@ def test_documents_are_forced(tmp_path: Path, settings: dict, tinyworld: Path) -
         ("adapt.loss.kind=nonsense", ("adapt.loss.kind", "nonsense", "forward_kl")),
         ("adapt.loss.position_decay=0", ("adapt.loss.position_decay", "0")),
         ("drafter.kind=eagle9", ("drafter.kind", "eagle9", "eagle3")),
+        ("adapt.policy.kind=3", ("adapt.policy.kind", "got 3", "every_n_rounds")),
+        ("arms=[plain,3]", ("arms[1]", "got 3")),
         ("adapt.scope.kind=toes", ("adapt.scope.kind", "toes", "body")),
         ("arms=[plain,warm]", ("arms", "warm", "frozen")),
         ("arms=[]", ("arms",)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from cosched.testing.specimen import Feeder, make_texts
 from cosched.totals import Totals
 from cosched.training.lora import MergingTrainer, find_layers, placed
 from cosched.training.scope import lora_of, scope_of
+from cosched.workload import check_texts
 from tests.conftest import make_drafter
 
 FAMILIES = ("eagle3", "dflash", "pard")
@@ -460,6 +462,37 @@ def test_requests_of_a_batch_learn_apart_and_are_forgotten(
     assert all(same(now, was) for now, was in zip(serving(pool), first, strict=True))
 
 
+def test_an_update_under_way_when_its_request_ends_serves_nobody(
+    target: Target, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the background, and the first of its request: what it learnt goes with the request."""
+    config = configure("adapt.scope.state=per_request", "adapt.trainer.background=true")
+    drafter = make_drafter(target)
+    publisher = InPlacePublisher.of_modules(drafter.network(), target.model)
+    observer = build_coscheduler(config, target, drafter, publisher, None, NoEvents())
+    trainer: Any = observer._trainer
+    first, may_end = copied(trainer.weights()), threading.Event()
+    train, reset = trainer._run, trainer.reset
+
+    def held(*update: Any) -> Any:
+        assert may_end.wait(60)
+        return train(*update)
+
+    def released() -> None:
+        may_end.set()
+        reset()
+
+    monkeypatch.setattr(trainer, "_run", held)
+    monkeypatch.setattr(trainer, "reset", released)
+    one, *_ = requests = make_requests(target, count=1, prompt=8, new=40)
+    decode(make_engine(target, drafter, requests, observer=observer), [one])
+    under_way, taught = observer.busy, copied(trainer.weights())
+    may_end.set()
+    assert not under_way
+    assert observer.totals.updates == 0
+    assert same(taught, first)
+
+
 def test_a_lent_adapter_comes_back_as_it_was(target: Target, configure: Configure) -> None:
     """A request is served round by round as if none had used its adapter before."""
     config = configure("adapt.scope.state=per_request", "engine.max_batch=3")
@@ -474,6 +507,23 @@ def test_a_lent_adapter_comes_back_as_it_was(target: Target, configure: Configur
         done = run_pool(target, drafter, pool, requests[1:])
         rounds.append([row.num_accepted for row in done["r1"].rounds])
     assert rounds[0] == rounds[1]
+
+
+def test_a_pool_counts_what_guards_did(target: Target, configure: Configure) -> None:
+    """Refusals and their cost are those of all adapters; a prefill is no round."""
+    guard = "{kind: shadow, anchors: 4, every: 1, prove_first: false, tolerance: 0}"
+    config = configure(
+        "adapt.scope.state=per_request", "engine.max_batch=2", f"adapt.guard={guard}"
+    )
+    drafter = make_drafter(target)
+    pool = make_pool(config, target, drafter)
+    requests = make_requests(target, count=2, prompt=8, new=90)
+    done = run_pool(target, drafter, pool, requests)
+    totals, parts = pool.totals, [part.totals for part in pool._parts]
+    assert totals.watch.refused == sum(part.watch.refused for part in parts) > 0
+    assert totals.watch.rolled_back == sum(part.watch.rolled_back for part in parts)
+    assert 0 < totals.guard_seconds < totals.update_seconds
+    assert totals.rounds == max(len(one.rounds) for one in done.values())
 
 
 @pytest.mark.slow
@@ -565,6 +615,19 @@ def test_a_tenant_without_an_adapter_is_found_before_the_run(
     workload = msgspec.structs.replace(per_tenant.workload, prompts=str(prompts))
     with pytest.raises(WorkloadError, match=message):
         build_world(msgspec.structs.replace(per_tenant, workload=workload))
+
+
+def test_tenants_of_a_variant_are_looked_for_too(configure: Configure, tmp_path: Path) -> None:
+    """By a run before it begins, and by ``cosched check``."""
+    prompts = write_prompts(tmp_path / "prompts.jsonl", "a", "d")
+    scope = "{kind: lora, rank: 4, state: per_tenant, tenants: [a]}"
+    words = (f"workload.prompts={prompts}", f"variants.mine.scope={scope}")
+    for check in (build_world, check_texts):
+        check(configure(*words))  # no arm learns that way
+        with pytest.raises(
+            WorkloadError, match=r"p1 is of 'd'; variants\.mine\.scope\.tenants has a"
+        ):
+            check(configure(*words, "arms=[plain, mine]"))
 
 
 @pytest.mark.slow

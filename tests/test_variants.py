@@ -12,6 +12,7 @@ from cosched.arms import adapts, control_of
 from cosched.build import build_arm, build_world
 from cosched.build_served import ServedWorld, build_served_arm
 from cosched.config import Config, load_config, to_yaml
+from cosched.engines.embedded.target import Target
 from cosched.engines.embedded.verification import SamplingParams
 from cosched.errors import ConfigError
 from cosched.experiment import Experiment
@@ -133,6 +134,28 @@ def test_each_variant_fits_engine_and_text(tmp_path: Path) -> None:
     config = load_config(path)
     with pytest.raises(ConfigError, match=r"variants\.small\.replay\.max_bytes: 1000 holds no"):
         footprint(config, *sketch(config))
+
+
+@pytest.mark.parametrize(
+    ("partial", "says"),
+    [
+        ({"scope": {"kind": "toes"}}, r"variants\.a\.scope\.kind: 'toes' is no scope"),
+        (
+            {"scope": {"kind": "lora", "targets": ["toe"]}},
+            r"variants\.a\.scope\.targets: 'toe' names no linear layer",
+        ),
+        (
+            {"loss": {"kind": "top_k_cross_entropy", "k": 5000}},
+            r"variants\.a\.loss: k = 5000 .*use at most 2048",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_draft_is_named_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partial: dict, says: str
+) -> None:
+    monkeypatch.setattr(Target, "load", None)
+    with pytest.raises(ConfigError, match=says):
+        build_world(load_config(file(tmp_path, {"a": partial}, ["a"])))
 
 
 def test_memory_is_that_of_the_arm_that_takes_most(tmp_path: Path) -> None:
