@@ -88,9 +88,7 @@ def _allowed(message: str, kind: Any, steps: Sequence[Step], raw: Any) -> str:
     """Fields, values or kinds, whichever the message is about; it says the rest itself."""
     no_such_kind = message.startswith("Invalid value")
     found = [type_info(kind)]
-    for step in (
-        steps[:-1] if no_such_kind else steps
-    ):  # a kind is no field, but one of several types
+    for step in steps[:-1] if no_such_kind else steps:  # a kind is no field
         found = [inner for one in found for inner in _inner(one, step, raw)]
         raw = _lookup(raw, [step])
     alternatives = [one for each in found for one in _alternatives(each)]

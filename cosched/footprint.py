@@ -230,7 +230,7 @@ def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footpri
 
 @contextmanager
 def _named(adapt_key: str) -> Generator[None]:
-    """What scopes and losses call ``adapt`` is the arm's section, by the name that the file has for it."""
+    """What scopes and losses call ``adapt`` is the arm's section: by its name in the file."""
     try:
         yield
     except ConfigError as error:

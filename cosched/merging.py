@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
     from pathlib import Path
 
-# Sections that a plugin types, and the kind where neither the file nor the drafter's defaults name one.
+# Sections that a plugin types, and the kind where neither file nor defaults of the drafter name one.
 PLUGIN_SECTIONS: dict[str, tuple[Registry, str | None]] = {
     "drafter": (DRAFTERS, None),
     "adapt.policy": (POLICIES, "every_n_rounds"),

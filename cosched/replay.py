@@ -26,10 +26,10 @@ TOKEN_BYTES = torch.int64.itemsize
 class ReplayLimits:
     """What is kept and what is drawn.
 
-    ``window`` rows of context are kept of each request, ``anchors`` are drawn for a micro-step
-    at most, shared evenly by the requests (those heard of last, where they are more). ``max_tokens`` and ``max_bytes`` bound the whole buffer;
-    ``feature_row_bytes`` and ``teacher_row_bytes`` are what one row of each takes, so that a
-    request's cost is known before it is let in.
+    ``window`` rows of context are kept of each request, ``anchors`` are drawn for a micro-step at
+    most, shared evenly by the requests (those heard of last, where they are more). ``max_tokens``
+    and ``max_bytes`` bound the whole buffer; ``feature_row_bytes`` and ``teacher_row_bytes`` are
+    what one row of each takes, so that a request's cost is known before it is let in.
     """
 
     window: int
