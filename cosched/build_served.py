@@ -10,7 +10,6 @@ import torch
 
 from cosched.arms import PLAIN, adapts, split_arm
 from cosched.build_coscheduler import build_coscheduler
-from cosched.config import Config, check_paths
 from cosched.engines.embedded.target import load_tokenizer
 from cosched.engines.embedded.verification import SamplingParams
 from cosched.engines.sglang.adaptation import Adaptation
@@ -18,7 +17,7 @@ from cosched.engines.sglang.arm import ServedEngine
 from cosched.engines.sglang.collector import RoundCollector
 from cosched.engines.sglang.launch import check_servable
 from cosched.errors import ConfigError
-from cosched.footprint import TargetSketch, footprint, sketch
+from cosched.footprint import footprint, sketch
 from cosched.publish import InPlacePublisher, Serving
 from cosched.registry import DRAFTERS, POLICIES
 from cosched.workload import load_requests
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from cosched.config import PublishSettings
+    from cosched.config import Config, PublishSettings
     from cosched.engines.embedded.judges import ForcedKind
     from cosched.engines.embedded.request import GenerationRequest
     from cosched.engines.sglang.adaptation import Operator
@@ -80,13 +79,12 @@ def build_served_world(config: Config) -> ServedWorld:
     Raises:
         CoschedError: anything that the user's files or settings get wrong.
     """
-    check_paths(config)
     check_servable(config)
-    footprint(config, *sketch(config))  # what does not fit is named before anything is loaded
+    target, drafter = sketch(config)
+    footprint(config, target, drafter)  # what does not fit is named before anything is loaded
     workload = config.workload
     if workload.prompts is None:
         raise ConfigError("workload.prompts: required, a file of prompts to answer")
-    target = TargetSketch.read(config.target.path, getattr(torch, config.engine.dtype))
     tokenizer = load_tokenizer(config.target.path)
     requests = load_requests(workload, tokenizer, target.max_length, torch.device("cpu"))
     return ServedWorld(

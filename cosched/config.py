@@ -95,6 +95,12 @@ class WorkloadSettings(Section, frozen=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     stop_at_end_of_text: bool = True
 
+    @property
+    def files(self) -> dict[str, str]:
+        """The file of what is to be said or answered, by its key; none where it names none."""
+        named = {"workload.documents": self.documents, "workload.prompts": self.prompts}
+        return {key: path for key, path in named.items() if path is not None}
+
 
 class RecordSettings(Section, frozen=True):
     """``record``: how ``--record`` stores a trace; float32 makes it exact.
@@ -339,10 +345,8 @@ def check_paths(config: Config) -> None:
     named = {"target.path": config.target.path, "drafter.path": config.drafter_settings.path}
     if engine.kind == "trace":
         named["engine.trace"] = engine.trace or ""
-    elif workload.documents is not None:
-        named["workload.documents"] = workload.documents
-    elif workload.prompts is not None:
-        named["workload.prompts"] = workload.prompts
+    else:
+        named |= workload.files
     for key, path in named.items():
         if not Path(path).exists():
             raise ConfigError(f"{key}: nothing at {path}")

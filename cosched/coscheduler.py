@@ -193,13 +193,12 @@ class Coscheduler:
         """Note a verdict, and go back where it says so."""
         totals, published = self.totals, self.totals.publish_seconds
         totals.note_scores(verdict)
-        if verdict.back_to is not None:
-            totals.updates_at_served = totals.updates
         self._sink.emit("verdict", round=totals.rounds, verdict=verdict)
         if verdict.back_to is not None:
             assert self._trainer is not None
             assert self._publisher is not None
             self._trainer.load(self._publisher.weights_of(verdict.back_to))
+            totals.updates_at_served = totals.updates
             if verdict.back_to != self.version:
                 self._serve_again(verdict.back_to, verdict.reason)
         seconds = self._clock() - started - (totals.publish_seconds - published)

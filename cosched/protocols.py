@@ -337,7 +337,7 @@ class Policy(Protocol):
     to take rows off a device for it can then leave that. One that goes by what a guard has scored
     may say ``needs_scores = True``: it is refused beside a guard that scores nothing. One that learns
     from finished requests may say ``needs_finished = True``: it is refused where they are not kept,
-    and so are ``idle_steps`` in its settings, when only those are left.
+    as is any whose settings have ``idle_steps``, for which there are no others.
     """
 
     def decide(self, snapshot: Snapshot) -> Decision: ...

@@ -132,13 +132,11 @@ class ReplayBuffer:
 
     def sample(self) -> SignalBatch | None:
         """The newest anchors of the requests; None while none has one."""
-        limits = self.limits
-
-        def draw(rows: _RequestRows, sharing: int) -> _Drawn | None:
-            most, spare = max(1, limits.anchors // sharing), self._spare(sharing)
-            return rows.draw(self.rows, most, limits.path, self._refused_weight, spare)
-
-        drawn = self._shared(draw, limits.anchors)
+        path, refused_weight = self.limits.path, self._refused_weight
+        drawn = self._shared(
+            lambda one, share, spare: one.draw(self.rows, share, path, refused_weight, spare),
+            self.limits.anchors,
+        )
         if self._fresh:
             self._forget_drawn()
         return _pad(drawn[::-1], self.draft_window) if drawn else None
@@ -149,23 +147,23 @@ class ReplayBuffer:
         At most ``num_anchors``, shared as those of a sample; None while no request has one. Paths
         are committed text, whatever ``rows`` says. What was given ``once`` is not given so again.
         """
-
-        def draw(rows: _RequestRows, sharing: int) -> _Drawn | None:
-            return rows.untaught(max(1, num_anchors // sharing), self.limits.path, once)
-
-        drawn = self._shared(draw, num_anchors)
+        path = self.limits.path
+        drawn = self._shared(
+            lambda one, share, _spare: one.untaught(share, path, once), num_anchors
+        )
         return _pad(drawn, self.draft_window) if drawn else None
 
     def _shared(
-        self, draw: Callable[[_RequestRows, int], _Drawn | None], most: int
+        self, draw: Callable[[_RequestRows, int, int], _Drawn | None], num_anchors: int
     ) -> list[_Drawn]:
-        """What ``draw(request, how many share)`` finds, in at most that many requests."""
+        """What ``draw(request, anchors, rows to spare)`` finds, in at most so many requests."""
         requests = list(reversed(self._requests.values()))  # those heard of last come first
         running = [rows for rows in requests if not rows.finished]
         finished = [rows for rows in requests if rows.finished]
         for group in [running + finished] if self._fresh else [running, finished]:
-            found = (draw(rows, len(group)) for rows in group)
-            if drawn := list(islice((one for one in found if one is not None), most)):
+            share, spare = max(1, num_anchors // max(1, len(group))), self._spare(len(group))
+            found = (draw(rows, share, spare) for rows in group)
+            if drawn := list(islice((one for one in found if one is not None), num_anchors)):
                 return drawn
         return []
 
@@ -173,11 +171,11 @@ class ReplayBuffer:
         """Newest rows of each of so many requests that no sample has."""
         if not self._held_out:
             return 0
-        return max(1, self._held_out // sharing) + self.limits.path - 1
+        return max(1, self._held_out // max(1, sharing)) + self.limits.path - 1
 
     def _forget_drawn(self) -> None:
         """Nothing that could be drawn now will be again."""
-        spare = self._spare(max(1, len(self._requests)))
+        spare = self._spare(len(self._requests))
         for rows in self._requests.values():
             newest = rows.start + rows.newest(self.rows, self.limits.path, spare)
             rows.fresh_from = max(rows.fresh_from, newest + 1)

@@ -40,7 +40,7 @@ def load_requests(
         WorkloadError: the file is missing, empty or malformed, or a text does not fit the target.
     """
     forced = settings.documents is not None
-    path, key = _source(settings)
+    ((key, path),) = settings.files.items()
     texts = read_texts(settings)
     again = [
         (f"{name}#{n}", text, tenant)
@@ -78,9 +78,8 @@ def check_texts(config: Config) -> None:
     Raises:
         WorkloadError: as ``read_lines`` and ``check_owners``.
     """
-    workload = config.workload
-    if config.engine.kind != "trace" and (workload.prompts or workload.documents):
-        check_owners(config, read_texts(workload))
+    if config.engine.kind != "trace" and config.workload.files:
+        check_owners(config, read_texts(config.workload))
 
 
 def check_owners(config: Config, texts: Sequence[Request]) -> None:
@@ -97,14 +96,8 @@ def check_owners(config: Config, texts: Sequence[Request]) -> None:
 
 def read_texts(settings: WorkloadSettings) -> list[Text]:
     """What is to be answered or said, once each; errors as ``read_lines``."""
-    return read_lines(*_source(settings))[: settings.max_prompts]
-
-
-def _source(settings: WorkloadSettings) -> tuple[Path, str]:
-    """The file of prompts or documents, and the key that names it."""
-    if settings.documents is not None:
-        return Path(settings.documents), "workload.documents"
-    return Path(settings.prompts or ""), "workload.prompts"
+    ((key, path),) = settings.files.items()
+    return read_lines(Path(path), key)[: settings.max_prompts]
 
 
 def read_lines(path: Path, key: str) -> list[Text]:

@@ -73,7 +73,8 @@ class EveryNTokens:
 class EveryNRequestsSettings(PolicySettings, frozen=True, kw_only=True):
     """``requests`` that finish between updates, and micro-steps in each.
 
-    It needs ``adapt.replay.keep_finished``; with ``adapt.replay.fresh`` beside it every request teaches in one update and is then forgotten.
+    It needs ``adapt.replay.keep_finished``; with ``adapt.replay.fresh`` beside it every request
+    teaches in one update and is then forgotten.
     """
 
     requests: Annotated[int, Meta(ge=1)] = 8

@@ -132,7 +132,7 @@ def test_finished_requests_teach_where_no_running_one_can() -> None:
     buffer = ReplayBuffer(limits, "delayed", None, keep_finished=True)
 
     def taught() -> dict[int, int]:
-        """How many anchors of the request that each text's first token names."""
+        """How many anchors of each request, by the name that its features have."""
         batch = buffer.sample()
         assert batch is not None
         counts = (batch.weights_RNK[:, :, 0] > 0).sum(1).tolist()

@@ -221,7 +221,8 @@ def _recordings(record: RecordPlan, base: DictConfig, layers: set[int]) -> dict[
         }
         config = _typed(merge(merged, from_keys(fixed, where), where), where)
         check_paths(config)
-        said = Path(config.workload.documents or config.workload.prompts or "").read_bytes()
+        (path,) = config.workload.files.values()
+        said = Path(path).read_bytes()
         jobs[text] = _job(text, Path(record.dir), _without_learning(config), said, record=True)
     return jobs
 
