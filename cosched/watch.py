@@ -29,7 +29,7 @@ PIECE = 16  # rows that are one observation: neighbours in a text are alike
 CONVINCED = 4  # times as long between comparisons, once learning has shown that it pays
 LEAST_ROWS = 8  # paired rows below which an alarm is neither confirmed nor dismissed
 LEVEL_WEIGHT = 1 / 256  # of the newest round in the level that a fall is measured from
-FALL_TOLERANCE = 0.25  # tokens a round below the level that are no fall
+FALL_TOLERANCE = 0.25  # tokens a round below the level that are no fall, at most
 BLAME = 0.5  # of a fall, which an older version must make up for, so that the draft is to blame
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -184,9 +184,18 @@ class Watch:
         """
         self.lengths += 1
         if self.lengths > 1 and not self.at_loaded:  # the loaded draft has nothing to go back to
-            self.fall = max(0.0, self.fall + self.level - length - FALL_TOLERANCE)
+            self.fall = max(0.0, self.fall + self.level - length - self._tolerance)
             self.falling = self.falling + 1 if self.fall else 0
         self.level += max(LEVEL_WEIGHT, 1 / self.lengths) * (length - self.level)
+
+    @property
+    def _tolerance(self) -> float:
+        """Tokens a round below the level that are no fall: of a low level half of what is to lose.
+
+        So a draft that is never right any more is noticed before it has lost four times
+        ``alarm_tokens``, if it was right for a tenth of a token a round before.
+        """
+        return min(FALL_TOLERANCE, max(0.0, self.level - 1) / 2)
 
     def alarmed(self, settings: ShadowSettings) -> bool:
         """Whether the acceptance length has fallen far enough to ask who is to blame."""
@@ -300,7 +309,7 @@ class Watch:
         best = max(rivals, key=lambda version: _mean(rivals[version]))
         harm = [rival - own for rival, own in zip(rivals[best], scores.serving, strict=True)]
         mean, error = statistics.fmean(harm), statistics.stdev(harm) / math.sqrt(len(harm))
-        fall = self.fall / max(1, self.falling) + FALL_TOLERANCE
+        fall = self.fall / max(1, self.falling) + self._tolerance
         reason = f"acceptance fell by {fall:.2f}, version {best} scores {mean:+.3f}"
         self.fall, self.falling, self.lengths = 0.0, 0, 0
         if mean >= BLAME * fall and mean >= settings.confidence * error:
