@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from cosched.arms import ADAPTED, BASE_ARMS, PLAIN, WINDOW_SUFFIX, adapts, split_arm
 from cosched.errors import ConfigError
+from cosched.records import LORA, OF_ADAPTERS
 from cosched.registry import LOSSES, POLICIES
 from cosched.watch import ShadowSettings
 
 if TYPE_CHECKING:
-    from cosched.config import Config
+    from cosched.config import Config, ScopeSettings
     from cosched.protocols import LossSettings
 
 
@@ -108,11 +109,17 @@ def _check_finished(config: Config) -> None:
 
 
 def _check_teaches(loss: LossSettings, where: str) -> None:
-    if not getattr(LOSSES.get(loss.kind)(loss), "teaches", True):
+    if getattr(LOSSES.get(loss.kind)(loss), "teaches", True):
+        return
+    if hasattr(loss, "terms"):
         raise ConfigError(
-            f"{where}.kind: {loss.kind!r} does not look at the target, so the draft would stay "
-            f"as it is; make it a term of `sum`, beside one that does"
+            f"{where}.terms: none of those with a weight looks at the target, so the draft would "
+            f"stay as it is; add one that does, as forward_kl"
         )
+    raise ConfigError(
+        f"{where}.kind: {loss.kind!r} does not look at the target, so the draft would stay "
+        f"as it is; make it a term of `sum`, beside one that does"
+    )
 
 
 def _check_experts(config: Config) -> None:
@@ -165,15 +172,29 @@ def _check_guard(config: Config) -> None:
         )
 
 
+def _check_adapters(scope: ScopeSettings, where: str) -> None:
+    """What only adapters have is not set where there are none."""
+    if scope.kind == LORA:
+        return
+    usual = type(scope)()
+    for key in OF_ADAPTERS:
+        if (came := getattr(scope, key)) != getattr(usual, key):
+            raise ConfigError(
+                f"{where}.{key}: only adapters have one, got {came!r} with kind: {scope.kind}; "
+                f"use kind: lora, or leave it out"
+            )
+
+
 def _check_scope(config: Config) -> None:
     """Whose drafts are to be remembered, and can be."""
     scope, engine, where = config.adapt.scope, config.engine, f"{config.adapt_key}.scope"
-    if scope.state == "per_request" and engine.max_batch != 1 and scope.kind != "lora":
+    _check_adapters(scope, where)
+    if scope.state == "per_request" and engine.max_batch != 1 and scope.kind != LORA:
         raise ConfigError(
             f"{where}.state: per_request keeps one draft for each request, so "
             f"engine.max_batch must be 1, got {engine.max_batch}; use state: shared, or kind: lora"
         )
-    if scope.state == "per_tenant" and scope.kind != "lora":
+    if scope.state == "per_tenant" and scope.kind != LORA:
         raise ConfigError(
             f"{where}.state: per_tenant needs adapters, kind: lora, got {scope.kind!r}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from msgspec.inspect import (
 from cosched.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 Step = str | int
 """A key, or the place in a list."""
@@ -30,18 +31,36 @@ def convert(raw: Any, kind: Any, where: str) -> Any:
     """Plain data as ``kind``; ``where`` it stands in the file.
 
     Raises:
-        ConfigError: it is not; the message names the key, what came and what is allowed.
+        ConfigError: it is not, or has a number without end; the message names the key, what came
+            and what is allowed.
     """
+    for steps, value in _leaves(raw):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{_shown(where, steps)}: a finite number is allowed, got {value!r}")
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
         message, _, tail = str(error).partition(" - at `$")
         steps = _steps(raw, kind, tail.removesuffix("`"))
-        shown = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
-        key = f"{where}{shown}".lstrip(".") or "configuration"
-        came = _lookup(raw, steps)
-        got = "" if came is None or isinstance(came, dict | list) else f", got {came!r}"
+        came, key = _lookup(raw, steps), _shown(where, steps)
+        names_it = message.startswith("Invalid value")
+        got = "" if came is None or names_it or isinstance(came, dict | list) else f", got {came!r}"
         raise ConfigError(f"{key}: {message}{got}{_allowed(message, kind, steps, raw)}") from error
+
+
+def _leaves(raw: Any, steps: tuple[Step, ...] = ()) -> Iterator[tuple[tuple[Step, ...], Any]]:
+    """What is in mappings and lists, at whatever depth, and where."""
+    if isinstance(raw, dict | list):
+        for step, value in raw.items() if isinstance(raw, dict) else enumerate(raw):
+            yield from _leaves(value, (*steps, step))
+    else:
+        yield steps, raw
+
+
+def _shown(where: str, steps: Sequence[Step]) -> str:
+    """A key as it is written in a file."""
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
+    return f"{where}{path}".lstrip(".") or "configuration"
 
 
 def _steps(raw: Any, kind: Any, path: str) -> list[Step]:

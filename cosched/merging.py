@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cosched.errors import ConfigError, PluginError
+from cosched.records import LORA, OF_ADAPTERS
 from cosched.registry import DRAFTERS, LOSSES, OBJECTIVES, POLICIES, Registry, defaults_for
 from cosched.watch import FiniteSettings, ShadowSettings
 
@@ -91,6 +92,11 @@ def merge(given: DictConfig, changes: DictConfig, where: str) -> DictConfig:
             for place in places:
                 old, new = OmegaConf.select(given, place), OmegaConf.select(changes, place)
                 _forget_other_kind(old, new, kinds)
+        for place in ("adapt.scope", *(f"variants.{v}.scope" for v in _variants(given))):
+            old, new = OmegaConf.select(given, place), OmegaConf.select(changes, place)
+            if OmegaConf.is_dict(old) and OmegaConf.is_dict(new) and new.get("kind", LORA) != LORA:
+                for key in OF_ADAPTERS:
+                    old.pop(key, None)
         merged = OmegaConf.merge(given, changes)
     assert isinstance(merged, DictConfig)
     return merged

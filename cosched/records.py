@@ -42,6 +42,10 @@ class SignalSpec:
     conditioning: Literal["chain", "block", "none"]
 
 
+LORA = "lora"  # the scope of adapters, which is none of a drafter's own
+OF_ADAPTERS = ("rank", "alpha", "targets")  # settings that only that one has
+
+
 @dataclass(frozen=True, slots=True)
 class Scope:
     """What may be trained, by parameter name, and whether the draft's KV cache stays exact then."""

@@ -243,6 +243,7 @@ def test_documents_are_forced(tmp_path: Path, settings: dict, tinyworld: Path) -
         ("adapt.guard.kind=bouncer", ("adapt.guard.kind", "bouncer", "finite, shadow")),
         ("adapt.trainer.lr=fast", ("adapt.trainer.lr", "float", "fast")),
         ("adapt.trainer.lr=-1", ("adapt.trainer.lr", "-1")),
+        ("adapt.trainer.lr=.inf", ("adapt.trainer.lr", "finite", "inf")),
         ("adapt.policy.kind=someday", ("adapt.policy.kind", "someday", "every_n_rounds")),
         ("adapt.policy.round=3", ("adapt.policy", "round", "rounds")),
         ("adapt.loss.kind=nonsense", ("adapt.loss.kind", "nonsense", "forward_kl")),

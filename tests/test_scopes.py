@@ -574,6 +574,14 @@ def test_a_draft_that_serves_no_adapters_is_refused(target: Target, per_tenant: 
         (["adapt.scope.alpha=0"], r"scope\.alpha"),
         (["adapt.scope.targets=[]"], r"scope\.targets"),
         (
+            ["adapt.scope={kind: tail, rank: 4}"],
+            r"scope\.rank: only adapters .*got 4 with kind: tail",
+        ),
+        (
+            ["variants.mine.scope={kind: full, targets: [o_proj]}", "arms=[mine]"],
+            r"variants\.mine\.scope\.targets: only adapters",
+        ),
+        (
             ["engine.kind=sglang", "adapt.scope={state: per_tenant, tenants: [a]}"],
             "SGLang serves one draft to all",
         ),
@@ -584,6 +592,14 @@ def test_settings_that_do_not_fit_are_named(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         configure(*overrides)
+
+
+def test_another_scope_leaves_the_adapters_behind(configure: Configure) -> None:
+    """The file's rank is not that of a scope which has none."""
+    assert configure().adapt.scope.rank == 4
+    assert configure("adapt.scope.kind=full").adapt.scope.rank == 8
+    assert configure("variants.mine.scope.kind=tail").variants["mine"].scope.rank == 8
+    assert configure("adapt.scope.alpha=2").adapt.scope.rank == 4
 
 
 def write_prompts(path: Path, *tenants: Any) -> Path:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cosched.errors import ConfigError
-from cosched.records import Scope
+from cosched.records import LORA, Scope
 from cosched.training.lora import Lora, find_layers
 
 if TYPE_CHECKING:
     from cosched.config import ScopeSettings
     from cosched.protocols import Drafter
-
-LORA = "lora"
 
 
 def lora_of(drafter: Drafter, settings: ScopeSettings) -> Lora | None:
