@@ -141,8 +141,8 @@ def test_scores_are_the_chained_overlap(scene, temperature: float, reduced: bool
     q_logits = other.replay(batch).double()
     if ids is not None:
         copy.target_ids = lambda: ids
-        whole, replay = q_logits, copy.replay
-        q_logits, copy.replay = whole[..., ids], lambda batch: replay(batch)[..., ids]
+        whole, project = q_logits, copy.project
+        q_logits, copy.project = whole[..., ids], lambda states: project(states)[..., ids]
     before = checksum(dict(copy.network().named_parameters()))
     shadow = Shadow(copy, target.head, "hidden", torch.float32, temperature)
     found = shadow.scores(batch, [weights])[0]
@@ -493,6 +493,13 @@ def test_the_last_good_version_is_in_the_footprint() -> None:
     configs = [load_config(SAMPLED, [f"adapt.guard.kind={kind}"]) for kind in ("finite", "shadow")]
     finite, shadow = (footprint(config, *sketch(config)) for config in configs)
     assert shadow.last_good - finite.last_good == 4 * shadow.num_trained > 0
+
+
+def test_the_guard_scores_in_the_chunks_of_the_loss() -> None:
+    """Else it would hold logits of all rows beside a loss that does not."""
+    arm = build_arm(world_of("adapt.loss.chunk_rows=5"), "adapted", Events())
+    coscheduler: Any = arm.coscheduler
+    assert coscheduler._guard._scorer._chunk_rows == 5
 
 
 # --- settings ------------------------------------------------------------------------------
