@@ -20,8 +20,8 @@ from cosched.records import Decision, SignalBatch
 from cosched.registry import DRAFTERS, LOSSES
 from cosched.testing.harness import make_target, make_trainer
 from cosched.testing.specimen import MetaTarget, as_batch, make_texts
-from cosched.training.loss_peak import loss_peak
 from cosched.training.micro_step import BatchLoss
+from cosched.training.peaks import loss_peak, scores_peak
 from cosched.training.shadow import Shadow
 
 VOCAB, CHUNK, PATH = 20_000, 8, 4
@@ -376,3 +376,37 @@ def test_the_peak_of_sizes_is_that_of_a_step(
     assert found == pytest.approx(live.peak, rel=0.02)
     logits = 4 * VOCAB * (chunk_rows or 64)
     assert found > (1 if example == "reduced vocabulary" else 2) * logits
+
+
+@pytest.mark.parametrize("chunk_rows", [None, CHUNK])
+@pytest.mark.parametrize("served_as", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "example"), DRAFTERS_TO_TEST)
+def test_the_peak_of_sizes_is_that_of_scores(
+    kind: str, example: str, served_as: torch.dtype, chunk_rows: int | None
+) -> None:
+    """Of two drafts, scored from a batch on, as a guard has it done."""
+    target = large_target()
+    drafter = make_drafter(target, kind, example, torch.float32)
+    batch = make_batch(target, drafter, 16, num_texts=1)
+    shadow = make_shadow(target, drafter, chunk_rows, served_as)
+    weights = two_of(drafter)
+    with LivePeak() as live:
+        shadow.scores(batch, weights)
+    sketch, sizes = drafter.clone(torch.float32), MetaTarget(target)
+    sketch.network().to("meta")
+    sketch._target = sizes
+    found = scores_peak(
+        sketch,
+        list(weights[0]),
+        served_as,
+        sizes.head,
+        "hidden",
+        batch.teacher_RNKX.flatten(0, 2)[:0].to("meta"),
+        num_rows=64,
+        chunk_rows=chunk_rows,
+    )
+    # The draft's states, and what is kept to make them, are not of the vocabulary's size.
+    assert found == pytest.approx(live.peak, rel=0.02)
+    logits = 4 * VOCAB * (chunk_rows or 64)
+    copies = 4 * sum(w.numel() for w in weights[0].values()) * (served_as != torch.float32)
+    assert found > copies + (1 if example == "reduced vocabulary" else 2) * logits
