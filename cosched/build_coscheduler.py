@@ -75,7 +75,9 @@ def build_coscheduler(
         if shadow is not None:
             dtype = target.embedding.weight.dtype
             form = adapt.replay.teacher
-            scorer = Shadow(learner[0], target.head, form, dtype, temperature, ranks)
+            scorer = Shadow(
+                learner[0], target.head, form, dtype, temperature, ranks, loss.chunk_rows
+            )
             guard = ShadowGuard(shadow, scorer, buffer, publisher)
             if rates:
                 copy, trainer = learner

@@ -14,15 +14,18 @@ from torch import nn
 
 from cosched.arms import adapts
 from cosched.errors import CheckpointError, ConfigError
+from cosched.guard import LOOKED_INTO
 from cosched.registry import DRAFTERS, LOSSES
 from cosched.replay import ReplayLimits
 from cosched.teacher import record_width
-from cosched.training.loss_peak import loss_peak
+from cosched.training.peaks import loss_peak, scores_peak
 from cosched.training.scope import lora_of, scope_of
 from cosched.watch import ShadowSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Generator, Mapping, Sequence
+
+    from torch import Tensor
 
     from cosched.config import Config
     from cosched.protocols import Drafter, Loss, TargetInfo
@@ -121,7 +124,9 @@ class Footprint:
     kept. ``reference`` is the copy of before the update, where the loss compares with it.
     ``trials`` are the trainer's states between which an objective chooses. ``loss`` is the most
     that logits take at once with all that is made of them, their gradients included, and that of a
-    head that is trained once more than in ``gradients``.
+    head that is trained once more than in ``gradients``. ``scores`` is the most that a guard takes
+    at once which scores drafts: logits again, and the weights that it puts into the draft. It scores
+    between updates, never beside one, so of ``loss`` and ``scores`` only the larger one adds.
     """
 
     num_target_parameters: int | None
@@ -140,6 +145,7 @@ class Footprint:
     reference: int
     trials: int
     loss: int
+    scores: int
     replay: int
     draft_cache: int
     target_cache: int
@@ -163,7 +169,7 @@ class Footprint:
                 self.gradients,
                 self.reference,
                 self.trials,
-                self.loss,
+                max(self.loss, self.scores),
                 self.replay,
                 self.draft_cache,
             )
@@ -249,14 +255,16 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
     pins = isinstance(config.adapt.guard, ShadowSettings)  # the last good version
     keep = config.adapt.publish.keep + pins
     adapters = trained = published = versions = 0
+    scored: Sequence[str] = ()
     if network is not None and any(map(adapts, config.arms)):
-        names = scope_of(drafter, scope).parameters
+        names = scored = scope_of(drafter, scope).parameters
         trained = published = sum(parameters[name].numel() for name in names)
         versions = held + keep * published
         if (lora := lora_of(drafter, scope)) is not None:
             trained = adapters = (served or 1) * lora.num_parameters(network)
         if served:
             versions = (1 + keep) * adapters
+            scored = ()  # an adapter's own weights, next to nothing
     limits = replay_limits(config, target, drafter)
     experts = [own for own, _ in config.experts]
     losses = [LOSSES.get(own.kind)(own) for own in experts or [config.loss_settings]]
@@ -287,6 +295,7 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
         loss=max(_loss_peak(config, target, drafter, loss, limits) for loss in losses)
         if trained
         else 0,
+        scores=_scores_peak(config, target, drafter, scored, limits) if trained else 0,
         replay=requests * one if trained else 0,
         draft_cache=cache * config.engine.max_batch * longest,
         target_cache=target.cache_width * dtype.itemsize * config.engine.max_batch * longest,
@@ -300,17 +309,47 @@ def _loss_peak(
     config: Config, target: TargetSketch, drafter: Drafter, loss: Loss, limits: ReplayLimits
 ) -> int:
     """Run the loss of a micro-step on the meta device, and count."""
-    replay = config.adapt.replay
-    dtype = target.embedding.weight.dtype if replay.teacher == "hidden" else torch.float32
     return loss_peak(
         drafter,
         scope_of(drafter, config.adapt.scope).parameters,
         loss,
         target.head,
-        replay.teacher,
-        torch.empty(0, limits.teacher_row_bytes // dtype.itemsize, dtype=dtype, device="meta"),
-        num_rows=replay.anchors * drafter.num_draft_tokens,
+        config.adapt.replay.teacher,
+        _no_teacher_rows(config, target, limits),
+        num_rows=limits.anchors * limits.path,
     )
+
+
+def _scores_peak(
+    config: Config,
+    target: TargetSketch,
+    drafter: Drafter,
+    scored: Sequence[str],
+    limits: ReplayLimits,
+) -> int:
+    """Score as many rows as the guard asks for at most, all of one request, likewise."""
+    guard = config.adapt.guard
+    if not isinstance(guard, ShadowSettings):
+        return 0
+    num_anchors = min(LOOKED_INTO * guard.anchors, limits.window - limits.path)
+    return scores_peak(
+        drafter,
+        scored,
+        target.embedding.weight.dtype,
+        target.head,
+        config.adapt.replay.teacher,
+        _no_teacher_rows(config, target, limits),
+        num_rows=num_anchors * limits.path,
+        chunk_rows=config.loss_settings.chunk_rows,
+    )
+
+
+def _no_teacher_rows(config: Config, target: TargetSketch, limits: ReplayLimits) -> Tensor:
+    """Of the width and the type in which they are kept ``[0, X]``."""
+    hidden = config.adapt.replay.teacher == "hidden"
+    dtype = target.embedding.weight.dtype if hidden else torch.float32
+    width = limits.teacher_row_bytes // dtype.itemsize
+    return torch.empty(0, width, dtype=dtype, device="meta")
 
 
 def sketch(config: Config) -> tuple[TargetSketch, Drafter]:

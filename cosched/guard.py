@@ -27,8 +27,13 @@ class WithinTimeShare:
     publication included, v seconds of drafting and verifying since then, s the share. From the
     beginning of one update to that of any later one, updates then take at most the share s of the
     time, so a long quiet stretch saves nothing up for a burst. While no request is running nobody
-    waits, and the policy is free. What training takes of memory needs no cap here: it is allocated
-    once, and rows are bounded by ``adapt.replay``.
+    waits, and the policy is free.
+
+    Memory needs no cap here, for it does not grow with time. Weights, moments, gradients and
+    versions are a fixed number of times the draft. ``adapt.replay.max_tokens`` and ``max_bytes``
+    bound what is collected, and ``window`` what is drawn of a request. The paths of an update are
+    ``adapt.replay.anchors`` at most, those of scores ``LOOKED_INTO * adapt.guard.anchors``; logits
+    are held of all their rows (of scores, of one request's), or of ``adapt.loss.chunk_rows``.
     """
 
     def __init__(self, policy: Policy, max_time_share: float) -> None:

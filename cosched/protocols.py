@@ -87,8 +87,8 @@ class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ``acceptance_prefix`` computes it from the rows before (set ``position_decay: 1`` beside it).
     ``hardest_share`` keeps that share of the rows, those where student and teacher differ most, and
     ``easiest_share`` those where they differ least; with both, what lies between. ``chunk_rows`` is
-    of how many rows logits are held at once, of all where it is null; what was let go is computed
-    again for the gradient.
+    of how many rows logits are held at once, by the loss and by a guard that scores, of all where it
+    is null; what was let go is computed again for the gradient.
     """
 
     kind: str

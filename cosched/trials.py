@@ -95,6 +95,7 @@ class TryingTrainer:
             results.append(result)
             gains.append(self._score(held_out, self._trainer.weights()) - serving)
             if gains.index(max(gains)) == number:
+                kept = before  # lets go of the best so far: a state is as large as all that trains
                 kept = self._trainer.state()
         best = gains.index(max(gains))
         if best != len(gains) - 1:

@@ -17,6 +17,7 @@ from cosched.config import load_config
 from cosched.errors import ConfigError, PublicationError
 from cosched.experiment import Experiment
 from cosched.footprint import footprint, sketch
+from cosched.guard import LOOKED_INTO
 from cosched.publish import InPlacePublisher, checksum
 from cosched.records import SignalBatch
 from cosched.replay import ReplayBuffer, ReplayLimits
@@ -141,8 +142,8 @@ def test_scores_are_the_chained_overlap(scene, temperature: float, reduced: bool
     q_logits = other.replay(batch).double()
     if ids is not None:
         copy.target_ids = lambda: ids
-        whole, replay = q_logits, copy.replay
-        q_logits, copy.replay = whole[..., ids], lambda batch: replay(batch)[..., ids]
+        whole, project = q_logits, copy.project
+        q_logits, copy.project = whole[..., ids], lambda states: project(states)[..., ids]
     before = checksum(dict(copy.network().named_parameters()))
     shadow = Shadow(copy, target.head, "hidden", torch.float32, temperature)
     found = shadow.scores(batch, [weights])[0]
@@ -493,6 +494,36 @@ def test_the_last_good_version_is_in_the_footprint() -> None:
     configs = [load_config(SAMPLED, [f"adapt.guard.kind={kind}"]) for kind in ("finite", "shadow")]
     finite, shadow = (footprint(config, *sketch(config)) for config in configs)
     assert shadow.last_good - finite.last_good == 4 * shadow.num_trained > 0
+
+
+def test_scores_are_in_the_footprint() -> None:
+    """Of as many rows as a look at what serves takes: the teacher's softmax, and the draft's logits,
+    as they are and by the temperature, with theirs. They and the loss are never there together."""
+
+    def sized(*more: str) -> Any:
+        config = load_config(SAMPLED, ["adapt.guard={kind: shadow, anchors: 8}", *more])
+        return footprint(config, *sketch(config))
+
+    found = sized()
+    target, drafter = sketch(load_config(SAMPLED))
+    row = drafter.num_draft_tokens * target.vocab_size * 4
+    assert found.scores == pytest.approx(4 * LOOKED_INTO * 8 * row, rel=0.01)
+    for loss, larger in ((0, found.scores), (found.scores + 1, found.scores + 1)):
+        assert replace(found, loss=loss).added == replace(found, loss=0, scores=0).added + larger
+
+    assert sized("adapt.loss.chunk_rows=24").scores == pytest.approx(found.scores / 4, rel=0.01)
+    of_window = 4 * (1024 - drafter.num_draft_tokens) * row  # of what is kept of one request
+    assert sized("adapt.guard.anchors=1000").scores == pytest.approx(of_window, rel=0.01)
+    assert sized("arms=[frozen]").scores == 0
+    finite = load_config(SAMPLED, ["adapt.guard.kind=finite"])
+    assert footprint(finite, *sketch(finite)).scores == 0
+
+
+def test_the_guard_scores_in_the_chunks_of_the_loss() -> None:
+    """Else it would hold logits of all rows beside a loss that does not."""
+    arm = build_arm(world_of("adapt.loss.chunk_rows=5"), "adapted", Events())
+    coscheduler: Any = arm.coscheduler
+    assert coscheduler._guard._scorer._chunk_rows == 5
 
 
 # --- settings ------------------------------------------------------------------------------

@@ -16,14 +16,16 @@ from torch import Tensor
 
 from cosched.engines.embedded.target import Target
 from cosched.live_memory import LivePeak
-from cosched.records import SignalBatch
+from cosched.records import Decision, SignalBatch
 from cosched.registry import DRAFTERS, LOSSES
-from cosched.testing.harness import make_target
+from cosched.testing.harness import make_target, make_trainer
 from cosched.testing.specimen import MetaTarget, as_batch, make_texts
-from cosched.training.loss_peak import loss_peak
 from cosched.training.micro_step import BatchLoss
+from cosched.training.peaks import loss_peak, scores_peak
+from cosched.training.shadow import Shadow
 
 VOCAB, CHUNK, PATH = 20_000, 8, 4
+QWEN3_VOCAB = 151_936
 ROW_LOSSES = {
     "forward_kl": {},
     "reverse_kl": {},
@@ -85,14 +87,13 @@ def make_batch(target: Target, drafter: Any, num_anchors: int, num_texts: int = 
 
 def is_logits(operation: Any, result: Tensor) -> bool:
     """What a head gives: a matrix product with the vocabulary last."""
-    return operation.overloadpacket in {torch.ops.aten.mm, torch.ops.aten.addmm} and (
-        result.shape[-1] == VOCAB
-    )
+    products = {torch.ops.aten.mm, torch.ops.aten.addmm}
+    return operation.overloadpacket in products and is_as_wide(operation, result)
 
 
 def is_as_wide(operation: Any, result: Tensor) -> bool:
     """Whatever has the vocabulary last: logits, their gradient, softmaxes, products of them."""
-    return result.ndim > 0 and result.shape[-1] == VOCAB
+    return result.ndim > 0 and result.shape[-1] in {VOCAB, QWEN3_VOCAB}
 
 
 def peak_rows(module: BatchLoss, batch: SignalBatch, counts: Any) -> float:
@@ -229,6 +230,115 @@ def test_chunks_of_every_kind_of_head_equal_the_plain_form(kind: str, example: s
         torch.testing.assert_close(chunked.lost_mass, whole.lost_mass)
 
 
+# --- what a guard scores -------------------------------------------------------------------
+
+
+def make_shadow(
+    target: Target,
+    drafter: Any,
+    chunk_rows: int | None,
+    served_as: torch.dtype = torch.float32,
+    temperature: float = 1.0,
+) -> Shadow:
+    copy = drafter.clone(torch.float32)
+    return Shadow(
+        copy, target.head, "hidden", served_as, temperature=temperature, chunk_rows=chunk_rows
+    )
+
+
+def two_of(drafter: Any) -> list[dict[str, Tensor]]:
+    """Weights to be compared: the draft's own, and others."""
+    own = {name: p.detach() for name, p in drafter.network().named_parameters()}
+    generator = torch.Generator().manual_seed(2)
+    return [
+        own,
+        {n: w + 0.05 * torch.randn(w.shape, generator=generator) for n, w in own.items()},
+    ]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize(("kind", "example"), DRAFTERS_TO_TEST)
+def test_scores_in_chunks_equal_the_plain_form(kind: str, example: str, temperature: float) -> None:
+    """Of every candidate and anchor; chunks cut through anchors, and the last one is short.
+
+    A product of fewer rows may add up in another order: a logit of about 10 is then off by up to
+    1e-5 in float32, and so is a score, relatively.
+    """
+    target = make_target()
+    drafter = make_drafter(target, kind, example, torch.float32)
+    batch = make_batch(target, drafter, 5)
+    batch.weights_RNK[0, 1] = 0
+    weights = two_of(drafter)
+    whole, *chunked = (
+        make_shadow(target, drafter, chunk_rows, torch.bfloat16, temperature).scores(batch, weights)
+        for chunk_rows in (None, 7, 1)
+    )
+    assert [len(scores) for scores in whole] == [9, 9]
+    assert whole[0] != whole[1]
+    for scores in chunked:
+        for found, expected in zip(scores, whole, strict=True):
+            assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "example"), DRAFTERS_TO_TEST)
+def test_scores_hold_logits_of_one_chunk(kind: str, example: str) -> None:
+    """However many rows are scored, and of however many drafts; without chunks, of all rows.
+
+    A chunk of the teacher has become its softmax when the student's is made.
+    """
+    target = large_target()
+    drafter = make_drafter(target, kind, example, torch.float32)
+
+    def peak(num_anchors: int, chunk_rows: int | None, counts: Any) -> float:
+        batch = make_batch(target, drafter, num_anchors, num_texts=1)
+        shadow = make_shadow(target, drafter, chunk_rows)
+        with LivePeak(counts) as live:
+            shadow.scores(batch, two_of(drafter))
+        return live.peak / (4 * VOCAB * CHUNK)
+
+    for counts, most in ((is_logits, 1), (is_as_wide, MOST)):
+        few, many = (peak(num_anchors, CHUNK, counts) for num_anchors in (8, 16))
+        assert 1 <= few == many <= most
+        assert peak(16, None, counts) >= 64 / CHUNK
+
+
+def test_without_chunks_the_teacher_is_recalled_once() -> None:
+    """Whatever the number of drafts; a chunk's is recalled for each, here of 64 rows in 8 chunks."""
+    target = make_target()
+    drafter = make_drafter(target, "eagle3", "plain", torch.float32)
+    batch = make_batch(target, drafter, 16, num_texts=1)
+    rows: list[int] = []
+    hook = target.head.register_forward_hook(lambda *call: rows.append(len(call[-1])))
+    for chunk_rows, expected in ((None, [64]), (CHUNK, [CHUNK] * 8 * 2)):
+        rows.clear()
+        make_shadow(target, drafter, chunk_rows).scores(batch, two_of(drafter))
+        assert rows == expected
+    hook.remove()
+
+
+@pytest.mark.slow
+def test_at_a_real_vocabulary_two_chunks_of_logits_are_held() -> None:
+    """A training step of 512 rows at 152k tokens, and scores of as many: the student's and the
+    teacher's logits are there of 32 rows at a time, 2 x 19 MB in place of 2 x 311 MB."""
+    chunk_rows = 32
+    target = make_target(QWEN3_VOCAB, std=0.1)
+    drafter = make_drafter(target, "eagle3", "plain", torch.float32)
+    batch = make_batch(target, drafter, 512 // PATH, num_texts=1)
+    assert batch.weights_RNK.count_nonzero() == 512
+    trainer = make_trainer(target, drafter, loss=make_loss("jensen_shannon", chunk_rows))
+    with LivePeak(is_logits) as stepping:
+        trainer.update(batch, Decision(1))
+    shadow = Shadow(
+        trainer._batch_loss._drafter, target.head, "hidden", torch.bfloat16, chunk_rows=chunk_rows
+    )
+    with LivePeak(is_logits) as scoring:
+        serving, candidate = shadow.scores(batch, two_of(drafter))
+    assert len(serving) == len(candidate) == 512 // PATH
+    chunk = 4 * QWEN3_VOCAB * chunk_rows
+    assert chunk <= stepping.peak <= 2 * chunk
+    assert chunk <= scoring.peak <= 2 * chunk
+
+
 # --- what `cosched check` says -------------------------------------------------------------
 
 
@@ -266,3 +376,37 @@ def test_the_peak_of_sizes_is_that_of_a_step(
     assert found == pytest.approx(live.peak, rel=0.02)
     logits = 4 * VOCAB * (chunk_rows or 64)
     assert found > (1 if example == "reduced vocabulary" else 2) * logits
+
+
+@pytest.mark.parametrize("chunk_rows", [None, CHUNK])
+@pytest.mark.parametrize("served_as", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "example"), DRAFTERS_TO_TEST)
+def test_the_peak_of_sizes_is_that_of_scores(
+    kind: str, example: str, served_as: torch.dtype, chunk_rows: int | None
+) -> None:
+    """Of two drafts, scored from a batch on, as a guard has it done."""
+    target = large_target()
+    drafter = make_drafter(target, kind, example, torch.float32)
+    batch = make_batch(target, drafter, 16, num_texts=1)
+    shadow = make_shadow(target, drafter, chunk_rows, served_as)
+    weights = two_of(drafter)
+    with LivePeak() as live:
+        shadow.scores(batch, weights)
+    sketch, sizes = drafter.clone(torch.float32), MetaTarget(target)
+    sketch.network().to("meta")
+    sketch._target = sizes
+    found = scores_peak(
+        sketch,
+        list(weights[0]),
+        served_as,
+        sizes.head,
+        "hidden",
+        batch.teacher_RNKX.flatten(0, 2)[:0].to("meta"),
+        num_rows=64,
+        chunk_rows=chunk_rows,
+    )
+    # The draft's states, and what is kept to make them, are not of the vocabulary's size.
+    assert found == pytest.approx(live.peak, rel=0.02)
+    logits = 4 * VOCAB * (chunk_rows or 64)
+    copies = 4 * sum(w.numel() for w in weights[0].values()) * (served_as != torch.float32)
+    assert found > copies + (1 if example == "reduced vocabulary" else 2) * logits

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -36,7 +39,7 @@ from cosched.totals import TRIALS_KEPT, Totals
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
 from cosched.training.scope import parameters_of
-from cosched.trials import WithObjective
+from cosched.trials import TryingTrainer, WithObjective
 from cosched.watch import FiniteSettings, ShadowSettings
 from schedulers.defaults import TABLE
 from tests.conftest import make_drafter
@@ -287,6 +290,37 @@ def test_a_state_before_the_first_step_is_restored(scene, zero_stage: int) -> No
     trainer.restore(before)
     assert trainer.update(batch, Decision(3)).losses == first
     assert same(trainer.state(), end)
+
+
+def test_two_states_are_held_whatever_the_number_of_experts(scene) -> None:
+    """Also where each expert is better than the one before: the best so far goes first."""
+    target, drafter, batch = scene
+    copy = drafter.clone(torch.float32)
+    losses = [make_loss("forward_kl") for _ in range(4)]
+    trainer = DeepSpeedTrainer(
+        BatchLoss(copy, losses[0], target.head, "hidden", losses[1:]),
+        parameters_of(copy, "full"), 1, 1e-3, 1.0,
+    )  # fmt: skip
+    made: list[weakref.ref] = []
+    held: list[int] = []
+    make_state, better = trainer.state, itertools.count(1)
+
+    class State(dict[str, torch.Tensor]):
+        """What a weak reference can be made to."""
+
+    def counted() -> State:
+        state = State(make_state())
+        made.append(weakref.ref(state))
+        held.append(sum(one() is not None for one in made))
+        return state
+
+    trainer.state = counted
+    scorer = SimpleNamespace(scores=lambda rows, weights: [[float(next(better))]])
+    buffer = SimpleNamespace(held_out=lambda anchors: batch)
+    publisher = SimpleNamespace(version=0, weights_of=lambda version: {})
+    trying = TryingTrainer(trainer, [1e-3] * 4, scorer, buffer, publisher, anchors=4)
+    assert trying.update(batch, Decision(1, trial=True)).objective == 3
+    assert held == [1, 2, 2, 2, 2]
 
 
 # --- trials while it serves ----------------------------------------------------------------

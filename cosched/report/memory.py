@@ -44,6 +44,11 @@ def footprint_table(footprint: Footprint) -> Table:
         ("trials", footprint.trials, "the state before, and the best so far (adapt.objective)"),
         ("loss", footprint.loss, "logits and what is made of them (adapt.loss.chunk_rows)"),
         (
+            "scores of drafts",
+            footprint.scores,
+            "logits, and weights in float32; the larger of loss and this adds",
+        ),
+        (
             "replay buffer",
             footprint.replay,
             f"{in_units(footprint.feature_bytes_per_token)} of features and "

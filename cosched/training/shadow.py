@@ -1,12 +1,14 @@
 """What acceptance length weights would have, without serving them.
 
-Letters: R requests, N anchors, K drafted tokens, X teacher width (hidden or vocabulary), V target
-vocabulary, D draft vocabulary.
+Letters: R requests, N anchors, K drafted tokens, M rows of one request, X teacher width (hidden or
+vocabulary), H width of the draft's states, V target vocabulary, D draft vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cosched.teacher import recall
+from cosched.training.chunks import in_chunks
 from cosched.training.lora import placed
 from cosched.training.micro_step import share_of
 
@@ -24,11 +27,15 @@ if TYPE_CHECKING:
     from cosched.protocols import Drafter
     from cosched.records import SignalBatch, TeacherForm
 
+Teacher = Callable[[slice], Tensor]
+"""``teacher(rows)``: what the target says in those rows, over the draft's vocabulary ``[M, D]``."""
+
 
 class Shadow:
     """Scores weights on the network of the trainer's copy, into which they are put for the while.
 
-    So it needs no memory for a second draft, and must not be asked while the trainer is at work. A
+    So it needs no second draft, and must not be asked while the trainer is at work; what does not
+    serve in float32 is there in float32 for the while, the weights of one candidate at a time. A
     score is the expected acceptance length of an anchor, the bonus token included,
 
         1 + sum_k prod_{j <= k} a_j,    a_j = sum_v min(p_jv, q_jv)
@@ -41,7 +48,8 @@ class Shadow:
     temperature 1: a_j is what q gives to that token, which moves before the draft's best one does.
 
     Weights are rounded to ``served_as``, the type in which they would serve. Of several ``ranks``
-    each scores its share of the anchors, and all get the same scores.
+    each scores its share of the anchors, and all get the same scores. Logits, of the teacher and the
+    draft, are made of ``chunk_rows`` rows at a time (``adapt.loss``), or of one request's.
     """
 
     def __init__(
@@ -52,16 +60,19 @@ class Shadow:
         served_as: torch.dtype,
         temperature: float = 1.0,
         ranks: Ranks | None = None,
+        chunk_rows: int | None = None,
     ) -> None:
         network = copy.network()
         assert network is not None, "a drafter without a network has no weights to score"
-        self._replay = _Replay(copy, network)
+        self._copy = copy
+        self._exchanging = _Exchanging(network)
         self._target_ids = copy.target_ids()
         self._teacher_head = teacher_head
         self._teacher_form: TeacherForm = teacher_form
         self._served_as = served_as
         self._temperature = temperature
         self._ranks = ranks
+        self._chunk_rows = chunk_rows
 
     @torch.no_grad()
     def scores(
@@ -76,48 +87,77 @@ class Shadow:
     def _scores(
         self, batch: SignalBatch, weights: Sequence[Mapping[str, Tensor]]
     ) -> list[list[float]]:
-        """Request by request: logits over a vocabulary are held of one of them only."""
         found: list[list[Tensor]] = [[] for _ in weights]
         for request in range(len(batch.lengths_R)):
             one = _request(batch, request)
             counts_N = one.weights_RNK[0, :, 0] > 0
-            p_NKV = self._teacher(one.teacher_RNKX[0])
+            states = partial(self._states, one)
+            teacher = self.teacher(one.teacher_RNKX.flatten(0, 2))
             for lengths, candidate in zip(found, weights, strict=True):
-                lengths.append(self._lengths(one, p_NKV, candidate)[counts_N])
+                kept_M = self.kept(states, teacher, candidate)
+                kept_NK = kept_M.unflatten(0, one.paths_RNK.shape[1:])
+                lengths.append((1 + kept_NK.cumprod(-1).sum(-1))[counts_N])
         return [torch.cat(lengths).tolist() for lengths in found]  # host waits for the device
 
-    def _teacher(self, rows_NKX: Tensor) -> Tensor:
-        logits = recall(rows_NKX, self._teacher_form, self._teacher_head)
+    def _states(self, one: SignalBatch) -> Tensor:
+        return self._copy.replay_states(one).flatten(0, 2)
+
+    def teacher(self, rows_MX: Tensor) -> Teacher:
+        """What kept rows of the target say, for all weights to be held against.
+
+        Without chunks it is recalled here, once. A chunk is recalled for each of the weights again:
+        that is a product with the target's head, and to do it once, all weights would have to be put
+        into the network anew for each chunk.
+        """
+        if self._chunk_rows is None:
+            return self._recalled(rows_MX).__getitem__
+        return lambda rows: self._recalled(rows_MX[rows])
+
+    def _recalled(self, rows_MX: Tensor) -> Tensor:
+        logits = recall(rows_MX, self._teacher_form, self._teacher_head)
         if self._temperature == 0:
             best = logits.argmax(-1, keepdim=True)
-            return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best, 1)
-        return self._probabilities(logits)
+            p_MV = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best, 1)
+        else:
+            p_MV = self._probabilities(logits)
+        return p_MV if self._target_ids is None else p_MV[..., self._target_ids]
 
-    def _lengths(self, one: SignalBatch, p_NKV: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def kept(
+        self, states: Callable[[], Tensor], teacher: Teacher, weights: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The chance a of each row's token to be kept ``[M]``.
+
+        ``states`` gives what the head is put to ``[M, H]``; it is called with the weights in the
+        network.
+        """
+
+        def overlap(rows: slice, states_MH: Tensor) -> tuple[Tensor, None]:
+            p_MD = teacher(rows)
+            q_MD = self._probabilities(self._copy.project(states_MH))
+            return torch.minimum(p_MD, q_MD).sum(-1), None
+
+        def kept() -> Tensor:
+            return in_chunks(overlap, states(), (), self._chunk_rows)[0]
+
         served = {
             f"network.{name}": weight.to(self._served_as).float()
-            for name, weight in placed(self._replay.network, weights).items()
+            for name, weight in placed(self._exchanging.network, weights).items()
         }
-        logits_RNKD = functional_call(self._replay, served, (one,))
-        q_NKD = self._probabilities(logits_RNKD[0])
-        p_NKD = p_NKV if self._target_ids is None else p_NKV[..., self._target_ids]
-        kept_NK = torch.minimum(p_NKD, q_NKD).sum(-1)
-        return 1 + kept_NK.cumprod(-1).sum(-1)
+        return functional_call(self._exchanging, served, (kept,))
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         return (logits.float() / (self._temperature or 1.0)).softmax(-1)
 
 
-class _Replay(nn.Module):
-    """A drafter's replay as a module over its network, whose weights can be exchanged for a call."""
+class _Exchanging(nn.Module):
+    """Does what it is told, for which the weights of its network can be exchanged."""
 
-    def __init__(self, drafter: Drafter, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self._drafter = drafter
 
-    def forward(self, batch: SignalBatch) -> Tensor:
-        return self._drafter.replay(batch)
+    def forward(self, do: Callable[[], Tensor]) -> Tensor:
+        return do()
 
 
 def _request(batch: SignalBatch, index: int) -> SignalBatch:

@@ -1,4 +1,4 @@
-"""What the loss of a micro-step takes in memory, from sizes alone.
+"""What logits take in memory, in the loss of a micro-step and in scores, from sizes alone.
 
 Letters: M rows, H width of the draft's states, X teacher width.
 """
@@ -11,6 +11,7 @@ import torch
 
 from cosched.live_memory import LivePeak
 from cosched.training.micro_step import BatchLoss
+from cosched.training.shadow import Shadow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,8 +44,7 @@ def loss_peak(
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in trainable)
     module = BatchLoss(copy, loss, teacher_head, teacher_form)
-    if loss.settings.chunk_rows is not None:
-        num_rows = min(num_rows, CHUNKS * loss.settings.chunk_rows)
+    num_rows = _enough(num_rows, loss.settings.chunk_rows)
     with torch.device("meta"):
         states_MH = torch.empty(num_rows, copy.state_width, requires_grad=True)
         rows_M, weights = torch.empty(num_rows, dtype=torch.int64), torch.empty(1, 1, num_rows)
@@ -54,3 +54,37 @@ def loss_peak(
         measured_MQ, _ = module.measure(rows_M, states_MH, teacher_MX, reference)
         loss.reduce(measured_MQ.unflatten(0, weights.shape), weights).backward()
     return live.peak
+
+
+@torch.no_grad()
+def scores_peak(
+    sketch: Drafter,
+    scored: Sequence[str],
+    served_as: torch.dtype,
+    teacher_head: nn.Module,
+    teacher_form: TeacherForm,
+    teacher_0X: Tensor,
+    num_rows: int,
+    chunk_rows: int | None,
+) -> int:
+    """Most bytes at once, from the draft's states to the scores of one request's rows, like that.
+
+    Logits, and what is made of them; with the parameters ``scored`` as they are put into the network,
+    in float32 again where they are ``served_as`` another type. Weights are scored one after another,
+    so it is the same of any number of them.
+    """
+    copy = sketch.clone(torch.float32)
+    network = copy.network()
+    assert network is not None
+    shadow = Shadow(copy, teacher_head, teacher_form, served_as, chunk_rows=chunk_rows)
+    weights = {name: p for name, p in network.named_parameters() if name in scored}
+    num_rows = _enough(num_rows, chunk_rows)
+    states_MH = torch.empty(num_rows, copy.state_width, device="meta")
+    teacher_MX = teacher_0X.new_empty(num_rows, teacher_0X.shape[-1])
+    with LivePeak() as live:
+        shadow.kept(lambda: states_MH, shadow.teacher(teacher_MX), weights)
+    return live.peak
+
+
+def _enough(num_rows: int, chunk_rows: int | None) -> int:
+    return num_rows if chunk_rows is None else min(num_rows, CHUNKS * chunk_rows)
