@@ -110,15 +110,19 @@ class ShadowGuard:
         alarmed = watch.alarmed(settings)
         if not alarmed and not watch.overdue(settings, round_):
             return None
-        batch = self._buffer.held_out(LOOKED_INTO * settings.anchors, once=not alarmed)
+        most, version = LOOKED_INTO * settings.anchors, self._publisher.version
+        batch = self._buffer.held_out(most, once=True)
+        evidence = batch is not None and batch.anchors_RN.numel() >= settings.anchors
+        if alarmed and not evidence:  # it cannot wait for rows that were never asked for
+            batch = self._buffer.held_out(most)
         if batch is None:
             return None
         waiting = candidate() if watch.trials else None
         scores = self._scores(batch, totals, waiting, waiting is None)
         if alarmed:
-            verdict = watch.look_into(scores, settings, round_)
+            verdict = watch.look_into(scores, settings, round_, version, evidence)
         else:
-            verdict = watch.look(scores, settings, round_, self._publisher.version)
+            verdict = watch.look(scores, settings, round_, version)
         self._publisher.pin(watch.good)
         return verdict
 

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 from msgspec import Meta
 
+from cosched.evidence import Evidence, mean
 from cosched.records import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MEMORY = 256  # rows that evidence is made of: text moves on
-EVIDENCE_ROWS = 128  # below which there is no evidence
-PIECE = 16  # rows that are one observation: neighbours in a text are alike
+BEGINNING = 64  # rows below which nothing is given up
 CONVINCED = 4  # times as long between comparisons, once learning has shown that it pays
+LONGEST_PAUSE = 32  # times ``cooldown_rounds``: text may change, and then there is much to learn
 LEAST_ROWS = 8  # paired rows below which an alarm is neither confirmed nor dismissed
 LEVEL_WEIGHT = 1 / 256  # of the newest round in the level that a fall is measured from
 FALL_TOLERANCE = 0.25  # tokens a round below the level that are no fall, at most
@@ -55,17 +55,19 @@ class ShadowSettings(
     Every ``every``-th update is judged, with those before it. A candidate is published unless it
     scores more than ``tolerance`` tokens below what serves; after ``patience`` refusals in a row
     training starts again from what serves. A fall of the acceptance length by ``alarm_tokens`` in
-    all is looked into. After every ``check_every``-th publication (a quarter as often while
-    learning has shown that it pays), and every ``check_rounds`` on all rows that no update has had,
-    the draft is compared with itself as loaded, to which it goes back where that is better by
-    ``doubt`` standard errors.
+    all is looked into. After every ``check_every``-th publication, and every ``check_rounds`` on all
+    rows that no update has had (a quarter as often while learning has shown that it pays), the draft
+    is compared with itself as loaded, to which it goes back where that is better by ``doubt``
+    standard errors.
 
     While the draft as loaded serves, candidates serve only once they have shown with ``confidence``
     (standard errors) that they are better: on the rows that each update leaves out, and every
-    ``check_rounds`` on all that no update has had. Where ``trials`` judgements of ``anchors`` rows
-    have not shown it, ``cooldown_rounds`` pass without an update, and twice as many each time.
-    Without ``prove_first`` that is so only after going back. To serve takes more evidence than to
-    go back, because the draft as loaded is what users had before.
+    ``check_rounds`` on all that no update has had. Those that have not shown it in ``trials``
+    judgements of ``anchors`` rows are given up, and after 64 rows those that would not in
+    ``prospect_rows``, should they go on as they began: ``cooldown_rounds`` pass without an update, and
+    twice as many each time, up to 32 times. Without ``prove_first`` that is so only after going
+    back. To serve takes more evidence than to go back, because the draft as loaded is what users had
+    before.
     """
 
     anchors: Positive = 32
@@ -74,11 +76,12 @@ class ShadowSettings(
     patience: Positive = 4
     alarm_tokens: Annotated[float, Meta(gt=0)] = 12.0
     check_every: Positive = 1
-    check_rounds: Positive = 128
+    check_rounds: Positive = 256
     confidence: Annotated[float, Meta(gt=0)] = 3.0
-    doubt: Annotated[float, Meta(gt=0)] = 1.0
-    cooldown_rounds: Positive = 128
+    doubt: Annotated[float, Meta(gt=0)] = 0.5
     trials: Positive = 8
+    prospect_rows: Positive = 512
+    cooldown_rounds: Positive = 512
     prove_first: bool = True
 
 
@@ -102,53 +105,10 @@ class Scores:
             reason=reason,
             back_to=back_to,
             num_rows=len(self.serving),
-            serving_score=_mean(self.serving),
-            candidate_score=None if self.candidate is None else _mean(self.candidate),
-            loaded_score=None if self.loaded is None else _mean(self.loaded),
+            serving_score=mean(self.serving),
+            candidate_score=None if self.candidate is None else mean(self.candidate),
+            loaded_score=None if self.loaded is None else mean(self.loaded),
         )
-
-
-@dataclass(slots=True)
-class Evidence:
-    """Paired differences, one of each piece of ``PIECE`` rows, weighed by how many it had.
-
-    The mean m = sum w d / sum w. A piece's variance goes with 1 / w, so that of the mean is
-    sum w (d - m)^2 / ((n - 1) sum w), with n = (sum w)^2 / sum w^2, Kish's effective number. Beyond
-    ``MEMORY`` rows older ones are forgotten exponentially.
-    """
-
-    mean: float = 0.0
-    weight: float = 0.0
-    squared_weights: float = 0.0
-    squares: float = 0.0  # sum of w (d - m)^2
-
-    def add(self, ones: Sequence[float], others: Sequence[float]) -> None:
-        """What one draft scored above another, row by row."""
-        rows = [one - other for one, other in zip(ones, others, strict=True)]
-        for start in range(0, len(rows), PIECE):
-            piece = rows[start : start + PIECE]
-            self._add(_mean(piece), len(piece))
-
-    def _add(self, difference: float, num_rows: int) -> None:
-        """Welford's update, weighted (West, Communications of the ACM 22, 1979)."""
-        self.weight += num_rows
-        self.squared_weights += num_rows**2
-        off = difference - self.mean
-        self.mean += num_rows / self.weight * off
-        self.squares += num_rows * off * (difference - self.mean)
-        kept = min(1.0, MEMORY / self.weight)
-        self.weight *= kept
-        self.squared_weights *= kept**2
-        self.squares *= kept
-
-    @property
-    def z(self) -> float:
-        """The mean in standard errors; 0 while there is too little to say."""
-        if self.weight < EVIDENCE_ROWS or self.mean == 0:
-            return 0.0
-        number = self.weight**2 / self.squared_weights
-        error = math.sqrt(max(0.0, self.squares) / ((number - 1) * self.weight))
-        return self.mean / error if error else math.copysign(math.inf, self.mean)
 
 
 @dataclass(slots=True)
@@ -203,9 +163,13 @@ class Watch:
 
     def check_due(self, settings: ShadowSettings) -> bool:
         """Whether the next comparison should take in the loaded draft and the last good one."""
-        pays = self.evidence.z >= settings.confidence
-        wait = settings.check_every * (CONVINCED if pays else 1)
+        wait = settings.check_every * self._seldom(settings)
         return not self.at_loaded and self.since_check >= wait
+
+    def _seldom(self, settings: ShadowSettings) -> int:
+        """How much longer what serves goes unwatched for having shown that it pays."""
+        pays = not self.at_loaded and self.evidence.z >= settings.confidence
+        return CONVINCED if pays else 1
 
     def overdue(self, settings: ShadowSettings, round_: int) -> bool:
         """Whether it is time to look at all rows that no update has had, between two updates.
@@ -214,7 +178,8 @@ class Watch:
         waits to take its place.
         """
         waits = not self.at_loaded or self.trials > 0
-        return waits and round_ - self.looked_at >= settings.check_rounds
+        wait = settings.check_rounds * self._seldom(settings)
+        return waits and round_ - self.looked_at >= wait
 
     def look(self, scores: Scores, settings: ShadowSettings, round_: int, version: int) -> Verdict:
         """Between updates: at the candidate that waits, or at what serves."""
@@ -236,7 +201,7 @@ class Watch:
     def judge(self, scores: Scores, settings: ShadowSettings, round_: int, version: int) -> Verdict:
         """Whether a candidate may take the place of ``version``, which serves."""
         assert scores.candidate is not None
-        ahead = _mean(scores.candidate) - _mean(scores.serving)
+        ahead = mean(scores.candidate) - mean(scores.serving)
         if self.at_loaded and self.trials == 0:
             self.looked_at = round_
         if scores.loaded is not None:
@@ -253,10 +218,10 @@ class Watch:
     def _check(self, scores: Scores, settings: ShadowSettings, version: int) -> None:
         """Compare what serves with the loaded draft; a version that is not worse is a good one."""
         assert scores.loaded is not None
-        serving, loaded = _mean(scores.serving), _mean(scores.loaded)
+        serving, loaded = mean(scores.serving), mean(scores.loaded)
         self.since_check = 0
         self.evidence.add(scores.serving, scores.loaded)
-        before = loaded if scores.good is None else _mean(scores.good)
+        before = loaded if scores.good is None else mean(scores.good)
         if serving >= max(loaded, before) - settings.tolerance:
             self.good = version
         if self.evidence.z >= settings.confidence:
@@ -271,12 +236,21 @@ class Watch:
             self.proving, self.trials = False, 0
             return self._publish(scores, "has shown that it is better than the draft as loaded")
         self.refused += 1
-        if self.trials < settings.trials and self.evidence.z > -settings.confidence:
+        if self.trials < settings.trials and self._promising(settings):
             return scores.verdict(False, "has yet to show that it is better than the loaded draft")
         self.trials, self.evidence = 0, Evidence()
         self._cool_down(settings, round_)
         reason = f"no better than the draft as loaded; {self.cooldown} rounds without an update"
         return scores.verdict(False, reason, back_to=version)
+
+    def _promising(self, settings: ShadowSettings) -> bool:
+        """Whether a candidate may yet show that it is better: a mean's z goes with the root of rows."""
+        evidence = self.evidence
+        on_course = math.sqrt(settings.prospect_rows / max(1.0, evidence.weight))
+        return (
+            evidence.weight < BEGINNING
+            or evidence.errors_ahead() * on_course >= settings.confidence
+        )
 
     def _publish(self, scores: Scores, reason: str) -> Verdict:
         self.since_check += 1
@@ -294,11 +268,14 @@ class Watch:
         self.refusals = 0
         return scores.verdict(False, f"{reason}; back to what serves", back_to=version)
 
-    def look_into(self, scores: Scores, settings: ShadowSettings, round_: int) -> Verdict | None:
+    def look_into(
+        self, scores: Scores, settings: ShadowSettings, round_: int, version: int, evidence: bool
+    ) -> Verdict | None:
         """Whether the draft is to blame for the fall; None while there are too few rows to say.
 
         It is if the best of what it could go back to scores more, with confidence, by at least half
-        of what a round has lost: text that has become harder is harder for that one too.
+        of what a round has lost: text that has become harder is harder for that one too. Scores of
+        rows that were never asked for before are ``evidence`` besides, as those of a look.
         """
         if len(scores.serving) < LEAST_ROWS:
             return None
@@ -306,14 +283,19 @@ class Watch:
         rivals = {0: scores.loaded}
         if scores.good is not None:
             rivals[self.good] = scores.good
-        best = max(rivals, key=lambda version: _mean(rivals[version]))
+        best = max(rivals, key=lambda version: mean(rivals[version]))
         harm = [rival - own for rival, own in zip(rivals[best], scores.serving, strict=True)]
-        mean, error = statistics.fmean(harm), statistics.stdev(harm) / math.sqrt(len(harm))
+        loss, error = mean(harm), statistics.stdev(harm) / math.sqrt(len(harm))
         fall = self.fall / max(1, self.falling) + self._tolerance
-        reason = f"acceptance fell by {fall:.2f}, version {best} scores {mean:+.3f}"
+        reason = f"acceptance fell by {fall:.2f}, version {best} scores {loss:+.3f}"
         self.fall, self.falling, self.lengths = 0.0, 0, 0
-        if mean >= BLAME * fall and mean >= settings.confidence * error:
+        if loss >= BLAME * fall and loss >= settings.confidence * error:
             return self._go_back(scores, settings, round_, best, reason)
+        if evidence:
+            self.looked_at = round_
+            self._check(scores, settings, version)
+            if self._outdone(settings):
+                return self._back_to_loaded(scores, settings, round_)
         return scores.verdict(False, reason)
 
     def _go_back(
@@ -334,9 +316,6 @@ class Watch:
         self.proving, self.fall, self.falling, self.evidence = False, 0.0, 0, Evidence()
 
     def _cool_down(self, settings: ShadowSettings, round_: int) -> None:
-        self.cooldown = max(settings.cooldown_rounds, 2 * self.cooldown)
+        usual = settings.cooldown_rounds
+        self.cooldown = min(max(usual, 2 * self.cooldown), LONGEST_PAUSE * usual)
         self.resumes_at = round_ + self.cooldown
-
-
-def _mean(scores: Sequence[float]) -> float:
-    return sum(scores) / len(scores)

@@ -23,8 +23,8 @@ class EarnedSettings(CostAwareSettings, frozen=True, kw_only=True):
     """
 
     rounds: Annotated[int, Meta(ge=1)] = 16
-    credit_rounds: Annotated[int, Meta(ge=1)] = 128
-    explore_share: Share = 0.02
+    credit_rounds: Annotated[int, Meta(ge=1)] = 48
+    explore_share: Share = 0.005
     reinvested_share: Share = 0.5
     idle_steps: Annotated[int, Meta(ge=0)] = 0
 

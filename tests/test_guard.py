@@ -33,6 +33,8 @@ from tests.conftest import make_drafter
 from tests.test_core import ROW, _round
 
 SAMPLED = Path("configs/sampled.yaml")
+LEARNT = 16  # versions: before, even random labels of far text teach which words it has
+POISONED = 40  # rounds
 UNDONE_WITHIN = 64  # rounds from the publication of a draft that loses a token a round
 
 
@@ -380,6 +382,48 @@ def test_poison_that_serves_is_undone(monkeypatch) -> None:
     assert not [e for e in events.of("decision") if e["round"] in pause]
     assert [e for e in events.of("decision") if e["round"] >= pause.stop]
     assert tokens == decode(world, build_arm(world, "plain", Events()))
+
+
+@pytest.mark.slow
+def test_the_default_guard_serves_no_poison(monkeypatch) -> None:
+    """On far text, where drafts serve once learning has shown that it pays: updates on random labels
+    for 40 rounds are all refused, the fourth refusal starts again from what serves, and what is
+    taught after them may serve."""
+    world, events = (
+        world_of(
+            "workload.prompts=null",
+            "workload.documents=tinyworld/documents/translated.jsonl",
+            "adapt.loss.kind=jensen_shannon",
+            "adapt.trainer.lr=1e-3",
+            "adapt.policy.num_steps=4",
+            "adapt.guard={kind: shadow, cooldown_rounds: 16}",  # tries again soon
+            tokens=600,
+        ),
+        Events(),
+    )
+    arm = build_arm(world, "adapted", events)
+    coscheduler: Any = arm.coscheduler
+    honest = coscheduler._buffer.sample
+    begun: list[tuple[int, int]] = []  # round, version
+
+    def sample() -> SignalBatch | None:
+        clean, version = honest(), coscheduler.version
+        if clean is None or version < LEARNT:
+            return clean
+        begun.append((coscheduler.totals.rounds, version))
+        return poisoned(clean) if coscheduler.totals.rounds < begun[0][0] + POISONED else clean
+
+    monkeypatch.setattr(coscheduler._buffer, "sample", sample)
+    decode(world, arm)
+    start, version = begun[0]
+    during = [e for e in events.of("publication") if start <= e["round"] < start + POISONED]
+    after = [e for e in events.of("publication") if e["round"] >= start + POISONED]
+    assert version == LEARNT
+    assert (len(during), len(events.of("rollback"))) == (0, 0)
+    assert after
+    verdicts = [e["verdict"] for e in events.of("verdict") if start < e["round"] < start + POISONED]
+    judged = [v for v in verdicts if v.candidate_score is not None]
+    assert [v.back_to for v in judged[:4]] == [None, None, None, version]
 
 
 @pytest.mark.slow

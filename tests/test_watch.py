@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import statistics
@@ -11,15 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cosched.evidence import EVIDENCE_ROWS, MEMORY, PIECE, Evidence
 from cosched.records import Verdict
 from cosched.totals import Totals
 from cosched.watch import (
-    EVIDENCE_ROWS,
+    BEGINNING,
     FALL_TOLERANCE,
     LEAST_ROWS,
-    MEMORY,
-    PIECE,
-    Evidence,
+    LONGEST_PAUSE,
     Scores,
     Watch,
 )
@@ -32,6 +32,7 @@ SETTINGS = Settings(
     check_every=4,
     cooldown_rounds=100,
     trials=12,
+    prospect_rows=1_000_000,  # all trials are made, but where a test is about giving up
     prove_first=False,
 )
 PROVE_FIRST = msgspec.structs.replace(SETTINGS, prove_first=True)
@@ -169,10 +170,13 @@ def test_a_draft_that_learning_made_worse_goes_back_and_cools_down() -> None:
     assert (watch.resumes_at, watch.at_loaded, watch.proving) == (150, True, True)
     # Trials that bring nothing serve nobody, and end in a longer pause each time.
     for round_, resumes in ((150, 350), (350, 750), (750, 1550)):
-        found = [judged(watch, draw.gauss(0, 0.1), round_=round_, version=2) for _ in range(12)]
+        found: list[Verdict] = []
+        while not found or found[-1].back_to is None:
+            ahead = draw.gauss(-0.05, 0.1)
+            found.append(judged(watch, ahead, round_=round_, version=2))
         assert not any(v.publish for v in found)
-        assert [v.back_to for v in found] == [None] * 11 + [2]
-        assert watch.resumes_at == resumes
+        assert BEGINNING // ROWS <= len(found) <= SETTINGS.trials
+        assert (found[-1].back_to, watch.resumes_at) == (2, resumes)
 
 
 def test_a_trial_that_is_better_serves_again() -> None:
@@ -195,9 +199,72 @@ def test_the_loaded_draft_serves_until_another_has_shown_that_it_is_better() -> 
     served = [trial(better, draw.gauss(0.2, 0.05)).publish for _ in range(LEAST + 1)]
     assert served == [False] * (LEAST - 1) + [True, True]
     assert better.evidence.mean == pytest.approx(0.2, abs=0.05)
-    found = [trial(worse, draw.gauss(-0.2, 0.05)) for _ in range(LEAST)]
+    found = [trial(worse, draw.gauss(-0.2, 0.05)) for _ in range(BEGINNING // ROWS)]
     assert not any(verdict.publish for verdict in found)
     assert (worse.resumes_at, worse.evidence) == (10 + 100, Evidence())
+
+
+def given_up(mean: float, prospect_rows: int, seed: int) -> int | None:
+    """After how many judgements, of noise of 0.1 tokens; None if the candidate serves."""
+    settings = msgspec.structs.replace(PROVE_FIRST, prospect_rows=prospect_rows)
+    watch, draw = Watch(), random.Random(seed)
+    for number in range(1, settings.trials + 1):
+        scores = Scores(serving=lengths(0.0), candidate=lengths(draw.gauss(mean, 0.1)))
+        verdict = watch.judge(scores, settings, 10, 0)
+        if verdict.publish:
+            return None
+        if verdict.back_to is not None:
+            assert watch.resumes_at == 10 + settings.cooldown_rounds
+            return number
+    raise AssertionError("neither served nor given up")
+
+
+def test_what_promises_nothing_is_given_up_early() -> None:
+    """Not before 64 rows; a candidate that brings nothing mostly then (200 seeds, fixed), while one
+    that brings a standard deviation and a half mostly serves. Who has patience makes all trials."""
+    first = BEGINNING // ROWS
+    nothing = [given_up(0.0, 512, seed) for seed in range(200)]
+    assert min(number or first for number in nothing) == first
+    assert sum(number == first for number in nothing) > 150
+    assert sum(number is None for number in nothing) < 10
+    better = [given_up(0.15, 512, seed) for seed in range(200)]
+    assert sum(number is None for number in better) > 160
+    patient = [given_up(0.0, 10**9, seed) for seed in range(200)]
+    assert max(number or 0 for number in patient) == SETTINGS.trials
+
+
+def test_who_is_given_up_would_not_have_made_it() -> None:
+    """A mean whose z is s after m rows has z = s sqrt(n / m) after n, if all goes on as it began."""
+    settings, draw = Settings(anchors=ROWS, confidence=3.0, prospect_rows=512), random.Random(6)
+    seen = set()
+    for _ in range(300):
+        watch, mean = Watch(), draw.choice([0.02, 0.05, 0.08])
+        while True:
+            scores = Scores(serving=lengths(0.0), candidate=lengths(draw.gauss(mean, 0.1)))
+            evidence = copy.deepcopy(watch.evidence)
+            evidence.add(scores.candidate, scores.serving)
+            z, rows, trials = evidence.errors_ahead(), evidence.weight, watch.trials + 1
+            verdict = watch.judge(scores, settings, 0, 0)
+            if verdict.publish:
+                break
+            doomed = rows >= 64 and z * math.sqrt(512 / rows) < 3
+            assert (verdict.back_to == 0) == (doomed or trials == settings.trials)
+            if verdict.back_to == 0:
+                seen.add((doomed, rows))
+                break
+    assert {rows for doomed, rows in seen if doomed} >= {64, 80, 96}
+
+
+def test_pauses_do_not_grow_for_ever() -> None:
+    """Text may change after months: what has been given up often is tried again all the same."""
+    watch, pauses = Watch(), []
+    settings = msgspec.structs.replace(PROVE_FIRST, prospect_rows=512)
+    worse = Scores(serving=lengths(0.0), candidate=lengths(-0.1))
+    for _ in range(8):
+        while watch.judge(worse, settings, 0, 0).back_to is None:
+            pass
+        pauses.append(watch.resumes_at)
+    assert pauses == [100 * min(2**n, LONGEST_PAUSE) for n in range(8)]
 
 
 def test_trials_on_fewer_rows_count_for_less() -> None:
@@ -258,7 +325,7 @@ def test_a_candidate_that_waits_is_looked_at_on_all_that_comes() -> None:
 
 def test_who_goes_back_has_lost_little() -> None:
     """In 64 checks of 16 rows with noise of 0.1 tokens, 300 runs (seeds fixed): a draft that is 0.05
-    worse always goes back, half of them at the first occasion; one that is 0.05 better hardly ever.
+    worse always goes back, half of them at the first occasion; one that is 0.05 better seldom.
     Where there is nothing to win most go back, and lose nothing by it."""
 
     def checks(mean: float) -> list[int]:
@@ -273,7 +340,7 @@ def test_who_goes_back_has_lost_little() -> None:
     worse = checks(0.05)
     assert len(worse) == 300
     assert statistics.median(worse) == LEAST
-    assert len(checks(-0.05)) < 0.03 * 300
+    assert len(checks(-0.05)) < 0.06 * 300
     assert 0.5 * 300 < len(checks(0.0)) < 300
 
 
@@ -392,18 +459,42 @@ def test_who_is_to_blame_for_a_fall(loaded: float, good: float, back_to: int | N
         loaded=[loaded + n * n for n in noise],
         good=[good + n * n for n in noise],
     )
-    verdict = watch.look_into(scores, SETTINGS, 40)
+    verdict = watch.look_into(scores, SETTINGS, 40, 7, evidence=False)
     assert verdict is not None
     assert (verdict.publish, verdict.back_to) == (False, back_to)
     assert not watch.alarmed(SETTINGS)  # asked and answered
     assert (watch.resumes_at, watch.rolled_back) == ((0, 0) if back_to is None else (140, 1))
 
 
+def test_what_is_asked_after_a_fall_is_evidence_too() -> None:
+    """Harder text is no reason to go back; that the loaded draft does better on it, again and again,
+    is, unless the same rows are shown each time. A look that has been had need not be had again."""
+
+    def goes_back(evidence: bool) -> int | None:
+        watch, draw = adapted(), random.Random(8)
+        for number in range(1, LEAST + 1):
+            watch.level, watch.lengths = 2.5, 100
+            while not watch.alarmed(SETTINGS):
+                watch.observe(1.5)
+            scores = Scores(lengths(0.0), loaded=lengths(draw.gauss(0.1, 0.1)))
+            verdict = watch.look_into(scores, SETTINGS, 300 * number, 7, evidence)
+            assert verdict is not None
+            assert watch.overdue(SETTINGS, 300 * number + 1) == (not evidence)
+            if verdict.back_to is not None:
+                return number
+        return None
+
+    assert goes_back(evidence=True) == LEAST
+    assert goes_back(evidence=False) is None
+
+
 def test_a_fall_waits_for_rows() -> None:
     """Too few to tell: the alarm stands until there are more."""
     watch = fallen()
     few = [1.0] * (LEAST_ROWS - 1)
-    assert watch.look_into(Scores(few, loaded=[4.0] * len(few)), SETTINGS, 0) is None
+    assert (
+        watch.look_into(Scores(few, loaded=[4.0] * len(few)), SETTINGS, 0, 7, evidence=True) is None
+    )
     assert watch.alarmed(SETTINGS)
 
 
