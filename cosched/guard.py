@@ -73,9 +73,9 @@ class ShadowGuard:
     """Scores candidates, and what serves, on rows that no update has had; ``watch.py`` decides.
 
     Without such rows (the request has just ended) a candidate waits for the next update. The last
-    good version is pinned in the publisher. An update on random labels is refused at its first
-    judgement; a draft that serves all the same and loses a token a round is undone within 64 rounds
-    with the default settings (``tests/test_guard.py``).
+    good version is pinned in the publisher. Updates on random labels are refused at their first
+    judgement; where a gate lets everything pass, a draft that loses a token a round is undone within
+    64 rounds (``tests/test_guard.py``).
     """
 
     def __init__(

@@ -11,8 +11,8 @@ from cosched.report.html import template
 from cosched.report.plots import WIDTH, styled
 from cosched.report.svg import PALETTE, SPARE, colour, new_figure, to_svg
 from cosched.report.table import percent
-from cosched.sweep.results import effects, points
-from cosched.sweep.table import CAPTION, point_cells
+from cosched.sweep.results import effects, points, texts_of
+from cosched.sweep.table import CAPTION, effect_cells, point_cells
 from cosched.telemetry.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def write_page(folder: Path, summary: SweepSummary, marker: str) -> Path:
         RunFolderError: it cannot be written.
     """
     by_drafter = points(summary)
-    texts = _texts(by_drafter)
+    texts = texts_of(point for some in by_drafter.values() for point in some)
     svg = gains(by_drafter)
     page = template("sweep.html.j2").render(
         palette=PALETTE,
@@ -48,20 +48,13 @@ def write_page(folder: Path, summary: SweepSummary, marker: str) -> Path:
             for drafter, some in by_drafter.items()
         },
         effects=[
-            (e.drafter, e.axis, e.label + " *" * e.is_default, percent(e.gain, signed=True),
-             percent(e.difference, signed=True), e.num_points)
-            for e in effects(summary)
+            (one.drafter, one.axis, *effect_cells(one)) for one in effects(summary)
         ],
         failures=summary.failures,
         num_missing=summary.num_missing,
         plan=(folder / marker).read_text(encoding="utf-8"),
     )  # fmt: skip
     return RunFolder(folder, marker).write("report.html", page)
-
-
-def _texts(by_drafter: dict[str, list[Point]]) -> list[str]:
-    cells = [cell for some in by_drafter.values() for point in some for cell in point.cells]
-    return list(dict.fromkeys(cell.text for cell in cells))
 
 
 def _ids(point: Point) -> str:
@@ -82,7 +75,7 @@ def gains(by_drafter: dict[str, list[Point]]) -> str | None:
     """Gain of every point, the best above: a bar for the mean of the texts, a dot for each text."""
     if not by_drafter:
         return None
-    texts = _texts(by_drafter)
+    texts = texts_of(point for some in by_drafter.values() for point in some)
     shown = {drafter: some[:MOST] for drafter, some in by_drafter.items()}
     heights = [0.5 + 0.2 * len(some) for some in shown.values()]
     figure = new_figure(WIDTH, 0.4 + sum(heights))

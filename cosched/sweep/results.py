@@ -17,6 +17,7 @@ from cosched.report.table import load_summary
 from cosched.sweep.plan import AxisInfo
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from cosched.sweep.plan import Cell, Plan
@@ -163,6 +164,11 @@ def points(summary: SweepSummary) -> dict[str, list[Point]]:
         point = Point(drafter=drafter, settings=cells[0].settings, gain=gain, cells=cells)
         found.setdefault(drafter, []).append(point)
     return {d: sorted(some, key=lambda p: -p.gain) for d, some in found.items()}
+
+
+def texts_of(some: Iterable[Point]) -> list[str]:
+    """Names of the texts that points were judged on, in order."""
+    return list(dict.fromkeys(cell.text for point in some for cell in point.cells))
 
 
 def effects(summary: SweepSummary) -> list[Effect]:

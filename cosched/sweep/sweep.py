@@ -33,7 +33,9 @@ class Sweep:
         self._num_workers = num_workers
         self._failures: dict[str, str] = {}
         everything = [*plan.controls.values(), *(cell.job for cell in plan.cells)]
-        self._recordings = [job for job in plan.recordings.values() if not _recorded(job)]
+        self._recordings = [
+            job for job in plan.recordings.values() if not finished(job.config.run_folder)
+        ]
         self._rest = [job for job in everything if not finished(job.config.run_folder)]
         self.num_known = len(everything) + len(plan.recordings) - len(self.jobs)
 
@@ -97,11 +99,6 @@ class Sweep:
             failures=failures,
             num_missing=num_missing,
         )
-
-
-def _recorded(job: Job) -> bool:
-    """A trace's ``trace.json`` is written last, the summary behind it."""
-    return finished(job.config.run_folder)
 
 
 def _failure(cell: Cell, message: str) -> Failure:

@@ -8,12 +8,12 @@ from rich import box
 from rich.table import Table
 
 from cosched.report.table import DASH, percent
-from cosched.sweep.results import effects, points
+from cosched.sweep.results import effects, points, texts_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cosched.sweep.results import Point, SweepSummary
+    from cosched.sweep.results import Effect, Point, SweepSummary
 
 SHOWN = 8
 CAPTION = (
@@ -30,7 +30,7 @@ def tables(summary: SweepSummary) -> Iterator[Table]:
 
 
 def _best(drafter: str, some: list[Point]) -> Table:
-    texts = list(dict.fromkeys(cell.text for point in some for cell in point.cells))
+    texts = texts_of(some)
     table = Table(
         title=f"{drafter}: {min(SHOWN, len(some))} best of {len(some)} points",
         title_justify="left",
@@ -87,9 +87,16 @@ def _effects(summary: SweepSummary) -> Iterator[Table]:
         table.add_row(
             "" if same else one.drafter,
             "" if same else one.axis,
-            one.label + " *" * one.is_default,
-            percent(one.gain, signed=True),
-            percent(one.difference, signed=True),
-            str(one.num_points),
+            *effect_cells(one),
         )
     yield table
+
+
+def effect_cells(one: Effect) -> list[str]:
+    """Label, mean gain, difference to the axis's middle, and of how many points."""
+    return [
+        one.label + " *" * one.is_default,
+        percent(one.gain, signed=True),
+        percent(one.difference, signed=True),
+        str(one.num_points),
+    ]
