@@ -203,7 +203,8 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     check_texts(loaded)
     target, drafter = sketch(loaded)
     console.print(to_yaml(loaded), markup=False, highlight=False)
-    console.print(footprint_table(footprint(loaded, target, drafter)))
+    in_sglang = loaded.engine.kind == "sglang"
+    console.print(footprint_table(footprint(loaded, target, drafter), in_sglang))
     _say_what_sglang_cannot(drafter.not_for_sglang())
     console.print(f"{config}: valid; a run would write {loaded.run_folder}", soft_wrap=True)
 

@@ -175,6 +175,24 @@ class Footprint:
             )
         )
 
+    @property
+    def within_sglang(self) -> int:
+        """What SGLang's ``mem_fraction_static`` has to hold beside the target and its cache.
+
+        SGLang gives its caches what is left of that share when its workers stand
+        (``Scheduler.init_model_worker``, 0.5.17 to 0.5.21). So it holds not only what SGLang loads,
+        but what is made with our worker too: the draft as we load it, the one that learns with its
+        first weights, and the masters.
+        """
+        loaded = min(self.draft, self.last_good)
+        made = loaded + self.trainer_copy + self.first_weights + self.masters
+        return self.draft + self.draft_cache + made
+
+    @property
+    def beside_sglang(self) -> int:
+        """What comes later, and has to find room outside of that share; activations not counted."""
+        return self.added - self.within_sglang
+
 
 def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> ReplayLimits:
     """The replay buffer's bounds, with what a row of it takes.

@@ -6,8 +6,9 @@ Nothing is allocated: networks are built on the meta device from the published `
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,10 +16,16 @@ import torch
 from cosched.config import load_config
 from cosched.footprint import TargetSketch, footprint
 from cosched.footprint import sketch as sketch_of
+from cosched.live_memory import LivePeak
+from cosched.records import SignalBatch
 from cosched.registry import DRAFTERS
 from cosched.testing.harness import make_target, make_trainer
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from tests.conftest import make_drafter
+
+if TYPE_CHECKING:
+    from cosched.config import Config
+    from cosched.protocols import Drafter
 
 QWEN3_8B = {
     "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288,
@@ -123,6 +130,12 @@ def pard_tensors() -> dict[str, list[int]]:
     return tensors
 
 
+def qwen3_8b_bytes() -> int:
+    """Of the target in bfloat16: layers, embedding, a head of its own, and the last norm."""
+    layer = sum(math.prod(shape) for shape in qwen3_layer("", 4096, 4096, 12288).values())
+    return 2 * (36 * layer + 2 * 151936 * 4096 + 4096)
+
+
 # name: target, draft, kind, drafted tokens, tensors, feature layers ("after that layer"; 36: the
 # final norm), millions of parameters, KiB of features and of draft keys and values a token
 CASES: dict[str, tuple[dict, dict, str, int, dict, tuple[int, ...], float, int, int]] = {
@@ -147,10 +160,14 @@ CASES: dict[str, tuple[dict, dict, str, int, dict, tuple[int, ...], float, int, 
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, tuple]:
     """A target's and a draft's folder with nothing in them but ``config.json``."""
     case = CASES[request.param]
-    for name, config in (("target", case[0]), ("draft", case[1])):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    write_folders(tmp_path, case[0], case[1])
     return tmp_path, case
+
+
+def write_folders(folder: Path, target: dict, draft: dict) -> None:
+    for name, config in (("target", target), ("draft", draft)):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
 
 
 def test_published_tensors(case: tuple[Path, tuple]) -> None:
@@ -230,6 +247,81 @@ def test_a_frozen_run_takes_nothing_for_training(case: tuple[Path, tuple]) -> No
     config = load_config(write_experiment(folder, kind, drafted), ["arms=[frozen]"])
     found = footprint(config, *sketch_of(config))
     assert found.added == found.draft + found.draft_cache
+
+
+CARD = 80 * 10**9
+# Of SGLang itself outside of its share, for an 8B target: activations of a prefill of 8192 tokens
+# and of a verification, CUDA graphs, workspaces of attention and BLAS, the context of CUDA.
+RESERVE = 6 * 2**30
+TOKENS = 2048  # of each running request that the caches must hold at least
+
+
+def states_peak(config: Config, drafter: Drafter) -> int:
+    """Most bytes of a micro-step until it has the draft's states, on the meta device.
+
+    Of as many requests as run, each with a full window, which share the anchors. Attention
+    is counted as it is without a fused kernel: none is known for grouped queries in float32.
+    """
+    limits, requests = config.adapt.replay, config.engine.max_batch
+    copy = drafter.clone(torch.float32)
+    copy.network().requires_grad_(True)
+    shape = (requests, limits.anchors // requests, drafter.num_draft_tokens)
+    rows = (requests, limits.window, 4096 * len(drafter.signal.feature_layers))
+    with torch.device("meta"):
+        batch = SignalBatch(
+            starts_R=torch.zeros(requests, dtype=torch.int64),
+            lengths_R=torch.zeros(requests, dtype=torch.int64),
+            tokens_RC1=torch.zeros(requests, limits.window + 1, dtype=torch.int64),
+            features_RCF=torch.zeros(rows, dtype=torch.bfloat16) if rows[-1] else None,
+            anchors_RN=torch.zeros(shape[:2], dtype=torch.int64),
+            paths_RNK=torch.zeros(shape, dtype=torch.int64),
+            teacher_RNKX=torch.zeros(*shape, 4096),
+            weights_RNK=torch.ones(shape),
+        )
+        with LivePeak() as live:
+            copy.replay_states(batch)
+    return live.peak
+
+
+@pytest.mark.parametrize(
+    ("kind", "draft"),
+    [("eagle3", QWEN3_EAGLE3), ("dflash", QWEN3_DFLASH), ("pard", PARD_06B)],
+)
+def test_shipped_configurations_fit_the_card_they_name(
+    kind: str, draft: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang's share holds what it must, and what it leaves holds the rest: "one GPU (80 GB)".
+
+    Guards against a fraction that was chosen for a smaller draft: DFlash's, at 0.75, left 19 GiB
+    for 22 and activations.
+    """
+    write_folders(tmp_path, QWEN3_8B, draft)
+    paths = [f"target.path={tmp_path / 'target'}", f"drafter.path={tmp_path / 'draft'}"]
+    config = load_config(Path(f"configs/serve_qwen3_8b_{kind}.yaml"), paths)
+    target, drafter = sketch_of(config)
+    found = footprint(config, target, drafter)
+    # How far rotary tables must reach is asked of the texts, which are not there.
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda _: 0)
+    share = config.engine.arguments["mem_fraction_static"] * CARD
+    a_token = 2 * target.cache_width + found.cache_bytes_per_token
+    caches = TOKENS * config.engine.max_batch * a_token
+    inside = qwen3_8b_bytes() + found.within_sglang - found.draft_cache + caches
+    assert inside <= share
+    assert found.beside_sglang + states_peak(config, drafter) + RESERVE <= CARD - share
+
+
+def test_what_training_takes_lies_within_or_beside(case: tuple[Path, tuple]) -> None:
+    """Beside SGLang's share lies what is made after its caches are: all but three copies in float32
+    and two drafts in bfloat16, of which one serves."""
+    folder, (_, _, kind, drafted, *_) = case
+    config = load_config(write_experiment(folder, kind, drafted))
+    found = footprint(config, *sketch_of(config))
+    held = found.num_draft_parameters
+    assert found.within_sglang == (2 * 2 + 3 * 4) * held + found.draft_cache
+    kept = 2 * held  # the one version of ``publish.keep``
+    assert found.beside_sglang == kept + (8 + 4) * held + found.loss + found.replay
+    frozen = load_config(write_experiment(folder, kind, drafted), ["arms=[frozen]"])
+    assert footprint(frozen, *sketch_of(frozen)).beside_sglang == 0
 
 
 def bytes_of(tensors: Any) -> int:

@@ -14,8 +14,11 @@ DASH = "\u2013"  # an en dash
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def footprint_table(footprint: Footprint) -> Table:
-    """One line for each thing that takes memory, with what it comes from."""
+def footprint_table(footprint: Footprint, in_sglang: bool = False) -> Table:
+    """One line for each thing that takes memory, with what it comes from.
+
+    ``in_sglang`` adds what SGLang's share of the memory does not hold.
+    """
     table = Table(title="memory", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("what")
     table.add_column("takes", justify="right")
@@ -59,6 +62,9 @@ def footprint_table(footprint: Footprint) -> Table:
         table.add_row(what, DASH if takes is None else in_units(takes), why)
     table.add_section()
     table.add_row("on top of the target", in_units(footprint.added), "activations come on top")
+    if in_sglang:
+        beside = in_units(footprint.beside_sglang)
+        table.add_row("of it beside SGLang", beside, "outside of mem_fraction_static")
     return table
 
 
