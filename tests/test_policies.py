@@ -80,6 +80,26 @@ def test_slack_refuses_other_zeros(key: str) -> None:
         load_config(QUICKSTART, ["adapt.policy.kind=slack", f"adapt.policy.{key}=0"])
 
 
+READY = {
+    "num_running": 1, "num_updates": 20, "rounds_since_update": 1000, "tokens_since_update": 9000,
+    "requests_since_update": 100, "acceptance_shortfall": 100, "seconds_earned": 100,
+    "seconds_drafting": 10, "seconds_verifying": 90, "round_index": 5000, "update_gain": 1.5,
+    "micro_step_seconds": 0.05, "recent_round_seconds": 0.02, "recent_acceptance_length": 2.0,
+    "expected_tokens_left": 5000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TRAINING)
+def test_a_spike_of_load_and_the_end_of_a_text(kind: str) -> None:
+    """Where there is reason to train, slack alone waits for a spike to pass, because it is the one
+    that keeps a latency; and goodput alone does not begin what the text cannot pay back. Counts know
+    neither, drift and earned go by what has been lost and won, which load and ends do not change."""
+    ready, spike = {}, {"num_running": 64, "num_queued": 50}
+    found = steps(policy(kind), [ready, spike, ready, {"expected_tokens_left": 3}], **READY)
+    waits = {"slack": [1, 0, 1, 1], "goodput": [1, 1, 1, 0]}
+    assert [bool(number) for number in found] == waits.get(kind, [1, 1, 1, 1])
+
+
 # --- counted cadences ----------------------------------------------------------------------
 
 
