@@ -56,7 +56,8 @@ def record(
     work: str, domain: str, text: str, tokens: int, max_prompts: int | None, drafters: list[str]
 ) -> str:
     """The trace of what the target says of a text, which is made if it is not there."""
-    name = f"{domain}-{text}-recorded"
+    prompts = "" if max_prompts is None else f"{max_prompts}x"
+    name = f"{domain}-{text}-{prompts}{tokens}-recorded"
     if not (ROOT / work / name / "summary.json").exists():
         overrides = [
             f"run.dir={work}",

@@ -53,7 +53,9 @@ class Evidence:
         return self.errors_ahead() if self.weight >= EVIDENCE_ROWS else 0.0
 
     def errors_ahead(self) -> float:
-        """The mean in standard errors, however few rows there are."""
+        """The mean in standard errors, however few rows there are; endless doubt where it is none."""
+        if not math.isfinite(self.mean):
+            return -math.inf
         if self.mean == 0 or self.weight**2 == self.squared_weights:  # nothing, or of one piece
             return 0.0
         number = self.weight**2 / self.squared_weights

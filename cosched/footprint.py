@@ -126,7 +126,8 @@ class Footprint:
     that logits take at once with all that is made of them, their gradients included, and that of a
     head that is trained once more than in ``gradients``. ``scores`` is the most that a guard takes
     at once which scores drafts: logits again, and the weights that it puts into the draft. It scores
-    between updates, never beside one, so of ``loss`` and ``scores`` only the larger one adds.
+    between updates, so of ``loss`` and ``scores`` only the larger one adds. (Several adapters that
+    learn in the background may do both at once: each of them by itself is counted as said.)
     """
 
     num_target_parameters: int | None
@@ -184,7 +185,7 @@ class Footprint:
         but what is made with our worker too: the draft as we load it, the one that learns with its
         first weights, and the masters.
         """
-        loaded = min(self.draft, self.last_good)
+        loaded = self.draft if self.num_trained else 0
         made = loaded + self.trainer_copy + self.first_weights + self.masters
         return self.draft + self.draft_cache + made
 

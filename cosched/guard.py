@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cosched.records import Decision, UpdateResult, Verdict
-from cosched.watch import Scores
+from cosched.watch import LEAST_ROWS, Scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -111,8 +111,9 @@ class ShadowGuard:
         if not alarmed and not watch.overdue(settings, round_):
             return None
         most, version = LOOKED_INTO * settings.anchors, self._publisher.version
-        batch = self._buffer.held_out(most, once=True)
-        evidence = batch is not None and batch.anchors_RN.numel() >= settings.anchors
+        enough = max(settings.anchors, LEAST_ROWS) if alarmed else 1
+        batch = self._buffer.held_out(most, once=True, at_least=enough)
+        evidence = batch is not None
         if alarmed and not evidence:  # it cannot wait for rows that were never asked for
             batch = self._buffer.held_out(most)
         if batch is None:

@@ -361,8 +361,10 @@ class Buffer(Protocol):
         """Rows to train on now; None while there are too few."""
         ...
 
-    def held_out(self, num_anchors: int, once: bool = False) -> SignalBatch | None:
-        """The newest rows that no sample has had; None while there are none.
+    def held_out(
+        self, num_anchors: int, once: bool = False, at_least: int = 1
+    ) -> SignalBatch | None:
+        """The newest rows that no sample has had; None while there are not ``at_least`` so many.
 
         What was given ``once`` is not given so again: evidence is made of new rows.
         """

@@ -141,17 +141,30 @@ class ReplayBuffer:
             self._forget_drawn()
         return _pad(drawn[::-1], self.draft_window) if drawn else None
 
-    def held_out(self, num_anchors: int, once: bool = False) -> SignalBatch | None:
+    def held_out(
+        self, num_anchors: int, once: bool = False, at_least: int = 1
+    ) -> SignalBatch | None:
         """The newest anchors, none of whose rows was in a sample, with the text that followed.
 
-        At most ``num_anchors``, shared as those of a sample; None while no request has one. Paths
-        are committed text, whatever ``rows`` says. What was given ``once`` is not given so again.
+        At most ``num_anchors``, shared as those of a sample; None while there are not ``at_least``
+        so many. Paths are committed text, whatever ``rows`` says. What was given ``once`` is not
+        given so again.
         """
-        path = self.limits.path
-        drawn = self._shared(
-            lambda one, share, _spare: one.untaught(share, path, once), num_anchors
-        )
-        return _pad(drawn, self.draft_window) if drawn else None
+        path, givers = self.limits.path, list[_RequestRows]()
+
+        def draw(one: _RequestRows, share: int, _spare: int) -> _Drawn | None:
+            drawn = one.untaught(share, path, once)
+            if drawn is not None:
+                givers.append(one)
+            return drawn
+
+        drawn = self._shared(draw, num_anchors)
+        if sum(len(one.anchors_N) for one in drawn) < at_least:
+            return None
+        if once:
+            for one in givers:
+                one.give(path)
+        return _pad(drawn, self.draft_window)
 
     def _shared(
         self, draw: Callable[[_RequestRows, int, int], _Drawn | None], num_anchors: int
@@ -300,11 +313,11 @@ class _RequestRows:
             return None
         first = max(1, max(self.taught_to, self.given_to if once else 0) - self.start)
         found = self._committed_paths(num_anchors, path, first, self.count)
-        if found is None:
-            return None
-        if once:
-            self.given_to = self.start + self.count - path + 1
-        return self._drawn(found)
+        return None if found is None else self._drawn(found)
+
+    def give(self, path: int) -> None:
+        """What is untaught now has been given once."""
+        self.given_to = self.start + self.count - path + 1
 
     def _drawn(self, found: _Found) -> _Drawn:
         """With what is kept as context, or of it what the window of the first anchor reaches."""

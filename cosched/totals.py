@@ -164,14 +164,13 @@ class Totals:
         """
         if not verdict.serving_score:
             return
-        if verdict.back_to == 0:
-            self._as_loaded()
-            return
         if verdict.candidate_score:
             self.scored = True
             ahead = max(1, self.updates - self.updates_at_served)
             brought = (verdict.candidate_score / verdict.serving_score) ** (1 / ahead)
             self.gain *= (brought / self.gain) ** UPDATE_WEIGHT
+        if verdict.back_to is not None and self.watch.at_loaded:
+            self._as_loaded()
 
     def note_trial(self, gains: tuple[float, ...]) -> None:
         """What one update with each of the objectives brought, or would have."""

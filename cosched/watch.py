@@ -64,10 +64,10 @@ class ShadowSettings(
     (standard errors) that they are better: on the rows that each update leaves out, and every
     ``check_rounds`` on all that no update has had. Those that have not shown it in ``trials``
     judgements of ``anchors`` rows are given up, and after 64 rows those that would not in
-    ``prospect_rows``, should they go on as they began: ``cooldown_rounds`` pass without an update, and
-    twice as many each time, up to 32 times. Without ``prove_first`` that is so only after going
-    back. To serve takes more evidence than to go back, because the draft as loaded is what users had
-    before.
+    ``prospect_rows``, should they go on as they began (more rows than trials have, because what learns
+    gets better): ``cooldown_rounds`` pass without an update, and twice as many each time, but never
+    more than 32 times as many. Without ``prove_first`` that is so only after going back. To serve
+    takes more evidence than to go back, because the draft as loaded is what users had before.
     """
 
     anchors: Positive = 32
@@ -152,8 +152,8 @@ class Watch:
     def _tolerance(self) -> float:
         """Tokens a round below the level that are no fall: of a low level half of what is to lose.
 
-        So a draft that is never right any more is noticed before it has lost four times
-        ``alarm_tokens``, if it was right for a tenth of a token a round before.
+        So a draft that is never right any more is noticed before it has lost four times the usual
+        ``alarm_tokens``, if it was right for an eighth of a token a round before.
         """
         return min(FALL_TOLERANCE, max(0.0, self.level - 1) / 2)
 

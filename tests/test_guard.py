@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from cosched.config import load_config
 from cosched.errors import ConfigError, PublicationError
 from cosched.experiment import Experiment
 from cosched.footprint import footprint, sketch
+from cosched.guard import ShadowGuard
 from cosched.guard import LOOKED_INTO
 from cosched.publish import InPlacePublisher, checksum
 from cosched.records import SignalBatch
@@ -28,7 +30,9 @@ from cosched.testing.harness import (
     make_target,
     serve,
 )
+from cosched.totals import Totals
 from cosched.training.shadow import Shadow
+from cosched.watch import ShadowSettings, Watch
 from tests.conftest import make_drafter
 from tests.test_core import ROW, _round
 
@@ -96,7 +100,8 @@ def test_evidence_is_given_once() -> None:
     )
     buffer.collect(_round(0, 0, 20, True, False))
     buffer.sample()
-    assert anchors(buffer.held_out(8, once=True)) == list(range(11, 19))
+    assert buffer.held_out(8, once=True, at_least=9) is None  # and nothing has been given by it
+    assert anchors(buffer.held_out(8, once=True, at_least=8)) == list(range(11, 19))
     assert buffer.held_out(8, once=True) is None
     assert anchors(buffer.held_out(8)) == list(range(11, 19))
     buffer.collect(_round(0, 20, 3, True, False))
@@ -181,7 +186,7 @@ def test_what_would_be_served_is_scored(scene) -> None:
 
 
 def test_ranks_share_the_work_and_have_the_same_scores(scene) -> None:
-    """Each scores every second anchor; all get all of them, in one order."""
+    """Each scores every second anchor; all get all of them, in the order that one would."""
     target, drafter, batch = scene
     weights = {name: p.detach() for name, p in drafter.network().named_parameters()}
     parts: dict[int, Any] = {}
@@ -202,7 +207,7 @@ def test_ranks_share_the_work_and_have_the_same_scores(scene) -> None:
     first, second = (shadow.scores(batch, [weights, weights]) for shadow in shadows)
     assert first == second
     alone = shadow_of(target, drafter).scores(batch, [weights])[0]
-    assert sorted(first[1]) == pytest.approx(sorted(alone), rel=1e-5)
+    assert first[1] == pytest.approx(alone, rel=1e-5)
     assert 0 < len(parts[0][0]) < len(alone)
 
 
@@ -233,6 +238,52 @@ def test_a_pinned_version_stays_whatever_comes_after_it() -> None:
     publisher.pin(0)
     publisher.publish({"norm.weight": network.norm.weight + 1})
     assert sorted(publisher._kept) == [6, 7]
+
+
+# --- what is looked at ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("alarm", "num_new", "asked", "evidence"),
+    [
+        (False, 3, [(True, 1)], 3),  # a look takes what there is, and only once
+        (True, 64, [(True, 32)], 64),  # after a fall too, where it is enough
+        (True, 31, [(True, 32), (False, 1)], 0),  # else all that no update has had, as no evidence
+        (False, 0, [(True, 1)], 0),
+    ],
+)
+def test_what_is_looked_at(
+    alarm: bool, num_new: int, asked: list[tuple[bool, int]], evidence: int
+) -> None:
+    """Rows count as evidence once; a fall is looked into all the same. 100 rows are untaught."""
+    seen: list[tuple[bool, int]] = []
+
+    def held_out(most: int, once: bool = False, at_least: int = 1) -> Any:
+        assert most == 128
+        seen.append((once, at_least))
+        number = num_new if once else 100
+        return SimpleNamespace(number=number) if number >= at_least else None
+
+    def scores(batch: Any, weights: list[Any]) -> list[list[float]]:
+        return [[2.0 - 0.1 * i] * batch.number for i in range(len(weights))]
+
+    guard = ShadowGuard(
+        ShadowSettings(),
+        SimpleNamespace(scores=scores),
+        SimpleNamespace(held_out=held_out),
+        SimpleNamespace(version=5, weights_of=lambda version: version, pin=lambda _: None),
+    )
+    totals = Totals(rounds=1000, watch=Watch(at_loaded=False, good=0, looked_at=1000))
+    if alarm:
+        totals.watch.fall, totals.watch.falling = 20.0, 20
+    else:
+        totals.watch.looked_at = 0
+    verdict = guard.watch(totals, candidate=lambda: pytest.fail("no candidate waits"))
+    assert seen == asked
+    assert totals.watch.evidence.weight == evidence
+    assert (verdict is None) == (not alarm and num_new == 0)
+    assert totals.watch.fall == 0
+    assert guard.watch(totals, candidate=dict) is None or not evidence
 
 
 # --- in a run ------------------------------------------------------------------------------

@@ -105,6 +105,14 @@ def test_many_rows_at_once_are_many_pieces(differences: list[float]) -> None:
     assert at_once.mean == pytest.approx(statistics.fmean(differences), abs=1e-12)
 
 
+def test_scores_that_are_no_numbers_speak_against_a_draft() -> None:
+    """Weights that have become NaN score NaN: that is no proof that they are better."""
+    for one in (math.nan, -math.nan, math.inf):
+        evidence = Evidence()
+        evidence.add([one] * EVIDENCE_ROWS, [2.0] * EVIDENCE_ROWS)
+        assert evidence.z == -math.inf
+
+
 def test_evidence_needs_rows_and_forgets() -> None:
     """A few rows say nothing; what was true long ago is outweighed."""
     evidence = Evidence()

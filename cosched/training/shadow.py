@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,14 +81,16 @@ class Shadow:
     ) -> list[list[float]]:
         ranks = self._ranks
         if ranks is None or ranks.size == 1:
-            return self._scores(batch, weights)
-        parts = ranks.gather(self._scores(share_of(batch, ranks.rank, ranks.size)[0], weights))
-        return [[score for part in parts for score in part[i]] for i in range(len(weights))]
+            parts = [self._scores(batch, weights)]
+        else:
+            parts = ranks.gather(self._scores(share_of(batch, ranks.rank, ranks.size)[0], weights))
+        return [_in_order([part[i] for part in parts]) for i in range(len(weights))]
 
     def _scores(
         self, batch: SignalBatch, weights: Sequence[Mapping[str, Tensor]]
-    ) -> list[list[float]]:
-        found: list[list[Tensor]] = [[] for _ in weights]
+    ) -> list[list[list[float]]]:
+        """Of each of the weights, request by request."""
+        found: list[list[list[float]]] = [[] for _ in weights]
         for request in range(len(batch.lengths_R)):
             one = _request(batch, request)
             counts_N = one.weights_RNK[0, :, 0] > 0
@@ -96,8 +99,9 @@ class Shadow:
             for lengths, candidate in zip(found, weights, strict=True):
                 kept_M = self.kept(states, teacher, candidate)
                 kept_NK = kept_M.unflatten(0, one.paths_RNK.shape[1:])
-                lengths.append((1 + kept_NK.cumprod(-1).sum(-1))[counts_N])
-        return [torch.cat(lengths).tolist() for lengths in found]  # host waits for the device
+                lengths_N = (1 + kept_NK.cumprod(-1).sum(-1))[counts_N]
+                lengths.append(lengths_N.tolist())  # host waits for the device
+        return found
 
     def _states(self, one: SignalBatch) -> Tensor:
         return self._copy.replay_states(one).flatten(0, 2)
@@ -147,6 +151,20 @@ class Shadow:
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         return (logits.float() / (self._temperature or 1.0)).softmax(-1)
+
+
+def _in_order(parts: Sequence[Sequence[Sequence[float]]]) -> list[float]:
+    """Scores of all requests in the order of their anchors, of which each rank has every n-th.
+
+    Evidence takes neighbours for one observation, so they must stay neighbours.
+    """
+    return [
+        score
+        for request in zip(*parts, strict=True)
+        for anchors in zip_longest(*request)
+        for score in anchors
+        if score is not None
+    ]
 
 
 class _Exchanging(nn.Module):
