@@ -18,8 +18,7 @@ from cosched.config import load_config
 from cosched.errors import ConfigError, PublicationError
 from cosched.experiment import Experiment
 from cosched.footprint import footprint, sketch
-from cosched.guard import ShadowGuard
-from cosched.guard import LOOKED_INTO
+from cosched.guard import LOOKED_INTO, ShadowGuard
 from cosched.publish import InPlacePublisher, checksum
 from cosched.records import SignalBatch
 from cosched.replay import ReplayBuffer, ReplayLimits
