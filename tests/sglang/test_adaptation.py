@@ -276,9 +276,10 @@ def test_a_guard_judges_what_would_serve(
 def test_a_policy_sees_what_learning_costs(
     credit: int, serve: Any, decode: Decode, report: Callable[[str], None]
 ) -> None:
-    """``earned`` beside the guard that scores, which are the defaults: it spends its credit, no more."""
+    """``earned`` beside the guard that scores, which are the defaults: it spends its credit, no more.
+    The guard's pauses are short, as the answers are."""
     policy = f"adapt.policy={{kind: earned, rounds: 4, credit_rounds: {credit}}}"
-    served = serve("eagle3", policy, "adapt.guard={kind: shadow}")
+    served = serve("eagle3", policy, "adapt.guard={kind: shadow, cooldown_rounds: 1}")
     assert tokens(served.answers) == tokens(plainly(decode))
     assert not served.of("failure")
     updates, judged = len(served.of("update")), len(served.of("verdict"))
