@@ -11,11 +11,11 @@ what became of the first candidate: ``+n``, it served after n rows that no updat
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import TYPE_CHECKING
 
 from bench_adaptation import ROOT, record, run
+from bench_never_worse import CONFIG, parsed
 from rich.console import Console
 from rich.table import Table
 
@@ -23,19 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-CONFIG = ROOT / "configs" / "never_worse.yaml"
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--drafters", nargs="+", default=["eagle3", "dflash", "pard"])
-    parser.add_argument("--domains", nargs="+", default=["code", "translated"])
-    parser.add_argument("--texts", nargs="+", default=["sampled", "documents"])
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--max-prompts", type=int, default=6)
-    parser.add_argument("--work", default="runs/bench_never_worse")
-    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value")
-    options = parser.parse_args()
+    options = parsed(__doc__)
     console = Console(width=120)
     table = Table("drafter", "text", "served", "given up", "first candidate of each text")
     for domain in options.domains:

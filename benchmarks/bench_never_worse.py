@@ -26,8 +26,9 @@ CONFIG = ROOT / "configs" / "never_worse.yaml"
 TAU_AT_LEAST, SPEED_AT_LEAST = 0.99, 0.98
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parsed(description: str | None) -> argparse.Namespace:
+    """The command line: which drafters, on which texts."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--drafters", nargs="+", default=["eagle3", "dflash", "pard"])
     parser.add_argument("--domains", nargs="+", default=["code", "translated"])
     parser.add_argument("--texts", nargs="+", default=["sampled", "documents"])
@@ -35,7 +36,11 @@ def main() -> None:
     parser.add_argument("--max-prompts", type=int, default=6)
     parser.add_argument("--work", default="runs/bench_never_worse")
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed(__doc__)
     console = Console(width=140)
     table = Table(
         "drafter", "text", "τ frozen", "τ frozen\n+window", "τ adapted\n+window", "of the\nbetter",

@@ -15,7 +15,7 @@ from cosched.registry import DRAFTERS, LOSSES, OBJECTIVES, POLICIES, Registry, d
 from cosched.watch import FiniteSettings, ShadowSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
     from pathlib import Path
 
 # Sections that a plugin types, and the kind where neither file nor defaults of the drafter name one.
@@ -86,14 +86,9 @@ def merge(given: DictConfig, changes: DictConfig, where: str) -> DictConfig:
     given = given.copy()
     with explained(where):
         for section, kinds in _sections().items():
-            places = [section]
-            if section.startswith("adapt."):
-                places += [section.replace("adapt", f"variants.{v}") for v in _variants(given)]
-            for place in places:
-                old, new = OmegaConf.select(given, place), OmegaConf.select(changes, place)
+            for old, new in _places(section, given, changes):
                 _forget_other_kind(old, new, kinds)
-        for place in ("adapt.scope", *(f"variants.{v}.scope" for v in _variants(given))):
-            old, new = OmegaConf.select(given, place), OmegaConf.select(changes, place)
+        for old, new in _places("adapt.scope", given, changes):
             if OmegaConf.is_dict(old) and OmegaConf.is_dict(new) and new.get("kind", LORA) != LORA:
                 for key in OF_ADAPTERS:
                     old.pop(key, None)
@@ -145,9 +140,14 @@ def explained(where: str) -> Generator[None]:
         raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
 
 
-def _variants(given: DictConfig) -> list[str]:
+def _places(section: str, given: DictConfig, changes: DictConfig) -> Iterator[tuple[Any, Any]]:
+    """What both say where a section stands: a section of ``adapt`` stands in each variant too."""
+    places = [section]
     variants = OmegaConf.select(given, "variants")
-    return [str(name) for name in variants] if isinstance(variants, DictConfig) else []
+    if section.startswith("adapt.") and isinstance(variants, DictConfig):
+        places += [section.replace("adapt", f"variants.{name}") for name in variants]
+    for place in places:
+        yield OmegaConf.select(given, place), OmegaConf.select(changes, place)
 
 
 def _sections() -> dict[str, Mapping[str, type[msgspec.Struct]]]:
