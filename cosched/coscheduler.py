@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cosched.protocols import Buffer, Guard, Policy, Publisher, Sink, Trainer
-    from cosched.records import Decision, Snapshot, UpdateResult, Verdict, VerifyRound
+    from cosched.records import (
+        Decision,
+        SignalBatch,
+        Snapshot,
+        UpdateResult,
+        Verdict,
+        VerifyRound,
+    )
 
 LOSSES_KEPT = 100_000
 
@@ -128,30 +135,36 @@ class Coscheduler:
         self._publish()
 
     def _train(self, num_running: int) -> UpdateResult | None:
-        """The next update's result, or that of the one that goes on in the background."""
+        """The next update's result, or that of the one that goes on in the background.
+
+        What is charged is what updates took. To be asked and to decline costs the learner nothing:
+        an idle server asks for hours, and would spend on it what it may spend on learning.
+        """
         assert self._trainer is not None
-        started = self._clock()
+        started, totals = self._clock(), self.totals
         if self._trainer.busy:
             result = self._trainer.finished()
-            self.totals.background_seconds += result.seconds if result else 0.0
-        elif self.totals.watch.resumes_at > self.totals.rounds:
-            result = None  # it cools down
+            if result is None:
+                return None
+            totals.background_seconds += result.seconds
         else:
-            result = self._update(self._policy.decide(self._snapshot(num_running)))
-        self.totals.update_seconds += self._clock() - started
+            due = self._due(num_running)
+            if due is None:
+                return None
+            result = self._trainer.update(*due)  # None: it goes on in the background
+        totals.update_seconds += self._clock() - started
         if result:
             self._note(result)
         return result
 
-    def _snapshot(self, num_running: int) -> Snapshot:
-        return self.totals.snapshot(num_running, self.version, self._buffer.num_tokens)
-
-    def _update(self, decision: Decision) -> UpdateResult | None:
-        """Train as decided; None where there is nothing to do, or it goes on in the background."""
-        assert self._trainer is not None
+    def _due(self, num_running: int) -> tuple[SignalBatch, Decision] | None:
+        """What to train on now and how; None where there is nothing to do."""
+        totals = self.totals
+        if totals.watch.resumes_at > totals.rounds:
+            return None  # it cools down
+        decision = self._policy.decide(self._snapshot(num_running))
         if not decision.num_steps:
             return None
-        totals = self.totals
         batch = self._buffer.sample()
         if batch is None:
             totals.starved += 1
@@ -159,7 +172,10 @@ class Coscheduler:
         totals.starved = 0
         totals.begin_update(decision.num_steps)
         self._sink.emit("decision", round=totals.rounds, decision=decision)
-        return self._trainer.update(batch, decision)
+        return batch, decision
+
+    def _snapshot(self, num_running: int) -> Snapshot:
+        return self.totals.snapshot(num_running, self.version, self._buffer.num_tokens)
 
     def _note(self, result: UpdateResult) -> None:
         totals = self.totals
