@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cosched.errors import PublicationError
@@ -102,9 +103,10 @@ class Coscheduler:
         return self._trainer is not None and self.learning
 
     def collect(self, round_: VerifyRound) -> None:
-        """Count a round and keep what it teaches."""
-        if self._learns:
-            self._buffer.collect(round_)
+        """Count a round and keep what it teaches; who has finished is known also while off."""
+        if self._trainer is not None:
+            kept = round_ if self._learns else replace(round_, segments=(), blocks=())
+            self._buffer.collect(kept)
         self.totals.observe(round_)
 
     def learn(self, num_running: int) -> None:

@@ -118,3 +118,24 @@ def test_a_round_says_how_much_is_left_and_who_waits() -> None:
     collector.verified(verified("a", "c"))
     *_, last = collector.counted([0, 0])
     assert last.tokens_left is None
+
+
+def test_a_prompt_that_nothing_follows_is_dropped_and_its_neighbours_stay() -> None:
+    """One that ends with its prompt is drafted for at most in a round that was under way."""
+    collector = RoundCollector()
+    collector.prefilled((prompt("a", 0, 4, 4), prompt("b", 0, 3, 3)))
+    collector.prefilled((prompt("c", 0, 2, 2),))
+    collector.verified(verified("a", "b", "c"))
+    assert collector.requests == {"a", "b", "c"}
+    collector.finish("a")
+    collector.finish("c")
+    assert collector.requests == {"b"}
+    rounds = list(collector.counted([1, 1, 1]))
+    assert [name for name, _, _ in texts(rounds)] == ["b", "b"]
+    assert [block.request_id for block in rounds[-1].blocks] == ["b"]
+    assert not any(round_.finished for round_ in rounds)
+    assert not list(collector.farewells())
+    collector.finish("b")
+    (last,) = collector.farewells()
+    assert (last.finished, last.blocks, last.num_running) == (("b",), (), 0)
+    assert not list(collector.farewells())

@@ -112,7 +112,7 @@ def start(
     """Starts servers; what a test leaves running is stopped at the end."""
     servers: list[Server] = []
 
-    def run(*words: str) -> Server:
+    def run(*words: str, **variables: str) -> Server:
         folder = tmp_path_factory.mktemp("server")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -124,7 +124,7 @@ def start(
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "cosched.cli", "serve", "-c", CONFIG, *ours, *theirs],
-                env=bare_environment,
+                env={**bare_environment, **variables},
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -276,6 +276,37 @@ def test_a_request_that_is_given_up_leaves_the_others_alone(
         assert time.monotonic() < until, "the aborted request still runs"
         time.sleep(0.2)
     assert server.get("/cosched/status")["failure"] is None
+
+
+def test_what_ends_at_once_and_idling_leave_the_learning_as_it_was(
+    start: Start, tmp_path: Path
+) -> None:
+    """SGLang tells its worker nothing of a request that ends with its prompt: forty of one token, or a
+    minute of health checks, left hardly an anchor to requests that ran. Idle ticks were charged as
+    training."""
+    events = tmp_path / "events.jsonl"
+    server = start("adapt.policy.rounds=4", COSCHED_EVENTS=str(events))
+
+    def newest_rows() -> int:
+        lines = [json.loads(line) for line in events.read_text().splitlines()]
+        return [line["result"]["num_rows"] for line in lines if line["kind"] == "update"][-1]
+
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client:
+        complete(client, 0, 160)
+        rows = newest_rows()
+        assert rows > 60
+        for number in range(40):
+            complete(client, number % 8, 1)
+        for path in ("/health_generate", "/health", "/health_generate"):
+            assert server.call(path)[0] == 200
+        complete(client, 1, 160)
+        assert newest_rows() == rows
+    before = server.get("/cosched/status")
+    time.sleep(2)
+    after = server.get("/cosched/status")
+    assert after["updates"] == before["updates"] > 0
+    assert after["update_seconds"] == before["update_seconds"] > 0
+    assert server.stop() == 0
 
 
 # --- what operators see ---------------------------------------------------------------------

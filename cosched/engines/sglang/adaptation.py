@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, Protocol
 
@@ -174,9 +174,16 @@ class Adaptation:
         """The request is done or was aborted."""
         self._collector.finish(request_id)
 
-    def queued(self, num_requests: int) -> None:
-        """So many requests found no place in the next batch."""
-        self._collector.num_queued = num_requests
+    @_never_raises
+    def chose(self, num_queued: int, gone: Callable[[set[str]], set[str]]) -> None:
+        """A batch was put together, and so many requests found no place in it.
+
+        ``gone`` tells which of some requests the scheduler has no more: they have finished, also
+        where SGLang says nothing of it (at the end of a prompt).
+        """
+        self._collector.num_queued = num_queued
+        for request_id in sorted(gone(self._collector.requests)):  # alike on all ranks
+            self._collector.finish(request_id)
 
     # --- between two forward passes --------------------------------------------------------
 
@@ -194,6 +201,7 @@ class Adaptation:
     def idle(self) -> None:
         """Nothing is running: the policy may train all the same."""
         self.step()
+        self._collect(self._collector.farewells())
         if self._failure is None and self._adapting:
             updates = self._coscheduler.totals.updates
             with torch.inference_mode(False), torch.no_grad():
@@ -202,7 +210,7 @@ class Adaptation:
                 self._look_after()
 
     @_never_raises
-    def _collect(self, ready: list[VerifyRound]) -> None:
+    def _collect(self, ready: Iterable[VerifyRound]) -> None:
         with torch.inference_mode(False), torch.no_grad():
             for round_ in ready:
                 self._coscheduler.collect(round_)

@@ -87,15 +87,37 @@ class RoundCollector:
         self.num_queued = 0  # requests that wait for a place, as far as is known
 
     def prefilled(self, prefill: Prefill) -> None:
-        self._waiting.append(prefill)
+        if prefill:
+            self._waiting.append(prefill)
 
     def verified(self, verified: Verified) -> None:
         self._waiting.append(verified)
 
+    @property
+    def requests(self) -> set[str]:
+        """Those that were seen and have not finished, as far as is known here."""
+        prefills = (one for one in self._waiting if isinstance(one, tuple))
+        return {*self._texts, *(prompt.request_id for one in prefills for prompt in one)}
+
     def finish(self, request_id: str) -> None:
-        """The request is done or was aborted; what still comes of it is dropped."""
+        """The request is done or was aborted; what still comes of it is dropped.
+
+        One that ends with its prompt is never drafted for, so no counts take its prompt from here:
+        that is dropped as well.
+        """
         if self._texts.pop(request_id, None) is not None:
             self._finished.append(request_id)
+        waiting, self._waiting = self._waiting, deque[Prefill | Verified]()
+        for one in waiting:
+            if isinstance(one, Verified):
+                self.verified(one)
+            else:
+                self.prefilled(tuple(prompt for prompt in one if prompt.request_id != request_id))
+
+    def farewells(self) -> Iterator[VerifyRound]:
+        """A round that only says who has finished, where nothing runs that would say it."""
+        if self._finished:
+            yield self._make(0, (), (), (0.0, 0.0), [])
 
     def counted(self, num_accepted: list[int]) -> Iterator[VerifyRound]:
         """Rounds up to the oldest verification that waits, whose counts these are."""

@@ -28,6 +28,7 @@ _PATHS: dict[str, str] = {
     "Engine": "sglang.srt.entrypoints.engine:Engine",
     "ForwardBatch": "sglang.srt.model_executor.forward_batch_info:ForwardBatch",
     "ForwardMode": "sglang.srt.model_executor.forward_batch_info:ForwardMode",
+    "HEALTH_CHECK_RID_PREFIX": "sglang.srt.constants:HEALTH_CHECK_RID_PREFIX",
     "HookRegistry": "sglang.srt.plugins.hook_registry:HookRegistry",
     "HookType": "sglang.srt.plugins.hook_registry:HookType",
     "LogitsProcessor": "sglang.srt.layers.logits_processor:LogitsProcessor",
@@ -86,6 +87,25 @@ def _unpadded_field() -> str:
 def unpadded(num_rows: int) -> dict[str, int]:
     """The argument of ``ForwardBatch`` that says how many of its rows are not padding."""
     return {_unpadded_field(): num_rows}
+
+
+def gone(request_ids: set[str], plan: Any, scheduler: Any) -> set[str]:
+    """Which of these requests a scheduler has no more, when it has planned its next batch.
+
+    It has those that run, those of the batch, the one whose prompt is run in pieces, and those that
+    wait (retracted ones among them). The plan's running batch is not yet the scheduler's own.
+    """
+    batches = [batch.reqs for batch in (plan.running_batch, plan.batch_to_run) if batch is not None]
+    pieces = [scheduler.chunked_req] if scheduler.chunked_req is not None else []
+    missing = request_ids - {request.rid for group in (*batches, pieces) for request in group}
+    if not missing:  # nearly always: a long queue is not gone through in every round
+        return missing
+    return missing - {request.rid for request in scheduler.waiting_queue}
+
+
+def is_health_check(request: Any) -> bool:
+    """Whether SGLang asks itself whether it answers (``/health``, ``/health_generate``)."""
+    return request.rid.startswith(resolve(_PATHS["HEALTH_CHECK_RID_PREFIX"]))
 
 
 def __getattr__(name: str) -> Any:

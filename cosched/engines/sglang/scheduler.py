@@ -1,9 +1,10 @@
-"""What SGLang's scheduler tells its worker: how many requests wait, and that it has nothing to run."""
+"""What SGLang's scheduler tells its worker: who waits, who is gone, and that it has nothing to run."""
 
 # pyright: reportMissingImports=false
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from cosched.engines.sglang import compat
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def watch_scheduler() -> None:
-    """Let the worker of a scheduler know of its queue, and when it idles."""
+    """Let the worker of a scheduler know of its requests, and when it idles."""
     compat.HookRegistry.register(compat.SCHEDULER_NEXT, _chose, compat.HookType.AFTER)
     compat.HookRegistry.register(compat.SCHEDULER_IDLE, _idled, compat.HookType.AFTER)
 
@@ -22,10 +23,11 @@ def _adaptation(scheduler: Any) -> Adaptation | None:
     return getattr(scheduler.draft_worker, "adaptation", None)
 
 
-def _chose(_batch: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+def _chose(plan: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
     """The next batch has been put together; who still waits found no place in it."""
     if (adaptation := _adaptation(scheduler)) is not None:
-        adaptation.queued(len(scheduler.waiting_queue))
+        gone = functools.partial(compat.gone, plan=plan, scheduler=scheduler)
+        adaptation.chose(len(scheduler.waiting_queue), gone)
 
 
 def _idled(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:

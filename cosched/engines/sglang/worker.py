@@ -134,6 +134,8 @@ class AdaptedWorker:
             for i, request in enumerate(batch.reqs):
                 start, length = batch.prefix_lens[i], batch.extend_lens[i]
                 end += length
+                if compat.is_health_check(request):
+                    continue
                 rows = None
                 if teacher_TX is not None:
                     kept = slice(end - min(length, self.adaptation.window), end)
