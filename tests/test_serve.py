@@ -25,7 +25,7 @@ from cosched.convert import convert
 from cosched.engines.sglang import launch, routes
 from cosched.engines.sglang.adaptation import Command, Status
 from cosched.engines.sglang.arguments import command_line, fixed_arguments, keyword_arguments
-from cosched.engines.sglang.control import Client, SocketOperator
+from cosched.engines.sglang.control import Client, SocketOperator, check
 from cosched.engines.sglang.launch import check_servable
 from cosched.engines.sglang.run_directory import RunDirectory
 from cosched.errors import ConfigError, ControlError
@@ -469,6 +469,19 @@ def test_a_name_goes_below_the_checkpoints(tmp_path: Path) -> None:
     """And nowhere else."""
     command = routes.command_of("save", b'{"path": "monday-1.0"}', tmp_path)
     assert command.path == str(tmp_path / "monday-1.0")
+
+
+def test_a_relative_run_folder_can_be_saved_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every shipped file has one, and another process writes there: it is handed an absolute path."""
+    monkeypatch.chdir(tmp_path)
+    relative = config("run.dir=runs", "run.name=mine")
+    folder = launch._folder_of_start(relative)
+    assert folder.parent == tmp_path / "runs" / "mine"
+    command = routes.command_of("save", b'{"path": "monday"}', folder / "checkpoints")
+    check(command)
+    assert command.path == str(folder / "checkpoints" / "monday")
 
 
 @pytest.mark.parametrize(

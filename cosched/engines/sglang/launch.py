@@ -238,12 +238,13 @@ def _signals_set(*_args: Any, **_kwargs: Any) -> None:
 
 
 def _folder_of_start(config: Config) -> Path:
-    """``runs/NAME/DATE-TIME``, with the settings in it."""
+    """``runs/NAME/DATE-TIME``, with the settings in it; absolute, for other processes write there."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    with explained(config.run_folder):
-        config.run_folder.mkdir(parents=True, exist_ok=True)
+    starts = config.run_folder.absolute()
+    with explained(starts):
+        starts.mkdir(parents=True, exist_ok=True)
     for suffix in ("", *(f"-{number}" for number in range(2, 100))):
-        folder = RunFolder(config.run_folder / f"{stamp}{suffix}")
+        folder = RunFolder(starts / f"{stamp}{suffix}")
         try:
             folder.create()
         except RunFolderError:
@@ -253,7 +254,7 @@ def _folder_of_start(config: Config) -> Path:
         (folder.path / "checkpoints").mkdir()
         folder.write("config.yaml", to_yaml(config))
         return folder.path
-    raise RunFolderError(f"{config.run_folder} has a hundred starts of this second")
+    raise RunFolderError(f"{starts} has a hundred starts of this second")
 
 
 @contextmanager

@@ -38,6 +38,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 def add_routes(app: Any, client: Client, checkpoints: Path, has_key: bool) -> None:
     """Answer operators on SGLang's port; ``save`` writes into ``checkpoints`` only."""
+    assert checkpoints.is_absolute(), "it is written to by another process"
     for verb in VERBS:
         method = "GET" if verb == "status" else "POST"
         endpoint = _endpoint(verb, client, checkpoints, has_key)
