@@ -1,11 +1,13 @@
 # A fresh machine needs Python >= 3.11 and make, nothing else.
 #   PYTHON       the interpreter that makes .venv, e.g. make demo PYTHON=python3.12
 #   PIP_ARGS     more arguments for pip, e.g. an index that has CPU-only builds of torch
+#   SERVE_ARGS   what the demo server is asked, e.g. make serve-demo SERVE_ARGS='--ask "Who was Euler?"'
 #   PYTEST_ARGS  more arguments for pytest, e.g. make test PYTEST_ARGS='-m "not slow" -k replay'
 
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+SERVE_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -14,24 +16,29 @@ PARALLEL := -n auto --maxprocesses=4
 PARITY_BIN := .venv-parity/bin
 PARITY_STAMP := .venv-parity/.installed
 SGLANG_STAMP := .venv-parity/.installed-sglang
+SERVE_STAMP := .venv-parity/.installed-cosched
 # Other versions of SGLang than the one that is tested all through (tests/sglang/test_versions.py)
 VERSIONS := 0.5.17 0.5.21 0.5.23
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test parity sglang versions examples lint format bench clean
+.PHONY: help venv demo test parity sglang versions serve-venv serve-demo examples lint format bench clean
 
 help:  ## Show this list
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@awk '/^#   / { print substr($$0, 2) }' Makefile
+
+define CHECK_PYTHON
+@command -v $(PYTHON) >/dev/null 2>&1 || { \
+  echo "cosched needs Python >= 3.11, and there is no '$(PYTHON)'. Name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+  echo "cosched needs Python >= 3.11, and '$(PYTHON)' is `$(PYTHON) -V 2>&1`. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+endef
 
 venv: $(STAMP)  ## Make .venv and install cosched into it
 
 $(STAMP): pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null 2>&1 || { \
-	  echo "cosched needs Python >= 3.11, and there is no '$(PYTHON)'. Name one: make PYTHON=python3.12 venv" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "cosched needs Python >= 3.11, and '$(PYTHON)' is `$(PYTHON) -V 2>&1`. Name another: make PYTHON=python3.12 venv" >&2; exit 1; }
+	$(CHECK_PYTHON)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { \
 	  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu it is a package of its own: apt install python3-venv" >&2; exit 1; }
 	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
@@ -52,6 +59,7 @@ examples: $(STAMP)  ## Install the example plugin from examples/ and run the con
 	  $(abspath $(BIN))/pytest $(PYTEST_ARGS)
 
 $(PARITY_STAMP): tests/parity/requirements.txt constraints.txt
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv .venv-parity
 	$(PARITY_BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt torch
 	$(PARITY_BIN)/python -m pip install $(PIP_ARGS) --no-deps -r tests/parity/requirements.txt
@@ -66,6 +74,16 @@ $(SGLANG_STAMP): $(PARITY_STAMP) tests/sglang/requirements.txt
 
 sglang: $(SGLANG_STAMP)  ## Run SGLang itself on the CPU with the tiny world, in .venv-parity
 	$(PARITY_BIN)/pytest tests/sglang $(PYTEST_ARGS)
+
+$(SERVE_STAMP): $(SGLANG_STAMP) pyproject.toml
+	$(PARITY_BIN)/python -m pip install $(PIP_ARGS) --no-deps -e .
+	@touch $@
+
+serve-venv: $(SERVE_STAMP)  ## Make .venv-parity: SGLang, which runs on a CPU there, and cosched
+
+serve-demo: $(SERVE_STAMP)  ## Serve a real chat model on this CPU, ask it one question, and stop
+	$(PARITY_BIN)/cosched realworld fetch
+	$(PARITY_BIN)/python examples/serve_demo.py $(SERVE_ARGS)
 
 # A folder before the installed package on the search path; their dependencies are the same.
 build/sglang-%: | $(SGLANG_STAMP)

@@ -52,6 +52,14 @@ def server_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 
 
 @pytest.fixture(scope="session")
+def bare_environment(server_environment: dict[str, str]) -> dict[str, str]:
+    """As a user's shell has it: cosched installed, nothing prepared for a CPU."""
+    kept = {n: v for n, v in server_environment.items() if n not in environment()}
+    paths = server_environment["PYTHONPATH"].split(os.pathsep)
+    return {**kept, "PYTHONPATH": os.pathsep.join(paths[:2]), "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="session")
 def decode(server_environment: dict[str, str]) -> Decode:
     from tests.sglang.serving import Decode  # after the environment above is set
 

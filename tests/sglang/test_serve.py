@@ -31,7 +31,6 @@ from cosched.engines.sglang import compat
 from cosched.engines.sglang.adaptation import Status
 from cosched.engines.sglang.arguments import command_line
 from cosched.engines.sglang.control import Client, SocketOperator
-from cosched.engines.sglang.cpu.environment import environment
 from cosched.engines.sglang.routes import add_routes
 from cosched.errors import ConfigError
 from tests.sglang.serving import ROOT, WORLD, Decode
@@ -41,14 +40,6 @@ CONFIG = "configs/serve_tiny_cpu.yaml"
 PATIENCE = 240  # seconds for a start, on a busy machine
 
 pytestmark = pytest.mark.sglang
-
-
-@pytest.fixture(scope="session")
-def bare_environment(server_environment: dict[str, str]) -> dict[str, str]:
-    """As a user's shell has it: cosched installed, nothing prepared for a CPU."""
-    kept = {n: v for n, v in server_environment.items() if n not in environment()}
-    paths = server_environment["PYTHONPATH"].split(os.pathsep)
-    return {**kept, "PYTHONPATH": os.pathsep.join(paths[:2]), "PYTHONUNBUFFERED": "1"}
 
 
 @dataclass

@@ -1,0 +1,72 @@
+"""``examples/serve_demo.py``, which ``make serve-demo`` runs, with the tiny world in the real model's place."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.sglang.serving import ROOT
+
+pytestmark = pytest.mark.sglang
+
+
+def demo(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "examples/serve_demo.py", "-c", "configs/serve_tiny_cpu.yaml", *words],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def started_by(environment: dict[str, str]) -> list[str]:
+    """Processes that run with this mark in their environment."""
+    mark = f"DEMO_MARK={environment['DEMO_MARK']}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(folder.name)
+        except OSError:  # it has ended, or is not ours
+            continue
+    return found
+
+
+@pytest.fixture
+def environment(bare_environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    return {**bare_environment, "DEMO_MARK": f"{os.getpid()}-{tmp_path.name}"}
+
+
+def test_it_answers_says_how_it_stands_and_is_gone(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """One question to a server that learns, and nothing of it is left running."""
+    words = [f"run.dir={tmp_path}", "adapt.policy.rounds=4", "--ask", "Write a function."]
+    shown = demo(environment, *words, "--tokens", "64")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    _, answer = shown.stdout.split("> Write a function.")
+    answer, status = answer.split("cosched control status:")
+    assert answer.strip()
+    updates = re.search(r"updates +(\d+)", status)
+    assert updates is not None
+    assert int(updates[1]) > 0
+    assert "failure                   None" in status
+    assert started_by(environment) == []
+
+
+def test_a_server_that_does_not_come_up_is_shown_to_say_why(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Its own last words, and no success."""
+    shown = demo(environment, f"run.dir={tmp_path}", "target.path=nowhere")
+    assert shown.returncode == 1
+    assert "target.path" in shown.stderr
+    assert "nowhere" in shown.stderr
+    assert started_by(environment) == []
