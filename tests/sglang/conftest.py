@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ import pytest
 from cosched.engines.sglang.cpu.environment import environment, install_stand_ins
 
 if TYPE_CHECKING:
+    from tests.sglang.server import Start
     from tests.sglang.serving import Decode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +58,27 @@ def bare_environment(server_environment: dict[str, str]) -> dict[str, str]:
     kept = {n: v for n, v in server_environment.items() if n not in environment()}
     paths = server_environment["PYTHONPATH"].split(os.pathsep)
     return {**kept, "PYTHONPATH": os.pathsep.join(paths[:2]), "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="session")
+def start(
+    bare_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Start]:
+    """Starts servers; what a test leaves running is stopped at the end."""
+    from tests.sglang.server import CONFIG, Server, launch  # after the environment above is set
+
+    servers: list[Server] = []
+
+    def run(*words: str, config: str = CONFIG, **variables: str) -> Server:
+        folder = tmp_path_factory.mktemp("server")
+        servers.append(launch(config, words, folder, {**bare_environment, **variables}))
+        servers[-1].wait()
+        return servers[-1]
+
+    yield run
+    for server in servers:
+        if server.process.poll() is None:
+            server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -5,19 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,104 +27,11 @@ from cosched.engines.sglang.arguments import command_line
 from cosched.engines.sglang.control import Client, SocketOperator
 from cosched.engines.sglang.routes import add_routes
 from cosched.errors import ConfigError
+from tests.sglang.server import CONFIG, PATIENCE, Server, Start
 from tests.sglang.serving import ROOT, WORLD, Decode
 from tests.test_serve import STATUS
 
-CONFIG = "configs/serve_tiny_cpu.yaml"
-PATIENCE = 240  # seconds for a start, on a busy machine
-
 pytestmark = pytest.mark.sglang
-
-
-@dataclass
-class Server:
-    """A running ``cosched serve``."""
-
-    process: subprocess.Popen[bytes]
-    url: str
-    log: Path
-    runs: Path
-    environment: dict[str, str]
-
-    def get(self, path: str, **headers: str) -> Any:
-        return self.call(path, None, **headers)[1]
-
-    def call(self, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-        """Status code and content; POST where there is a body."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, headers=headers)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                code, raw = response.status, response.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                code, raw = error.code, error.read()
-        try:
-            return code, json.loads(raw)
-        except ValueError:
-            return code, raw.decode()
-
-    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """What a user types while the server runs."""
-        return subprocess.run(
-            [sys.executable, "-m", "cosched.cli", *words],
-            env=self.environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
-
-    def wait(self) -> None:
-        until = time.monotonic() + PATIENCE
-        while "ready to roll" not in self.log.read_text():
-            assert self.process.poll() is None, self.log.read_text()[-8000:]
-            assert time.monotonic() < until, self.log.read_text()[-8000:]
-            time.sleep(0.3)
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
-
-
-Start = Callable[..., Server]
-
-
-@pytest.fixture(scope="session")
-def start(
-    bare_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Start]:
-    """Starts servers; what a test leaves running is stopped at the end."""
-    servers: list[Server] = []
-
-    def run(*words: str, **variables: str) -> Server:
-        folder = tmp_path_factory.mktemp("server")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        first = next((i for i, w in enumerate(words) if w.startswith("--")), len(words))
-        runs = os.path.relpath(folder / "runs", ROOT)  # as every shipped file has it
-        ours = [f"run.dir={runs}", *words[:first]]
-        theirs = [*words[first:], "--port", str(port)]
-        log = folder / "log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "cosched.cli", "serve", "-c", CONFIG, *ours, *theirs],
-                env={**bare_environment, **variables},
-                cwd=ROOT,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        url = f"http://127.0.0.1:{port}"
-        server = Server(process, url, log, folder / "runs", bare_environment)
-        servers.append(server)
-        server.wait()
-        return server
-
-    yield run
-    for server in servers:
-        if server.process.poll() is None:
-            server.stop()
 
 
 @pytest.fixture(scope="module")
