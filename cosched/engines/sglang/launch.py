@@ -144,7 +144,10 @@ def check_servable(config: Config) -> None:
             f"{settings.path.rstrip('/')}-sglang --format sglang"
         )
     if version_of("sglang") is None:
-        raise ConfigError("SGLang is not installed: pip install '.[sglang]' in cosched's folder")
+        raise ConfigError(
+            "SGLang is not installed: pip install '.[sglang]' in cosched's folder; without a GPU, "
+            "make serve-venv there, and run .venv-parity/bin/cosched"
+        )
 
 
 def _prepare_environment(config: Config) -> None:
