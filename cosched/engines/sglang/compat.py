@@ -57,6 +57,11 @@ _PATHS: dict[str, str] = {
     "run_server": "sglang.launch_server:run_server",
 }
 
+# Where some versions have a name instead
+_OR_ELSE = {  # to 0.5.18
+    "ConfigArgumentMerger": "sglang.srt.server_args_config_parser:ConfigArgumentMerger",
+}
+
 # Targets of hooks
 INTERNAL_STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
 LAUNCH = "sglang.srt.entrypoints.engine.Engine._launch_subprocesses"
@@ -111,6 +116,8 @@ def is_health_check(request: Any) -> bool:
 def __getattr__(name: str) -> Any:
     if name not in _PATHS:
         raise AttributeError(name)
-    value = resolve(_PATHS[name])
+    value = resolve(_PATHS[name], optional=name in _OR_ELSE)
+    if value is None:
+        value = resolve(_OR_ELSE[name])
     globals()[name] = value
     return value
