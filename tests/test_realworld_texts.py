@@ -1,0 +1,60 @@
+"""What drafts of the real world are taught on and what they are measured on never meet."""
+
+from __future__ import annotations
+
+import re
+
+from cosched.realworld.questions import (
+    FORMS,
+    HELD_OUT_TOPICS,
+    TRAINING_TOPICS,
+    held_out_questions,
+    training_questions,
+)
+
+SMALL_WORDS = {"a", "an", "the", "of", "in", "on", "to", "for", "with", "without", "and", "your"}
+VERBS = {"making", "going"}  # of which topics are many
+
+
+def _words(topics: list[str]) -> set[str]:
+    words = {word for topic in topics for word in re.findall(r"[a-z]+", topic.lower())}
+    return {word.removesuffix("s") for word in words - SMALL_WORDS - VERBS}
+
+
+def test_every_topic_is_asked_about_in_every_form_once() -> None:
+    questions = training_questions()
+    assert len(questions) == len(TRAINING_TOPICS) * len(FORMS) >= 2800
+    assert len({name for name, _ in questions}) == len(questions)
+    assert len({text for _, text in questions}) == len(questions)
+    assert not any("{" in text for _, text in questions)
+
+
+def test_the_order_of_the_questions_never_changes() -> None:
+    """An interrupted generation of answers goes on where it stopped: by place in this order."""
+    assert training_questions() == training_questions()
+    assert [name for name, _ in training_questions()[:3]] == [
+        "list-smartphones",
+        "opinion-sharing-a-flat-with-strangers",
+        "explain-medicinal-herbs",
+    ]
+
+
+def test_held_out_topics_share_no_word_with_training() -> None:
+    """Otherwise "chat at home" would be judged on what the drafts were taught."""
+    taught = _words([topic.name for topic in TRAINING_TOPICS])
+    held_out = _words([topic.name for topic in HELD_OUT_TOPICS])
+    assert len(HELD_OUT_TOPICS) == 40
+    assert not sorted(taught & held_out)
+    assert not {text for _, text in held_out_questions()} & {
+        text for _, text in training_questions()
+    }
+
+
+def test_no_training_question_asks_for_what_is_measured_as_shifted_traffic() -> None:
+    """Code, other languages, formats and very long answers are what a draft has to adapt to."""
+    shifted = re.compile(
+        r"\b(python|programs?|code|functions?|in (german|french|spanish|italian)|tables?|json|yaml"
+        r"|csv|html|markdown|shell|chapters?|in detail|(long|longer|detailed) \w+)\b",
+        re.IGNORECASE,
+    )
+    assert not [text for _, text in training_questions() if shifted.search(text)]
