@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
+from pathlib import Path
+
+import pytest
 
 from cosched.realworld.questions import (
     FORMS,
@@ -12,6 +17,7 @@ from cosched.realworld.questions import (
     training_questions,
 )
 
+ROOT = Path(__file__).parent.parent
 SMALL_WORDS = {"a", "an", "the", "of", "in", "on", "to", "for", "with", "without", "and", "your"}
 VERBS = {"making", "going"}  # of which topics are many
 
@@ -58,3 +64,35 @@ def test_no_training_question_asks_for_what_is_measured_as_shifted_traffic() -> 
         re.IGNORECASE,
     )
     assert not [text for _, text in training_questions() if shifted.search(text)]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("chat", 40), ("long", 24), ("languages", 32), ("formats", 24)]
+)
+def test_prompts_are_chat_of_our_own_without_near_duplicates(name: str, count: int) -> None:
+    """Two prompts that share most of their words would count one answer twice."""
+    prompts = _prompts(name)
+    assert len(prompts) == count
+    sets = [set(re.findall(r"\w+", text.lower())) for text in prompts.values()]
+    for one, other in itertools.combinations(sets, 2):
+        assert len(one & other) <= 0.6 * len(one | other)
+
+
+def test_chat_at_home_asks_about_every_held_out_topic() -> None:
+    """Chat differs from what the drafts were taught by its topics, and by nothing else."""
+    text = " ".join(_prompts("chat").values()).lower()
+    missing = [t.name for t in HELD_OUT_TOPICS if t.name.removesuffix("s").lower() not in text]
+    assert not missing
+    assert not set(_prompts("chat").values()) & {text for _, text in training_questions()}
+
+
+def _prompts(name: str) -> dict[str, str]:
+    prompts: dict[str, str] = {}
+    for line in (ROOT / "realworld" / "prompts" / f"{name}.jsonl").read_text("utf-8").splitlines():
+        record = json.loads(line)
+        (message,) = record["messages"]
+        assert set(record) == {"id", "messages"}
+        assert message["role"] == "user"
+        assert record["id"] not in prompts
+        prompts[record["id"]] = message["content"]
+    return prompts
