@@ -23,11 +23,11 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def sealed_folder(path: Path) -> Generator[Path]:
+def new_folder(path: Path) -> Generator[Path]:
     """A folder to write in; it takes the name ``path`` when it is done, in place of what is there.
 
-    Until then ``path`` is what it was. What an interruption leaves is hidden beside it and is
-    removed by the next attempt. ``SHA256SUMS`` (as ``sha256sum -c`` reads it) is written last.
+    Until then ``path`` is what it was. What a killed process leaves is hidden beside it and is
+    removed by the next attempt.
 
     Raises:
         RealWorldError: it cannot be written.
@@ -39,15 +39,30 @@ def sealed_folder(path: Path) -> Generator[Path]:
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        files = sorted(file for file in partial.rglob("*") if file.is_file())
-        sums = [f"{sha256_of(file)}  {file.relative_to(partial).as_posix()}\n" for file in files]
-        (partial / SUMS).write_text("".join(sums), encoding="utf-8")
         _take_the_place(partial, path, before)
     except OSError as error:
         raise RealWorldError(f"{path} cannot be written: {error}") from error
     finally:
         for left in (partial, before):
             shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def sealed_folder(path: Path) -> Generator[Path]:
+    """A new folder that also gets ``SHA256SUMS``, as ``sha256sum -c`` reads them.
+
+    Raises:
+        RealWorldError: it cannot be written.
+    """
+    with new_folder(path) as partial:
+        yield partial
+        (partial / SUMS).write_text(sums_of(partial), encoding="utf-8")
+
+
+def sums_of(path: Path) -> str:
+    """A line of SHA-256 and name for every file of a folder, by name."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return "".join(f"{sha256_of(file)}  {file.relative_to(path).as_posix()}\n" for file in files)
 
 
 def _take_the_place(partial: Path, path: Path, before: Path) -> None:

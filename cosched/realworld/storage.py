@@ -20,18 +20,17 @@ Letters: R rows, C columns.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cosched.errors import CheckpointError
-from cosched.realworld.folders import SUMS, sealed_folder
+from cosched.realworld.borrowing import Lender, borrowed, in_range, row_ids, sha256_of_tensor
+from cosched.realworld.folders import SUMS, new_folder, sealed_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,49 +63,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensors: dict[str, Kept]
 
 
-@dataclass(frozen=True, slots=True)
-class Lender:
-    """The target's tensors, read one at a time from the safetensors files of a folder."""
-
-    folder: Path
-    files: Mapping[str, Path]
-
-    @classmethod
-    def of(cls, folder: Path) -> Lender:
-        """Raises CheckpointError where the folder has no safetensors file or a damaged one."""
-        files: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with _reading(path) as opened:
-                files |= dict.fromkeys(opened.keys(), path)
-        if not files:
-            raise CheckpointError(f"no target in {folder}: it has no *.safetensors")
-        return cls(folder, files)
-
-    def matching(self, like: Tensor) -> list[str]:
-        """Names of matrices as wide as that one and no shorter."""
-        names: list[str] = []
-        for name, path in self.files.items():
-            with _reading(path) as opened:
-                shape = opened.get_slice(name).get_shape()
-            if len(shape) == 2 and shape[1] == like.shape[1] and shape[0] >= like.shape[0]:
-                names.append(name)
-        return names
-
-    def tensor(self, name: str, draft: Path) -> Tensor:
-        """Raises CheckpointError where the target has no such tensor."""
-        if name not in self.files:
-            raise CheckpointError(f"{draft} borrows {name}, and the target {self.folder} has none")
-        with _reading(self.files[name]) as opened:
-            return opened.get_tensor(name)
-
-
-def _reading(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
 def pack(draft: Path, destination: Path, target: Path) -> Manifest:
     """Write the compact form of a bfloat16 draft of that target; it appears whole or not at all.
 
@@ -121,7 +77,7 @@ def pack(draft: Path, destination: Path, target: Path) -> Manifest:
         entries[name], own = _keep(name, tensor, tensors, lender, draft)
         parts |= own
     manifest = Manifest("cosched-compact-1", entries)
-    with sealed_folder(destination) as folder:
+    with new_folder(destination) as folder:
         _copy_companions(draft, folder)
         save_file(parts, folder / COMPACT)
         text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
@@ -129,11 +85,18 @@ def pack(draft: Path, destination: Path, target: Path) -> Manifest:
     return manifest
 
 
-def expand(compact: Path, destination: Path, target: Path, same_target: bool = True) -> None:
+def expand(
+    compact: Path,
+    destination: Path,
+    target: Path,
+    same_target: bool = True,
+    notes: Mapping[str, str] | None = None,
+) -> None:
     """Write the draft in full, in the public format that it was packed from.
 
     Every tensor's SHA-256 is compared. Without ``same_target`` what is borrowed may be other
-    weights of the same shape: such a draft works, but is not the one that was measured.
+    weights of the same shape: such a draft works, but is not the one that was measured. ``notes``
+    are files to write beside.
 
     Raises:
         CheckpointError: the compact folder is damaged, or the target is not the one it was made for.
@@ -147,19 +110,16 @@ def expand(compact: Path, destination: Path, target: Path, same_target: bool = T
     tensors: dict[str, Tensor] = {}
     for name, entry in manifest.tensors.items():
         tensor = _restore(name, entry, parts, lender, compact)
-        borrowed = entry.source is not None
-        if sha256_of_tensor(tensor) != entry.sha256 and (same_target or not borrowed):
-            whose = f"the target {target} is not the one it was made for" if borrowed else "damaged"
+        lent = entry.source is not None
+        if sha256_of_tensor(tensor) != entry.sha256 and (same_target or not lent):
+            whose = f"the target {target} is not the one it was made for" if lent else "damaged"
             raise CheckpointError(f"{compact}: {name} is not what was packed ({whose})")
         tensors[name] = tensor
     with sealed_folder(destination) as folder:
         _copy_companions(compact, folder)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def sha256_of_tensor(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, as a safetensors file holds them."""
-    return hashlib.sha256(_bits(tensor).numpy().tobytes()).hexdigest()
+        for name, text in (notes or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -182,8 +142,8 @@ def _keep(
     dtype, shape = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
     if tensor.ndim != 2:
         return Kept("exact", dtype, shape, sha256_of_tensor(tensor)), {name: tensor}
-    if borrowed := _borrowed(tensor, tensors, lender, draft):
-        source, rows, offsets = borrowed
+    if lent := borrowed(tensor, tensors, lender, draft):
+        source, rows, offsets = lent
         kept: Literal["target", "target_rows"] = "target_rows" if rows else "target"
         return Kept(kept, dtype, shape, sha256_of_tensor(tensor), source, rows, offsets), {}
     if tensor.dtype != torch.bfloat16 or not tensor.isfinite().all():
@@ -208,8 +168,8 @@ def _restore(
         return dequantise(parts[name], parts[f"{name}.scale"])
     lent = lender.tensor(entry.source or "", compact)
     if entry.rows is not None:
-        ids_R = _row_ids(parts[entry.rows], entry.offsets)
-        if not _in_range(ids_R, lent):
+        ids_R = row_ids(parts[entry.rows], entry.offsets)
+        if not in_range(ids_R, lent):
             raise CheckpointError(f"{compact}: {name} borrows rows that {entry.source} has not")
         lent = lent[ids_R]
     if list(lent.shape) != entry.shape:
@@ -231,39 +191,3 @@ def quantise(weights_RC: Tensor) -> tuple[Tensor, Tensor]:
 def dequantise(values_RC: Tensor, scales_R: Tensor) -> Tensor:
     """The weights ``[R, C]`` in bfloat16."""
     return (values_RC.float() * scales_R[:, None]).to(torch.bfloat16)
-
-
-def _borrowed(
-    tensor: Tensor, tensors: Mapping[str, Tensor], lender: Lender, draft: Path
-) -> tuple[str, str | None, bool] | None:
-    """Where the target has the same bits: its tensor, the draft's map of rows, how that is read."""
-    for source in lender.matching(tensor):
-        lent = lender.tensor(source, draft)
-        if lent.dtype != tensor.dtype:
-            continue
-        if lent.shape == tensor.shape and _same_bits(lent, tensor):
-            return source, None, False
-        for name, rows in tensors.items():
-            if rows.ndim != 1 or rows.dtype != torch.int64 or len(rows) != len(tensor):
-                continue
-            for offsets in (False, True):
-                ids_R = _row_ids(rows, offsets)
-                if _in_range(ids_R, lent) and _same_bits(lent[ids_R], tensor):
-                    return source, name, offsets
-    return None
-
-
-def _row_ids(rows_R: Tensor, offsets: bool) -> Tensor:
-    return rows_R + torch.arange(len(rows_R)) if offsets else rows_R
-
-
-def _in_range(ids_R: Tensor, lent: Tensor) -> bool:
-    return bool(((ids_R >= 0) & (ids_R < len(lent))).all())
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(_bits(one), _bits(other))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
