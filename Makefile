@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(CHECK_PYTHON)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { \
 	  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu it is a package of its own: apt install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev,realworld]'
 	@touch $@
 
 demo: $(STAMP)  ## Decode real text with and without adaptation, and compare (minutes, on a CPU)
@@ -107,6 +107,6 @@ bench: $(STAMP) $(SGLANG_STAMP)  ## Run every benchmark; results go to benchmark
 	  echo "== $$script"; $(BIN)/python "$$script"; done
 	PYTHONPATH=. $(PARITY_BIN)/python benchmarks/bench_sglang.py
 
-clean:  ## Remove .venv, .venv-parity, dist and what tools left (runs/ and build/ stay)
+clean:  ## Remove .venv, .venv-parity, dist and what tools left (models/, runs/ and build/ stay)
 	rm -rf .venv .venv-parity dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find cosched drafters losses schedulers tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from cosched.errors import ConfigError, CoschedError
+from cosched.realworld.commands import realworld_app
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,6 +48,7 @@ tinyworld_app = typer.Typer(
     no_args_is_help=True, help="The small target, drafts and prompts that come with cosched."
 )
 app.add_typer(tinyworld_app, name="tinyworld")
+app.add_typer(realworld_app, name="realworld")
 
 ConfigFile = Annotated[Path, typer.Option("-c", "--config", help="The experiment, a YAML file.")]
 Overrides = Annotated[

@@ -61,3 +61,9 @@ class TinyWorldError(CoschedError, RuntimeError):
     """The tiny world cannot be built from what this machine has."""
 
     exit_code = 1
+
+
+class RealWorldError(CoschedError, RuntimeError):
+    """The public model, its drafts or its prompts cannot be had, or are not what they should be."""
+
+    exit_code = 2

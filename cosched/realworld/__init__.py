@@ -1,0 +1,1 @@
+"""The real world: a public chat model, drafts and prompts of our own; for claims, not for tests."""
