@@ -23,11 +23,14 @@ from cosched.build_served import ServedArm, ServedWorld, build_served_arm, build
 from cosched.config import Config, to_yaml
 from cosched.errors import ConfigError
 from cosched.protocols import ServesAdapters
+from cosched.report.intervals import cut
 from cosched.resume import ArmProgress, Progress
 from cosched.telemetry.metrics import (
     ArmSummary,
+    Part,
     RequestLog,
     RunSummary,
+    Turn,
     lossless_mismatches,
     round_figures,
 )
@@ -50,6 +53,7 @@ class _Running:
     arm: Arm | ServedArm
     logs: list[RequestLog] = field(default_factory=list)
     wall_seconds: float = 0.0
+    turns: list[Turn] = field(default_factory=list)
 
 
 class Experiment:
@@ -149,7 +153,7 @@ class Experiment:
             }
             while going:
                 for name, (one, rounds) in list(going.items()):
-                    if not self._turn(one, rounds):
+                    if not self._turn(one, rounds, number):
                         del going[name]
             self._keep_progress(folder, number)
 
@@ -159,8 +163,9 @@ class Experiment:
             assert isinstance(one.arm, ServedArm)
             checkpoint = folder.path.absolute() / "checkpoints" / one.arm.name
             with one.arm.engine.running(checkpoint if adapts(one.arm.name) else None):
-                for group in _groups(self.world.requests, self.config.engine.max_batch):
-                    with self._timed(one) as finished:
+                groups = _groups(self.world.requests, self.config.engine.max_batch)
+                for number, group in enumerate(groups, 1):
+                    with self._timed(one, number) as finished:
                         finished.extend(one.arm.engine.generate(group))
 
     def _start(self, folder: RunFolder) -> int:
@@ -178,7 +183,7 @@ class Experiment:
         self._events.open(folder.path / "events.jsonl", keep_bytes=progress.events_bytes)
         for one in self._arms:
             kept = progress.arms[one.arm.name]
-            one.logs, one.wall_seconds = kept.logs, kept.wall_seconds
+            one.logs, one.wall_seconds, one.turns = kept.logs, kept.wall_seconds, kept.turns
             one.arm.engine.seconds = kept.engine_seconds
             learner = one.arm.coscheduler if isinstance(one.arm, Arm) else None
             if learner is not None and kept.totals is not None:
@@ -195,7 +200,9 @@ class Experiment:
             if isinstance(one.arm, Arm) and one.arm.coscheduler is not None:
                 totals, version, tensors[one.arm.name] = one.arm.coscheduler.state()
             seconds = one.arm.engine.seconds
-            arms[one.arm.name] = ArmProgress(one.logs, one.wall_seconds, seconds, totals, version)
+            arms[one.arm.name] = ArmProgress(
+                one.logs, one.wall_seconds, seconds, totals, version, one.turns
+            )
         resume_state.save(folder, Progress(groups_done, self._events.flush(), arms), tensors)
 
     def _build(self, name: str, writer: TraceWriter | None) -> Arm | ServedArm:
@@ -218,10 +225,10 @@ class Experiment:
         self._tokens[name] += number
         self._on_tokens(name, number)
 
-    def _turn(self, one: _Running, rounds: Iterator[list[FinishedRequest]]) -> bool:
+    def _turn(self, one: _Running, rounds: Iterator[list[FinishedRequest]], group: int) -> bool:
         """Decode on in one arm; whether there is more to do."""
         until, more = self._tokens[one.arm.name] + self._turn_tokens, True
-        with self._timed(one) as finished_requests:
+        with self._timed(one, group) as finished_requests:
             while more and self._tokens[one.arm.name] < until:
                 finished = next(rounds, None)
                 more = finished is not None
@@ -229,14 +236,18 @@ class Experiment:
         return more
 
     @contextmanager
-    def _timed(self, one: _Running) -> Generator[list[FinishedRequest]]:
-        """Wall time counts, and what is in the list is kept, also when it is interrupted."""
-        started = time.perf_counter()
+    def _timed(self, one: _Running, group: int) -> Generator[list[FinishedRequest]]:
+        """A turn: its time counts, and what is in the list is kept, also when it is interrupted."""
+        before, started = self._tokens[one.arm.name], time.perf_counter()
         finished_requests: list[FinishedRequest] = []
         try:
             yield finished_requests
         finally:
-            one.wall_seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            one.wall_seconds += seconds
+            if tokens := self._tokens[one.arm.name] - before:
+                one.turns.append(Turn(group, tokens, seconds))
+                self._events.emit("turn", arm=one.arm.name, turn=one.turns[-1])
             for finished in finished_requests:
                 self._keep(one, finished)
                 if self._writer is not None and one is self._arms[0]:
@@ -256,6 +267,7 @@ class Experiment:
         running = self._arms
         greedy = self.world.sampling.greedy or self.world.forced
         reference = running[0].logs if greedy else None
+        parts, parts_of = cut({one.arm.name: one.turns for one in running})
         return RunSummary(
             run={
                 "name": self.config.run.name,
@@ -267,6 +279,7 @@ class Experiment:
                 "temperature": self.world.sampling.temperature,
                 "lossless_reference": running[0].arm.name if greedy else None,
                 "max_batch": self.config.engine.max_batch,
+                "parts_of": parts_of,
                 "recorded": self._writer is not None,
                 "num_draft_tokens": self.config.drafter_settings.num_draft_tokens,
                 "drafter": self.config.drafter_settings.kind,
@@ -278,7 +291,7 @@ class Experiment:
                 "torch": str(torch.__version__),
                 "machine": f"{platform.machine()} {platform.system()}",
             },
-            arms={one.arm.name: _arm_summary(one, reference) for one in running},
+            arms={o.arm.name: _arm_summary(o, reference, parts[o.arm.name]) for o in running},
         )
 
     def _save_drafts(self, folder: RunFolder) -> None:
@@ -312,7 +325,9 @@ def _num_tokens(one: _Running) -> int:
     return sum(len(log.generated) for log in one.logs)
 
 
-def _arm_summary(one: _Running, reference: list[RequestLog] | None) -> ArmSummary:
+def _arm_summary(
+    one: _Running, reference: list[RequestLog] | None, parts: list[Part]
+) -> ArmSummary:
     figures = round_figures(one.logs)
     engine, coscheduler = one.arm.engine.seconds, one.arm.coscheduler
     totals = coscheduler.totals if coscheduler else None
@@ -342,6 +357,7 @@ def _arm_summary(one: _Running, reference: list[RequestLog] | None) -> ArmSummar
         refused_updates=totals.watch.refused if totals else 0,
         rollbacks=totals.watch.rolled_back if totals else 0,
         guard_seconds=totals.guard_seconds if totals else 0.0,
+        parts=parts,
     )
 
 

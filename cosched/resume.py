@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cosched.engines.embedded.engine import EngineSeconds
 from cosched.errors import RunFolderError
-from cosched.telemetry.metrics import RequestLog
+from cosched.telemetry.metrics import RequestLog, Turn
 from cosched.telemetry.run_folder import RunFolder, explained
 from cosched.totals import Totals
 
@@ -35,6 +35,7 @@ class ArmProgress(msgspec.Struct, frozen=True):
     engine_seconds: EngineSeconds
     totals: Totals | None
     version: int
+    turns: list[Turn] = []
 
 
 class Progress(msgspec.Struct, frozen=True):

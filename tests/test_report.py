@@ -17,10 +17,11 @@ from cosched.records import RoundRow
 from cosched.report.events import ArmEvents, in_time, read_events
 from cosched.report.findings import comparisons, headline
 from cosched.report.html import write_report
+from cosched.report.intervals import cut
 from cosched.report.remarks import lossless_line, text_remark
 from cosched.report.table import arm_cells, load_summary, summary_table
 from cosched.report.timeline import tokens_at
-from cosched.telemetry.metrics import ArmSummary, RequestLog, RunSummary, round_figures
+from cosched.telemetry.metrics import ArmSummary, RequestLog, RunSummary, Turn, round_figures
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,9 +57,13 @@ def make_run(
             for version, loss in enumerate(losses, 1):
                 _update(log, arm, version, loss)
         found[arm] = _summary(arm, logs, (speeds or SPEEDS).get(arm, 90.0), losses)
+    parts, parts_of = cut({arm: _turns(arm, one, num_requests) for arm, one in found.items()})
+    for arm, own in parts.items():
+        found[arm].parts = own
     (folder / "events.jsonl").write_bytes(b"".join(log))
     facts = {"name": "made up", "engine": "embedded", "text": "greedy", "interrupted": False}
     facts |= {"lossless_reference": arms[0] if arms else None, "seconds": 1.5}
+    facts |= {"parts_of": parts_of}
     summary = RunSummary(run=facts | run, arms=found)
     (folder / "summary.json").write_bytes(msgspec.json.encode(summary))
     (folder / "config.yaml").write_text("run:\n  name: <made up>\nengine:\n  max_batch: 1\n")
@@ -118,6 +123,14 @@ def _summary(
     )
 
 
+def _turns(arm: str, summary: ArmSummary, num_requests: int) -> list[Turn]:
+    """Ten of each request, not all equally fast; together they take the arm's wall time."""
+    rng = random.Random(arm)
+    shares = [rng.uniform(0.98, 1.02) for _ in range(10 * num_requests)]
+    seconds = summary.seconds["wall"] / sum(shares)
+    return [Turn(turn // 10, 15, share * seconds) for turn, share in enumerate(shares)]
+
+
 def page_of(folder: Path) -> str:
     return write_report(folder).read_text(encoding="utf-8")
 
@@ -164,13 +177,13 @@ def test_missing_or_damaged_summary(tmp_path: Path, content: bytes | None) -> No
         load_summary(tmp_path / "absent")
 
 
-@pytest.mark.parametrize(("width", "num_columns"), [(120, 11), (100, 11), (80, 9), (60, 7)])
+@pytest.mark.parametrize(("width", "num_columns"), [(124, 11), (100, 8), (80, 6), (60, 5)])
 def test_table_rows(tmp_path: Path, width: int, num_columns: int) -> None:
     """One row per arm in the order of the run; a narrow terminal loses columns, never digits."""
     summary = make_run(tmp_path / "run")
     output = io.StringIO()
     Console(file=output, width=width, color_system=None).print(summary_table(summary))
-    printed = output.getvalue().replace("\u00a0", "")
+    printed = output.getvalue().replace("\u00a0", "").replace("\u00d7 (", "\u00d7(")
     rows = [line.split() for line in printed.splitlines() if line.startswith(ALL_ARMS, 1)]
     assert [row[0] for row in rows] == list(ALL_ARMS)
     assert {len(row) for row in rows if row[0] == "plain"} == {num_columns}
@@ -182,7 +195,9 @@ def test_table_ratios(tmp_path: Path) -> None:
     """Speeds are divided by those of plain and of frozen; requests are counted for the texts."""
     summary = make_run(tmp_path / "run")
     cells = arm_cells(summary, "adapted")
-    assert cells[5:8] == ["180.0", "1.80\u00d7", "1.20\u00d7"]
+    assert cells[5] == "180.0"
+    assert cells[6].startswith("1.80\u00d7 (1.7")
+    assert cells[7].startswith("1.20\u00d7 (1.1")
     assert cells[-1] == "0 of 3"
     assert arm_cells(summary, "plain")[-1] == "ref."
 
@@ -192,7 +207,7 @@ def test_table_without_plain_or_text_to_compare(tmp_path: Path) -> None:
     summary = make_run(tmp_path / "run", ("frozen", "adapted"))
     summary.arms["adapted"].lossless_mismatches = None
     cells = arm_cells(summary, "adapted")
-    assert (cells[6], cells[7], cells[-1]) == ("\u2013", "1.20\u00d7", "\u2013")
+    assert (cells[6], cells[7][:5], cells[-1]) == ("\u2013", "1.20\u00d7", "\u2013")
 
 
 # --- what is said of it ----------------------------------------------------------------------
@@ -207,7 +222,7 @@ def test_headline_has_the_numbers(tmp_path: Path) -> None:
     assert f"adapted committed {ours:.2f}" in sentence
     assert f"frozen {theirs:.2f}" in sentence
     assert f"(+{100 * (ours / theirs - 1):.0f}\u00a0%" in sentence
-    assert "1.20\u00d7 the speed of frozen" in sentence
+    assert re.search(r"1\.20\u00d7 \(1\.1\d\u20131\.2\d\) the speed of frozen", sentence)
     assert sentence in page
 
 

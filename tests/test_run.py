@@ -23,6 +23,7 @@ from cosched.engines.embedded.engine import EngineSeconds
 from cosched.errors import ConfigError, CoschedError, RunFolderError
 from cosched.experiment import TURN_TOKENS, Experiment
 from cosched.resume import ArmProgress, Progress, load, save
+from cosched.telemetry.metrics import Turn
 from cosched.telemetry.run_folder import RunFolder
 from cosched.totals import Totals
 
@@ -132,7 +133,8 @@ def test_arms_take_turns(tmp_path: Path, settings: dict, background: bool) -> No
     settings["arms"] = ["frozen", "adapted"]
     settings["adapt"]["trainer"] = {"background": background}
     config, said = load_config(write(tmp_path, settings)), []
-    Experiment(config).run(new_folder(config), lambda arm, number: said.append((arm, number)))
+    folder = new_folder(config)
+    summary = Experiment(config).run(folder, lambda arm, number: said.append((arm, number)))
     turns = [
         (arm, sum(number for _, number in turn))
         for arm, turn in itertools.groupby(said, key=lambda one: one[0])
@@ -141,6 +143,12 @@ def test_arms_take_turns(tmp_path: Path, settings: dict, background: bool) -> No
     longest = config.drafter_settings.num_draft_tokens + TURN_TOKENS
     assert all(number == 48 if background else number <= longest for _, number in turns)
     assert len(turns) == (4 if background else 8)
+    kept = _turns(folder.path)
+    assert [(turn["arm"], turn["tokens"]) for turn in kept] == turns
+    assert [turn["group"] for turn in kept] == sorted([1, 2] * (len(turns) // 2))
+    for name, arm in summary.arms.items():
+        seconds = sum(turn["seconds"] for turn in kept if turn["arm"] == name)
+        assert seconds == pytest.approx(arm.seconds["wall"], rel=0.05)
 
 
 @pytest.mark.slow
@@ -194,6 +202,25 @@ def _rounds(folder: Path, arm: str) -> list[tuple]:
     return sorted(
         tuple(e["row"].values()) for e in events if e["kind"] == "round" and e["arm"] == arm
     )
+
+
+def _turns(folder: Path) -> list[dict]:
+    events = [json.loads(line) for line in events_of(folder)]
+    return [e["turn"] | {"arm": e["arm"]} for e in events if e["kind"] == "turn"]
+
+
+def test_parts_are_what_the_arms_did(tmp_path: Path, settings: dict) -> None:
+    """Six requests make six parts: the same text in each arm, and all of it."""
+    settings["arms"] = ["plain", "frozen"]
+    settings["workload"] |= {"max_new_tokens": 8, "max_prompts": 6}
+    config = load_config(write(tmp_path, settings))
+    folder = new_folder(config)
+    summary = Experiment(config).run(folder)
+    assert summary.run["parts_of"] == "requests"
+    for arm in summary.arms.values():
+        assert [part.tokens for part in arm.parts] == [8] * 6
+        wall = arm.seconds["wall"]
+        assert sum(part.seconds for part in arm.parts) == pytest.approx(wall, rel=0.05)
 
 
 @pytest.mark.slow
@@ -464,6 +491,11 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, settings: dict) -> N
         assert resumed["arms"][arm]["tokens"] == figures.tokens
         assert resumed["arms"][arm]["lossless_mismatches"] == 0
         assert _rounds(folder.path, arm) == _rounds(tmp_path / "runs" / "whole", arm)
+        done = [
+            [(turn["group"], turn["tokens"]) for turn in _turns(path) if turn["arm"] == arm]
+            for path in (folder.path, tmp_path / "runs" / "whole")
+        ]
+        assert done[0] == done[1], "turns before the interruption are kept, half ones are not"
     code, _, err = run_cli("run", "-c", path, "--resume")
     assert (code, "nothing to resume" in err) == (1, True)
 
@@ -491,9 +523,9 @@ def test_progress_with_a_loss_that_was_not_finite_is_readable(tmp_path: Path) ->
     folder = RunFolder(tmp_path / "run")
     folder.create()
     totals = Totals(losses=[0.5, None], skipped_steps=1)
-    arm = ArmProgress([], 1.0, EngineSeconds(), totals, 1)
+    arm = ArmProgress([], 1.0, EngineSeconds(), totals, 1, [Turn(1, 32, 0.5)])
     save(folder, Progress(1, 0, {"adapted": arm}), {"adapted": {}})
-    assert load(folder)[0].arms["adapted"].totals == totals
+    assert load(folder)[0].arms["adapted"] == arm
 
 
 def test_a_folder_without_permission(tmp_path: Path) -> None:

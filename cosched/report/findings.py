@@ -1,7 +1,8 @@
 """What the figures of a run say, in sentences; every number in them is computed here.
 
 An adapted arm is held against the frozen arm that sees the same window. The uncertainty of a gain
-is a jackknife over requests: what it would have been without each of them in turn.
+is a jackknife over requests: what it would have been without each of them in turn. A difference in
+speed is claimed only where its interval (``cosched.report.intervals``) leaves no other choice.
 """
 
 from __future__ import annotations
@@ -10,19 +11,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from cosched.arms import FROZEN, adapts, control_of, split_arm
+from cosched.report.intervals import MIN_PARTS, MIN_TURNS
 from cosched.report.table import arm_seconds, percent, speed_ratio, times
 
 if TYPE_CHECKING:
     from cosched.records import RoundRow
     from cosched.report.events import RunEvents
+    from cosched.report.intervals import Ratio
     from cosched.telemetry.metrics import ArmSummary, RunSummary
-
-SAME_SPEED = 0.02  # two clocks on one machine do not agree better than this
 
 NO_CONTROL = "No adapted arm with a frozen one to hold it against."
 LEARNS_BY_ITSELF = (
     "This draft has no network: it learns by itself while it serves, in the frozen arm as in the "
     "adapted one, and nothing is trained or published. Arms differ by what the clock does."
+)
+NO_INTERVAL = (
+    "This run is too short for an interval of its speeds, so it says nothing of which arm is faster: "
+    f"that takes {MIN_PARTS} groups of engine.max_batch requests, or {MIN_PARTS * MIN_TURNS} turns of "
+    "every arm."
 )
 
 Verdict = Literal["paid", "even", "lost", "none"]
@@ -37,7 +43,7 @@ class Comparison:
     gain: float
     gain_error: float | None
     num_requests: int
-    speed: float | None
+    speed: Ratio | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +132,7 @@ def _adapted_headline(summary: RunSummary, found: list[Comparison]) -> Headline:
     lead = max(found, key=lambda c: (c.speed is not None, _merit(summary, c.adapted)))
     verdict, opening = _verdict(summary, lead)
     details = [
+        NO_INTERVAL if lead.speed and not lead.speed.known else "",
         _time_line(summary, lead),
         *_control_lines(summary, lead),
         _novel_line(summary, lead),
@@ -143,18 +150,21 @@ def _merit(summary: RunSummary, name: str) -> float:
 
 def _verdict(summary: RunSummary, c: Comparison) -> tuple[Verdict, str]:
     """Whether it paid: against its own control, and against the best that costs nothing."""
-    if c.speed is None:
+    if c.speed is None or not c.speed.known:
         return "none", ""
-    if c.speed < 1 - SAME_SPEED:
+    if c.speed.below:
         return "lost", "Adaptation did not pay: "
     free = [name for name in summary.arms if split_arm(name)[0] == FROZEN]
     best = max(free, key=lambda name: summary.arms[name].tokens_per_s)
     ratio = speed_ratio(summary, c.adapted, best)
-    if ratio is not None and ratio < 1 - SAME_SPEED:
+    if ratio is not None and ratio.below:
         return "lost", f"Adaptation did not pay: {best}, which costs nothing, is faster. "
-    if c.speed <= 1 + SAME_SPEED or (ratio is not None and ratio <= 1 + SAME_SPEED):
-        return "even", "Adaptation broke even: "
-    return "paid", "Adaptation paid: "
+    if c.speed.above and (ratio is None or ratio.above):
+        return "paid", "Adaptation paid: "
+    beside = f"beside {best}, which costs nothing, " if c.speed.above else ""
+    return "even", (
+        f"Adaptation broke even: {beside}the difference is within what this run can tell. "
+    )
 
 
 def _gain_line(summary: RunSummary, c: Comparison) -> str:
@@ -183,7 +193,7 @@ def _time_line(summary: RunSummary, c: Comparison) -> str:
         f"{_ms(ours, 'publish'):.2f} publishing) and everything else became "
         f"{abs(saved):.2f} ms {'cheaper' if saved >= 0 else 'dearer'} than in {c.frozen}."
     )
-    if c.speed < 1 and saved > 0:
+    if c.speed.below and saved > 0:
         line += f" It would have broken even at {saved:.2f} ms of learning per token."
     return line
 
@@ -226,6 +236,6 @@ def _control_lines(summary: RunSummary, c: Comparison) -> list[str]:
         )
     plain = None if is_replay(summary) else speed_ratio(summary, c.adapted, "plain")
     if plain:
-        warning = ": no draft at all is faster" if plain < 1 - SAME_SPEED else ""
+        warning = ": no draft at all is faster" if plain.below else ""
         lines.append(f"Against plain decoding {c.adapted} runs at {times(plain)}{warning}.")
     return lines

@@ -14,6 +14,7 @@ from cosched.report.findings import headline, is_replay
 from cosched.report.remarks import (
     cautions,
     decay_lines,
+    interval_line,
     lossless_line,
     repetition_lines,
     text_remark,
@@ -63,6 +64,7 @@ def write_report(run_dir: Path) -> Path:
         decay=decay_lines(summary),
         repetition=repetition_lines(summary),
         lossless=lossless_line(summary),
+        intervals=interval_line(summary),
         text_remark=text_remark(summary),
         samples=_samples(summary, events),
         facts=_facts(summary),

@@ -10,7 +10,7 @@ from matplotlib.ticker import PercentFormatter
 
 from cosched.report.remarks import MIN_ROUNDS, span
 from cosched.report.svg import STYLE, arm_colour_name, colour, new_figure, to_svg
-from cosched.report.table import TIMES, arm_seconds, speed_ratio
+from cosched.report.table import arm_seconds, speed_ratio, times
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -205,9 +205,9 @@ def speed(summary: RunSummary) -> str | None:
     axes.barh(list(arms), [arm.tokens_per_s for arm in arms.values()], 0.66, color=shades)
     for row, (name, arm) in enumerate(arms.items()):
         ratio = speed_ratio(summary, name, "plain")
-        note = f" · {ratio:.2f}{TIMES} plain" if ratio and name != "plain" else ""
+        note = f" · {times(ratio)} plain" if ratio and name != "plain" else ""
         axes.annotate(f"{arm.tokens_per_s:.1f}{note}", (arm.tokens_per_s, row), (4, 0),
                       textcoords="offset points", va="center")  # fmt: skip
-    _horizontal(axes, 1.22 * max(arm.tokens_per_s for arm in arms.values()), "tokens per second")
+    _horizontal(axes, 1.36 * max(arm.tokens_per_s for arm in arms.values()), "tokens per second")
     told = "; ".join(f"{name}: {arm.tokens_per_s:.1f}" for name, arm in arms.items())
     return to_svg(figure, "speed", "Tokens per second", told)

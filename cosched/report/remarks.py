@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cosched.report.findings import is_replay
+from cosched.report.findings import NO_INTERVAL, is_replay
 from cosched.report.table import DASH, compared_requests, percent
 
 if TYPE_CHECKING:
@@ -61,6 +61,33 @@ def repetition_lines(summary: RunSummary) -> list[str]:
             "novel ones."
         )
     return lines
+
+
+def interval_line(summary: RunSummary) -> str:
+    """What the brackets behind a ratio of speeds mean; empty where there is no such ratio."""
+    measured = [arm for arm in summary.arms.values() if arm.tokens_per_s]
+    if len(measured) < 2:
+        return ""
+    number = max(len(arm.parts) for arm in measured)
+    if not number:
+        return NO_INTERVAL
+    when = "at nearly the same time in all arms, so that a slow machine is slow in all"
+    if summary.run.get("engine") == "sglang":
+        when = (
+            "but not at the same time: arms in SGLang run one after the other, and a machine that "
+            "became faster or slower in between is not in the interval"
+        )
+    line = (
+        "In brackets behind a ratio of speeds is its 95\u00a0% interval, a jackknife over "
+        f"{number} parts of the text, {when}. "
+    )
+    if summary.run.get("parts_of") == "requests":
+        return line + "A part is one or several whole groups of requests."
+    return (
+        line
+        + "A part is a stretch of a request: the interval tells what the clock and these texts "
+        "leave open, not what other texts would bring."
+    )
 
 
 def lossless_line(summary: RunSummary) -> str:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from cosched.arms import adapts
 from cosched.errors import RunFolderError
+from cosched.report.intervals import Ratio, paired_ratio
 from cosched.telemetry.metrics import ArmSummary, RunSummary
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ CAPTION = (
     "whose last eight tokens are new; repeat: tokens where they are not; time %: draft/verify/"
     "update/publish, the rest is prefill and bookkeeping"
 )
+PLAIN_SPEED = f"{TIMES}\nplain"
 
 COLUMNS = (
     ("arm", "one way of decoding the same prompts"),
@@ -36,13 +38,20 @@ COLUMNS = (
     ("τ\nnovel", "the same over rounds at novel positions only"),
     ("repeat", "share of tokens whose eight predecessors occurred before in the request"),
     ("tokens\n/s", "tokens committed per second of the arm's own time"),
-    (f"{TIMES}\nplain", "speed as a multiple of the arm plain"),
-    (f"{TIMES}\nfrozen", "speed as a multiple of the arm frozen"),
+    (PLAIN_SPEED, "speed as a multiple of the arm plain, and its 95 % interval"),
+    (f"{TIMES}\nfrozen", "speed as a multiple of the arm frozen, and its 95 % interval"),
     ("time %\nd/v/u/p", "share of time drafting / verifying / updating / publishing"),
     ("updates/\nversion", "training updates, and the last published draft version"),
     ("texts\ndiffer", "requests whose tokens differ from the reference arm's"),
 )
-EXPENDABLE = ("tokens", "updates/\nversion", "repeat", "time %\nd/v/u/p", "texts\ndiffer")
+EXPENDABLE = (
+    "tokens",
+    "updates/\nversion",
+    "repeat",
+    "time %\nd/v/u/p",
+    "texts\ndiffer",
+    PLAIN_SPEED,
+)
 
 
 def load_summary(run_dir: Path) -> RunSummary:
@@ -77,7 +86,7 @@ class _ArmTable(Table):
             title=f"{summary.run.get('name', 'run')}: {len(summary.arms)} arms on the same requests"
             + (" (interrupted)" if summary.run.get("interrupted") else ""),
             title_justify="left",
-            caption=f"{CAPTION}; no room here for: {names}" if left_out else CAPTION,
+            caption=_caption(summary) + (f"; no room here for: {names}" if left_out else ""),
             caption_justify="left",
             caption_style="dim",
             box=box.SIMPLE_HEAD,
@@ -111,6 +120,14 @@ class _ArmTable(Table):
         yield from Table.__rich_console__(fitting, console, options)
 
 
+def _caption(summary: RunSummary) -> str:
+    if len(summary.arms) < 2:
+        return CAPTION
+    if any(arm.parts for arm in summary.arms.values()):
+        return f"{CAPTION}; in brackets: 95\u00a0% interval of a ratio of speeds"
+    return f"{CAPTION}; too short a run for an interval of {TIMES}"
+
+
 def arm_cells(summary: RunSummary, name: str) -> list[str]:
     """The cells of an arm under ``COLUMNS``; a figure that does not exist is a dash."""
     arm = summary.arms[name]
@@ -130,12 +147,17 @@ def arm_cells(summary: RunSummary, name: str) -> list[str]:
     ]
 
 
-def speed_ratio(summary: RunSummary, name: str, base: str) -> float | None:
-    """Tokens per second of an arm over those of another; None where either was not measured."""
+def speed_ratio(summary: RunSummary, name: str, base: str) -> Ratio | None:
+    """Tokens per second of an arm over those of another; None where either was not measured.
+
+    It is of the parts that both have, and without an interval where there are none.
+    """
     arm, other = summary.arms[name], summary.arms.get(base)
     if other is None or not other.tokens_per_s or not arm.tokens_per_s:
         return None
-    return arm.tokens_per_s / other.tokens_per_s
+    if arm.parts and other.parts and name != base:
+        return paired_ratio(arm.parts, other.parts)
+    return Ratio(arm.tokens_per_s / other.tokens_per_s)
 
 
 def arm_seconds(arm: ArmSummary) -> float:
@@ -172,6 +194,9 @@ def percent(share: float, signed: bool = False) -> str:
     return f"{value:{'+' if signed else ''}.{digits}f}\u00a0%".replace("-", "\u2212")
 
 
-def times(ratio: float | None) -> str:
-    """A ratio as ``1.06x``, with a proper sign."""
-    return DASH if ratio is None else f"{ratio:.2f}{TIMES}"
+def times(ratio: Ratio | None) -> str:
+    """A ratio as ``1.06x (1.02-1.10)``, with a proper sign and dash; no brackets if no interval."""
+    if ratio is None:
+        return DASH
+    interval = f" ({ratio.low:.2f}{DASH}{ratio.high:.2f})" if ratio.low is not None else ""
+    return f"{ratio.value:.2f}{TIMES}{interval}"

@@ -45,6 +45,21 @@ class RoundFigures(msgspec.Struct, kw_only=True):
     repeat_fraction: float
 
 
+class Turn(msgspec.Struct, frozen=True):
+    """What an arm committed before it was the next one's turn, in its ``group``-th of requests."""
+
+    group: int
+    tokens: int
+    seconds: float
+
+
+class Part(msgspec.Struct, frozen=True):
+    """What an arm committed in a part of the run's text, which is the same for all arms."""
+
+    tokens: int
+    seconds: float
+
+
 class ArmSummary(RoundFigures, kw_only=True):
     """One arm in ``summary.json``; fields are added, never renamed."""
 
@@ -59,6 +74,7 @@ class ArmSummary(RoundFigures, kw_only=True):
     refused_updates: int = 0
     rollbacks: int = 0
     guard_seconds: float = 0.0  # of those updating
+    parts: list[Part] = []  # in the order of time; none where the run is too short for an interval
 
 
 class RunSummary(msgspec.Struct, kw_only=True):
