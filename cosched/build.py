@@ -95,7 +95,7 @@ def build_world(config: Config) -> World:
     device = _device(config.engine.device)
     if config.engine.num_threads is not None:
         torch.set_num_threads(config.engine.num_threads)
-    target = Target.load(config.target.path, device, getattr(torch, config.engine.dtype))
+    target = Target.load(config.target.folder, device, getattr(torch, config.engine.dtype))
     teachers = {config.for_arm(arm).adapt.replay.teacher for arm in config.arms}
     if "hidden" in teachers or config.engine.kind == "trace":
         target.require_plain_head()

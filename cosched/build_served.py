@@ -85,7 +85,7 @@ def build_served_world(config: Config) -> ServedWorld:
     workload = config.workload
     if workload.prompts is None:
         raise ConfigError("workload.prompts: required, a file of prompts to answer")
-    tokenizer = load_tokenizer(config.target.path)
+    tokenizer = load_tokenizer(config.target.folder)
     requests = load_requests(workload, tokenizer, target.max_length, torch.device("cpu"))
     return ServedWorld(
         config, tokenizer, requests, SamplingParams(workload.temperature, workload.top_p)

@@ -17,6 +17,7 @@ from cosched.arms import BASE_ARMS, VARIANT_NAME, split_arm
 from cosched.consistency import check_together
 from cosched.conversion import convert
 from cosched.errors import ConfigError, PluginError
+from cosched.hub import model_folder, not_found
 from cosched.merging import PLUGIN_SECTIONS, from_words, merge, plain, read_yaml, with_defaults
 from cosched.protocols import ExpertSettings
 from cosched.records import TeacherForm
@@ -70,9 +71,14 @@ class EngineSettings(Section, frozen=True):
 
 
 class TargetSettings(Section, frozen=True):
-    """``target``: a folder in Hugging Face format."""
+    """``target``: a folder in Hugging Face format, or the name of a cached model, ``owner/model``."""
 
     path: str
+
+    @property
+    def folder(self) -> str:
+        """Where it is; ``path`` itself where it is nowhere, which ``check_paths`` refuses."""
+        return model_folder(self.path) or self.path
 
 
 class WorkloadSettings(Section, frozen=True):
@@ -342,7 +348,9 @@ def check_paths(config: Config) -> None:
         ConfigError: one is missing; the message names its key.
     """
     workload, engine = config.workload, config.engine
-    named = {"target.path": config.target.path, "drafter.path": config.drafter_settings.path}
+    if model_folder(config.target.path) is None:
+        raise ConfigError(f"target.path: {not_found(config.target.path)}")
+    named = {"drafter.path": config.drafter_settings.path}
     if engine.kind == "trace":
         named["engine.trace"] = engine.trace or ""
     else:

@@ -377,7 +377,7 @@ def sketch(config: Config) -> tuple[TargetSketch, Drafter]:
     Raises:
         CheckpointError: a folder is missing or damaged, or the two do not fit.
     """
-    target = TargetSketch.read(config.target.path, getattr(torch, config.engine.dtype))
+    target = TargetSketch.read(config.target.folder, getattr(torch, config.engine.dtype))
     settings = config.drafter_settings
     drafter = DRAFTERS.get(settings.kind).sketch(settings, target)
     network = drafter.network()
