@@ -84,16 +84,25 @@ class TargetSettings(Section, frozen=True):
 class WorkloadSettings(Section, frozen=True):
     """``workload``: prompts to answer, or documents that the target is made to say.
 
-    A prompts file has one JSON object a line with ``text`` (and optionally ``id``, and ``tenant``,
-    whose it is). With ``documents`` the same, and the text after the first ``prompt_tokens`` tokens
-    is forced: real text at real cost, judged by the chance that the target would have accepted each
-    draft. ``samples`` answers each prompt that many times, one round over all prompts after the
-    other.
+    A prompts file has one JSON object a line (or one array of them): ``{"text": …}`` as it is, or
+    chat, through the target's own template: OpenAI's ``{"messages": [{"role": …, "content": …}]}``
+    or ShareGPT's ``{"conversations": [{"from": …, "value": …}]}``; optionally with ``id``, and
+    ``tenant``, whose it is. An answer that ends a conversation is left out: it was said once, and is
+    not asked. ``turns`` answers the last so many questions of each, one after the other: before the
+    first stands what the file has, between them the target's own answers. Each turn is a request, of
+    the id ``ID@2`` and so on; where one does not fit any more its conversation ends, and is counted.
+    A recording has every turn as a text of its own.
+    ``samples`` answers each prompt that many times, one round over all prompts after the other.
+
+    With ``documents`` text is forced: real text at real cost, judged by the chance that the target
+    would have accepted each draft. Of ``{"text": …}`` that is all after its first ``prompt_tokens``
+    tokens; of a chat its last answer, behind the prompt that asks for it.
     """
 
     prompts: str | None = None
     documents: str | None = None
     samples: Positive = 1
+    turns: Positive = 1
     prompt_tokens: Positive = 64
     max_new_tokens: Positive = 512
     max_prompts: Positive | None = None

@@ -293,7 +293,8 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
     if not config.adapt.replay.keep_finished:
         requests = min(config.engine.max_batch, requests)
     target_parameters = target.num_parameters()
-    longest = config.workload.prompt_tokens + config.workload.max_new_tokens
+    workload = config.workload
+    longest = workload.prompt_tokens + workload.turns * workload.max_new_tokens
     cache = drafter.cache_bytes_per_token
     return Footprint(
         num_target_parameters=target_parameters,

@@ -59,6 +59,7 @@ class ArmSummary(RoundFigures, kw_only=True):
     refused_updates: int = 0
     rollbacks: int = 0
     guard_seconds: float = 0.0  # of those updating
+    cut_conversations: int = 0  # ended early: their next turn did not fit
 
 
 class RunSummary(msgspec.Struct, kw_only=True):
@@ -69,13 +70,14 @@ class RunSummary(msgspec.Struct, kw_only=True):
 
 
 class RequestLog(msgspec.Struct, frozen=True):
-    """What the figures need of a finished request."""
+    """What the figures need of a finished request; ``cut`` ended its conversation early."""
 
     request_id: str
     prompt: Sequence[int]
     generated: Sequence[int]
     rounds: Sequence[RoundRow]
     finished: bool = True
+    cut: bool = False
 
 
 def novel_positions(tokens: Sequence[int], ngram: int = NOVEL_NGRAM) -> list[bool]:
