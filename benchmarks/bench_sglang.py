@@ -128,7 +128,7 @@ def orders(config: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One order a pair: different prompts, so that no answer comes from a cache."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.target.path)
+    tokenizer = AutoTokenizer.from_pretrained(config.target.folder)
     lines = [line for file in options.prompts for line in Path(file).read_text().splitlines()]
     ids = [tokenizer(json.loads(line)["text"])["input_ids"] for line in lines]
     made = []

@@ -95,7 +95,7 @@ def build_world(config: Config) -> World:
     device = _device(config.engine.device)
     if config.engine.num_threads is not None:
         torch.set_num_threads(config.engine.num_threads)
-    target = Target.load(config.target.path, device, getattr(torch, config.engine.dtype))
+    target = Target.load(config.target.folder, device, getattr(torch, config.engine.dtype))
     teachers = {config.for_arm(arm).adapt.replay.teacher for arm in config.arms}
     if "hidden" in teachers or config.engine.kind == "trace":
         target.require_plain_head()
@@ -114,7 +114,7 @@ def build_world(config: Config) -> World:
         sampling = SamplingParams(trace.temperature, trace.top_p)
     else:
         trace = None
-        requests = load_requests(workload, tokenizer, target.max_length, device)
+        requests = load_requests(workload, tokenizer, target.max_length, device, target.end_tokens)
         sampling = SamplingParams(workload.temperature, workload.top_p)
     check_owners(config, requests)
     return World(config, target, tokenizer, requests, sampling, trace)
@@ -159,7 +159,7 @@ def build_arm(
                 f"record.feature_layers: the arm {name!r} has the features of its own draft only; "
                 f"record with plain as the first arm"
             )
-    max_length = max(request.max_length for request in world.requests)
+    max_length = max(request.max_length_of_turns for request in world.requests)
     num_drafted = drafter.num_draft_tokens if drafter else 0
     engine = EmbeddedEngine(
         rows=_rows(world, max_length + num_drafted + 1, layers),

@@ -10,7 +10,7 @@ import torch
 
 from cosched.arms import PLAIN, adapts, split_arm
 from cosched.build_coscheduler import build_coscheduler
-from cosched.engines.embedded.target import load_tokenizer
+from cosched.engines.embedded.target import load_end_tokens, load_tokenizer
 from cosched.engines.embedded.verification import SamplingParams
 from cosched.engines.sglang.adaptation import Adaptation
 from cosched.engines.sglang.arm import ServedEngine
@@ -85,8 +85,11 @@ def build_served_world(config: Config) -> ServedWorld:
     workload = config.workload
     if workload.prompts is None:
         raise ConfigError("workload.prompts: required, a file of prompts to answer")
-    tokenizer = load_tokenizer(config.target.path)
-    requests = load_requests(workload, tokenizer, target.max_length, torch.device("cpu"))
+    folder = config.target.folder
+    tokenizer, end_tokens = load_tokenizer(folder), load_end_tokens(folder)
+    requests = load_requests(
+        workload, tokenizer, target.max_length, torch.device("cpu"), end_tokens
+    )
     return ServedWorld(
         config, tokenizer, requests, SamplingParams(workload.temperature, workload.top_p)
     )

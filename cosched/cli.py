@@ -105,11 +105,14 @@ def run(
 
         summary = experiment.run(folder, advance, resume)
     from cosched.report.html import write_report
+    from cosched.report.remarks import cut_line
     from cosched.report.table import summary_table
 
     with console.status("writing the report"):
         report_path = write_report(folder.path)
     console.print(summary_table(summary))
+    if cut := cut_line(summary):
+        console.print(cut, soft_wrap=True)
     console.print(f"report: [bold]{report_path}[/]", soft_wrap=True)
     if experiment.interrupted:
         errors.print(f"interrupted; what was measured so far is in {folder.path}", soft_wrap=True)

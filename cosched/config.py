@@ -17,6 +17,7 @@ from cosched.arms import BASE_ARMS, VARIANT_NAME, split_arm
 from cosched.consistency import check_together
 from cosched.conversion import convert
 from cosched.errors import ConfigError, PluginError
+from cosched.hub import model_folder, not_found
 from cosched.merging import PLUGIN_SECTIONS, from_words, merge, plain, read_yaml, with_defaults
 from cosched.protocols import ExpertSettings
 from cosched.records import TeacherForm
@@ -70,24 +71,38 @@ class EngineSettings(Section, frozen=True):
 
 
 class TargetSettings(Section, frozen=True):
-    """``target``: a folder in Hugging Face format."""
+    """``target``: a folder in Hugging Face format, or the name of a cached model, ``owner/model``."""
 
     path: str
+
+    @property
+    def folder(self) -> str:
+        """Where it is; ``path`` itself where it is nowhere, which ``check_paths`` refuses."""
+        return model_folder(self.path) or self.path
 
 
 class WorkloadSettings(Section, frozen=True):
     """``workload``: prompts to answer, or documents that the target is made to say.
 
-    A prompts file has one JSON object a line with ``text`` (and optionally ``id``, and ``tenant``,
-    whose it is). With ``documents`` the same, and the text after the first ``prompt_tokens`` tokens
-    is forced: real text at real cost, judged by the chance that the target would have accepted each
-    draft. ``samples`` answers each prompt that many times, one round over all prompts after the
-    other.
+    A prompts file has one JSON object a line (or one array of them): ``{"text": …}`` as it is, or
+    chat, through the target's own template: OpenAI's ``{"messages": [{"role": …, "content": …}]}``
+    or ShareGPT's ``{"conversations": [{"from": …, "value": …}]}``; optionally with ``id``, and
+    ``tenant``, whose it is. An answer that ends a conversation is left out: it was said once, and is
+    not asked. ``turns`` answers the last so many questions of each, one after the other: before the
+    first stands what the file has, between them the target's own answers. Each turn is a request, of
+    the id ``ID@2`` and so on; where one does not fit any more its conversation ends, and is counted.
+    A recording has every turn as a text of its own.
+    ``samples`` answers each prompt that many times, one round over all prompts after the other.
+
+    With ``documents`` text is forced: real text at real cost, judged by the chance that the target
+    would have accepted each draft. Of ``{"text": …}`` that is all after its first ``prompt_tokens``
+    tokens; of a chat its last answer, behind the prompt that asks for it.
     """
 
     prompts: str | None = None
     documents: str | None = None
     samples: Positive = 1
+    turns: Positive = 1
     prompt_tokens: Positive = 64
     max_new_tokens: Positive = 512
     max_prompts: Positive | None = None
@@ -342,7 +357,9 @@ def check_paths(config: Config) -> None:
         ConfigError: one is missing; the message names its key.
     """
     workload, engine = config.workload, config.engine
-    named = {"target.path": config.target.path, "drafter.path": config.drafter_settings.path}
+    if model_folder(config.target.path) is None:
+        raise ConfigError(f"target.path: {not_found(config.target.path)}")
+    named = {"drafter.path": config.drafter_settings.path}
     if engine.kind == "trace":
         named["engine.trace"] = engine.trace or ""
     else:

@@ -39,6 +39,11 @@ def check_together(config: Config) -> None:
         raise ConfigError(
             f"workload.samples: a document is said one way only, got {workload.samples}; use 1"
         )
+    if workload.turns > 1 and workload.documents is not None:
+        raise ConfigError(
+            f"workload.turns: a document is said, and asks nothing after it, got {workload.turns}; "
+            f"use 1, or prompts"
+        )
     # The section itself is checked whether or not an arm uses it: servers have no arms.
     for arm in dict.fromkeys((ADAPTED, *(arm for arm in config.arms if adapts(arm)))):
         _check_adapt(config.for_arm(arm), used=arm in config.arms)

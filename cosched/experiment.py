@@ -98,7 +98,7 @@ class Experiment:
     @property
     def total_tokens(self) -> int:
         """Tokens that all arms together have to decode, if no request stops early."""
-        one = sum(request.max_new_tokens for request in self.world.requests)
+        one = sum(r.max_new_tokens * r.num_turns for r in self.world.requests)
         return one * len(self.config.arms)
 
     def run(
@@ -256,12 +256,19 @@ class Experiment:
 
     def _keep(self, one: _Running, finished: FinishedRequest, complete: bool = True) -> None:
         prompt = finished.request.prompt_P.tolist()
-        log = RequestLog(finished.request.id, prompt, finished.tokens, finished.rounds, complete)
+        log = RequestLog(
+            finished.request.id,
+            prompt,
+            finished.tokens,
+            finished.rounds,
+            complete,
+            cut=complete and finished.cut,
+        )
         one.logs.append(log)
         for row in finished.rounds:
             self._events.emit("round", arm=one.arm.name, row=row)
         text = self.world.tokenizer.decode(finished.tokens)
-        self._events.emit("request", arm=one.arm.name, id=log.request_id, text=text)
+        self._events.emit("request", arm=one.arm.name, id=log.request_id, text=text, cut=log.cut)
 
     def _summary(self, seconds: float) -> RunSummary:
         running = self._arms
@@ -358,6 +365,7 @@ def _arm_summary(
         rollbacks=totals.watch.rolled_back if totals else 0,
         guard_seconds=totals.guard_seconds if totals else 0.0,
         parts=parts,
+        cut_conversations=sum(log.cut for log in one.logs),
     )
 
 

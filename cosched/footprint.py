@@ -293,7 +293,8 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
     if not config.adapt.replay.keep_finished:
         requests = min(config.engine.max_batch, requests)
     target_parameters = target.num_parameters()
-    longest = config.workload.prompt_tokens + config.workload.max_new_tokens
+    workload = config.workload
+    longest = workload.prompt_tokens + workload.turns * workload.max_new_tokens
     cache = drafter.cache_bytes_per_token
     return Footprint(
         num_target_parameters=target_parameters,
@@ -377,7 +378,7 @@ def sketch(config: Config) -> tuple[TargetSketch, Drafter]:
     Raises:
         CheckpointError: a folder is missing or damaged, or the two do not fit.
     """
-    target = TargetSketch.read(config.target.path, getattr(torch, config.engine.dtype))
+    target = TargetSketch.read(config.target.folder, getattr(torch, config.engine.dtype))
     settings = config.drafter_settings
     drafter = DRAFTERS.get(settings.kind).sketch(settings, target)
     network = drafter.network()

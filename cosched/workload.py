@@ -1,82 +1,176 @@
-"""Prompts and documents from JSON lines, as requests.
+"""Prompts and documents, as requests.
 
-Letters: T tokens of a whole text.
+Letters: P prompt tokens, T tokens of a whole text.
 """
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cosched.arms import adapts
+from cosched.chat import Chat, last_answer, last_turns
 from cosched.engines.embedded.request import GenerationRequest
 from cosched.errors import WorkloadError
 from cosched.pool import check_tenants
+from cosched.prompt_files import read_lines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cosched.config import Config, WorkloadSettings
     from cosched.pool import Request
+    from cosched.prompt_files import Line, Messages
 
-
-class Text(NamedTuple):
-    """A line of a file of prompts or documents."""
-
-    id: str
-    text: str
-    tenant: str | None
+SPARE = 8
+"""Of so many tokens of an answer there is one to spare: put back as text it may take more of them."""
 
 
 def load_requests(
-    settings: WorkloadSettings, tokenizer: Any, max_length: int, device: torch.device
+    settings: WorkloadSettings,
+    tokenizer: Any,
+    max_length: int,
+    device: torch.device,
+    end_tokens: frozenset[int] = frozenset(),
 ) -> list[GenerationRequest]:
     """The workload's requests, in the order of the file, as often as it is to be answered.
+
+    ``end_tokens`` are those at which the target stops; a chat document ends with the first.
 
     Raises:
         WorkloadError: the file is missing, empty or malformed, or a text does not fit the target.
     """
-    forced = settings.documents is not None
     ((key, path),) = settings.files.items()
-    texts = read_texts(settings)
+    lines = read_texts(settings)
     again = [
-        (f"{name}#{n}", text, tenant)
-        for n in range(2, settings.samples + 1)
-        for name, text, tenant in texts
+        line._replace(id=f"{line.id}#{n}") for n in range(2, settings.samples + 1) for line in lines
     ]
-    requests = []
-    for name, text, tenant in [*texts, *again]:
-        ids_T = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], device=device)
-        if forced:
-            if len(ids_T) <= settings.prompt_tokens + 1:
-                raise WorkloadError(
-                    f"{key}: {name} in {path} has {len(ids_T)} tokens, workload.prompt_tokens = "
-                    f"{settings.prompt_tokens} leaves nothing to force"
-                )
-            ids_T = ids_T[: settings.prompt_tokens + settings.max_new_tokens]
-            prompt_P = ids_T[: settings.prompt_tokens]
-            num_new = len(ids_T) - len(prompt_P)
-            request = GenerationRequest(name, prompt_P, num_new, ids_T, tenant)
-        else:
-            request = GenerationRequest(name, ids_T, settings.max_new_tokens, tenant=tenant)
-        if request.max_length > max_length:
+    chat = Chat(tokenizer, end_tokens)
+    make = _forced if settings.documents is not None else _asked
+    requests = [make(line, settings, chat, max_length, device) for line in [*lines, *again]]
+    for name, count in Counter(n for request in requests for n in _ids(request)).items():
+        if count > 1:
             raise WorkloadError(
-                f"{key}: {name} has {len(request.prompt_P)} prompt tokens and "
-                f"{request.max_new_tokens} to come, {request.max_length} in all; the target's "
-                f"context is {max_length}. Lower workload.max_new_tokens or shorten the prompt"
+                f"{key}: {name!r}, an id in {path}, is also that of a sample or a later turn of "
+                f"another; choose another id"
             )
-        requests.append(request)
     return requests
+
+
+def _ids(request: GenerationRequest) -> list[str]:
+    """Those of a conversation's requests, of later turns too."""
+    return [_id(request.id, turn) for turn in range(1, request.num_turns + 1)]
+
+
+def _id(name: str, turn: int) -> str:
+    return name if turn == 1 else f"{name}@{turn}"
+
+
+def _forced(
+    line: Line, settings: WorkloadSettings, chat: Chat, max_length: int, device: torch.device
+) -> GenerationRequest:
+    """A document: text behind its first tokens, or the last answer of a chat."""
+    if line.text is None:
+        prompt, answer = chat.document(line.messages, line.where)
+    else:
+        ids = chat.ids(line.text)
+        prompt, answer = ids[: settings.prompt_tokens], ids[settings.prompt_tokens :]
+        if len(answer) < 2:
+            raise WorkloadError(
+                f"{line.where}: {line.id} has {len(ids)} tokens, workload.prompt_tokens = "
+                f"{settings.prompt_tokens} leaves nothing to force"
+            )
+    answer = answer[: settings.max_new_tokens]
+    ids_T = torch.tensor([*prompt, *answer], device=device)
+    request = GenerationRequest(line.id, ids_T[: len(prompt)], len(answer), ids_T, line.tenant)
+    _check_fits(request, line.where, max_length)
+    return request
+
+
+def _asked(
+    line: Line, settings: WorkloadSettings, chat: Chat, max_length: int, device: torch.device
+) -> GenerationRequest:
+    """A prompt to answer, and what its conversation goes on to ask."""
+    new = settings.max_new_tokens
+    if line.text is not None:
+        ids_P = torch.tensor(chat.ids(line.text), device=device)
+        request = GenerationRequest(line.id, ids_P, new, tenant=line.tenant)
+        _check_fits(request, line.where, max_length)
+        return request
+    asked, *ahead = last_turns(line.messages, settings.turns, line.where)
+    conversation = Conversation(chat, line, asked, tuple(ahead), new, max_length, device)
+    longest, turn = 0, conversation
+    for answers in range(1 + len(ahead)):
+        turn = turn.answered("") if answers else turn
+        request = turn.request()
+        _check_fits(request, line.where, max_length, answers)
+        longest = max(longest, request.max_length + answers * (new + new // SPARE))
+    return replace(conversation, max_length=min(longest, max_length)).request()
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Where a conversation stands: with what it asks now, and what it will ask (``LaterTurns``)."""
+
+    chat: Chat
+    line: Line
+    asked: Messages  # what was said, up to the question of this turn
+    ahead: tuple[Messages, ...]  # what each later turn adds, beside the answer before it
+    max_new_tokens: int
+    max_length: int
+    device: torch.device
+    turn: int = 1
+
+    @property
+    def num_turns(self) -> int:
+        return len(self.ahead)
+
+    def request(self) -> GenerationRequest:
+        """What it asks now."""
+        ids_P = torch.tensor(self.chat.prompt(self.asked, self.line.where), device=self.device)
+        return GenerationRequest(
+            _id(self.line.id, self.turn),
+            ids_P,
+            self.max_new_tokens,
+            tenant=self.line.tenant,
+            later=self if self.ahead else None,
+        )
+
+    def answered(self, text: str) -> Conversation:
+        """Where it stands with that answer, and with the next question."""
+        answer = {"role": "assistant", "content": text}
+        asked = (*self.asked, answer, *self.ahead[0])
+        return replace(self, asked=asked, ahead=self.ahead[1:], turn=self.turn + 1)
+
+    def after(self, answer: Sequence[int]) -> GenerationRequest | None:
+        request = self.answered(self.chat.answer(answer)).request()
+        return request if request.max_length <= self.max_length else None
+
+
+def _check_fits(
+    request: GenerationRequest, where: str, max_length: int, num_answers: int = 0
+) -> None:
+    """``num_answers`` will come into the prompt and are empty in it as yet."""
+    if not len(request.prompt_P):
+        raise WorkloadError(f"{where}: {request.id} has no tokens in its prompt")
+    if request.max_length > max_length:
+        beside = f" beside the {num_answers} answers before it" if num_answers else ""
+        raise WorkloadError(
+            f"{where}: {request.id} has {len(request.prompt_P)} prompt tokens{beside} and "
+            f"{request.max_new_tokens} to come, {request.max_length} in all; the target's "
+            f"context is {max_length}. Lower workload.max_new_tokens or shorten the prompt"
+        )
 
 
 def check_texts(config: Config) -> None:
     """What the file names is there to be answered or said, and has an owner where it needs one.
 
     Raises:
-        WorkloadError: as ``read_lines`` and ``check_owners``.
+        WorkloadError: as ``read_texts`` and ``check_owners``.
     """
     if config.engine.kind != "trace" and config.workload.files:
         check_owners(config, read_texts(config.workload))
@@ -94,45 +188,17 @@ def check_owners(config: Config, texts: Sequence[Request]) -> None:
             check_tenants(texts, own.adapt.scope.tenants, own.adapt_key)
 
 
-def read_texts(settings: WorkloadSettings) -> list[Text]:
-    """What is to be answered or said, once each; errors as ``read_lines``."""
-    ((key, path),) = settings.files.items()
-    return read_lines(Path(path), key)[: settings.max_prompts]
-
-
-def read_lines(path: Path, key: str) -> list[Text]:
-    """Every line of a file.
+def read_texts(settings: WorkloadSettings) -> list[Line]:
+    """What is to be answered or said, once each.
 
     Raises:
-        WorkloadError: no file, no line, a line that is not an object with ``text``, an id twice, a
-            tenant that is no name.
+        WorkloadError: as ``read_lines``, or a chat has nothing to be answered or said.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise WorkloadError(f"{key}: {path} cannot be read: {error.strerror}") from error
-    texts: dict[str, Text] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise WorkloadError(f"{key}: line {number} of {path} is not JSON: {error}") from error
-        text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str) or not text:
-            raise WorkloadError(
-                f'{key}: line {number} of {path} has no text; expected {{"id": …, "text": …}}'
-            )
-        name = str(record.get("id", number))
-        if name in texts:
-            raise WorkloadError(f"{key}: the id {name!r} stands twice in {path}")
-        tenant = record.get("tenant")
-        if not isinstance(tenant, str | None):
-            raise WorkloadError(
-                f"{key}: line {number} of {path} has the tenant {tenant!r}; expected a name"
-            )
-        texts[name] = Text(name, text, tenant)
-    if not texts:
-        raise WorkloadError(f"{key}: {path} has no prompt in it")
-    return list(texts.values())
+    ((key, path),) = settings.files.items()
+    lines = read_lines(Path(path), key, settings.max_prompts)
+    for line in lines:
+        if line.messages and settings.documents is not None:
+            last_answer(line.messages, line.where)
+        elif line.messages:
+            last_turns(line.messages, settings.turns, line.where)
+    return lines

@@ -38,15 +38,15 @@ def test_greedy_equals_plain_on_the_tiny_world(tiny_target: Target, tinyworld, m
     """The same on trained models, where drafts are accepted often."""
     from transformers import AutoTokenizer
 
+    from cosched.prompt_files import read_lines
     from cosched.protocols import DrafterSettings
-    from cosched.workload import read_lines
     from drafters.eagle3 import Eagle3Drafter
 
     tokenizer = AutoTokenizer.from_pretrained(tinyworld / "target")
-    texts = read_lines(tinyworld / "prompts" / "translated.jsonl", "prompts")[:4]
+    lines = read_lines(tinyworld / "prompts" / "translated.jsonl", "prompts")[:4]
     requests = [
-        GenerationRequest(name, torch.tensor(tokenizer(text)["input_ids"]), 512)
-        for name, text, _ in texts
+        GenerationRequest(line.id, torch.tensor(tokenizer(line.text)["input_ids"]), 512)
+        for line in lines
     ]
     plain = decode(make_engine(tiny_target, None, requests, max_batch), requests)
     settings = DrafterSettings(kind="eagle3", path=str(tinyworld / "eagle3"))

@@ -151,6 +151,15 @@ def text_remark(summary: RunSummary) -> str:
     return "Text is greedy: every arm has to say the target's own best token at every place."
 
 
+def cut_line(summary: RunSummary) -> str | None:
+    """How many conversations ended before all their turns were answered; None if none did."""
+    cut = {name: arm.cut_conversations for name, arm in summary.arms.items()}
+    if not any(cut.values()):
+        return None
+    listed = ", ".join(f"{name} {number}" for name, number in cut.items())
+    return f"Conversations that ended early, because their next turn did not fit: {listed}."
+
+
 def cautions(summary: RunSummary, recorded: bool, num_damaged: int) -> list[str]:
     """What went otherwise than a reader would assume."""
     lines: list[str] = []
@@ -160,6 +169,8 @@ def cautions(summary: RunSummary, recorded: bool, num_damaged: int) -> list[str]
             f"This run was interrupted. Requests per arm, the last ones cut short: {counts}. Arms "
             "may have got through different text, and their speeds are approximate."
         )
+    if cut := cut_line(summary):
+        lines.append(cut)
     empty = [name for name, arm in summary.arms.items() if not arm.rounds]
     if empty:
         lines.append(f"No round was measured of: {', '.join(empty)}.")

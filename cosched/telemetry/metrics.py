@@ -75,6 +75,7 @@ class ArmSummary(RoundFigures, kw_only=True):
     rollbacks: int = 0
     guard_seconds: float = 0.0  # of those updating
     parts: list[Part] = []  # in the order of time; none where the run is too short for an interval
+    cut_conversations: int = 0  # ended early: their next turn did not fit
 
 
 class RunSummary(msgspec.Struct, kw_only=True):
@@ -85,13 +86,14 @@ class RunSummary(msgspec.Struct, kw_only=True):
 
 
 class RequestLog(msgspec.Struct, frozen=True):
-    """What the figures need of a finished request."""
+    """What the figures need of a finished request; ``cut`` ended its conversation early."""
 
     request_id: str
     prompt: Sequence[int]
     generated: Sequence[int]
     rounds: Sequence[RoundRow]
     finished: bool = True
+    cut: bool = False
 
 
 def novel_positions(tokens: Sequence[int], ngram: int = NOVEL_NGRAM) -> list[bool]:

@@ -125,7 +125,10 @@ class EmbeddedEngine:
         return getattr(self._observer, "version", 0)
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[FinishedRequest]:
-        """Decode all requests; each is yielded when it is done, in the order of finishing."""
+        """Decode all requests; each is yielded when it is done, in the order of finishing.
+
+        The next turn of a conversation takes its place behind those that wait.
+        """
         for finished in self.rounds(requests):
             yield from finished
 
@@ -135,10 +138,15 @@ class EmbeddedEngine:
         while waiting or self._slots:
             while waiting and len(self._slots) < self._options.max_batch:
                 self._admit(waiting.popleft())
-                yield list(self._retire())
+                yield self._finished(waiting)
             if self._slots:
                 self._round()
-                yield list(self._retire())
+                yield self._finished(waiting)
+
+    def _finished(self, waiting: deque[GenerationRequest]) -> list[FinishedRequest]:
+        finished = [one.with_next_turn() for one in self._retire()]
+        waiting.extend(one.following for one in finished if one.following is not None)
+        return finished
 
     # --- a request enters and leaves -------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from cosched.engines.embedded.kv_cache import SlotCache
@@ -108,7 +108,7 @@ class Target:
         ids = self.model.generation_config.eos_token_id
         if ids is None:
             ids = self.model.config.eos_token_id
-        return frozenset([ids] if isinstance(ids, int) else ids or ())
+        return _as_set(ids)
 
     def checksum(self) -> str:
         """Checksum of every weight."""
@@ -203,3 +203,26 @@ def load_tokenizer(path: str) -> Any:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"target.path: no tokenizer in {path}: {error}") from error
+
+
+def load_end_tokens(path: str) -> frozenset[int]:
+    """``Target.end_tokens`` of a folder, without its model.
+
+    Raises:
+        CheckpointError: its ``config.json`` cannot be read.
+    """
+    try:
+        generation = GenerationConfig.from_pretrained(path, local_files_only=True)
+        ids = generation.eos_token_id
+    except OSError:  # it has none
+        ids = None
+    try:
+        if ids is None:
+            ids = AutoConfig.from_pretrained(path, local_files_only=True).eos_token_id
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"target.path: {path} cannot be loaded: {error}") from error
+    return _as_set(ids)
+
+
+def _as_set(ids: int | list[int] | None) -> frozenset[int]:
+    return frozenset([ids] if isinstance(ids, int) else ids or ())

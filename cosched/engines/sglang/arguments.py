@@ -63,7 +63,7 @@ def fixed_arguments(config: Config, speculation: Speculation = "adapted") -> dic
         )
     number = drafter.num_draft_tokens
     fixed = {
-        "model_path": Fixed(config.target.path, "target.path"),
+        "model_path": Fixed(config.target.folder, "target.path"),
         "dtype": Fixed(config.engine.dtype, "engine.dtype"),
         "max_running_requests": Fixed(config.engine.max_batch, "engine.max_batch"),
         "random_seed": Fixed(config.run.seed, "run.seed"),
@@ -93,6 +93,12 @@ def fixed_arguments(config: Config, speculation: Speculation = "adapted") -> dic
     return fixed
 
 
+def _defaults(config: Config) -> dict[str, Any]:
+    """What is as it were without us, unless the user says otherwise: a model's name is its own."""
+    target = config.target
+    return {} if target.folder == target.path else {"served_model_name": target.path}
+
+
 def _index(text: str, device: str) -> int:
     if not text.isdecimal():
         raise ConfigError(f"engine.device: {device!r} is no device; auto, cpu, cuda, cuda:0 …")
@@ -114,7 +120,7 @@ def keyword_arguments(
     _check(config.engine.arguments, fixed, allowed, lambda name: f"engine.arguments.{name}")
     _check(given, fixed, allowed, lambda name: name)
     ours = {name: setting.value for name, setting in fixed.items()}
-    return {**config.engine.arguments, **given, **ours}
+    return {**_defaults(config), **config.engine.arguments, **given, **ours}
 
 
 def command_line(
@@ -131,7 +137,8 @@ def command_line(
     given = _given(parser, words)
     _check(given, fixed, options, lambda name: options[name].option_strings[0])
     ours = {name: setting.value for name, setting in fixed.items()}
-    free = {n: value for n, value in config.engine.arguments.items() if n not in given}
+    theirs = {**_defaults(config), **config.engine.arguments}
+    free = {name: value for name, value in theirs.items() if name not in given}
     line: list[str] = []
     for name, value in {**ours, **free}.items():
         line += _words(options, name, value)

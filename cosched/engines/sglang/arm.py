@@ -17,7 +17,7 @@ from cosched.records import RoundRow
 from cosched.totals import Totals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from cosched.config import Config
     from cosched.engines.sglang.arguments import Speculation
@@ -69,8 +69,14 @@ class ServedEngine:
                 self._engine = None
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[FinishedRequest]:
-        """Decode a group at once."""
-        requests = list(requests)
+        """Decode a group at once, and then what the conversations in it go on to ask."""
+        group = list(requests)
+        while group:
+            finished = self._decode(group)
+            yield from finished
+            group = [one.following for one in finished if one.following is not None]
+
+    def _decode(self, requests: Sequence[GenerationRequest]) -> list[FinishedRequest]:
         started = time.perf_counter()
         answers = self._engine.generate(
             input_ids=[request.prompt_P.tolist() for request in requests],
@@ -83,6 +89,7 @@ class ServedEngine:
         self._on_tokens(sum(len(answer["output_ids"]) for answer in answers))
         rows = self._take_events()
         self._take_status(wall)
+        finished: list[FinishedRequest] = []
         for request, answer in zip(requests, answers, strict=True):
             tokens = tuple(answer["output_ids"])
             rounds = (
@@ -91,7 +98,9 @@ class ServedEngine:
                 else _clipped([row for row in rows if row.request_id == request.id], len(tokens))
             )
             stopped = answer["meta_info"]["finish_reason"]["type"] == "stop"
-            yield FinishedRequest(request, tokens, rounds, stopped)
+            one = FinishedRequest(request, tokens, rounds, stopped)
+            finished.append(one.with_next_turn())
+        return finished
 
     def abandon(self) -> list[FinishedRequest]:
         """What an interrupted group had is not known here."""
