@@ -25,6 +25,7 @@ from cosched.engines.embedded.verification import SamplingParams
 from cosched.engines.trace import RecordedRows, TraceMeta, TraceWriter, read_meta
 from cosched.errors import ConfigError
 from cosched.footprint import footprint, sketch
+from cosched.packing import pack
 from cosched.pool import CoschedulerPool
 from cosched.publish import InPlacePublisher
 from cosched.registry import DRAFTERS
@@ -96,6 +97,8 @@ def build_world(config: Config) -> World:
     if config.engine.num_threads is not None:
         torch.set_num_threads(config.engine.num_threads)
     target = Target.load(config.target.folder, device, getattr(torch, config.engine.dtype))
+    if config.engine.pack:
+        pack(target.model)
     teachers = {config.for_arm(arm).adapt.replay.teacher for arm in config.arms}
     if "hidden" in teachers or config.engine.kind == "trace":
         target.require_plain_head()
@@ -144,13 +147,16 @@ def build_arm(
             config, world.target, drafter, window, sink, temperature=world.judged_at
         )
     elif adapts(name) and drafter is not None:
-        publish, network = config.adapt.publish, drafter.network()
-        publisher = network and InPlacePublisher.of_modules(
-            network, world.target.model, publish.target_check_every, publish.keep
+        publish, learns = config.adapt.publish, drafter.network()
+        publisher = learns and InPlacePublisher.of_modules(
+            learns, world.target.model, publish.target_check_every, publish.keep
         )
         coscheduler = build_coscheduler(
             config, world.target, drafter, publisher, window, sink, temperature=world.judged_at
         )
+    network = drafter.network() if drafter else None
+    if network is not None and config.engine.pack and not config.num_adapters:
+        pack(network, rounds=True)  # after the trainer has taken its copy
     layers = writer.feature_layers if writer else ()
     if drafter is not None:
         layers = drafter.signal.feature_layers
@@ -214,7 +220,8 @@ def _rows(world: World, max_length: int, feature_layers: tuple[int, ...]) -> Row
     if world.trace is not None and not config.engine.live:
         directory = Path(config.engine.trace or "")
         return RecordedRows(directory, world.trace, world.target, feature_layers)
-    return LiveRows(world.target, config.engine.max_batch, max_length, feature_layers)
+    exact_rows = config.drafter_settings.num_draft_tokens + 1 if config.engine.exact else None
+    return LiveRows(world.target, config.engine.max_batch, max_length, feature_layers, exact_rows)
 
 
 def _judge(world: World) -> Judge:

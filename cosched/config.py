@@ -58,6 +58,12 @@ class EngineSettings(Section, frozen=True):
     A trace has the target's rows; ``live`` computes them all the same, which takes the time that
     verification takes: to compare speeds on the same text.
     With ``kind: sglang``, ``arguments`` are SGLang's own, as ``sglang.Engine`` names them.
+
+    ``pack`` lays out the weights of linear layers once for this CPU (``cosched.packing``); it means
+    nothing on a GPU. A row's last digits depend on how many rows are computed with it, so that greedy
+    text may part from plain decoding where two tokens are as good as one another. ``exact`` computes
+    as many rows for the arm ``plain`` as a verification has: then every row is computed alike, and
+    texts are equal to the bit. Plain decoding takes the time of a verification by that.
     """
 
     kind: Literal["embedded", "trace", "sglang"] = "embedded"
@@ -67,6 +73,8 @@ class EngineSettings(Section, frozen=True):
     num_threads: Positive | None = None
     trace: str | None = None
     live: bool = False
+    pack: bool = True
+    exact: bool = False
     arguments: dict[str, Any] = {}
 
 

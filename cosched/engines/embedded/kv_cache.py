@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -31,10 +31,13 @@ class SlotCache(Cache):
         self.visible = 0
         self.first_slot = 0
         self.index_BT: Tensor | None = None
+        self.slots_B1: Tensor | None = None
 
     def place(self, positions_BT: Tensor, visible: int, first_slot: int = 0) -> None:
         """The next pass writes row t of request b at ``positions_BT[b, t]`` and sees ``visible``."""
         self.index_BT = positions_BT
+        last_slot = first_slot + len(positions_BT)
+        self.slots_B1 = torch.arange(first_slot, last_slot, device=self.device)[:, None]
         self.visible = visible
         self.first_slot = first_slot
 
@@ -76,11 +79,12 @@ class _SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         cache = self.cache
         assert cache.index_BT is not None
-        slots = slice(cache.first_slot, cache.first_slot + len(key_states))
+        assert cache.slots_B1 is not None
         keys, values = self.buffers()
-        for buffer, new in ((keys, key_states), (values, value_states)):
-            index = cache.index_BT[:, None, :, None].expand_as(new)
-            buffer[slots].scatter_(2, index, new)
+        # By slot and position: only the new rows are touched, however long the cache is.
+        keys[cache.slots_B1, :, cache.index_BT] = key_states.transpose(1, 2)
+        values[cache.slots_B1, :, cache.index_BT] = value_states.transpose(1, 2)
+        slots = slice(cache.first_slot, cache.first_slot + len(key_states))
         return keys[slots, :, : cache.visible], values[slots, :, : cache.visible]
 
     def get_seq_length(self) -> int:

@@ -31,15 +31,30 @@ class RowSource(Protocol):
     def move_slot(self, source: int, destination: int, length: int) -> None: ...
 
 
+EXACT_POSITIONS = 64  # attention sums over whole vectors of them, in the same order for every row
+
+
 class LiveRows:
-    """Runs the target over a slot cache."""
+    """Runs the target over a slot cache.
+
+    With ``exact_rows`` every verification computes that many rows of each request, and attention
+    goes over whole blocks of positions: a row is then computed alike in every arm.
+    """
 
     def __init__(
-        self, target: Target, max_batch: int, max_length: int, feature_layers: tuple[int, ...]
+        self,
+        target: Target,
+        max_batch: int,
+        max_length: int,
+        feature_layers: tuple[int, ...],
+        exact_rows: int | None = None,
     ) -> None:
         self.vocab_size = target.vocab_size
         self._target = target
-        self._cache = target.new_cache(max_batch, max_length)
+        self._round_to = EXACT_POSITIONS if exact_rows else 1
+        self._exact_rows = exact_rows
+        length = max_length + (exact_rows or 0)
+        self._cache = target.new_cache(max_batch, length + -length % self._round_to)
         self._layers = feature_layers
 
     def prefill(self, slot: int, request: GenerationRequest) -> TargetRows:
@@ -50,7 +65,15 @@ class LiveRows:
         )
 
     def verify(self, ids_BS: Tensor, positions_BS: Tensor) -> TargetRows:
-        return self._target.forward(ids_BS, positions_BS, self._cache, self._layers)
+        num_rows = ids_BS.shape[1]
+        if missing := max(0, (self._exact_rows or 0) - num_rows):
+            ids_BS = torch.cat((ids_BS, ids_BS[:, -1:].expand(-1, missing)), 1)
+            ahead = torch.arange(1, missing + 1, device=positions_BS.device)
+            positions_BS = torch.cat((positions_BS, positions_BS[:, -1:] + ahead), 1)
+        rows = self._target.forward(
+            ids_BS, positions_BS, self._cache, self._layers, round_to=self._round_to
+        )
+        return rows.first(num_rows) if missing else rows
 
     def move_slot(self, source: int, destination: int, length: int) -> None:
         self._cache.move(source, destination, length)

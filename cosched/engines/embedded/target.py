@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from cosched.engines.embedded import attention
 from cosched.engines.embedded.kv_cache import SlotCache
 from cosched.errors import CheckpointError, ConfigError
 from cosched.publish import checksum
@@ -32,6 +33,15 @@ class TargetRows:
     logits_BTV: Tensor
     hidden_BTH: Tensor
     features_BTF: Tensor | None
+
+    def first(self, number: int) -> TargetRows:
+        """The first rows of each request."""
+        features = self.features_BTF
+        return TargetRows(
+            self.logits_BTV[:, :number],
+            self.hidden_BTH[:, :number],
+            None if features is None else features[:, :number],
+        )
 
 
 class Target:
@@ -76,7 +86,7 @@ class Target:
                     f"engine does not mask; serve it with SGLang"
                 )
             model: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, local_files_only=True, attn_implementation="sdpa"
+                path, dtype=dtype, local_files_only=True, attn_implementation=attention.NAME
             )
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
@@ -144,12 +154,15 @@ class Target:
         feature_layers: tuple[int, ...] = (),
         first_slot: int = 0,
         num_logits: int | None = None,
+        round_to: int = 1,
     ) -> TargetRows:
         """Run rows at ``positions_BT`` over what the cache holds before them.
 
-        ``num_logits`` limits the logits to the last rows (a prompt needs one).
+        ``num_logits`` limits the logits to the last rows (a prompt needs one). ``round_to`` makes the
+        number of positions that attention goes over, most of the last ones masked, a multiple of it.
         """
         visible = int(positions_BT.max()) + 1  # host waits for the device
+        visible += -visible % round_to
         cache.place(positions_BT, visible, first_slot)
         at_L = torch.arange(visible, device=ids_BT.device)
         mask_B1TL = (at_L <= positions_BT[..., None])[:, None]
