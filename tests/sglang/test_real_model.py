@@ -15,6 +15,7 @@ from tests.sglang.serving import ROOT, Decode, tokens
 
 CONFIG = "configs/serve_smollm2_cpu.yaml"
 MODEL = ROOT / "models/SmolLM2-135M-Instruct"
+DRAFT = ROOT / "models/drafts/eagle3"
 QUESTIONS = (
     "Explain in a few sentences why the sky is blue.",
     "Write a Python function that checks whether a number is prime.",
@@ -24,7 +25,10 @@ LENGTH = 64
 pytestmark = [
     pytest.mark.sglang,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(not MODEL.is_dir(), reason="models/ is not there: cosched realworld fetch"),
+    pytest.mark.skipif(
+        not (MODEL.is_dir() and DRAFT.is_dir()),
+        reason="the model or its draft is not in models/: cosched realworld fetch",
+    ),
 ]
 
 
