@@ -4,7 +4,8 @@ Usage: python benchmarks/bench_plain.py [--target models/SmolLM2-135M-Instruct] 
 
 Greedy, the same weights in the same type, no stopping; both decode as many tokens after the same
 prompts, in turns, prefill included in neither (it is timed by itself and taken off). Rows with
-``pack`` off show what packed weights bring, and what is left is the cache and the attention.
+``pack`` off show what packed weights bring, and what is left is the cache and the attention. Last, what
+a verification of several rows costs, in plain steps of the same kind (``--rows``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import time
 
 import torch
+from bench_cost_ratio import target_step
 
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
 from cosched.engines.embedded.judges import GreedyJudge
@@ -61,6 +63,26 @@ def theirs(model: torch.nn.Module, prompts_BP: torch.Tensor, tokens: int) -> flo
     return seconds(tokens + 1) - seconds(1)
 
 
+@torch.no_grad()
+def verifications(targets: dict[str, Target], context: int, rows: list[int], repeats: int) -> None:
+    """Print what so many rows of one request cost behind a context, in turns."""
+    steps = {
+        (name, n): target_step(target, context, n) for n in rows for name, target in targets.items()
+    }
+    spent: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
+    for turn in range(repeats + 1):  # the first one warms up
+        for key, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if turn:
+                spent[key].append(time.perf_counter() - started)
+    for name in targets:
+        median = {n: statistics.median(spent[name, n]) for n in rows}
+        cells = [f"{n} {median[n] / median[rows[0]]:.2f}" for n in rows[1:]]
+        plain = f"{rows[0]} row {median[rows[0]] * 1e3:.1f} ms"
+        print(f"context {context}, {name}: {plain}; rows and plain steps: {', '.join(cells)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="models/SmolLM2-135M-Instruct")
@@ -68,6 +90,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 5, 6, 8, 12, 16])
     options = parser.parse_args()
     device = torch.device("cpu")
     packed, unpacked, peer = (Target.load(options.target, device, torch.float32) for _ in range(3))
@@ -96,6 +119,8 @@ def main() -> None:
                 for name, times in spent.items()
             ]
             print(f"batch {batch:2}, context {context:4}: {', '.join(cells)}", flush=True)
+    both = {"pack: false": unpacked, "cosched": packed}
+    verifications(both, min(options.contexts), options.rows, 5 * options.repeats)
 
 
 if __name__ == "__main__":
