@@ -25,7 +25,7 @@ from cosched.engines.embedded.verification import SamplingParams
 from cosched.engines.trace import RecordedRows, TraceMeta, TraceWriter, read_meta
 from cosched.errors import ConfigError
 from cosched.footprint import footprint, sketch
-from cosched.packing import pack
+from cosched.packing import pack, rows_are_alike
 from cosched.pool import CoschedulerPool
 from cosched.publish import InPlacePublisher
 from cosched.registry import DRAFTERS
@@ -98,7 +98,12 @@ def build_world(config: Config) -> World:
         torch.set_num_threads(config.engine.num_threads)
     target = Target.load(config.target.folder, device, getattr(torch, config.engine.dtype))
     if config.engine.pack:
-        pack(target.model)
+        pack(target.model, alike=config.engine.exact)
+    if config.engine.exact and not rows_are_alike(target.model, _rows_a_round(config)):
+        raise ConfigError(
+            f"engine.exact: this processor computes rows in different ways, {_rows_a_round(config)} "
+            f"at a time in {config.engine.dtype}; use false, or engine.dtype: float32"
+        )
     teachers = {config.for_arm(arm).adapt.replay.teacher for arm in config.arms}
     if "hidden" in teachers or config.engine.kind == "trace":
         target.require_plain_head()
@@ -141,20 +146,20 @@ def build_arm(
     base, windowed = split_arm(name)
     drafter = None if base == PLAIN else load_drafter(world)
     window = config.drafter_settings.window if windowed else None
+    network = drafter.network() if drafter else None
     coscheduler = None
     if adapts(name) and drafter is not None and config.num_adapters:
         coscheduler = build_pool(
             config, world.target, drafter, window, sink, temperature=world.judged_at
         )
     elif adapts(name) and drafter is not None:
-        publish, learns = config.adapt.publish, drafter.network()
-        publisher = learns and InPlacePublisher.of_modules(
-            learns, world.target.model, publish.target_check_every, publish.keep
+        publish = config.adapt.publish
+        publisher = network and InPlacePublisher.of_modules(
+            network, world.target.model, publish.target_check_every, publish.keep
         )
         coscheduler = build_coscheduler(
             config, world.target, drafter, publisher, window, sink, temperature=world.judged_at
         )
-    network = drafter.network() if drafter else None
     if network is not None and config.engine.pack and not config.num_adapters:
         pack(network, rounds=True)  # after the trainer has taken its copy
     layers = writer.feature_layers if writer else ()
@@ -220,8 +225,12 @@ def _rows(world: World, max_length: int, feature_layers: tuple[int, ...]) -> Row
     if world.trace is not None and not config.engine.live:
         directory = Path(config.engine.trace or "")
         return RecordedRows(directory, world.trace, world.target, feature_layers)
-    exact_rows = config.drafter_settings.num_draft_tokens + 1 if config.engine.exact else None
+    exact_rows = _rows_a_round(config) if config.engine.exact else None
     return LiveRows(world.target, config.engine.max_batch, max_length, feature_layers, exact_rows)
+
+
+def _rows_a_round(config: Config) -> int:
+    return config.drafter_settings.num_draft_tokens + 1
 
 
 def _judge(world: World) -> Judge:

@@ -62,8 +62,10 @@ class EngineSettings(Section, frozen=True):
     ``pack`` lays out the weights of linear layers once for this CPU (``cosched.packing``); it means
     nothing on a GPU. A row's last digits depend on how many rows are computed with it, so that greedy
     text may part from plain decoding where two tokens are as good as one another. ``exact`` computes
-    as many rows for the arm ``plain`` as a verification has: then every row is computed alike, and
-    texts are equal to the bit. Plain decoding takes the time of a verification by that.
+    as many rows for the arm ``plain`` as a verification has, and lays weights out so that every row
+    is computed alike: greedy texts are then equal to the bit, one request at a time (attention of
+    several is not asked to be). It costs speed, of plain decoding most; where this processor cannot
+    do it, it is refused.
     """
 
     kind: Literal["embedded", "trace", "sglang"] = "embedded"

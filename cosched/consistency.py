@@ -27,6 +27,8 @@ def check_together(config: Config) -> None:
         raise ConfigError(
             f"engine.live: true computes what a trace has, and engine.kind is {engine.kind}; use false"
         )
+    if engine.exact:
+        _check_exact(config)
     if engine.kind == "trace":
         if engine.trace is None:
             raise ConfigError("engine.trace: required when engine.kind is trace, a recorded folder")
@@ -47,6 +49,22 @@ def check_together(config: Config) -> None:
     # The section itself is checked whether or not an arm uses it: servers have no arms.
     for arm in dict.fromkeys((ADAPTED, *(arm for arm in config.arms if adapts(arm)))):
         _check_adapt(config.for_arm(arm), used=arm in config.arms)
+
+
+def _check_exact(config: Config) -> None:
+    engine = config.engine
+    if engine.kind == "sglang" or (engine.kind == "trace" and not engine.live):
+        raise ConfigError(
+            f"engine.exact: true is for a target that the embedded engine runs, and engine.kind is "
+            f"{engine.kind}; use false"
+        )
+    if not engine.pack:
+        raise ConfigError("engine.exact: true needs packed weights; use engine.pack: true")
+    if engine.max_batch > 1:
+        raise ConfigError(
+            f"engine.exact: true is for one request at a time, got engine.max_batch = "
+            f"{engine.max_batch}; use 1"
+        )
 
 
 def _check_arms(config: Config) -> None:

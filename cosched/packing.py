@@ -9,7 +9,8 @@ is kept:
              and the same numbers where every weight is a half-precision number, as weights that
              were stored in bfloat16 or float16 usually are.
 ``blocked``  oneDNN's: the weights as they are, in blocks. For bfloat16 where the processor computes
-             in it, and for float32 weights that half precision would change.
+             in it, and for float32 weights that half precision would change. A row's product does
+             not depend on how many rows there are, as those of the others do: what ``alike`` asks.
 
 A product that needs gradients takes the plain way over the weight itself, which stays where it is.
 Written in place, the weight is laid out again at its next use: ``publish`` needs to know nothing.
@@ -19,16 +20,15 @@ Letters: O outputs, I inputs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 Layout = Literal["half", "blocked"]
+Product = Callable[[Tensor], Tensor]
 LARGEST_HALF = torch.finfo(torch.float16).max
 
 
@@ -36,78 +36,94 @@ class PackedLinear(nn.Linear):
     """An ``nn.Linear`` with its weight laid out for this CPU as well; made by ``pack``."""
 
     _rounds: bool
-    _packed: Callable[[Tensor], Tensor] | None
+    _alike: bool
+    _product: Product | None
     _written: int
 
     @classmethod
-    def take_over(cls, layer: nn.Linear, rounds: bool) -> None:
+    def take_over(cls, layer: nn.Linear, layout: Layout, rounds: bool, alike: bool) -> None:
         """Make that very layer one of these; who holds it or its weight need not know."""
         layer.__class__ = cls
         made = cast("PackedLinear", layer)
-        made._rounds, made._packed, made._written = rounds, None, -1
+        made._rounds, made._alike = rounds, alike
+        made._lay_out(layout)
+
+    def _lay_out(self, layout: Layout | None) -> Product:
+        self._written = self.weight._version
+        self._product = _product(layout, self.weight, self.bias)
+        return self._product
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., I]`` to ``[..., O]``."""
         if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
             return F.linear(input, self.weight, self.bias)
-        if self._packed is None or self._written != self.weight._version:
-            self._written = self.weight._version
-            self._packed = _packed(self.weight, self.bias, self._rounds) or self._plain
-        return self._packed(input)
-
-    def _plain(self, rows: Tensor) -> Tensor:
-        return F.linear(rows, self.weight, self.bias)
+        product = self._product
+        if product is None or self._written != self.weight._version:
+            product = self._lay_out(layout_of(self.weight, self._rounds, self._alike))
+        return product(input)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy lays out its own weight."""
-        return {**self.__dict__, "_packed": None}
+        return {**self.__dict__, "_product": None}
 
 
-def pack(module: nn.Module, rounds: bool = False) -> int:
+def pack(module: nn.Module, rounds: bool = False, alike: bool = False) -> int:
     """Lay out every plain linear layer on a CPU, ``module`` itself included; returns how many.
 
     With ``rounds`` float32 weights may be rounded to half precision: a draft that learns has weights
     between two such numbers, and what it loses by it is less than an update brings. Without, they
-    are laid out in half precision only where that changes none of them.
+    are laid out in half precision only where that changes none of them. With ``alike`` only in a way
+    that computes every row alike (``rows_are_alike`` tries it).
     """
     packed = 0
     for one in module.modules():
         if type(one) is not nn.Linear or one.weight.device.type != "cpu":
             continue  # a subclass has a product of its own
-        if layout_of(one.weight, rounds) is None:
-            continue
-        PackedLinear.take_over(one, rounds)
-        packed += 1
+        if (layout := layout_of(one.weight, rounds, alike)) is not None:
+            PackedLinear.take_over(one, layout, rounds, alike)
+            packed += 1
     return packed
 
 
-def layout_of(weight_OI: Tensor, rounds: bool) -> Layout | None:
+@torch.no_grad()
+def rows_are_alike(module: nn.Module, num_rows: int) -> bool:
+    """Whether linear layers give equal rows for equal inputs, to the bit, in any place of so many."""
+    generator = torch.Generator().manual_seed(0)
+    for one in module.modules():
+        if not isinstance(one, nn.Linear):
+            continue
+        row_I = torch.randn(one.in_features, generator=generator).to(one.weight)
+        product = one(row_I.expand(num_rows, -1).contiguous())
+        if not torch.equal(product, product[:1].expand_as(product)):
+            return False
+    return True
+
+
+def layout_of(weight_OI: Tensor, rounds: bool, alike: bool = False) -> Layout | None:
     """How this processor reads such a weight best; None where the plain way is all there is."""
-    if weight_OI.dtype == torch.float32:
-        if _has_half() and _fits_half(weight_OI, rounds):
-            return "half"
-        return "blocked" if torch.backends.mkldnn.is_available() else None
-    if weight_OI.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
-        return "blocked" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
-    return None
-
-
-def _has_half() -> bool:
-    return torch.backends.quantized.engine in {"fbgemm", "x86"}
+    if not torch.backends.mkldnn.is_available():
+        blocked = False
+    elif weight_OI.dtype == torch.bfloat16:
+        blocked = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    else:
+        blocked = weight_OI.dtype == torch.float32
+    if weight_OI.dtype == torch.float32 and not alike and _fits_half(weight_OI, rounds):
+        return "half"
+    return "blocked" if blocked else None
 
 
 def _fits_half(weight_OI: Tensor, rounds: bool) -> bool:
+    if torch.backends.quantized.engine not in {"fbgemm", "x86"}:
+        return False  # no FBGEMM
     if rounds:
         return bool((weight_OI.abs() <= LARGEST_HALF).all())  # a NaN is not
     return torch.equal(weight_OI.half().to(weight_OI.dtype), weight_OI)
 
 
-def _packed(
-    weight_OI: Tensor, bias_O: Tensor | None, rounds: bool
-) -> Callable[[Tensor], Tensor] | None:
-    """The product over a copy of the weight; None: the plain one."""
+def _product(layout: Layout | None, weight_OI: Tensor, bias_O: Tensor | None) -> Product:
+    """The product over a copy of the weight in that layout; None: over the weight itself."""
     weight, bias = weight_OI.detach(), None if bias_O is None else bias_O.detach()
-    match layout_of(weight, rounds):
+    match layout:
         case "half":
             half = torch.ops.quantized.linear_prepack_fp16(weight, bias)
             return lambda rows: torch.ops.quantized.linear_dynamic_fp16(rows, half)
@@ -117,4 +133,4 @@ def _packed(
                 rows, blocked, bias, "none", [], ""
             )
         case None:
-            return None
+            return lambda rows: F.linear(rows, weight, bias)
