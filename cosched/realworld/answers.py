@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cosched.chat import Chat
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
 from cosched.engines.embedded.judges import SamplingJudge
 from cosched.engines.embedded.request import FinishedRequest, GenerationRequest
@@ -34,11 +35,22 @@ if TYPE_CHECKING:
 FEATURE_LAYERS = (1, 8, 14, 20, 26)
 """What is kept; a draft names the ones it wants. EAGLE-3's are the first, third and last."""
 
-TEMPERATURES = (0.7, 0.85, 1.0)  # shard by shard
-SHARD_QUESTIONS = 192
-MAX_BATCH = 64
-MAX_NEW_TOKENS = 384  # with its question an answer has 512 tokens at most
 KEPT = torch.bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerPlan:
+    """How questions are answered: shard by shard, each at the next of the ``temperatures``.
+
+    With its question an answer has 512 tokens at most.
+    """
+
+    shards: int
+    questions: int = 192  # of a shard
+    temperatures: tuple[float, ...] = (0.7, 0.85, 1.0)
+    max_batch: int = 64
+    max_new_tokens: int = 384
+    layers: tuple[int, ...] = FEATURE_LAYERS
 
 
 class Answered(NamedTuple):
@@ -79,42 +91,55 @@ def generate(
     questions: Sequence[tuple[str, str]],
     directory: Path,
     seed: int,
-    num_shards: int,
+    plan: AnswerPlan,
     advance: Callable[[int, str], None],
 ) -> None:
-    """Answer the first ``num_shards`` shards of the questions; a shard that is there stays.
+    """Answer the questions of all shards of the plan; a shard that is there stays.
 
-    ``advance(tokens, message)`` is called as they come. Beyond the last question they are asked
-    again, in other words: the random numbers go by the shard.
+    ``advance(tokens, message)`` is called as they come. Behind the last question the first is asked
+    again, and answered otherwise: random numbers go by the shard.
+
+    Raises:
+        WorkloadError: the target has no chat template.
+        RealWorldError: the folder cannot be written.
     """
-    for shard in range(num_shards):
+    chat = Chat(target.tokenizer)
+    for shard in range(plan.shards):
         folder = directory / f"{shard:04d}"
         if folder.exists():
             continue
-        first = shard * SHARD_QUESTIONS
-        asked = [questions[(first + n) % len(questions)] for n in range(SHARD_QUESTIONS)]
-        temperature = TEMPERATURES[shard % len(TEMPERATURES)]
+        first = shard * plan.questions
+        asked = [questions[(first + n) % len(questions)] for n in range(plan.questions)]
+        requests = [
+            GenerationRequest(name, _prompt(chat, name, question), plan.max_new_tokens)
+            for name, question in asked
+        ]
+        temperature = plan.temperatures[shard % len(plan.temperatures)]
         with new_folder(folder) as partial:
-            _write(target, asked, partial, seed + shard, temperature, advance)
+            _write(target, requests, partial, seed + shard, temperature, plan, advance)
+
+
+def _prompt(chat: Chat, name: str, question: str) -> Tensor:
+    return torch.tensor(chat.prompt(({"role": "user", "content": question},), name))
 
 
 def _write(
     target: Target,
-    asked: Sequence[tuple[str, str]],
+    requests: Sequence[GenerationRequest],
     folder: Path,
     seed: int,
     temperature: float,
+    plan: AnswerPlan,
     advance: Callable[[int, str], None],
 ) -> None:
-    requests = [_request(target, name, question) for name, question in asked]
     max_length = max(request.max_length for request in requests)
     collected, tensors = _Rows({}, {}), dict[str, Tensor]()
     described = list[dict[str, object]]()
     engine = EmbeddedEngine(
-        rows=LiveRows(target, MAX_BATCH, max_length, FEATURE_LAYERS),
+        rows=LiveRows(target, plan.max_batch, max_length, plan.layers),
         judge=SamplingJudge(SamplingParams(temperature)),
         drafter=None,
-        options=EngineOptions(MAX_BATCH, max_length, seed, target.end_tokens),
+        options=EngineOptions(plan.max_batch, max_length, seed, target.end_tokens),
         device=target.device,
         recorder=collected,
         on_tokens=lambda number: advance(number, f"at temperature {temperature}"),
@@ -131,19 +156,12 @@ def _write(
             }
         )
     save_file(tensors, folder / "rows.safetensors")
-    about = {"layers": FEATURE_LAYERS, "temperature": temperature, "answers": described}
+    about = {"layers": plan.layers, "temperature": temperature, "answers": described}
     (folder / "answers.json").write_text(json.dumps(about), encoding="utf-8")
 
 
-def _request(target: Target, name: str, question: str) -> GenerationRequest:
-    ids = target.tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
-    )
-    return GenerationRequest(name, torch.tensor(ids, device=target.device), MAX_NEW_TOKENS)
-
-
 def read(directory: Path, layers: tuple[int, ...]) -> Iterator[Answered]:
-    """Every answer that is there, with the features of some of ``FEATURE_LAYERS``."""
+    """Every answer that is there, shard by shard, with the features of some of its layers."""
     for folder in sorted(directory.glob("[0-9]*")):
         about = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
         kept = list(about["layers"])
