@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 FEATURE_LAYERS = (1, 8, 14, 20, 26)
 """What is kept; a draft names the ones it wants. EAGLE-3's are the first, third and last."""
 
+LAST_HIDDEN = -1
+"""The state behind the last layer and the final norm, as a layer to be read."""
+
 KEPT = torch.bfloat16
 
 
@@ -64,26 +67,34 @@ class Answered(NamedTuple):
 
 @dataclass(slots=True)
 class _Rows:
-    """Collects what the target computed of each running request."""
+    """Collects what the target computed of each running request, in one buffer for each."""
 
-    features: dict[str, list[Tensor]]
-    hidden: dict[str, list[Tensor]]
+    features: dict[str, Tensor]
+    hidden: dict[str, Tensor]
 
     def __call__(
-        self, request: GenerationRequest, rows: TargetRows, index: int, _start: int, count: int
+        self, request: GenerationRequest, rows: TargetRows, index: int, start: int, count: int
     ) -> None:
         assert rows.features_BTF is not None
-        self.features.setdefault(request.id, []).append(rows.features_BTF[index, :count].to(KEPT))
-        self.hidden.setdefault(request.id, []).append(rows.hidden_BTH[index, :count].to(KEPT))
+        for kept, computed in (
+            (self.features, rows.features_BTF[index, :count]),
+            (self.hidden, rows.hidden_BTH[index, :count]),
+        ):
+            if request.id not in kept:
+                shape = (request.max_length, computed.shape[-1])
+                kept[request.id] = torch.empty(shape, dtype=KEPT)
+            kept[request.id][start : start + count] = computed
 
     def take(self, finished: FinishedRequest) -> dict[str, Tensor]:
         """Everything of one request, whose rows end before its last token."""
         request = finished.request
         tokens_T = torch.cat((request.prompt_P, torch.tensor(finished.tokens)))
-        features = torch.cat(self.features.pop(request.id))
-        hidden = torch.cat(self.hidden.pop(request.id))
-        assert len(features) == len(hidden) == len(tokens_T) - 1
-        return {"tokens": tokens_T.to(torch.int32), "features": features, "hidden": hidden}
+        rows = slice(len(tokens_T) - 1)
+        return {
+            "tokens": tokens_T.to(torch.int32),
+            "features": self.features.pop(request.id)[rows].clone(),
+            "hidden": self.hidden.pop(request.id)[rows].clone(),
+        }
 
 
 def generate(
@@ -161,16 +172,20 @@ def _write(
 
 
 def read(directory: Path, layers: tuple[int, ...]) -> Iterator[Answered]:
-    """Every answer that is there, shard by shard, with the features of some of its layers."""
+    """Every answer that is there, shard by shard, with the features of some of its layers.
+
+    ``LAST_HIDDEN`` may be one of them.
+    """
     for folder in sorted(directory.glob("[0-9]*")):
         about = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
         kept = list(about["layers"])
         with safe_open(folder / "rows.safetensors", "pt") as stored:
             for place, answer in enumerate(about["answers"]):
+                hidden = stored.get_tensor(f"{place}.hidden")
                 features = stored.get_tensor(f"{place}.features").unflatten(-1, (len(kept), -1))
-                yield Answered(
-                    stored.get_tensor(f"{place}.tokens").long(),
-                    answer["prompt"],
-                    features[:, [kept.index(layer) for layer in layers]].flatten(1),
-                    stored.get_tensor(f"{place}.hidden"),
-                )
+                chosen = [
+                    hidden if layer == LAST_HIDDEN else features[:, kept.index(layer)]
+                    for layer in layers
+                ]
+                tokens = stored.get_tensor(f"{place}.tokens").long()
+                yield Answered(tokens, answer["prompt"], torch.cat(chosen, -1), hidden)

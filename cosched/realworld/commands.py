@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 realworld_app = typer.Typer(
     no_args_is_help=True, help="The public chat model that demo and figures are of, and its drafts."
@@ -44,3 +45,43 @@ def realworld_fetch(
         console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     fetch(to, from_ or (), drafts, overwrite, tell)
+
+
+@realworld_app.command("build")
+def realworld_build(
+    to: Annotated[Path, typer.Option(help="Where the drafts go, in compact storage.")] = Path(
+        "realworld/drafts"
+    ),
+    models: Annotated[Path, typer.Option(help="What fetch filled.")] = Path("models"),
+    prompts: Annotated[Path, typer.Option(help="What acceptance is measured on.")] = Path(
+        "realworld/prompts"
+    ),
+    work: Annotated[Path, typer.Option(help="Answers, and what is half done.")] = Path(
+        "build/realworld"
+    ),
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="eagle3, dflash or pard; all without it."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads to work with.")] = 2,
+    share: Annotated[
+        float, typer.Option(min=0.0001, max=1.0, help="Share of the training, to try it out.")
+    ] = 1.0,
+) -> None:
+    """Make the drafts again: the model's answers, training, cards (half a day on two cores).
+
+    An interrupted build goes on from where it was. Then fetch puts the drafts into models/drafts.
+    """
+    from cosched.realworld.build import build
+    from cosched.realworld.recipes import RECIPES
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console) as progress:
+        build(models, prompts, work, to, only or tuple(RECIPES), seed, threads, share, progress)
+    console.print(f"built: {to}", soft_wrap=True, markup=False, highlight=False)

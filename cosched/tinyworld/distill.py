@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cosched.records import SignalBatch
-from cosched.tinyworld.optimize import muon_and_adamw, take_step
+from cosched.tinyworld.optimize import make_optimizers, mixed_precision, take_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,7 +107,7 @@ def distill(
     """Teach the drafter in place; ``advance(tokens, message)`` is called after every step."""
     generator = torch.Generator().manual_seed(seed)
     network = batch_loss.network.train()
-    optimizers = muon_and_adamw(network, weight_decay=0.01)
+    optimizers = make_optimizers(network, weight_decay=0.01)
     step_tokens = plan.batch * plan.length
     num_steps = plan.tokens // step_tokens
     for step in range(num_steps):
@@ -115,7 +115,7 @@ def distill(
         rate = plan.learning_rate * min(
             (step + 1) / plan.warmup_steps, (1 - step / num_steps) / plan.decay_share, 1
         )
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             loss = batch_loss(random_batch(target, drafter, store, plan, generator))
         take_step(loss, network.parameters(), optimizers, rate)
         speed = step_tokens / (time.perf_counter() - started)

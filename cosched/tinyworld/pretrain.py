@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from cosched.tinyworld.optimize import Optimizers, muon_and_adamw, take_step
+from cosched.tinyworld.optimize import Optimizers, make_optimizers, mixed_precision, take_step
 from cosched.tinyworld.tokens import VOCAB_SIZE, TokenStore, load_tokens
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def pretrain(
             model = grow(model, stage.num_layers)
         model.set_attn_implementation(stage.attention)
         model.train()
-        optimizers = muon_and_adamw(model, weight_decay=0.05)
+        optimizers = make_optimizers(model, weight_decay=0.05)
         step_tokens = stage.batch * stage.length
         for step in range(stage.tokens // step_tokens):
             rate = LEARNING_RATE * min(
@@ -132,7 +132,7 @@ def _step(
     optimizers: Optimizers,
     rate: float,
 ) -> float:
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed_precision():
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
     loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten())
     take_step(loss, model.parameters(), optimizers, rate)

@@ -1,0 +1,215 @@
+"""What the drafts of the real model are: one of each family, small enough to pay on a CPU.
+
+Letters: U words of a reduced vocabulary, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cosched.realworld.answers import FEATURE_LAYERS, LAST_HIDDEN
+from drafters.dflash import DFlashConfig, DFlashDrafter
+from drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from drafters.pard import PardConfig, PardDrafter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from cosched.engines.embedded.target import Target
+    from cosched.realworld.answers import Answered
+
+AnyDrafter = Eagle3Drafter | DFlashDrafter | PardDrafter
+
+MASK = 16  # SmolLM2's <empty_output>, which no chat has
+NUM_WORDS = 12_288  # of EAGLE-3's head
+NUM_FREQUENT = 8_192  # of those that a student with the target's head is taught to tell apart
+NUM_OTHERS = 2_048  # and as many of the rest, others in every step
+BLOCK_SIZE = 8
+
+# The target's layers whose outputs they see: the first, the middle and a late one; all that is kept;
+# late ones and the last hidden state.
+EAGLE3_LAYERS = (FEATURE_LAYERS[0], FEATURE_LAYERS[2], FEATURE_LAYERS[4])
+DFLASH_LAYERS = FEATURE_LAYERS
+PARD_LAYERS = (FEATURE_LAYERS[2], FEATURE_LAYERS[4], LAST_HIDDEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a draft is made, on what it is taught, and how what was taught becomes the draft.
+
+    ``begin(target, classroom, words)`` gives the student, ``path`` tokens behind each of
+    ``anchors`` places of an answer teach it, ``finish(student, target)`` gives the draft.
+    """
+
+    begin: Callable[[Target, Classroom, Tensor], AnyDrafter]
+    finish: Callable[[Any, Target], AnyDrafter]
+    layers: tuple[int, ...]
+    path: int
+    anchors: int
+    position_decay: float
+    num_draft_tokens: int  # with which its acceptance is measured
+    steps: int
+
+
+class Classroom:
+    """The target as it is while students are taught that borrow its head: with fewer words.
+
+    Softmax over 49,152 words would be most of the work. The frequent words are there in every step;
+    of all others some, drawn anew by ``call``, so that a student learns to leave those alone.
+    """
+
+    def __init__(self, target: Target, words_V: Tensor, num_frequent: int, num_others: int) -> None:
+        self._target = target
+        self._frequent_U, self._others = words_V[:num_frequent], words_V[num_frequent:]
+        self._num_others = min(num_others, len(self._others))
+        self.hidden_size, self.num_layers = target.hidden_size, target.num_layers
+        self.max_length, self.embedding = target.max_length, target.embedding
+        self.vocab_size = len(self._frequent_U) + self._num_others
+        self.head = nn.Linear(self.hidden_size, self.vocab_size, bias=False).requires_grad_(False)
+        self.head.weight[: len(self._frequent_U)] = self._rows(self._frequent_U)
+
+    def token_ids(self) -> Mapping[str, int] | None:
+        return self._target.token_ids()
+
+    def call(self, generator: torch.Generator) -> None:
+        """Other words for the next step."""
+        drawn = torch.randperm(len(self._others), generator=generator)[: self._num_others]
+        self.head.weight[len(self._frequent_U) :] = self._rows(self._others[drawn])
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        return next(self._target.head.parameters())[ids]
+
+
+def words_by_frequency(answers: Sequence[Answered], vocab_size: int) -> Tensor:
+    """All target tokens ``[V]``, the most frequent of the answers first.
+
+    What no answer has comes in the order of its id, which in a byte-pair vocabulary is about that of
+    frequency in general.
+    """
+    count_V = torch.zeros(vocab_size, dtype=torch.int64)
+    for answer in answers:
+        count_V += torch.bincount(answer.tokens_T[answer.num_prompt :], minlength=vocab_size)
+    return count_V.argsort(descending=True, stable=True)
+
+
+def _begin_eagle3(target: Target, _classroom: Classroom, words_V: Tensor) -> Eagle3Drafter:
+    """One layer as wide as the target's, and a head of its own that starts as the target's rows."""
+    words_U = words_V[:NUM_WORDS].sort().values
+    config = Eagle3Config(
+        **_layer_of(target),
+        draft_vocab_size=len(words_U),
+        feature_layers=list(EAGLE3_LAYERS),
+    )
+    network = Eagle3Drafter.initialise(config, target, 1).network()
+    assert network.lm_head is not None
+    assert network.d2t is not None
+    assert network.t2d is not None
+    with torch.no_grad():
+        network.d2t.copy_(words_U - torch.arange(len(words_U)))
+        network.t2d.zero_()[words_U] = True
+        network.lm_head.weight.copy_(next(target.head.parameters())[words_U])
+        network.norm.weight.copy_(target.model.get_decoder().norm.weight)
+    return Eagle3Drafter(network, target, 4)
+
+
+def _begin_dflash(target: Target, classroom: Classroom, _words: Tensor) -> DFlashDrafter:
+    """Three layers over the features of five, for blocks of the anchor and seven masks."""
+    config = DFlashConfig(
+        **_layer_of(target) | {"model_type": "qwen3"},
+        num_hidden_layers=3,
+        num_target_layers=target.num_layers,
+        feature_layers=list(DFLASH_LAYERS),
+        block_size=BLOCK_SIZE,
+        mask_token_id=MASK,
+    )
+    drafter = DFlashDrafter.initialise(config, classroom, BLOCK_SIZE - 1)
+    with torch.no_grad():
+        drafter.network().norm.weight.copy_(target.model.get_decoder().norm.weight)
+    return drafter
+
+
+def _finish_dflash(student: DFlashDrafter, target: Target) -> DFlashDrafter:
+    return DFlashDrafter(student.network(), target, BLOCK_SIZE - 1)
+
+
+def _begin_pard(target: Target, classroom: Classroom, _words: Tensor) -> PardDrafter:
+    """The target's own first layers, embedding and final norm, with its features added (PARD-2)."""
+    # As transformers counts them: 0 is the embedding, i is after layer i - 1.
+    layers = [layer if layer == LAST_HIDDEN else layer + 1 for layer in PARD_LAYERS]
+    config = PardConfig(
+        **_layer_of(target),
+        num_hidden_layers=3,
+        tie_word_embeddings=True,
+        pard_token=MASK,
+        pard2=True,
+        spd_type="pard2",
+        pard2_target_layers=layers,
+        pard2_target_dim=len(layers) * target.hidden_size,
+    )
+    network = PardDrafter.initialise(config, target, 1).network()
+    theirs = dict(target.model.get_decoder().state_dict())
+    ours = network.model.state_dict()
+    network.model.load_state_dict({name: theirs.get(name, kept) for name, kept in ours.items()})
+    network.model.embed_tokens.requires_grad_(False)
+    network.lm_head = classroom.head
+    return PardDrafter(network, classroom, BLOCK_SIZE - 1)
+
+
+def _finish_pard(student: PardDrafter, target: Target) -> PardDrafter:
+    network = student.network()
+    network.lm_head = None  # as its configuration says: the embedding
+    return PardDrafter(network, target, BLOCK_SIZE - 1)
+
+
+RECIPES: dict[str, Recipe] = {
+    "eagle3": Recipe(
+        _begin_eagle3,
+        lambda student, _target: student,
+        EAGLE3_LAYERS,
+        path=4,
+        anchors=24,
+        position_decay=0.9,
+        num_draft_tokens=4,
+        steps=1_000,
+    ),
+    "dflash": Recipe(
+        _begin_dflash,
+        _finish_dflash,
+        DFLASH_LAYERS,
+        path=BLOCK_SIZE - 1,
+        anchors=12,
+        position_decay=0.8,
+        num_draft_tokens=BLOCK_SIZE - 1,
+        steps=1_000,
+    ),
+    "pard": Recipe(
+        _begin_pard,
+        _finish_pard,
+        PARD_LAYERS,
+        path=BLOCK_SIZE - 1,
+        anchors=12,
+        position_decay=0.8,
+        num_draft_tokens=BLOCK_SIZE - 1,
+        steps=1_000,
+    ),
+}
+
+
+def _layer_of(target: Target) -> dict[str, Any]:
+    config = target.model.config
+    return {
+        "model_type": "llama",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": dict(config.rope_parameters),
+        "max_position_embeddings": config.max_position_embeddings,
+    }

@@ -1,0 +1,177 @@
+"""Teaching a draft on recorded answers: the target's rows are read, not computed again.
+
+Letters: R answers, C rows of a context, T tokens of an answer with its question, N anchors,
+K drafted tokens, F fused feature width, H hidden width.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from cosched.protocols import LossSettings
+from cosched.realworld.recipes import NUM_FREQUENT, NUM_OTHERS, Classroom
+from cosched.records import SignalBatch
+from cosched.training.micro_step import BatchLoss
+from losses.divergence import ForwardKL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from cosched.engines.embedded.target import Target
+    from cosched.realworld.answers import Answered
+    from cosched.realworld.recipes import AnyDrafter, Recipe
+
+BATCH = 8  # answers of a step
+LEARNING_RATE = 2e-3
+WARMUP_STEPS = 40
+DECAY_SHARE = 0.6  # of the steps, at the end
+STEPS_KEPT = 50  # what a killed process loses at most
+
+
+def batch_of(answers: Sequence[Answered], anchors_RN: Sequence[Tensor], path: int) -> SignalBatch:
+    """Whole answers as contexts, with the text itself as the path behind every anchor.
+
+    Answers may have fewer anchors than others; what is missing counts nothing.
+    """
+    lengths_R = torch.tensor([len(answer.tokens_T) - 1 for answer in answers])
+    places_RN = pad_sequence(list(anchors_RN), batch_first=True, padding_value=1)
+    counts_RN = pad_sequence(
+        [torch.ones(len(anchors_N)) for anchors_N in anchors_RN], batch_first=True
+    )
+    tokens_RC1 = pad_sequence([answer.tokens_T for answer in answers], batch_first=True)
+    hidden_RCH = pad_sequence([answer.hidden_TH for answer in answers], batch_first=True)
+    place_RNK = places_RN[..., None] + torch.arange(path)
+    flat_RX = place_RNK.flatten(1)
+    index_RXH = flat_RX[..., None].expand(-1, -1, hidden_RCH.shape[-1])
+    return SignalBatch(
+        starts_R=torch.zeros(len(answers), dtype=torch.int64),
+        lengths_R=lengths_R,
+        tokens_RC1=tokens_RC1,
+        features_RCF=pad_sequence([a.features_TF.float() for a in answers], batch_first=True),
+        anchors_RN=places_RN,
+        paths_RNK=tokens_RC1.gather(1, flat_RX + 1).unflatten(1, (-1, path)),
+        teacher_RNKX=hidden_RCH.gather(1, index_RXH).unflatten(1, (-1, path)).float(),
+        weights_RNK=counts_RN[..., None].expand(-1, -1, path).contiguous(),
+    )
+
+
+def places(answer: Answered, path: int) -> Tensor:
+    """Where a path of that many tokens fits: from the last token of the question on."""
+    first = answer.num_prompt - 1
+    return torch.arange(first, max(first, len(answer.tokens_T) - path))
+
+
+def teach(
+    target: Target,
+    answers: Sequence[Answered],
+    words_V: Tensor,
+    recipe: Recipe,
+    steps: int,
+    seed: int,
+    kept: Path,
+    advance: Callable[[int, str], None],
+) -> AnyDrafter:
+    """A draft, taught for so many steps; what ``kept`` has of an earlier attempt is gone on from.
+
+    ``advance(steps, message)`` is called after every step. Answers and anchors of a step depend on
+    its number and the seed alone.
+    """
+    torch.manual_seed(seed)
+    classroom = Classroom(target, words_V, NUM_FREQUENT, NUM_OTHERS)
+    student = recipe.begin(target, classroom, words_V)
+    settings = LossSettings(kind="forward_kl", position_decay=recipe.position_decay)
+    head = target.head if student.target_ids() is not None else classroom.head
+    batch_loss = BatchLoss(student, ForwardKL(settings), head, "hidden")
+    network = batch_loss.network.train()
+    taught = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(taught, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    done = 0
+    if kept.exists():
+        state = torch.load(kept, weights_only=True)
+        done = state["steps"]
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        advance(done, "gone on from where it was left")
+    for step in range(done, steps):
+        started = time.perf_counter()
+        generator = torch.Generator().manual_seed((seed << 32) + step)
+        classroom.call(generator)
+        chosen = [answers[i] for i in _turn(len(answers), step, seed)]
+        anchors = [_some(places(a, recipe.path), recipe.anchors, generator) for a in chosen]
+        loss = batch_loss(batch_of(chosen, anchors, recipe.path))
+        rate = LEARNING_RATE * min((step + 1) / WARMUP_STEPS, (1 - step / steps) / DECAY_SHARE, 1)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(taught, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds = time.perf_counter() - started
+        advance(1, f"KL {loss.item():.3f}, {seconds:.1f} s a step")
+        if (step + 1) % STEPS_KEPT == 0 and step + 1 < steps:
+            _keep(kept, step + 1, network, optimizer)
+    kept.unlink(missing_ok=True)
+    network.eval()
+    return recipe.finish(student, target)
+
+
+def _turn(number: int, step: int, seed: int) -> list[int]:
+    """Which answers teach in a step: all of them once, in another order each time through."""
+    wanted = range(step * BATCH, (step + 1) * BATCH)
+    orders = {
+        turn: torch.randperm(number, generator=torch.Generator().manual_seed(seed + turn)).tolist()
+        for turn in {place // number for place in wanted}
+    }
+    return [orders[place // number][place % number] for place in wanted]
+
+
+def _some(places_N: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    return places_N[torch.randperm(len(places_N), generator=generator)[:number]]
+
+
+def _keep(
+    path: Path, steps: int, network: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    state = {
+        "steps": steps,
+        "network": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+@torch.no_grad()
+def acceptance(
+    target: Target,
+    drafter: AnyDrafter,
+    answers: Sequence[Answered],
+    num_drafted: int,
+    temperature: float,
+    every: int = 3,
+) -> Tensor:
+    """Expected acceptance ``sum_v min(p, q)`` of each drafted token ``[N, K]``.
+
+    At every third place of the answers, which are the path; p is the target's distribution over all
+    of its words at that temperature, q the draft's.
+    """
+    overlaps: list[Tensor] = []
+    for answer in answers:
+        anchors_N = places(answer, num_drafted)[::every]
+        if not len(anchors_N):
+            continue
+        batch = batch_of([answer], [anchors_N], num_drafted)
+        student = (drafter.replay(batch)[0] / temperature).softmax(-1)
+        teacher = (target.head(batch.teacher_RNKX[0]) / temperature).softmax(-1)
+        ids = drafter.target_ids()
+        if ids is not None:
+            teacher = teacher.index_select(-1, ids)
+        overlaps.append(torch.minimum(student, teacher).sum(-1))
+    return torch.cat(overlaps)
