@@ -12,7 +12,7 @@ differ.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +55,8 @@ class Teacher:
         ):
             return recall(rows, self._form, head).index_select(-1, ids_D)
         if self._words is None or self._words[0] is not ids_D:
-            bias = None if head.bias is None else head.bias[ids_D]
-            self._words = ids_D, head.weight[ids_D], bias
+            bias = cast("Tensor | None", head.bias)
+            self._words = ids_D, head.weight[ids_D], None if bias is None else bias[ids_D]
         return F.linear(rows, *self._words[1:])
 
     def lost_mass(self, rows: Tensor, ids_D: Tensor) -> Tensor:

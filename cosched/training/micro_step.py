@@ -56,9 +56,8 @@ class BatchLoss(nn.Module):
         self._drafter = drafter
         self._losses = (loss, *others)
         self._loss = loss  # that of the update which is being made
-        self._teacher = Teacher(
-            teacher_form, teacher_head
-        )  # no module: its head is none of this one
+        # No module, so that the head is no submodule.
+        self._teacher = Teacher(teacher_form, teacher_head)
         compares = any(one.needs_reference for one in self._losses)
         self._before = DraftBefore(drafter) if compares else None
         self._reference_RNKH: Tensor | None = None
