@@ -367,6 +367,9 @@ def _progress(what: str = "tokens,") -> Progress:
 def main() -> None:
     """Entry point of the ``cosched`` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Large tensors in huge pages, which torch looks up at its first tensor: it gives their memory back
+    # and asks for it anew all the time, and an update spent a quarter of its time on faults of 4 KiB.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app()
     except CoschedError as error:

@@ -182,6 +182,8 @@ class ScopeSettings(Section, frozen=True):
 class TrainerSettings(Section, frozen=True):
     """``adapt.trainer``: DeepSpeed ZeRO with AdamW on float32 masters.
 
+    ``zero_stage`` 1 and 2 divide what the optimizer holds among the ranks that train together. Where
+    there is one, 0 takes the same steps and spares it copies of all weights and gradients.
     ``background`` trains beside the decoding, in a thread (on a GPU on a stream of its own) and
     publishes when it is done; off, the engine waits for each update, and runs repeat exactly.
     """

@@ -116,7 +116,8 @@ def _fits_half(weight_OI: Tensor, rounds: bool) -> bool:
     if torch.backends.quantized.engine not in {"fbgemm", "x86"}:
         return False  # no FBGEMM
     if rounds:
-        return bool((weight_OI.abs() <= LARGEST_HALF).all())  # a NaN is not
+        least, most = torch.aminmax(weight_OI)  # NaN where any is
+        return bool(least >= -LARGEST_HALF) and bool(most <= LARGEST_HALF)
     return torch.equal(weight_OI.half().to(weight_OI.dtype), weight_OI)
 
 

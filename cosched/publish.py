@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from cosched.errors import PublicationError
@@ -28,9 +29,17 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         bits = tensor.detach().view(_BITS[tensor.element_size()])
-        folds = torch.hash_tensor(bits, dim=-1) if bits.ndim > 1 else bits
+        folds = _folds(bits) if bits.ndim > 1 else bits
         digest.update(folds.cpu().contiguous().numpy().tobytes())  # host waits for the device
     return digest.hexdigest()[:16]
+
+
+def _folds(bits: Tensor) -> Tensor:
+    """All numbers of each row, folded by exclusive or, as 64-bit numbers ``[...]``."""
+    if bits.device.type != "cpu":
+        return torch.hash_tensor(bits, dim=-1)
+    folds = np.bitwise_xor.reduce(bits.numpy(), axis=-1)  # the same, several times as fast
+    return torch.from_numpy(np.asarray(folds)).to(torch.int64)
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -233,8 +233,9 @@ class Choice(msgspec.Struct, frozen=True):
 class UpdateResult(msgspec.Struct, frozen=True):
     """What the trainer did: micro-steps taken, steps skipped as non-finite, loss of each step.
 
-    ``lost_mass`` is the share of the teacher's mass outside of the draft's vocabulary, a mean over
-    the rows (of this rank, where there are several); None where the vocabularies are one. After a
+    ``lost_mass`` is the share of the teacher's mass outside of the draft's vocabulary, estimated on
+    some rows of the batch (``BatchLoss``; of this rank's share, where there are several); None where
+    the vocabularies are one. After a
     trial ``objective`` is the one whose update was kept, and ``trial`` what each brought: the score of
     its candidate above that of the serving draft, in tokens.
     """

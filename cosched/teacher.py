@@ -5,20 +5,20 @@ The record of a row's best is ``2k + 1`` numbers in float32: the k best logits, 
 the k it makes up the log-sum-exp of the row; kept by itself it is exact also where next to nothing
 is left.
 
-Letters: V target vocabulary, k best tokens, X = 2k + 1.
+Letters: V target vocabulary, D draft vocabulary, k best tokens, X = 2k + 1, M rows, T of them that
+differ.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from cosched.records import TeacherForm
 
 EXACT_INTEGERS = 1 << 24  # float32 holds every whole number up to here
@@ -29,6 +29,56 @@ def recall(rows: Tensor, form: TeacherForm, head: nn.Module) -> Tensor:
     if form == "hidden":
         return head(rows)
     return unpack_best(rows, len(next(head.parameters()))) if form == "top_k" else rows
+
+
+class Teacher:
+    """What the target said of rows as they were kept, over the words of a draft.
+
+    Of its head no product is made for words that the draft lacks, where it lacks more than half of
+    them: the weights of those it has are copied out of the head at the first use, and kept.
+    """
+
+    def __init__(self, form: TeacherForm, head: nn.Module) -> None:
+        self._form: TeacherForm = form
+        self._head = head
+        self._words: tuple[Tensor, Tensor, Tensor | None] | None = None  # ids, weights, bias
+
+    def logits(self, rows: Tensor, ids_D: Tensor | None) -> Tensor:
+        """``[..., D]`` of rows ``[..., X]``; without ids the draft has all of the target's words."""
+        if ids_D is None:
+            return recall(rows, self._form, self._head)
+        head = self._head
+        if (
+            self._form != "hidden"
+            or not isinstance(head, nn.Linear)
+            or 2 * len(ids_D) > head.out_features
+        ):
+            return recall(rows, self._form, head).index_select(-1, ids_D)
+        if self._words is None or self._words[0] is not ids_D:
+            bias = cast("Tensor | None", head.bias)
+            self._words = ids_D, head.weight[ids_D], None if bias is None else bias[ids_D]
+        return F.linear(rows, *self._words[1:])
+
+    def lost_mass(self, rows: Tensor, ids_D: Tensor) -> Tensor:
+        """The target's probability of all words that the draft lacks ``[...]``."""
+        logits = wide(recall(rows, self._form, self._head))
+        kept = logits.index_select(-1, ids_D).logsumexp(-1) - logits.logsumexp(-1)
+        return -torch.expm1(kept).clamp_max(0)
+
+    def distinct(self, rows_MX: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of which no two are alike ``[T, X]``, and which of them each row is ``[M]``.
+
+        Anchors that follow one another have most rows of their paths in common. Only rows that need a
+        product with the head are looked at.
+        """
+        if self._form != "hidden":
+            return rows_MX, torch.arange(len(rows_MX), device=rows_MX.device)
+        return rows_MX.unique(dim=0, return_inverse=True)  # host waits for the device
+
+
+def wide(logits: Tensor) -> Tensor:
+    """In float32, or as they are if that is wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def record_width(k: int) -> int:

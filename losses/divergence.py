@@ -88,4 +88,5 @@ class HardCrossEntropy(RowLoss):
 
 def kl(log_p_MV: Tensor, log_q_MV: Tensor) -> Tensor:
     """KL(p || q) of each row ``[M]`` in nats, from log-probabilities."""
-    return (log_p_MV.exp() * (log_p_MV - log_q_MV)).sum(-1)
+    # Less p rather than plus -q: the gradient of q is then handed on as it is, not negated anew.
+    return -(log_p_MV.exp() * (log_q_MV - log_p_MV)).sum(-1)

@@ -107,3 +107,20 @@ def test_the_comparison_can_tell(
     theirs = logits_of(load_peer(tmp_path), batch)[..., : target.vocab_size]
     monkeypatch.setattr(pard_drafter, "attend_packed", lambda *a: attend_packed(*a[:-1], None))
     assert relative_error(drafter.replay(batch), theirs) > 1e-2
+
+
+def test_the_top_layer_is_computed_of_anchors_and_masks_only(
+    target: Target, tmp_path: Path
+) -> None:
+    """It was of all the context, whose other rows nobody looked at."""
+    drafter = make_pard(target, tmp_path, **SHAPES["qwen3 tied"])
+    batch = make_batch(target, drafter)
+    rows: list[int] = []
+    for layer in drafter.network().model.layers:
+        layer.mlp.register_forward_hook(
+            lambda _, inputs, __: rows.append(inputs[0][..., 0].numel())
+        )
+    drafter.replay_states(batch)
+    context, anchors_and_masks = batch.tokens_RC1.numel(), batch.paths_RNK.numel()
+    masks = anchors_and_masks - batch.anchors_RN.numel()
+    assert rows == [context, masks, anchors_and_masks]

@@ -571,6 +571,33 @@ def test_check_loads_no_model(tmp_path: Path, settings: dict) -> None:
     assert process.returncode == 0, process.stderr
 
 
+@pytest.mark.skipif(
+    "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+    reason="this machine has no huge pages to give",
+)
+def test_large_tensors_lie_in_huge_pages() -> None:
+    """The command asks torch for them before the first tensor, after which nobody is heard."""
+    program = (
+        "from cosched import cli\n"
+        "def allocate():\n"
+        "    import torch\n"
+        "    kept = torch.ones(2**24)\n"
+        "    print(open('/proc/self/smaps_rollup').read())\n"
+        "cli.app = allocate\n"
+        "cli.main()\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    (line,) = [line for line in process.stdout.splitlines() if line.startswith("AnonHugePages")]
+    assert int(line.split()[1]) > 2**15  # KiB: most of the tensor, whose ends may not be aligned
+
+
 def test_another_kind_needs_no_cleaning_up(tmp_path: Path, settings: dict) -> None:
     """``adapt.policy.kind=never`` works on a file that has the old kind's fields; typos do not."""
     path = write(tmp_path, settings)

@@ -121,8 +121,8 @@ def whole_logits(
     if vocab is not None:
         drafter.target_ids = lambda: torch.arange(0, target.vocab_size, 3)[:vocab]
     module = BatchLoss(drafter, make("forward_kl"), target.head, form)
-    logits = module.teacher_logits(batch)
-    return logits, module.lost_mass, batch
+    module.begin_update(batch)
+    return module.teacher_logits(batch), module.lost_mass, batch
 
 
 @pytest.mark.parametrize("vocab", [None, 20])

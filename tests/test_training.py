@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from cosched.engines.embedded.target import Target
 from cosched.protocols import LossSettings
 from cosched.records import Decision, SignalBatch, UpdateResult
+from cosched.teacher import Teacher
 from cosched.testing.harness import (
     Every,
     collected,
@@ -23,7 +27,7 @@ from cosched.testing.harness import (
 )
 from cosched.training.background import BackgroundTrainer
 from cosched.training.deepspeed_trainer import BETAS, DeepSpeedTrainer
-from cosched.training.micro_step import BatchLoss, share_of
+from cosched.training.micro_step import ROWS_OF_LOST_MASS, BatchLoss, share_of
 from losses.divergence import ForwardKL
 from losses.reduction import decayed, weighted_mean
 from tests.conftest import make_drafter
@@ -134,22 +138,80 @@ def test_position_decay_weighs_later_drafts_less() -> None:
     assert decayed(torch.ones(1, 1, 3), 0.5).flatten().tolist() == [1.0, 0.5, 0.25]
 
 
+def lacking(target: Target) -> tuple[Any, BatchLoss, Tensor]:
+    """A draft with a third of the target's tokens, its loss, and which tokens it has."""
+    drafter = make_drafter(target).clone(torch.float32)
+    drafter.network().requires_grad_(True)
+    ids = torch.arange(0, target.vocab_size, 3)
+    drafter.target_ids = lambda: ids
+    project = drafter.project
+    drafter.project = lambda states: project(states)[..., : len(ids)]
+    return drafter, BatchLoss(drafter, kl(), target.head, "hidden"), ids
+
+
+@pytest.mark.parametrize("num_rows", [5, None])
 def test_mass_outside_of_the_draft_vocabulary_is_lost_and_counted(
+    target: Target, batch: SignalBatch, num_rows: int | None
+) -> None:
+    """Renormalised over the tokens that the draft has; what it lacks is a mean over rows that count.
+
+    Over all of them where they are few, else over some from the first to the last.
+    """
+    assert make_trainer(target, make_drafter(target)).update(batch, Decision(1)).lost_mass is None
+    _, module, ids = lacking(target)
+    weights = batch.weights_RNK.clone()
+    weights.view(-1)[weights.flatten().nonzero()[num_rows:]] = 0
+    few = replace(batch, weights_RNK=weights if num_rows else batch.weights_RNK)
+    p = target.head(few.teacher_RNKX).softmax(-1)[..., ids]
+    torch.testing.assert_close(module.teacher_logits(few).softmax(-1), p / p.sum(-1, keepdim=True))
+    module.begin_update(few)
+    lost = 1 - p.sum(-1)[few.weights_RNK > 0]
+    step = -(-len(lost) // ROWS_OF_LOST_MASS)
+    assert (step == 1) == (num_rows is not None)
+    torch.testing.assert_close(module.lost_mass, lost[step // 2 :: step].mean())
+
+
+def test_the_target_s_head_is_not_put_to_tokens_that_the_draft_lacks(
     target: Target, batch: SignalBatch
 ) -> None:
-    """Renormalised over the tokens that the draft has; what it lacks is a mean over rows that count."""
-    drafter = make_drafter(target)
-    assert make_trainer(target, drafter).update(batch, Decision(1)).lost_mass is None
-    ids = torch.arange(0, target.vocab_size, 3)
-    module = BatchLoss(drafter, kl(), target.head, "hidden")
-    p = target.head(batch.teacher_RNKX).softmax(-1)[..., ids]
-    drafter.target_ids = lambda: ids
-    torch.testing.assert_close(
-        module.teacher_logits(batch).softmax(-1), p / p.sum(-1, keepdim=True)
-    )
-    counts = batch.weights_RNK > 0
-    assert not counts.all()
-    torch.testing.assert_close(module.lost_mass, 1 - p.sum(-1)[counts].mean())
+    """All of its logits were made of every row of every micro-step, to keep those of some tokens.
+
+    Loss and gradient are those of that way; the whole head is for the few rows of the lost mass.
+    """
+    drafter, module, ids = lacking(target)
+    rows: list[int] = []
+    hook = target.head.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    module.begin_update(batch)
+    value = module(batch)
+    value.backward()
+    module(batch)
+    hook.remove()
+    assert rows == [ROWS_OF_LOST_MASS]
+    found = {name: p.grad.clone() for name, p in drafter.network().named_parameters()}
+    drafter.network().zero_grad()
+    teacher = target.head(batch.teacher_RNKX)[..., ids]
+    expected = kl()(drafter.replay(batch), teacher, batch.weights_RNK)
+    expected.backward()
+    torch.testing.assert_close(value, expected)
+    for name, parameter in drafter.network().named_parameters():  # sums in another order
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_teacher_row_of_several_paths_is_recalled_once(
+    target: Target, batch: SignalBatch
+) -> None:
+    """Paths of neighbouring anchors overlap: of K rows of an anchor all but one are the next one's."""
+    teacher = Teacher("hidden", target.head)
+    rows_MX = batch.teacher_RNKX.flatten(0, 2)[batch.weights_RNK.flatten() > 0]
+    rows_TX, says_M = teacher.distinct(rows_MX)
+    assert torch.equal(rows_TX[says_M], rows_MX)
+    assert len(rows_TX) < len(rows_MX) / 2
+    _, module, _ = lacking(target)
+    recalled: list[int] = []
+    logits = module._teacher.logits
+    module._teacher.logits = lambda rows, ids: recalled.append(len(rows)) or logits(rows, ids)
+    module(batch)
+    assert recalled == [len(rows_TX)]
 
 
 def test_replay_gradient_equals_finite_differences(target: Target, batch: SignalBatch) -> None:
@@ -207,6 +269,17 @@ def test_deepspeed_step_equals_plain_adamw(
     moved = max(float((plain[n] - before[n]).abs().max()) for n in plain)
     apart = max(float((plain[n] - w).abs().max()) for n, w in trainer.weights().items())
     assert apart < 2e-6 + 1e-3 * moved
+
+
+def test_one_rank_reduces_no_gradients(
+    target: Target, batch: SignalBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In stage 0 DeepSpeed put all of them into one tensor, summed over one rank, and copied it back."""
+    trainer = make_trainer(target, make_drafter(target), zero_stage=0)
+    reduced: list[int] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: reduced.append(tensor.numel()))
+    trainer.update(batch, Decision(2))
+    assert all(number == 1 for number in reduced)  # a norm
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])

@@ -15,21 +15,22 @@ from torch.autograd.function import once_differentiable
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-Measure = Callable[[slice, Tensor], tuple[Tensor, Tensor | None]]
-"""``measure(rows, states_MH)``: of those rows, with their states; the second has no gradient."""
+Measure = Callable[[slice, Tensor], Tensor]
+"""``measure(rows, states_MH)``: of those rows, with their states."""
 
 
 def in_chunks(
     measure: Measure, states_MH: Tensor, parameters: Sequence[Tensor], chunk_rows: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """``measure`` of all rows, the same in value and gradient, in chunks of rows.
+) -> Tensor:
+    """``measure`` of all rows ``[M, Q]``, the same in value and gradient, in chunks of rows.
 
     What it holds beside states and results is held of one chunk only: the backward pass computes it
     again, and lets it go before the next. ``parameters`` may have a gradient through ``measure``; it
     is summed here and handed on once, as optimizers that listen for it (ZeRO) expect. So a head that
-    is trained takes its gradient twice over: the sum, and that of a chunk.
+    is trained takes its gradient twice over: the sum, and that of a chunk. One chunk is not computed
+    again.
     """
-    if chunk_rows is None:
+    if chunk_rows is None or len(states_MH) <= chunk_rows:
         return measure(slice(None), states_MH)
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return _InChunks.apply(measure, chunk_rows, states_MH, *trained)  # pyright: ignore[reportReturnType]  torch types no apply
@@ -45,21 +46,16 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, measure: Measure, chunk_rows: int, states_MH: Tensor, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor:
         ctx.save_for_backward(states_MH, *parameters)
         ctx.measure, ctx.chunk_rows = measure, chunk_rows
         parts = [measure(rows, states_MH[rows]) for rows in _slices(len(states_MH), chunk_rows)]
-        measured, others = zip(*parts, strict=True)
-        whole = [other for other in others if other is not None]
-        other_M = torch.cat(whole) if whole else None
-        if other_M is not None:
-            ctx.mark_non_differentiable(other_M)
-        return torch.cat(measured), other_M
+        return torch.cat(parts)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch types it with *args
-        ctx: Any, slope_MQ: Tensor, _slope_M: Tensor | None
+        ctx: Any, slope_MQ: Tensor
     ) -> tuple[Tensor | None, ...]:
         states_MH, *parameters = ctx.saved_tensors
         gradient_MH = torch.empty_like(states_MH)
@@ -67,7 +63,7 @@ class _InChunks(torch.autograd.Function):
         for rows in _slices(len(states_MH), ctx.chunk_rows):
             states = states_MH[rows].detach().requires_grad_()
             with torch.enable_grad():
-                measured, _ = ctx.measure(rows, states)
+                measured = ctx.measure(rows, states)
             found = torch.autograd.grad(
                 measured, (states, *parameters), slope_MQ[rows], allow_unused=True
             )

@@ -215,7 +215,7 @@ def _initialize(
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     optimizer = torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=BETAS, weight_decay=weight_decay
+        parameters, lr=learning_rate, betas=BETAS, weight_decay=weight_decay, fused=True
     )
     # One bucket for everything: a draft is small, and each bucket costs a pass.
     bucket = max(1, sum(p.numel() for p in parameters))
@@ -238,6 +238,8 @@ def _initialize(
         dist_init_required=False,
         mpu=group,
     )
+    if zero_stage == 0 and group is None:
+        engine.enable_backward_allreduce = False  # one rank: it would copy all gradients twice
     return engine
 
 

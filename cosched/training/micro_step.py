@@ -1,7 +1,8 @@
 """The loss of a batch: replay the draft, recall the teacher, compare.
 
-Letters: R requests, N anchors, K drafted tokens, M rows of them that count, X teacher width, H width
-of the draft's states, V draft vocabulary, Q what a loss measures of a row.
+Letters: R requests, N anchors, K drafted tokens, M rows of them that count, T teacher rows that
+differ, X teacher width, H width of the draft's states, V draft vocabulary, Q what a loss measures of
+a row.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosched.teacher import recall
+from cosched.teacher import Teacher, wide
 from cosched.training.chunks import in_chunks
 from cosched.training.reference import DraftBefore
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from cosched.protocols import Drafter, Loss
     from cosched.records import SignalBatch, TeacherForm
 
+ROWS_OF_LOST_MASS = 8  # each takes a product with the target's whole head
+
 
 class BatchLoss(nn.Module):
     """A drafter with its loss as one module whose forward is the scalar to step on.
@@ -30,9 +33,10 @@ class BatchLoss(nn.Module):
     The drafter's network is the only submodule: the target's embedding and head stay outside, so
     that no optimizer can reach them. Logits, of the student, the teacher and the reference, are made
     of ``chunk_rows`` rows at a time (``adapt.loss``), and of rows of weight zero not at all.
-    ``lost_mass`` is what the teacher of the last batch said outside of the draft's vocabulary, as a
-    mean over its rows; None where the vocabularies are one. An update may be made with one of the
-    ``others`` instead of the ``loss``: they are objectives 1, 2, …, and it is objective 0.
+    ``lost_mass`` is what the teacher of the update's batch says outside of the draft's vocabulary: a
+    mean over ``ROWS_OF_LOST_MASS`` of its rows at most, evenly spread over those that count; None
+    where the vocabularies are one. An update may be made with one of the ``others`` instead of the
+    ``loss``: they are objectives 1, 2, …, and it is objective 0.
     """
 
     lost_mass: Tensor | None = None
@@ -52,8 +56,8 @@ class BatchLoss(nn.Module):
         self._drafter = drafter
         self._losses = (loss, *others)
         self._loss = loss  # that of the update which is being made
-        self._teacher_head = (teacher_head,)  # in a tuple, so that it is no submodule
-        self._teacher_form: TeacherForm = teacher_form
+        # No module, so that the head is no submodule.
+        self._teacher = Teacher(teacher_form, teacher_head)
         compares = any(one.needs_reference for one in self._losses)
         self._before = DraftBefore(drafter) if compares else None
         self._reference_RNKH: Tensor | None = None
@@ -62,6 +66,7 @@ class BatchLoss(nn.Module):
     def begin_update(self, batch: SignalBatch, objective: int = 0) -> None:
         """Micro-steps on this batch follow: what they are held against is the draft as it is now."""
         self._loss, self._reference_RNKH = self._losses[objective], None
+        self.lost_mass = self._lost_mass(batch)
         if self._before is not None and self._loss.needs_reference:
             self._before.catch_up()
             self._reference_RNKH = self._before.drafter.replay_states(batch)
@@ -73,40 +78,31 @@ class BatchLoss(nn.Module):
         assert begun, "an update has not begun"
         counts_M = weights_RNK.flatten().nonzero().squeeze(-1)  # host waits for the device
         states_MH = self._drafter.replay_states(batch).flatten(0, 2).index_select(0, counts_M)
-        measured_MQ, lost_M = self.measure(
-            counts_M,
-            states_MH,
-            batch.teacher_RNKX.flatten(0, 2),
-            None if reference is None else reference.flatten(0, 2),
-        )
-        self._note(lost_M, weights_RNK.flatten().index_select(0, counts_M))
+        teacher_MX = batch.teacher_RNKX.flatten(0, 2).index_select(0, counts_M)
+        if reference is not None:
+            reference = reference.flatten(0, 2).index_select(0, counts_M)
+        measured_MQ = self.measure(states_MH, *self._teacher.distinct(teacher_MX), reference)
         whole_MQ = measured_MQ.new_zeros(weights_RNK.numel(), measured_MQ.shape[-1])
         whole_MQ = whole_MQ.index_copy(0, counts_M, measured_MQ)
         return self._loss.reduce(whole_MQ.unflatten(0, weights_RNK.shape), weights_RNK)
 
     def measure(
         self,
-        counts_M: Tensor,
         states_MH: Tensor,
-        teacher: Tensor,
-        reference: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What the loss measures of rows ``[M, Q]``, and the mass that the draft cannot say ``[M]``.
+        teacher_TX: Tensor,
+        says_M: Tensor,
+        reference_MH: Tensor | None,
+    ) -> Tensor:
+        """What the loss measures of rows ``[M, Q]``; ``says_M`` is the teacher's row of each."""
 
-        ``teacher`` and ``reference`` have the rows of the whole batch, ``counts_M`` says which of
-        them are meant.
-        """
-
-        def measure(rows: slice, states_MH: Tensor) -> tuple[Tensor, Tensor | None]:
-            at_M = counts_M[rows]
-            student_MV = _wide(self._drafter.project(states_MH))
+        def measure(rows: slice, states_MH: Tensor) -> Tensor:
+            student_MV = wide(self._drafter.project(states_MH))
             with torch.no_grad():
-                teacher_MV, lost_M = self._teacher_rows(teacher.index_select(0, at_M))
+                teacher_MV = self._teacher_logits(teacher_TX, says_M[rows])
                 reference_MV = None
-                if reference is not None and self._before is not None:
-                    reference_MH = reference.index_select(0, at_M)
-                    reference_MV = _wide(self._before.drafter.project(reference_MH))
-            return self._loss.measure(student_MV, teacher_MV, reference_MV), lost_M
+                if reference_MH is not None and self._before is not None:
+                    reference_MV = wide(self._before.drafter.project(reference_MH[rows]))
+            return self._loss.measure(student_MV, teacher_MV, reference_MV)
 
         parameters = list(self.network.parameters())
         return in_chunks(measure, states_MH, parameters, self._loss.settings.chunk_rows)
@@ -117,24 +113,27 @@ class BatchLoss(nn.Module):
 
         A loss takes their softmax, so the teacher is renormalised over that vocabulary.
         """
-        logits, lost_RNK = self._teacher_rows(batch.teacher_RNKX)
-        self._note(lost_RNK, batch.weights_RNK)
-        return logits
+        return wide(self._teacher.logits(batch.teacher_RNKX, self._drafter.target_ids()))
 
-    def _note(self, lost: Tensor | None, weights: Tensor) -> None:
-        if lost is not None:
-            smallest = torch.finfo(weights.dtype).tiny  # a rank's share may have no row that counts
-            lost = lost.masked_fill(weights == 0, 0)
-            self.lost_mass = (lost * weights).sum() / weights.sum().clamp_min(smallest)
+    def _teacher_logits(self, teacher_TX: Tensor, says_M: Tensor) -> Tensor:
+        """Those of some rows ``[M, V]``: of all that differ, if they are fewer, or of each."""
+        ids = self._drafter.target_ids()
+        if len(teacher_TX) < len(says_M):
+            return wide(self._teacher.logits(teacher_TX, ids)).index_select(0, says_M)
+        return wide(self._teacher.logits(teacher_TX.index_select(0, says_M), ids))
 
-    def _teacher_rows(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits over the draft's vocabulary ``[..., V]`` of kept rows, and the mass outside of it."""
-        rows = recall(rows, self._teacher_form, self._teacher_head[0])
+    def _lost_mass(self, batch: SignalBatch) -> Tensor | None:
         ids = self._drafter.target_ids()
         if ids is None:
-            return _wide(rows), None
-        kept = _wide(rows.index_select(-1, ids))
-        return kept, -torch.expm1(kept.logsumexp(-1) - _wide(rows).logsumexp(-1)).clamp_max(0)
+            return None
+        weights = batch.weights_RNK.flatten()
+        counts_M = weights.nonzero().squeeze(-1)  # host waits for the device
+        if not len(counts_M):  # a rank's share may have no row that counts
+            return weights.new_zeros(())
+        step = -(-len(counts_M) // ROWS_OF_LOST_MASS)
+        counts_M = counts_M[step // 2 :: step]
+        lost_M = self._teacher.lost_mass(batch.teacher_RNKX.flatten(0, 2)[counts_M], ids)
+        return (lost_M * weights[counts_M]).sum() / weights[counts_M].sum()
 
 
 def share_of(batch: SignalBatch, rank: int, num_ranks: int) -> tuple[SignalBatch, float]:
@@ -161,7 +160,3 @@ def share_of(batch: SignalBatch, rank: int, num_ranks: int) -> tuple[SignalBatch
     )
     total = float(weights.sum())  # host waits for the device
     return share, num_ranks * float(share.weights_RNK.sum()) / total if total else 1.0
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

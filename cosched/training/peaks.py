@@ -47,11 +47,11 @@ def loss_peak(
     num_rows = _enough(num_rows, loss.settings.chunk_rows)
     with torch.device("meta"):
         states_MH = torch.empty(num_rows, copy.state_width, requires_grad=True)
-        rows_M, weights = torch.empty(num_rows, dtype=torch.int64), torch.empty(1, 1, num_rows)
+        says_M, weights = torch.empty(num_rows, dtype=torch.int64), torch.empty(1, 1, num_rows)
     reference = states_MH.detach() if loss.needs_reference else None
     teacher_MX = teacher_0X.new_empty(num_rows, teacher_0X.shape[-1])
     with LivePeak() as live:
-        measured_MQ, _ = module.measure(rows_M, states_MH, teacher_MX, reference)
+        measured_MQ = module.measure(states_MH, teacher_MX, says_M, reference)
         loss.reduce(measured_MQ.unflatten(0, weights.shape), weights).backward()
     return live.peak
 

@@ -135,13 +135,13 @@ class Shadow:
         network.
         """
 
-        def overlap(rows: slice, states_MH: Tensor) -> tuple[Tensor, None]:
+        def overlap(rows: slice, states_MH: Tensor) -> Tensor:
             p_MD = teacher(rows)
             q_MD = self._probabilities(self._copy.project(states_MH))
-            return torch.minimum(p_MD, q_MD).sum(-1), None
+            return torch.minimum(p_MD, q_MD).sum(-1)
 
         def kept() -> Tensor:
-            return in_chunks(overlap, states(), (), self._chunk_rows)[0]
+            return in_chunks(overlap, states(), (), self._chunk_rows)
 
         served = {
             f"network.{name}": weight.to(self._served_as).float()

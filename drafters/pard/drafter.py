@@ -209,14 +209,16 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
         in its cache, is not seen; nor is, in PARD-2, the feature before that row.
         """
         network, num_masks = self._network, batch.paths_RNK.shape[-1] - 1
+        rotary = network.rotary
         tokens_RC, anchors_RN = batch.tokens_RC1, batch.anchors_RN
         num_rows = tokens_RC.shape[1]
         at_C = torch.arange(num_rows, device=tokens_RC.device)
-        ahead_M = torch.arange(1, num_masks + 1, device=tokens_RC.device)
-        place_RNM = anchors_RN[..., None] + ahead_M
+        ahead_K = torch.arange(num_masks + 1, device=tokens_RC.device)
+        ahead_M = ahead_K[1:]
         position_RC = batch.starts_R[:, None] + at_C
-        position_RNM = batch.starts_R[:, None, None] + place_RNM
-        network.rotary.reserve(int(batch.starts_R.max()) + num_rows + num_masks)  # host waits
+        position_RNK = batch.starts_R[:, None, None] + anchors_RN[..., None] + ahead_K
+        position_RNM = position_RNK[..., 1:]
+        rotary.reserve(int(batch.starts_R.max()) + num_rows + num_masks)  # host waits
         features_RCF = features_RNMF = None
         if self.signal.feature_layers:
             assert batch.features_RCF is not None, "a PARD-2 batch carries features"
@@ -226,26 +228,34 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
             )
         hidden = network.embed(tokens_RC, features_RCF)
         masked = network.embed(
-            tokens_RC.new_full(place_RNM.shape, network.config.pard_token), features_RNMF
+            tokens_RC.new_full(position_RNM.shape, network.config.pard_token), features_RNMF
         )
         windows = [_narrower(batch.window, window) for window in self._config.windows]
         masks = {
             window: _packed_visible(window, at_C, ahead_M, anchors_RN) for window in set(windows)
         }
-        for layer, window in zip(network.model.layers, windows, strict=True):
-            visible_CC, visible_RNMC, own_MM = masks[window]
+        *below, (top, window) = zip(network.model.layers, windows, strict=True)
+        for layer, window_below in below:
+            visible_CC, visible_RNMC, own_MM = masks[window_below]
             queries, keys, values = layer.self_attn.project(
-                layer.input_layernorm(hidden), network.rotary, position_RC
+                layer.input_layernorm(hidden), rotary, position_RC
             )
             attended = _attend_context(queries, keys, values, visible_CC)
             hidden = layer.finish(hidden, attended)
             if num_masks:
-                own = layer.self_attn.project(
-                    layer.input_layernorm(masked), network.rotary, position_RNM
-                )
+                own = layer.self_attn.project(layer.input_layernorm(masked), rotary, position_RNM)
                 attended = attend_packed(own[0], keys, values, visible_RNMC, own[1], own[2], own_MM)
                 masked = layer.finish(masked, attended)
-        return torch.cat((gather_rows(hidden, anchors_RN)[:, :, None], masked), 2)
+        # Of the context nobody looks at the top layer's output but at anchors: they go with the masks.
+        keys, values = top.self_attn.keys_values(top.input_layernorm(hidden), rotary, position_RC)
+        rows = torch.cat((gather_rows(hidden, anchors_RN)[:, :, None], masked), 2)
+        own = top.self_attn.project(top.input_layernorm(rows), rotary, position_RNK)
+        _, visible_RNKC, own_KK = _packed_visible(window, at_C, ahead_K, anchors_RN)
+        own_keys, own_values = (of_rows[:, :, 1:] for of_rows in own[1:])  # an anchor's are context
+        attended = attend_packed(
+            own[0], keys, values, visible_RNKC, own_keys, own_values, own_KK[:, 1:]
+        )
+        return top.finish(rows, attended)
 
     def project(self, states: Tensor) -> Tensor:
         return self._network.head(states)[..., : self._num_shared]
