@@ -13,6 +13,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # One process a core; more than four of them want more memory than a laptop has.
 PARALLEL := -n auto --maxprocesses=4
+# An SGLang takes one core and 2 GiB; tests of a file share theirs.
+SGLANG_PARALLEL := -n auto --maxprocesses=2 --dist=loadfile
 PARITY_BIN := .venv-parity/bin
 PARITY_STAMP := .venv-parity/.installed
 SGLANG_STAMP := .venv-parity/.installed-sglang
@@ -73,7 +75,7 @@ $(SGLANG_STAMP): $(PARITY_STAMP) tests/sglang/requirements.txt
 	@touch $@
 
 sglang: $(SGLANG_STAMP)  ## Run SGLang itself on the CPU with the tiny world, in .venv-parity
-	$(PARITY_BIN)/pytest tests/sglang $(PYTEST_ARGS)
+	$(PARITY_BIN)/pytest $(SGLANG_PARALLEL) tests/sglang $(PYTEST_ARGS)
 
 $(SERVE_STAMP): $(SGLANG_STAMP) pyproject.toml
 	$(PARITY_BIN)/python -m pip install $(PIP_ARGS) --no-deps -e .

@@ -12,9 +12,9 @@ import torch
 from cosched.engines.embedded.target import Target
 from cosched.errors import RealWorldError
 from cosched.packing import pack as pack_weights
-from cosched.prompt_files import read_lines
 from cosched.realworld.answers import AnswerPlan, generate, read
 from cosched.realworld.card import Facts, write_card
+from cosched.realworld.documents import TEMPERATURE, WANTED, read_documents, record
 from cosched.realworld.folders import is_whole
 from cosched.realworld.pins import NAME
 from cosched.realworld.questions import training_questions
@@ -34,14 +34,13 @@ if TYPE_CHECKING:
     from cosched.realworld.recipes import AnyDrafter, Recipe
 
 SHARDS = 6  # of 192 answers each: some 300,000 tokens
-TEMPERATURE = 0.7  # at which acceptance is measured
-MEASURED = AnswerPlan(shards=1, questions=16, temperatures=(TEMPERATURE,), max_batch=16)
 FAMILIES: dict[str, Any] = {"eagle3": Eagle3Drafter, "dflash": DFlashDrafter, "pard": PardDrafter}
 
 
 def build(
     models: Path,
     prompts: Path,
+    documents: Path,
     work: Path,
     to: Path,
     names: Sequence[str],
@@ -52,8 +51,9 @@ def build(
 ) -> None:
     """Teach the drafts of those names and write them under ``to`` in compact storage.
 
-    ``models`` is what ``fetch`` filled, ``prompts`` has the files that acceptance is measured on.
-    Answers, and drafts that are half taught, lie in ``work``; what is there is not made again.
+    ``models`` is what ``fetch`` filled; acceptance is measured on answers to ``prompts``, recorded in
+    ``documents``. Answers to learn from, and drafts that are half taught, lie in ``work``; what is
+    there is not made again.
     ``share`` of the training is done: 1 makes the drafts, less tries the machinery.
 
     Raises:
@@ -72,14 +72,24 @@ def build(
     if share < 1:
         plan = replace(plan, max_new_tokens=max(16, round(plan.max_new_tokens * share)))
     answers = work / "answers"
-    _answer(target, training_questions(), answers, seed, plan, progress, "answers")
-    domains = {path.stem: path for path in sorted(prompts.glob("*.jsonl"))}
-    domains["code"] = models / "human-eval" / "code.jsonl"
-    measured = replace(MEASURED, max_new_tokens=plan.max_new_tokens)
-    for domain, path in domains.items():
-        lines = read_lines(path, "prompts", measured.questions)
-        asked = [(line.id, line.messages[0]["content"]) for line in lines]
-        _answer(target, asked, work / "measured" / domain, seed, measured, progress, domain)
+    most = plan.shards * plan.questions * plan.max_new_tokens
+    task = progress.add_task("answers: tokens", total=most)
+    generate(target, training_questions(), answers, seed, plan, _teller(progress, task, "answers"))
+    progress.update(task, completed=most)
+    for domain, wanted in WANTED.items():
+        path = (
+            models / "human-eval" / "code.jsonl"
+            if domain == "code"
+            else prompts / f"{domain}.jsonl"
+        )
+        task = progress.add_task(f"{domain}: tokens", total=wanted.prompts * wanted.tokens)
+        record(
+            target,
+            path,
+            documents / path.with_stem(domain).name,
+            seed,
+            _teller(progress, task, domain),
+        )
     for name in names:
         recipe = RECIPES[name]
         recipe = replace(recipe, steps=max(1, round(recipe.steps * share)))
@@ -93,28 +103,13 @@ def build(
             domain: acceptance(
                 target,
                 drafter,
-                list(read(work / "measured" / domain, recipe.layers)),
+                read_documents(target, documents / f"{domain}.jsonl", recipe.layers),
                 recipe.num_draft_tokens,
                 TEMPERATURE,
             )
-            for domain in domains
+            for domain in WANTED
         }
         write_card(compact, name, facts)
-
-
-def _answer(
-    target: Target,
-    questions: Sequence[tuple[str, str]],
-    directory: Path,
-    seed: int,
-    plan: AnswerPlan,
-    progress: Progress,
-    what: str,
-) -> None:
-    most = plan.shards * plan.questions * plan.max_new_tokens
-    task = progress.add_task(f"{what}: tokens", total=most)
-    generate(target, questions, directory, seed, plan, _teller(progress, task, what))
-    progress.update(task, completed=most)
 
 
 def _taught(

@@ -53,8 +53,11 @@ def realworld_build(
         "realworld/drafts"
     ),
     models: Annotated[Path, typer.Option(help="What fetch filled.")] = Path("models"),
-    prompts: Annotated[Path, typer.Option(help="What acceptance is measured on.")] = Path(
-        "realworld/prompts"
+    prompts: Annotated[
+        Path, typer.Option(help="What the model is asked to be measured on.")
+    ] = Path("realworld/prompts"),
+    documents: Annotated[Path, typer.Option(help="Recorded answers to the prompts.")] = Path(
+        "realworld/documents"
     ),
     work: Annotated[Path, typer.Option(help="Answers, and what is half done.")] = Path(
         "build/realworld"
@@ -83,5 +86,6 @@ def realworld_build(
         TextColumn("left"),
     )
     with Progress(*columns, console=console) as progress:
-        build(models, prompts, work, to, only or tuple(RECIPES), seed, threads, share, progress)
+        names = only or tuple(RECIPES)
+        build(models, prompts, documents, work, to, names, seed, threads, share, progress)
     console.print(f"built: {to}", soft_wrap=True, markup=False, highlight=False)

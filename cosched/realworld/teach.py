@@ -20,7 +20,7 @@ from cosched.training.micro_step import BatchLoss
 from losses.divergence import ForwardKL
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from cosched.engines.embedded.target import Target
@@ -152,7 +152,7 @@ def _keep(
 def acceptance(
     target: Target,
     drafter: AnyDrafter,
-    answers: Sequence[Answered],
+    answers: Iterable[Answered],
     num_drafted: int,
     temperature: float,
     every: int = 3,
