@@ -80,7 +80,7 @@ def test_the_frequent_words_stay_and_others_take_turns(deep: Target) -> None:
     frequent, drawn = head[torch.arange(SIZE).flip(0)[:10]], set[int]()
     for step in range(150):
         classroom.call(torch.Generator().manual_seed(step))
-        weights = classroom.head.weight
+        (weights,) = classroom.head.parameters()
         torch.testing.assert_close(weights[:10], frequent, rtol=0, atol=0)
         others = [int((head == row).all(-1).nonzero()) for row in weights[10:]]
         assert len(set(others)) == 6
@@ -112,7 +112,7 @@ def test_a_draft_learns_what_its_target_says(deep: Target, tmp_path: Path, name:
     assert after > before + 0.03
     torch.testing.assert_close(next(deep.head.parameters()), head, rtol=0, atol=0)
     if name == "pard":  # borrowed, so that storage need not have it
-        assert torch.equal(many.network().model.embed_tokens.weight, head)
+        assert torch.equal(many.network().state_dict()["model.embed_tokens.weight"], head)
 
 
 def test_what_was_interrupted_goes_on_to_the_same_draft(

@@ -6,7 +6,7 @@ Letters: U words of a reduced vocabulary, V target vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +69,9 @@ class Classroom:
         self.hidden_size, self.num_layers = target.hidden_size, target.num_layers
         self.max_length, self.embedding = target.max_length, target.embedding
         self.vocab_size = len(self._frequent_U) + self._num_others
-        self.head = nn.Linear(self.hidden_size, self.vocab_size, bias=False).requires_grad_(False)
-        self.head.weight[: len(self._frequent_U)] = self._rows(self._frequent_U)
+        head = nn.Linear(self.hidden_size, self.vocab_size, bias=False).requires_grad_(False)
+        head.weight[: len(self._frequent_U)] = self._rows(self._frequent_U)
+        self._weight, self.head = head.weight, cast("nn.Module", head)
 
     def token_ids(self) -> Mapping[str, int] | None:
         return self._target.token_ids()
@@ -78,7 +79,7 @@ class Classroom:
     def call(self, generator: torch.Generator) -> None:
         """Other words for the next step."""
         drawn = torch.randperm(len(self._others), generator=generator)[: self._num_others]
-        self.head.weight[len(self._frequent_U) :] = self._rows(self._others[drawn])
+        self._weight[len(self._frequent_U) :] = self._rows(self._others[drawn])
 
     def _rows(self, ids: Tensor) -> Tensor:
         return next(self._target.head.parameters())[ids]
@@ -100,7 +101,7 @@ def _begin_eagle3(target: Target, _classroom: Classroom, words_V: Tensor) -> Eag
     """One layer as wide as the target's, and a head of its own that starts as the target's rows."""
     words_U = words_V[:NUM_WORDS].sort().values
     config = Eagle3Config(
-        **_layer_of(target),
+        **_layer_of(target, "llama"),
         draft_vocab_size=len(words_U),
         feature_layers=list(EAGLE3_LAYERS),
     )
@@ -119,7 +120,7 @@ def _begin_eagle3(target: Target, _classroom: Classroom, words_V: Tensor) -> Eag
 def _begin_dflash(target: Target, classroom: Classroom, _words: Tensor) -> DFlashDrafter:
     """Three layers over the features of five, for blocks of the anchor and seven masks."""
     config = DFlashConfig(
-        **_layer_of(target) | {"model_type": "qwen3"},
+        **_layer_of(target, "qwen3"),
         num_hidden_layers=3,
         num_target_layers=target.num_layers,
         feature_layers=list(DFLASH_LAYERS),
@@ -141,7 +142,7 @@ def _begin_pard(target: Target, classroom: Classroom, _words: Tensor) -> PardDra
     # As transformers counts them: 0 is the embedding, i is after layer i - 1.
     layers = [layer if layer == LAST_HIDDEN else layer + 1 for layer in PARD_LAYERS]
     config = PardConfig(
-        **_layer_of(target),
+        **_layer_of(target, "llama"),
         num_hidden_layers=3,
         tie_word_embeddings=True,
         pard_token=MASK,
@@ -155,7 +156,7 @@ def _begin_pard(target: Target, classroom: Classroom, _words: Tensor) -> PardDra
     ours = network.model.state_dict()
     network.model.load_state_dict({name: theirs.get(name, kept) for name, kept in ours.items()})
     network.model.embed_tokens.requires_grad_(False)
-    network.lm_head = classroom.head
+    network.lm_head = cast("nn.Linear", classroom.head)
     return PardDrafter(network, classroom, BLOCK_SIZE - 1)
 
 
@@ -199,10 +200,10 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def _layer_of(target: Target) -> dict[str, Any]:
+def _layer_of(target: Target, model_type: str) -> dict[str, Any]:
     config = target.model.config
     return {
-        "model_type": "llama",
+        "model_type": model_type,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_attention_heads": config.num_attention_heads,
