@@ -13,6 +13,7 @@ from cosched.testing.harness import make_target
 from drafters.eagle3 import Eagle3Config, Eagle3Drafter
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command does
 TINYWORLD = Path(__file__).parent.parent / "tinyworld"
 
 

@@ -13,8 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cosched.engines.embedded.target import Target
 from cosched.realworld import teach as teaching
 from cosched.realworld.answers import LAST_HIDDEN, Answered
+from cosched.realworld.documents import WANTED
 from cosched.realworld.recipes import RECIPES, Classroom, words_by_frequency
 from cosched.realworld.teach import acceptance, batch_of, places, teach
+from tests.test_run import run_cli
 
 SIZE = 96
 
@@ -102,7 +104,15 @@ def test_a_draft_learns_what_its_target_says(deep: Target, tmp_path: Path, name:
     words_V = words_by_frequency(answers, SIZE)
     head = next(deep.head.parameters()).clone()
     few, many = (
-        teach(deep, answers, words_V, recipe, steps, 0, tmp_path / "kept", lambda *_: None)
+        teach(
+            deep,
+            answers,
+            words_V,
+            replace(recipe, steps=steps),
+            0,
+            tmp_path / "kept",
+            lambda *_: None,
+        )
         for steps in (1, 40)
     )
     before, after = (
@@ -120,7 +130,7 @@ def test_what_was_interrupted_goes_on_to_the_same_draft(
 ) -> None:
     """A killed process loses at most the steps since the last that were kept, and no other result."""
     monkeypatch.setattr(teaching, "STEPS_KEPT", 2)
-    recipe = replace(RECIPES["eagle3"], anchors=4)
+    recipe = replace(RECIPES["eagle3"], anchors=4, steps=5)
     answers = say(deep, recipe.layers)
     words_V = words_by_frequency(answers, SIZE)
 
@@ -133,7 +143,7 @@ def test_what_was_interrupted_goes_on_to_the_same_draft(
                 raise KeyboardInterrupt
 
         kept = tmp_path / f"{killed_after > 5}"
-        return teach(deep, answers, words_V, recipe, 5, 0, kept, advance).network().state_dict()
+        return teach(deep, answers, words_V, recipe, 0, kept, advance).network().state_dict()
 
     with pytest.raises(KeyboardInterrupt):
         until(3)
@@ -143,3 +153,32 @@ def test_what_was_interrupted_goes_on_to_the_same_draft(
     for name, weight in until(99).items():
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
     assert not (tmp_path / "False").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.realworld
+@pytest.mark.timeout(900)
+def test_the_build_command_makes_a_draft(tmp_path: Path) -> None:
+    """With a thousandth of the training: a card, and a compact draft that expands and is loaded; what
+    is there is not made again."""
+    if not Path("models/SmolLM2-135M-Instruct").is_dir():
+        pytest.skip("no model in models/; cosched realworld fetch gets it")
+    words = (
+        *("realworld", "build", "--only", "eagle3", "--share", "0.001", "--threads", "1"),
+        *("--to", tmp_path / "drafts", "--documents", tmp_path / "documents"),
+        *("--work", tmp_path / "work"),
+    )
+    code, _, err = run_cli(*words)
+    assert code == 0, err
+    card = (tmp_path / "drafts" / "eagle3" / "README.md").read_text(encoding="utf-8")
+    assert all(f"| {domain} |" in card for domain in WANTED)
+    made = tmp_path / "work" / "answers" / "0000" / "rows.safetensors"
+    when = made.stat().st_mtime_ns
+    (tmp_path / "drafts" / "eagle3" / "README.md").unlink()
+    code, _, err = run_cli(*words)
+    assert code == 0, err
+    assert made.stat().st_mtime_ns == when
+    assert (tmp_path / "drafts" / "eagle3" / "README.md").read_text(encoding="utf-8") == card
+    code, _, err = run_cli("realworld", "build", "--only", "medusa")
+    assert code == 2
+    assert "--only: no draft 'medusa'; there are eagle3, dflash, pard" in err

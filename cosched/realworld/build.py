@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,106 +37,104 @@ SHARDS = 6  # of 192 answers each: some 300,000 tokens
 FAMILIES: dict[str, Any] = {"eagle3": Eagle3Drafter, "dflash": DFlashDrafter, "pard": PardDrafter}
 
 
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Where things lie.
+
+    ``models`` is what ``fetch`` filled, ``prompts`` what the target is asked to be measured on,
+    ``documents`` its answers to that; ``work`` has the answers that teach, and drafts that are half
+    taught, ``to`` the drafts in compact storage.
+    """
+
+    models: Path
+    prompts: Path
+    documents: Path
+    work: Path
+    to: Path
+
+
 def build(
-    models: Path,
-    prompts: Path,
-    documents: Path,
-    work: Path,
-    to: Path,
+    folders: Folders,
     names: Sequence[str],
     seed: int,
     threads: int,
     share: float,
     progress: Progress,
 ) -> None:
-    """Teach the drafts of those names and write them under ``to`` in compact storage.
+    """Teach the drafts of those names; answers, documents and drafts that are there are not made again.
 
-    ``models`` is what ``fetch`` filled; acceptance is measured on answers to ``prompts``, recorded in
-    ``documents``. Answers to learn from, and drafts that are half taught, lie in ``work``; what is
-    there is not made again.
-    ``share`` of the training is done: 1 makes the drafts, less tries the machinery.
+    ``share`` of everything is done: 1 makes the drafts, less tries the machinery.
 
     Raises:
         RealWorldError: no model, a draft of no such name, or a folder cannot be written.
         CheckpointError: a folder is damaged.
     """
-    torch.set_num_threads(threads)
     for name in names:
         if name not in RECIPES:
             raise RealWorldError(f"--only: no draft {name!r}; there are {', '.join(RECIPES)}")
-    if not is_whole(models / NAME):
-        raise RealWorldError(f"no model in {models / NAME}; get it with cosched realworld fetch")
-    target = Target.load(str(models / NAME), torch.device("cpu"), torch.float32)
-    pack_weights(target.model)  # answers are most of the work
-    plan = AnswerPlan(shards=max(1, round(SHARDS * share)))
-    if share < 1:
-        plan = replace(plan, max_new_tokens=max(16, round(plan.max_new_tokens * share)))
-    answers = work / "answers"
-    most = plan.shards * plan.questions * plan.max_new_tokens
-    task = progress.add_task("answers: tokens", total=most)
-    generate(target, training_questions(), answers, seed, plan, _teller(progress, task, "answers"))
-    progress.update(task, completed=most)
-    for domain, wanted in WANTED.items():
-        path = (
-            models / "human-eval" / "code.jsonl"
-            if domain == "code"
-            else prompts / f"{domain}.jsonl"
-        )
-        task = progress.add_task(f"{domain}: tokens", total=wanted.prompts * wanted.tokens)
-        record(
-            target,
-            path,
-            documents / path.with_stem(domain).name,
-            seed,
-            _teller(progress, task, domain),
-        )
+    model = folders.models / NAME
+    if not is_whole(model):
+        raise RealWorldError(f"no model in {model}; get it with cosched realworld fetch")
+    torch.set_num_threads(threads)
+    target = Target.load(str(model), torch.device("cpu"), torch.float32)
+    pack_weights(target.model)
+    _answer(folders, target, seed, share, progress)
     for name in names:
         recipe = RECIPES[name]
-        recipe = replace(recipe, steps=max(1, round(recipe.steps * share)))
-        facts = _taught(name, recipe, target, answers, work, seed, threads, progress)
-        draft = work / "drafts" / name
-        compact = to / name
-        pack(draft, compact, models / NAME)
-        expand(compact, work / "expanded" / name, models / NAME)
-        drafter = _load(name, work / "expanded" / name, target, recipe.num_draft_tokens)
-        facts.acceptance = {
-            domain: acceptance(
-                target,
-                drafter,
-                read_documents(target, documents / f"{domain}.jsonl", recipe.layers),
-                recipe.num_draft_tokens,
-                TEMPERATURE,
+        recipe = replace(recipe, steps=_part(share, recipe.steps))
+        facts = _taught(name, recipe, folders.work, target, seed, threads, progress)
+        pack(folders.work / "drafts" / name, folders.to / name, model)
+        expanded = folders.work / "expanded" / name
+        expand(folders.to / name, expanded, model)
+        drafter = _load(name, expanded, target, recipe.num_draft_tokens)
+        for domain in WANTED:
+            documents = read_documents(target, folders.documents / f"{domain}.jsonl", recipe.layers)
+            facts.acceptance[domain] = acceptance(
+                target, drafter, documents, recipe.num_draft_tokens, TEMPERATURE
             )
-            for domain in WANTED
-        }
-        write_card(compact, name, facts)
+        write_card(folders.to / name, name, facts)
+
+
+def _answer(folders: Folders, target: Target, seed: int, share: float, progress: Progress) -> None:
+    """Everything that the target says: what teaches, and what is measured on."""
+    plan = AnswerPlan(shards=_part(share, SHARDS))
+    if share < 1:
+        questions, tokens = _part(share, plan.questions), _part(share, plan.max_new_tokens, 16)
+        plan = replace(plan, questions=questions, max_new_tokens=tokens)
+    most = plan.shards * plan.questions * plan.max_new_tokens
+    tell = _task(progress, "answers: tokens", most)
+    generate(target, training_questions(), folders.work / "answers", seed, plan, tell)
+    for domain, wanted in WANTED.items():
+        code = folders.models / "human-eval" / "code.jsonl"
+        prompts = code if domain == "code" else folders.prompts / f"{domain}.jsonl"
+        number, tokens = _part(share, wanted.prompts), _part(share, wanted.tokens, 16)
+        tell = _task(progress, f"{domain}: tokens", number * tokens)
+        record(target, prompts, folders.documents / f"{domain}.jsonl", number, tokens, seed, tell)
 
 
 def _taught(
     name: str,
     recipe: Recipe,
-    target: Target,
-    answers: Path,
     work: Path,
+    target: Target,
     seed: int,
     threads: int,
     progress: Progress,
 ) -> Facts:
     """Teach a draft and save it under ``work``, if it is not there; what its card says of that."""
-    known, kept = work / f"{name}.json", work / f"{name}.kept"
+    known = work / f"{name}.json"
     if known.exists():
         return Facts(**json.loads(known.read_text(encoding="utf-8")))
-    data = list(read(answers, recipe.layers))
-    words_V = words_by_frequency(data, target.vocab_size)
-    task = progress.add_task(f"{name}: steps", total=recipe.steps)
+    answers = list(read(work / "answers", recipe.layers))
+    words_V = words_by_frequency(answers, target.vocab_size)
+    tell = _task(progress, f"{name}: steps", recipe.steps)
     started = time.perf_counter()
-    tell = _teller(progress, task, name)
-    drafter = teach(target, data, words_V, recipe, recipe.steps, seed, kept, tell)
+    drafter = teach(target, answers, words_V, recipe, seed, work / f"{name}.kept", tell)
     network = drafter.network()
     facts = Facts(
         parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
-        answers=len(data),
-        tokens=sum(len(answer.tokens_T) - answer.num_prompt for answer in data),
+        answers=len(answers),
+        tokens=sum(len(answer.tokens_T) - answer.num_prompt for answer in answers),
         steps=recipe.steps,
         minutes=(time.perf_counter() - started) / 60,
         threads=threads,
@@ -153,8 +151,15 @@ def _load(name: str, folder: Path, target: Target, num_draft_tokens: int) -> Any
     return family.load(settings, target)
 
 
-def _teller(progress: Progress, task: Any, what: str) -> Callable[[int, str], None]:
+def _part(share: float, whole: int, least: int = 1) -> int:
+    return whole if share == 1 else max(least, round(share * whole))
+
+
+def _task(progress: Progress, what: str, total: int) -> Callable[[int, str], None]:
+    """A line of the progress; it is told how much has been done, and what to say of it."""
+    task = progress.add_task(what, total=total)
+
     def tell(number: int, message: str) -> None:
-        progress.update(task, advance=number, description=f"{what}: {message}")
+        progress.update(task, advance=number, description=f"{what} {message}")
 
     return tell

@@ -76,7 +76,7 @@ def realworld_build(
 
     An interrupted build goes on from where it was. Then fetch puts the drafts into models/drafts.
     """
-    from cosched.realworld.build import build
+    from cosched.realworld.build import Folders, build
     from cosched.realworld.recipes import RECIPES
 
     columns = (
@@ -86,6 +86,6 @@ def realworld_build(
         TextColumn("left"),
     )
     with Progress(*columns, console=console) as progress:
-        names = only or tuple(RECIPES)
-        build(models, prompts, documents, work, to, names, seed, threads, share, progress)
+        folders = Folders(models, prompts, documents, work, to)
+        build(folders, only or tuple(RECIPES), seed, threads, share, progress)
     console.print(f"built: {to}", soft_wrap=True, markup=False, highlight=False)

@@ -48,7 +48,13 @@ WANTED = {
 
 
 def record(
-    target: Target, prompts: Path, path: Path, seed: int, advance: Callable[[int, str], None]
+    target: Target,
+    prompts: Path,
+    path: Path,
+    number: int,
+    max_new_tokens: int,
+    seed: int,
+    advance: Callable[[int, str], None],
 ) -> None:
     """Answer the first prompts of a file at temperature 0.7 and write both, as OpenAI chat.
 
@@ -60,10 +66,10 @@ def record(
     """
     if path.exists():
         return
-    wanted, chat = WANTED[path.stem], Chat(target.tokenizer, target.end_tokens)
-    lines = {line.id: line for line in read_lines(prompts, "--prompts", wanted.prompts)}
+    chat = Chat(target.tokenizer, target.end_tokens)
+    lines = {line.id: line for line in read_lines(prompts, "--prompts", number)}
     requests = [
-        GenerationRequest(name, torch.tensor(chat.prompt(line.messages, name)), wanted.tokens)
+        GenerationRequest(name, torch.tensor(chat.prompt(line.messages, name)), max_new_tokens)
         for name, line in lines.items()
     ]
     max_length = max(request.max_length for request in requests)

@@ -72,12 +72,11 @@ def teach(
     answers: Sequence[Answered],
     words_V: Tensor,
     recipe: Recipe,
-    steps: int,
     seed: int,
     kept: Path,
     advance: Callable[[int, str], None],
 ) -> AnyDrafter:
-    """A draft, taught for so many steps; what ``kept`` has of an earlier attempt is gone on from.
+    """A draft, taught as its recipe says; what ``kept`` has of an earlier attempt is gone on from.
 
     ``advance(steps, message)`` is called after every step. Answers and anchors of a step depend on
     its number and the seed alone.
@@ -91,7 +90,7 @@ def teach(
     network = batch_loss.network.train()
     taught = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(taught, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    done = 0
+    done, steps = 0, recipe.steps
     if kept.exists():
         state = torch.load(kept, weights_only=True)
         done = state["steps"]

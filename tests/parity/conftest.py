@@ -23,6 +23,7 @@ os.environ.update(
     SGLANG_USE_CPU_ENGINE="1",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
+    THP_MEM_ALLOC_ENABLE="1",
 )
 shims.install()
 

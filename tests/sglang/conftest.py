@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 os.environ.update(
     {name: value for name, value in environment().items() if name != "PYTHONPATH"},
     TRITON_INTERPRET="1",  # in this process Triton kernels run as Python
+    THP_MEM_ALLOC_ENABLE="1",  # as the command does
 )
 install_stand_ins()
 
