@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cosched.engines.embedded.target import Target
-from cosched.realworld.answers import FEATURE_LAYERS, AnswerPlan, generate, read
+from cosched.realworld.answers import AnswerPlan, generate
+from cosched.realworld.recorded import FEATURE_LAYERS, read
 
 QUESTIONS = [(f"q{n}", f"What is {n}?") for n in range(3)]
 LAYERS = (1, 5, 9)  # that the tiny target has

@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cosched.engines.embedded.target import Target
 from cosched.realworld import teach as teaching
-from cosched.realworld.answers import LAST_HIDDEN, Answered
 from cosched.realworld.documents import WANTED
 from cosched.realworld.recipes import RECIPES, Classroom, words_by_frequency
+from cosched.realworld.recorded import LAST_HIDDEN, Recorded
 from cosched.realworld.teach import acceptance, batch_of, places, teach
 from tests.test_run import run_cli
 
@@ -38,16 +38,16 @@ def deep() -> Target:
     return Target(model)
 
 
-def say(target: Target, layers: tuple[int, ...], number: int = 12) -> list[Answered]:
+def say(target: Target, layers: tuple[int, ...], number: int = 12) -> list[Recorded]:
     """Random texts of different lengths with what the target computes of them."""
     captured = tuple(target.num_layers if layer == LAST_HIDDEN else layer for layer in layers)
-    answers = list[Answered]()
+    answers = list[Recorded]()
     for length in range(20, 20 + number):
         tokens_T = torch.randint(SIZE, (length,), generator=torch.Generator().manual_seed(length))
         at, cache = torch.arange(length - 1)[None], target.new_cache(1, length)
         rows = target.forward(tokens_T[None, :-1], at, cache, captured)
         assert rows.features_BTF is not None
-        answers.append(Answered(tokens_T, 5, rows.features_BTF[0], rows.hidden_BTH[0]))
+        answers.append(Recorded(tokens_T, 5, rows.features_BTF[0], rows.hidden_BTH[0]))
     return answers
 
 
@@ -92,7 +92,7 @@ def test_the_frequent_words_stay_and_others_take_turns(deep: Target) -> None:
 
 def test_words_go_by_how_often_they_are_answered() -> None:
     tokens = torch.tensor([7, 7, 7, 3, 5, 5, 3, 5])
-    answer = Answered(tokens, 3, torch.empty(0), torch.empty(0))  # the question's count nothing
+    answer = Recorded(tokens, 3, torch.empty(0), torch.empty(0))  # the question's count nothing
     assert words_by_frequency([answer], 8).tolist() == [5, 3, 0, 1, 2, 4, 6, 7]
 
 

