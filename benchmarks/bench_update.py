@@ -32,6 +32,7 @@ from cosched.protocols import Drafter, LossSettings
 from cosched.publish import InPlacePublisher
 from cosched.records import Decision
 from cosched.tinyworld.distill import crops_to_batch
+from cosched.tinyworld.drafts import layer_of
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
 from drafters.dflash import DFlashConfig, DFlashDrafter
@@ -72,15 +73,7 @@ class Stopwatch:
 
 
 def make_drafter(kind: str, target: Target, path: int, words: int) -> Drafter:
-    config = target.model.config
-    layer: dict[str, Any] = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "vocab_size": config.vocab_size,
-        "rope_theta": 10000.0,
-    }
+    layer: dict[str, Any] = {**layer_of(target), "rope_theta": 10000.0}
     if kind == "eagle3":
         eagle3 = Eagle3Config(**layer, draft_vocab_size=words)
         return Eagle3Drafter.initialise(eagle3, target, path)

@@ -99,14 +99,18 @@ def rows_are_alike(module: nn.Module, num_rows: int) -> bool:
     return True
 
 
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies matrices in bfloat16."""
+    mkldnn = torch.backends.mkldnn
+    return mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def layout_of(weight_OI: Tensor, rounds: bool, alike: bool = False) -> Layout | None:
     """How this processor reads such a weight best; None where the plain way is all there is."""
-    if not torch.backends.mkldnn.is_available():
-        blocked = False
-    elif weight_OI.dtype == torch.bfloat16:
-        blocked = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if weight_OI.dtype == torch.bfloat16:
+        blocked = has_bfloat16()
     else:
-        blocked = weight_OI.dtype == torch.float32
+        blocked = torch.backends.mkldnn.is_available() and weight_OI.dtype == torch.float32
     if weight_OI.dtype == torch.float32 and not alike and _fits_half(weight_OI, rounds):
         return "half"
     return "blocked" if blocked else None

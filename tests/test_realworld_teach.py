@@ -14,7 +14,7 @@ from cosched.engines.embedded.target import Target
 from cosched.realworld import teach as teaching
 from cosched.realworld.documents import WANTED
 from cosched.realworld.recipes import RECIPES, Classroom, words_by_frequency
-from cosched.realworld.recorded import LAST_HIDDEN, Recorded
+from cosched.realworld.recorded import Recorded, compute
 from cosched.realworld.teach import acceptance, batch_of, places, teach
 from tests.test_run import run_cli
 
@@ -40,14 +40,10 @@ def deep() -> Target:
 
 def say(target: Target, layers: tuple[int, ...], number: int = 12) -> list[Recorded]:
     """Random texts of different lengths with what the target computes of them."""
-    captured = tuple(target.num_layers if layer == LAST_HIDDEN else layer for layer in layers)
     answers = list[Recorded]()
     for length in range(20, 20 + number):
         tokens_T = torch.randint(SIZE, (length,), generator=torch.Generator().manual_seed(length))
-        at, cache = torch.arange(length - 1)[None], target.new_cache(1, length)
-        rows = target.forward(tokens_T[None, :-1], at, cache, captured)
-        assert rows.features_BTF is not None
-        answers.append(Recorded(tokens_T, 5, rows.features_BTF[0], rows.hidden_BTH[0]))
+        answers.append(compute(target, tokens_T, 5, layers))
     return answers
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from cosched.engines.embedded.engine import Recorder
     from cosched.engines.embedded.target import Target, TargetRows
 
 
@@ -120,16 +121,40 @@ def _say(
     plan: AnswerPlan,
     advance: Callable[[int, str], None],
 ) -> Iterator[tuple[str, Recorded]]:
-    max_length = max(request.max_length for request in requests)
     collected = _Rows({}, {})
-    engine = EmbeddedEngine(
-        rows=LiveRows(target, plan.max_batch, max_length, plan.layers),
-        judge=SamplingJudge(SamplingParams(temperature)),
-        drafter=None,
-        options=EngineOptions(plan.max_batch, max_length, seed, target.end_tokens),
-        device=target.device,
-        recorder=collected,
-        on_tokens=lambda number: advance(number, f"at temperature {temperature}"),
+    engine = sampler(
+        target,
+        requests,
+        temperature,
+        seed,
+        lambda number: advance(number, f"at temperature {temperature}"),
+        plan.max_batch,
+        plan.layers,
+        collected,
     )
     for finished in engine.generate(requests):
         yield finished.request.id, collected.take(finished)
+
+
+def sampler(
+    target: Target,
+    requests: Sequence[GenerationRequest],
+    temperature: float,
+    seed: int,
+    on_tokens: Callable[[int], None],
+    max_batch: int | None = None,
+    layers: tuple[int, ...] = (),
+    recorder: Recorder | None = None,
+) -> EmbeddedEngine:
+    """Plain decoding at a temperature, for requests like these: all of them at once, or so many."""
+    max_length = max(request.max_length for request in requests)
+    max_batch = max_batch or len(requests)
+    return EmbeddedEngine(
+        rows=LiveRows(target, max_batch, max_length, layers),
+        judge=SamplingJudge(SamplingParams(temperature)),
+        drafter=None,
+        options=EngineOptions(max_batch, max_length, seed, target.end_tokens),
+        device=target.device,
+        recorder=recorder,
+        on_tokens=on_tokens,
+    )

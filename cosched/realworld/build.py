@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 
 from cosched.engines.embedded.target import Target
@@ -15,7 +15,7 @@ from cosched.packing import pack as pack_weights
 from cosched.realworld.answers import AnswerPlan, generate
 from cosched.realworld.card import Facts, write_card
 from cosched.realworld.documents import TEMPERATURE, WANTED, read_documents, record
-from cosched.realworld.folders import is_whole
+from cosched.realworld.folders import is_whole, new_file
 from cosched.realworld.pins import NAME
 from cosched.realworld.questions import training_questions
 from cosched.realworld.recipes import RECIPES, words_by_frequency
@@ -23,21 +23,19 @@ from cosched.realworld.recorded import read
 from cosched.realworld.storage import expand, pack
 from cosched.realworld.teach import acceptance, teach
 from cosched.realworld.texts import LENGTH, NUM_TEXTS, record_texts
-from drafters.dflash import DFlashDrafter
-from drafters.eagle3 import Eagle3Drafter
-from drafters.pard import PardDrafter
+from cosched.registry import DRAFTERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from rich.progress import Progress
+    from torch import Tensor
 
-    from cosched.realworld.recipes import AnyDrafter, Recipe
+    from cosched.realworld.recipes import Recipe
 
-SHARDS = 15  # of 192 answers each, which is each question once: some 800,000 tokens
+SHARDS = 15  # of 192 answers each, so that each question is answered: some 800,000 tokens
 TEXT_SHARDS = 8  # of 192 texts: some 600,000 tokens
-FAMILIES: dict[str, Any] = {"eagle3": Eagle3Drafter, "dflash": DFlashDrafter, "pard": PardDrafter}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +87,14 @@ def build(
         pack(folders.work / "drafts" / name, folders.to / name, model)
         expanded = folders.work / "expanded" / name
         expand(folders.to / name, expanded, model)
-        drafter = _load(name, expanded, target, recipe.num_draft_tokens)
+        family, num_drafted = DRAFTERS.get(name), recipe.num_draft_tokens
+        settings = family.Settings(kind=name, path=str(expanded), num_draft_tokens=num_drafted)
+        drafter = family.load(settings, target)
+        reached: dict[str, Tensor] = {}
         for domain in WANTED:
             documents = read_documents(target, folders.documents / f"{domain}.jsonl", recipe.layers)
-            facts.acceptance[domain] = acceptance(
-                target, drafter, documents, recipe.num_draft_tokens, TEMPERATURE
-            )
-        write_card(folders.to / name, name, facts)
+            reached[domain] = acceptance(target, drafter, documents, num_drafted, TEMPERATURE)
+        write_card(folders.to / name, name, facts, reached)
 
 
 def _answer(folders: Folders, target: Target, seed: int, share: float, progress: Progress) -> None:
@@ -130,7 +129,7 @@ def _taught(
     """Teach a draft and save it under ``work``, if it is not there; what its card says of that."""
     known = work / f"{name}.json"
     if known.exists():
-        return Facts(**json.loads(known.read_text(encoding="utf-8")))
+        return msgspec.json.decode(known.read_bytes(), type=Facts)
     answers, texts = (list(read(work / what, recipe.layers)) for what in ("answers", "texts"))
     words_V = words_by_frequency(answers, target.vocab_size)
     tell = _task(progress, f"{name}: steps", recipe.steps)
@@ -148,14 +147,9 @@ def _taught(
     )
     network.to(torch.bfloat16)
     drafter.save(work / "drafts" / name)
-    known.write_text(json.dumps(facts.taught()), encoding="utf-8")
+    with new_file(known) as partial:
+        partial.write_bytes(msgspec.json.encode(facts))
     return facts
-
-
-def _load(name: str, folder: Path, target: Target, num_draft_tokens: int) -> AnyDrafter:
-    family = FAMILIES[name]
-    settings = family.Settings(kind=name, path=str(folder), num_draft_tokens=num_draft_tokens)
-    return family.load(settings, target)
 
 
 def _part(share: float, whole: int, least: int = 1) -> int:

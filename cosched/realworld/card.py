@@ -5,13 +5,14 @@ Letters: N places of the measured answers, K drafted tokens.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from cosched.realworld.pins import MODEL, NAME
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -26,9 +27,8 @@ WHAT = {
 }
 
 
-@dataclass(slots=True)
-class Facts:
-    """What a card says: of the teaching, and expected acceptance ``[N, K]`` by domain."""
+class Facts(msgspec.Struct, frozen=True):
+    """What a card says of the teaching."""
 
     parameters: int
     answers: int
@@ -37,20 +37,14 @@ class Facts:
     steps: int
     minutes: float
     threads: int
-    acceptance: dict[str, Tensor] = field(default_factory=dict)
-
-    def taught(self) -> dict[str, Any]:
-        """All but what was measured."""
-        return {
-            one.name: getattr(self, one.name)
-            for one in dataclasses.fields(self)
-            if one.name != "acceptance"
-        }
 
 
-def write_card(folder: Path, name: str, facts: Facts) -> None:
-    """Write ``README.md`` into the folder of a draft in compact storage."""
-    num_drafted = next(iter(facts.acceptance.values())).shape[1]
+def write_card(folder: Path, name: str, facts: Facts, acceptance: Mapping[str, Tensor]) -> None:
+    """Write ``README.md`` into the folder of a draft in compact storage.
+
+    ``acceptance`` is expected acceptance ``[N, K]`` by domain.
+    """
+    num_drafted = next(iter(acceptance.values())).shape[1]
     lines = [
         f"# `{name}`: a draft for {NAME}",
         "",
@@ -66,13 +60,13 @@ def write_card(folder: Path, name: str, facts: Facts) -> None:
         "thread(s), by `cosched realworld build`.",
         "",
         "Expected acceptance of what this folder expands to, by place in the draft: the sum of min(p, q)",
-        "at temperature 0.7, behind every third token of the target's answers to the first 16 prompts",
-        "of each kind, with the answer itself as the path. The acceptance length counts the target's own",
-        "token. None of these prompts, their topics, languages or kinds of task was taught.",
+        "at temperature 0.7, behind every third token of the answers in `realworld/documents/`, which are",
+        "the path themselves. The acceptance length counts the target's own token. None of their prompts,",
+        "topics, languages or kinds of task was taught.",
         "",
         _row(["prompts", "places", "acceptance length", *(str(k + 1) for k in range(num_drafted))]),
         _row(["---"] * (3 + num_drafted)),
-        *(_measured(domain, overlap_NK) for domain, overlap_NK in facts.acceptance.items()),
+        *(_measured(domain, overlap_NK) for domain, overlap_NK in acceptance.items()),
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -1,4 +1,7 @@
-"""Folders that are there whole or not at all, and whose ``SHA256SUMS`` say whether they still are."""
+"""Files and folders that are there whole or not at all.
+
+Of a sealed folder ``SHA256SUMS`` say whether it still is.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,24 @@ def new_folder(path: Path) -> Generator[Path]:
     finally:
         for left in (partial, before):
             shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Generator[Path]:
+    """A file to write; it takes the name ``path`` when it is done, in place of what is there.
+
+    Raises:
+        RealWorldError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise RealWorldError(f"{path} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

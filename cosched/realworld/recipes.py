@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cosched.realworld.recorded import FEATURE_LAYERS, LAST_HIDDEN
+from cosched.tinyworld.drafts import layer_of
 from drafters.dflash import DFlashConfig, DFlashDrafter
 from drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from drafters.pard import PardConfig, PardDrafter
@@ -28,7 +29,8 @@ MASK = 16  # SmolLM2's <empty_output>, which no chat has
 NUM_WORDS = 12_288  # of EAGLE-3's head
 NUM_FREQUENT = 8_192  # of those that a student with the target's head is taught to tell apart
 NUM_OTHERS = 2_048  # and as many of the rest, others in every step
-BLOCK_SIZE = 8
+CHAIN = 4  # tokens that EAGLE-3 drafts
+BLOCK = 7  # that DFlash and PARD do: a block of DFlash has the anchor as well
 
 # The target's layers whose outputs they see: the first, the middle and a late one; all that is kept;
 # late ones and the last hidden state.
@@ -41,17 +43,16 @@ PARD_LAYERS = (FEATURE_LAYERS[2], FEATURE_LAYERS[4], LAST_HIDDEN)
 class Recipe:
     """How a draft is made, on what it is taught, and how what was taught becomes the draft.
 
-    ``begin(target, classroom, words)`` gives the student, ``path`` tokens behind each of
+    ``begin(target, classroom, words)`` gives the student, ``num_draft_tokens`` behind each of
     ``anchors`` places of an answer teach it, ``finish(student, target)`` gives the draft.
     """
 
     begin: Callable[[Target, Classroom, Tensor], AnyDrafter]
     finish: Callable[[Any, Target], AnyDrafter]
     layers: tuple[int, ...]
-    path: int
+    num_draft_tokens: int
     anchors: int
     position_decay: float
-    num_draft_tokens: int  # with which its acceptance is measured
     steps: int
 
 
@@ -101,7 +102,7 @@ def _begin_eagle3(target: Target, _classroom: Classroom, words_V: Tensor) -> Eag
     """One layer as wide as the target's, and a head of its own that starts as the target's rows."""
     words_U = words_V[:NUM_WORDS].sort().values
     config = Eagle3Config(
-        **_layer_of(target, "llama"),
+        **_layer(target, "llama"),
         draft_vocab_size=len(words_U),
         feature_layers=list(EAGLE3_LAYERS),
     )
@@ -114,27 +115,27 @@ def _begin_eagle3(target: Target, _classroom: Classroom, words_V: Tensor) -> Eag
         network.t2d.zero_()[words_U] = True
         network.lm_head.weight.copy_(next(target.head.parameters())[words_U])
         network.norm.weight.copy_(target.model.get_decoder().norm.weight)
-    return Eagle3Drafter(network, target, 4)
+    return Eagle3Drafter(network, target, CHAIN)
 
 
 def _begin_dflash(target: Target, classroom: Classroom, _words: Tensor) -> DFlashDrafter:
     """Three layers over the features of five, for blocks of the anchor and seven masks."""
     config = DFlashConfig(
-        **_layer_of(target, "qwen3"),
+        **_layer(target, "qwen3"),
         num_hidden_layers=3,
         num_target_layers=target.num_layers,
         feature_layers=list(DFLASH_LAYERS),
-        block_size=BLOCK_SIZE,
+        block_size=BLOCK + 1,
         mask_token_id=MASK,
     )
-    drafter = DFlashDrafter.initialise(config, classroom, BLOCK_SIZE - 1)
+    drafter = DFlashDrafter.initialise(config, classroom, BLOCK)
     with torch.no_grad():
         drafter.network().norm.weight.copy_(target.model.get_decoder().norm.weight)
     return drafter
 
 
 def _finish_dflash(student: DFlashDrafter, target: Target) -> DFlashDrafter:
-    return DFlashDrafter(student.network(), target, BLOCK_SIZE - 1)
+    return DFlashDrafter(student.network(), target, BLOCK)
 
 
 def _begin_pard(target: Target, classroom: Classroom, _words: Tensor) -> PardDrafter:
@@ -142,7 +143,7 @@ def _begin_pard(target: Target, classroom: Classroom, _words: Tensor) -> PardDra
     # As transformers counts them: 0 is the embedding, i is after layer i - 1.
     layers = [layer if layer == LAST_HIDDEN else layer + 1 for layer in PARD_LAYERS]
     config = PardConfig(
-        **_layer_of(target, "llama"),
+        **_layer(target, "llama"),
         num_hidden_layers=3,
         tie_word_embeddings=True,
         pard_token=MASK,
@@ -157,13 +158,13 @@ def _begin_pard(target: Target, classroom: Classroom, _words: Tensor) -> PardDra
     network.model.load_state_dict({name: theirs.get(name, kept) for name, kept in ours.items()})
     network.model.embed_tokens.requires_grad_(False)
     network.lm_head = cast("nn.Linear", classroom.head)
-    return PardDrafter(network, classroom, BLOCK_SIZE - 1)
+    return PardDrafter(network, classroom, BLOCK)
 
 
 def _finish_pard(student: PardDrafter, target: Target) -> PardDrafter:
     network = student.network()
     network.lm_head = None  # as its configuration says: the embedding
-    return PardDrafter(network, target, BLOCK_SIZE - 1)
+    return PardDrafter(network, target, BLOCK)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -171,46 +172,37 @@ RECIPES: dict[str, Recipe] = {
         _begin_eagle3,
         lambda student, _target: student,
         EAGLE3_LAYERS,
-        path=4,
+        num_draft_tokens=CHAIN,
         anchors=24,
         position_decay=0.9,
-        num_draft_tokens=4,
         steps=2_000,
     ),
     "dflash": Recipe(
         _begin_dflash,
         _finish_dflash,
         DFLASH_LAYERS,
-        path=BLOCK_SIZE - 1,
+        num_draft_tokens=BLOCK,
         anchors=12,
         position_decay=0.8,
-        num_draft_tokens=BLOCK_SIZE - 1,
         steps=1_500,
     ),
     "pard": Recipe(
         _begin_pard,
         _finish_pard,
         PARD_LAYERS,
-        path=BLOCK_SIZE - 1,
+        num_draft_tokens=BLOCK,
         anchors=12,
         position_decay=0.8,
-        num_draft_tokens=BLOCK_SIZE - 1,
         steps=1_500,
     ),
 }
 
 
-def _layer_of(target: Target, model_type: str) -> dict[str, Any]:
+def _layer(target: Target, model_type: str) -> dict[str, Any]:
     config = target.model.config
     return {
+        **layer_of(target),
         "model_type": model_type,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_parameters": dict(config.rope_parameters),
-        "max_position_embeddings": config.max_position_embeddings,
     }

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+    from cosched.engines.embedded.target import Target
+
 FEATURE_LAYERS = (1, 8, 14, 20, 26)
 """What is kept; a draft names the ones it wants. EAGLE-3's are the first, third and last."""
 
@@ -39,6 +41,16 @@ class Recorded(NamedTuple):
     num_prompt: int
     features_TF: Tensor
     hidden_TH: Tensor
+
+
+def compute(target: Target, tokens_T: Tensor, num_prompt: int, layers: tuple[int, ...]) -> Recorded:
+    """A text with what the target computes of it in one pass."""
+    length = len(tokens_T) - 1
+    captured = tuple(target.num_layers if layer == LAST_HIDDEN else layer for layer in layers)
+    cache, at_1T = target.new_cache(1, length), torch.arange(length)[None]
+    rows = target.forward(tokens_T[None, :-1], at_1T, cache, captured, num_logits=1)
+    assert rows.features_BTF is not None
+    return Recorded(tokens_T, num_prompt, rows.features_BTF[0], rows.hidden_BTH[0])
 
 
 def write(

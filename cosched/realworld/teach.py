@@ -1,12 +1,13 @@
 """Teaching a draft on recorded answers: the target's rows are read, not computed again.
 
 Letters: R answers, C rows of a context, T tokens of an answer with its question, N anchors,
-K drafted tokens, F fused feature width, H hidden width.
+K drafted tokens, F fused feature width, H hidden width, V target vocabulary.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cosched.protocols import LossSettings
+from cosched.realworld.folders import new_file
 from cosched.realworld.recipes import NUM_FREQUENT, NUM_OTHERS, Classroom
-from cosched.records import SignalBatch
+from cosched.tinyworld.distill import batch_of_texts
+from cosched.tinyworld.optimize import BETAS, rate_share, take_step
 from cosched.training.micro_step import BatchLoss
 from losses.divergence import ForwardKL
 
@@ -26,11 +29,13 @@ if TYPE_CHECKING:
     from cosched.engines.embedded.target import Target
     from cosched.realworld.recipes import AnyDrafter, Recipe
     from cosched.realworld.recorded import Recorded
+    from cosched.records import SignalBatch
 
 BATCH = 8  # answers of a step
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 40
 DECAY_SHARE = 0.6  # of the steps, at the end
+EVERY = 3  # which places of an answer acceptance is measured at
 STEPS_KEPT = 50  # what a killed process loses at most
 
 
@@ -39,25 +44,18 @@ def batch_of(answers: Sequence[Recorded], anchors_RN: Sequence[Tensor], path: in
 
     Answers may have fewer anchors than others; what is missing counts nothing.
     """
-    lengths_R = torch.tensor([len(answer.tokens_T) - 1 for answer in answers])
+    tokens_RC1 = pad_sequence([answer.tokens_T for answer in answers], batch_first=True)
+    features_RCF = pad_sequence([answer.features_TF for answer in answers], batch_first=True)
+    hidden_RCH = pad_sequence([answer.hidden_TH for answer in answers], batch_first=True)
     places_RN = pad_sequence(list(anchors_RN), batch_first=True, padding_value=1)
     counts_RN = pad_sequence(
-        [torch.ones(len(anchors_N)) for anchors_N in anchors_RN], batch_first=True
+        [torch.ones(len(places_N)) for places_N in anchors_RN], batch_first=True
     )
-    tokens_RC1 = pad_sequence([answer.tokens_T for answer in answers], batch_first=True)
-    hidden_RCH = pad_sequence([answer.hidden_TH for answer in answers], batch_first=True)
-    place_RNK = places_RN[..., None] + torch.arange(path)
-    flat_RX = place_RNK.flatten(1)
-    index_RXH = flat_RX[..., None].expand(-1, -1, hidden_RCH.shape[-1])
-    return SignalBatch(
-        starts_R=torch.zeros(len(answers), dtype=torch.int64),
-        lengths_R=lengths_R,
-        tokens_RC1=tokens_RC1,
-        features_RCF=pad_sequence([a.features_TF.float() for a in answers], batch_first=True),
-        anchors_RN=places_RN,
-        paths_RNK=tokens_RC1.gather(1, flat_RX + 1).unflatten(1, (-1, path)),
-        teacher_RNKX=hidden_RCH.gather(1, index_RXH).unflatten(1, (-1, path)).float(),
-        weights_RNK=counts_RN[..., None].expand(-1, -1, path).contiguous(),
+    batch = batch_of_texts(tokens_RC1, features_RCF.float(), hidden_RCH.float(), places_RN, path)
+    return replace(
+        batch,
+        lengths_R=torch.tensor([len(answer.tokens_T) - 1 for answer in answers]),
+        weights_RNK=batch.weights_RNK * counts_RN[..., None],
     )
 
 
@@ -80,6 +78,9 @@ def teach(
 
     ``advance(steps, message)`` is called after every step. Answers and anchors of a step depend on
     its number and the seed alone.
+
+    Raises:
+        RealWorldError: ``kept`` cannot be written.
     """
     torch.manual_seed(seed)
     classroom = Classroom(target, words_V, NUM_FREQUENT, NUM_OTHERS)
@@ -89,7 +90,7 @@ def teach(
     batch_loss = BatchLoss(student, ForwardKL(settings), head, "hidden")
     network = batch_loss.network.train()
     taught = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(taught, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(taught, betas=BETAS, weight_decay=0.01, fused=True)
     done, steps = 0, recipe.steps
     if kept.exists():
         state = torch.load(kept, weights_only=True)
@@ -102,15 +103,12 @@ def teach(
         generator = torch.Generator().manual_seed((seed << 32) + step)
         classroom.call(generator)
         chosen = [answers[i] for i in _turn(len(answers), step, seed)]
-        anchors = [_some(places(a, recipe.path), recipe.anchors, generator) for a in chosen]
-        loss = batch_loss(batch_of(chosen, anchors, recipe.path))
-        rate = LEARNING_RATE * min((step + 1) / WARMUP_STEPS, (1 - step / steps) / DECAY_SHARE, 1)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(taught, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
+        anchors = [
+            _some(places(a, recipe.num_draft_tokens), recipe.anchors, generator) for a in chosen
+        ]
+        loss = batch_loss(batch_of(chosen, anchors, recipe.num_draft_tokens))
+        rate = LEARNING_RATE * rate_share(step, step / steps, WARMUP_STEPS, DECAY_SHARE)
+        take_step(loss, taught, (optimizer,), rate)
         seconds = time.perf_counter() - started
         advance(1, f"KL {loss.item():.3f}, {seconds:.1f} s a step")
         if (step + 1) % STEPS_KEPT == 0 and step + 1 < steps:
@@ -137,14 +135,9 @@ def _some(places_N: Tensor, number: int, generator: torch.Generator) -> Tensor:
 def _keep(
     path: Path, steps: int, network: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    state = {
-        "steps": steps,
-        "network": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-    torch.save(state, partial)
-    partial.replace(path)
+    weights, moments = network.state_dict(), optimizer.state_dict()
+    with new_file(path) as partial:
+        torch.save({"steps": steps, "network": weights, "optimizer": moments}, partial)
 
 
 @torch.no_grad()
@@ -154,7 +147,6 @@ def acceptance(
     answers: Iterable[Recorded],
     num_drafted: int,
     temperature: float,
-    every: int = 3,
 ) -> Tensor:
     """Expected acceptance ``sum_v min(p, q)`` of each drafted token ``[N, K]``.
 
@@ -163,7 +155,7 @@ def acceptance(
     """
     overlaps: list[Tensor] = []
     for answer in answers:
-        anchors_N = places(answer, num_drafted)[::every]
+        anchors_N = places(answer, num_drafted)[::EVERY]
         if not len(anchors_N):
             continue
         batch = batch_of([answer], [anchors_N], num_drafted)

@@ -13,7 +13,7 @@ import torch
 
 from cosched.errors import TinyWorldError
 from cosched.realworld.folders import new_folder
-from cosched.realworld.recorded import FEATURE_LAYERS, Recorded, write
+from cosched.realworld.recorded import FEATURE_LAYERS, compute, write
 from cosched.tinyworld.corpus import documents
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cosched.engines.embedded.target import Target
+    from cosched.realworld.recorded import Recorded
 
 DOMAIN = "manuals"  # prose; the others are code and other languages, which are measured
 LENGTH = 384  # tokens of a text
@@ -68,7 +69,6 @@ def _crops(
 ) -> Iterator[tuple[str, Recorded]]:
     """Crops with their rows; long texts have more of them than short ones."""
     drawn, lengths = random.Random(seed), [len(text) for text in texts]
-    at = torch.arange(LENGTH - 1)[None]
     place = 0
     while place < number:
         (text,) = drawn.choices(texts, lengths)
@@ -77,10 +77,6 @@ def _crops(
         ids = target.tokenizer(crop, add_special_tokens=False)["input_ids"][:LENGTH]
         if len(ids) < LENGTH:  # a table, mostly blanks
             continue
-        tokens_T = torch.tensor(ids)
-        cache = target.new_cache(1, LENGTH)
-        rows = target.forward(tokens_T[None, :-1], at, cache, FEATURE_LAYERS, num_logits=1)
-        assert rows.features_BTF is not None
-        yield str(place), Recorded(tokens_T, GIVEN, rows.features_BTF[0], rows.hidden_BTH[0])
+        yield str(place), compute(target, torch.tensor(ids), GIVEN, FEATURE_LAYERS)
         place += 1
         advance(LENGTH, "")

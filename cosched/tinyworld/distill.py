@@ -3,7 +3,8 @@
 The student is trained through the same ``replay`` that adapts it later, so what is published with
 the tiny world also tests that code.
 
-Letters: R crops, T tokens of a crop, N anchors, K drafted tokens.
+Letters: R crops, T tokens of a crop, C = T - 1 rows of its context, N anchors, K drafted tokens,
+F fused feature width, H hidden width.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cosched.records import SignalBatch
-from cosched.tinyworld.optimize import make_optimizers, mixed_precision, take_step
+from cosched.tinyworld.optimize import make_optimizers, mixed_precision, rate_share, take_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,19 +61,34 @@ def crops_to_batch(
         drafter.signal.feature_layers,
         num_logits=1,
     )
+    features = None if rows.features_BTF is None else rows.features_BTF[:, :-1]
+    return batch_of_texts(ids_RT, features, rows.hidden_BTH, anchors_RN, path)
+
+
+def batch_of_texts(
+    ids_RT: Tensor,
+    features_RCF: Tensor | None,
+    hidden_RCH: Tensor,
+    anchors_RN: Tensor,
+    path: int,
+) -> SignalBatch:
+    """Whole texts as contexts, with what the target computed of them; all rows count.
+
+    Features are of all tokens but the last, hidden states may be of the last as well.
+    """
+    (num_texts, length), device = ids_RT.shape, ids_RT.device
     ahead_K = torch.arange(path, device=device)
     teacher_at = (anchors_RN[..., None] + ahead_K).flatten(1)
     paths_RNK = ids_RT.gather(1, teacher_at + 1).unflatten(1, (-1, path))
-    index = teacher_at[..., None].expand(-1, -1, target.hidden_size)
-    teacher_RNKX = rows.hidden_BTH.gather(1, index).unflatten(1, (-1, path))
+    index = teacher_at[..., None].expand(-1, -1, hidden_RCH.shape[-1])
     return SignalBatch(
-        starts_R=torch.zeros(num_crops, dtype=torch.int64, device=device),
-        lengths_R=torch.full((num_crops,), length - 1, device=device),
+        starts_R=torch.zeros(num_texts, dtype=torch.int64, device=device),
+        lengths_R=torch.full((num_texts,), length - 1, device=device),
         tokens_RC1=ids_RT,
-        features_RCF=None if rows.features_BTF is None else rows.features_BTF[:, :-1],
+        features_RCF=features_RCF,
         anchors_RN=anchors_RN,
         paths_RNK=paths_RNK,
-        teacher_RNKX=teacher_RNKX,
+        teacher_RNKX=hidden_RCH.gather(1, index).unflatten(1, (-1, path)),
         weights_RNK=torch.ones(paths_RNK.shape, device=device),
     )
 
@@ -112,8 +128,8 @@ def distill(
     num_steps = plan.tokens // step_tokens
     for step in range(num_steps):
         started = time.perf_counter()
-        rate = plan.learning_rate * min(
-            (step + 1) / plan.warmup_steps, (1 - step / num_steps) / plan.decay_share, 1
+        rate = plan.learning_rate * rate_share(
+            step, step / num_steps, plan.warmup_steps, plan.decay_share
         )
         with mixed_precision():
             loss = batch_loss(random_batch(target, drafter, store, plan, generator))

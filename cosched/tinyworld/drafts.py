@@ -34,14 +34,14 @@ AnyDrafter = Eagle3Drafter | DFlashDrafter | PardDrafter
 
 def make_eagle3(target: Target) -> Eagle3Drafter:
     """One layer as wide as the target's, with a head of its own."""
-    config = Eagle3Config(**_layer_of(target), draft_vocab_size=target.vocab_size)
+    config = Eagle3Config(**_layer(target), draft_vocab_size=target.vocab_size)
     return Eagle3Drafter.initialise(config, target, NUM_DRAFT_TOKENS)
 
 
 def make_dflash(target: Target) -> DFlashDrafter:
     """Three layers and the features of three, for blocks of the anchor and three masks."""
     config = DFlashConfig(
-        **_layer_of(target),
+        **_layer(target),
         num_hidden_layers=3,
         num_target_layers=target.num_layers,
         block_size=NUM_DRAFT_TOKENS + 1,
@@ -53,7 +53,7 @@ def make_dflash(target: Target) -> DFlashDrafter:
 def make_pard(target: Target) -> PardDrafter:
     """A language model of four layers, which starts from nothing."""
     config = PardConfig(
-        **_layer_of(target),
+        **_layer(target),
         model_type="qwen3",
         num_hidden_layers=4,
         tie_word_embeddings=True,
@@ -70,7 +70,12 @@ DRAFTS: dict[str, Callable[[Target], AnyDrafter]] = {
 }
 
 
-def _layer_of(target: Target) -> dict[str, Any]:
+def _layer(target: Target) -> dict[str, Any]:
+    return {**layer_of(target), "rope_theta": 10000.0}
+
+
+def layer_of(target: Target) -> dict[str, Any]:
+    """What a draft's configuration says of a layer as large as the target's."""
     config = target.model.config
     return {
         "hidden_size": config.hidden_size,
@@ -79,7 +84,6 @@ def _layer_of(target: Target) -> dict[str, Any]:
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
         "vocab_size": config.vocab_size,
-        "rope_theta": 10000.0,
         "max_position_embeddings": config.max_position_embeddings,
     }
 

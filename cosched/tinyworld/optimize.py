@@ -11,16 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cosched.packing import has_bfloat16
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 Optimizers = tuple[torch.optim.Optimizer, ...]
 BETAS = (0.9, 0.95)
-
-
-def has_bfloat16() -> bool:
-    """Whether this processor multiplies matrices in bfloat16."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def mixed_precision() -> torch.autocast:
@@ -58,3 +55,11 @@ def take_step(
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
+
+
+def rate_share(step: int, done: float, warmup_steps: int, decay_share: float) -> float:
+    """What a learning rate is multiplied by at a step: it rises, stays, and falls to zero.
+
+    ``done`` is the share of the training that is done, ``decay_share`` how much of it the fall takes.
+    """
+    return min((step + 1) / warmup_steps, (1 - done) / decay_share, 1)

@@ -17,7 +17,13 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from cosched.tinyworld.optimize import Optimizers, make_optimizers, mixed_precision, take_step
+from cosched.tinyworld.optimize import (
+    Optimizers,
+    make_optimizers,
+    mixed_precision,
+    rate_share,
+    take_step,
+)
 from cosched.tinyworld.tokens import VOCAB_SIZE, TokenStore, load_tokens
 
 if TYPE_CHECKING:
@@ -112,9 +118,7 @@ def pretrain(
         optimizers = make_optimizers(model, weight_decay=0.05)
         step_tokens = stage.batch * stage.length
         for step in range(stage.tokens // step_tokens):
-            rate = LEARNING_RATE * min(
-                (step + 1) / WARMUP_STEPS, (1 - done / total) / DECAY_SHARE, 1
-            )
+            rate = LEARNING_RATE * rate_share(step, done / total, WARMUP_STEPS, DECAY_SHARE)
             started = time.perf_counter()
             loss = _step(
                 model, mixed_batch(stores, stage.batch, stage.length, generator), optimizers, rate
