@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cosched.engines.embedded.target import Target
+from cosched.realworld import build
 from cosched.realworld import teach as teaching
 from cosched.realworld.documents import WANTED
 from cosched.realworld.recipes import RECIPES, Classroom, words_by_frequency
@@ -178,3 +179,22 @@ def test_the_build_command_makes_a_draft(tmp_path: Path) -> None:
     code, _, err = run_cli("realworld", "build", "--only", "medusa")
     assert code == 2
     assert "--only: no draft 'medusa'; there are eagle3, dflash, pard" in err
+
+
+@pytest.mark.parametrize("share", ["0.5", "1"])
+def test_a_trial_leaves_nothing_where_the_drafts_are_made(
+    monkeypatch: pytest.MonkeyPatch, share: str
+) -> None:
+    """What is there is not made again: shards and documents of a trial would pass for whole ones."""
+    given: list[build.Folders] = []
+    monkeypatch.setattr(build, "build", lambda folders, *_: given.append(folders))
+    code, _, err = run_cli("realworld", "build", "--share", share)
+    assert code == 0, err
+    (folders,) = given
+    written = {folders.work, folders.to, folders.documents}
+    made = {Path("build/realworld"), Path("realworld/drafts"), Path("realworld/documents")}
+    if share == "1":
+        assert written == made
+    else:
+        assert all(path.is_relative_to("build/realworld-0.5") for path in written)
+        assert folders.to != folders.work / "drafts"  # those in full

@@ -49,19 +49,19 @@ def realworld_fetch(
 
 @realworld_app.command("build")
 def realworld_build(
-    to: Annotated[Path, typer.Option(help="Where the drafts go, in compact storage.")] = Path(
-        "realworld/drafts"
-    ),
+    to: Annotated[
+        Path | None, typer.Option(help="Where the drafts go, in compact storage: realworld/drafts.")
+    ] = None,
     models: Annotated[Path, typer.Option(help="What fetch filled.")] = Path("models"),
     prompts: Annotated[
         Path, typer.Option(help="What the model is asked to be measured on.")
     ] = Path("realworld/prompts"),
-    documents: Annotated[Path, typer.Option(help="Recorded answers to the prompts.")] = Path(
-        "realworld/documents"
-    ),
-    work: Annotated[Path, typer.Option(help="Answers, and what is half done.")] = Path(
-        "build/realworld"
-    ),
+    documents: Annotated[
+        Path | None, typer.Option(help="Recorded answers to the prompts: realworld/documents.")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Answers, and what is half done: build/realworld.")
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="eagle3, dflash or pard; all without it."),
@@ -69,7 +69,12 @@ def realworld_build(
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads to work with.")] = 2,
     share: Annotated[
-        float, typer.Option(min=0.0001, max=1.0, help="Share of the training, to try it out.")
+        float,
+        typer.Option(
+            min=0.0001,
+            max=1.0,
+            help="Share of everything, to try it out, in a folder of its own: build/realworld-SHARE.",
+        ),
     ] = 1.0,
 ) -> None:
     """Make the drafts again: the model's answers, training, cards (half a day on two cores).
@@ -79,6 +84,11 @@ def realworld_build(
     from cosched.realworld.build import Folders, build
     from cosched.realworld.recipes import RECIPES
 
+    # What is there is not made again, so a trial leaves nothing where the drafts are made.
+    whole = share == 1
+    work = work or Path("build/realworld" if whole else f"build/realworld-{share}")
+    to = to or (Path("realworld/drafts") if whole else work / "compact")
+    documents = documents or (Path("realworld/documents") if whole else work / "documents")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
