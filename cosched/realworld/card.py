@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WHAT = {
-    "eagle3": "An EAGLE-3 head: one layer, and a head of its own over the tokens that are most frequent "
-    "in the answers, which started as the target's rows.",
-    "dflash": "A DFlash block drafter: three layers over the features of five, blocks of eight, "
-    "embedding and head borrowed from the target.",
+    "eagle3": "An EAGLE-3 head: one layer, which started as the target's last, and the target's head rows "
+    "of the tokens that are most frequent in the answers.",
+    "dflash": "A DFlash block drafter: three layers, which started as the target's last, over the "
+    "features of five, blocks of eight, embedding and head borrowed from the target.",
     "pard": "A PARD-2 draft: the target's own first three layers, taught to fill in masks, with the "
     "target's embedding for head and input and its features added.",
 }

@@ -86,7 +86,7 @@ def teach(
     classroom = Classroom(target, words_V, NUM_FREQUENT, NUM_OTHERS)
     student = recipe.begin(target, classroom, words_V)
     settings = LossSettings(kind="forward_kl", position_decay=recipe.position_decay)
-    head = target.head if student.target_ids() is not None else classroom.head
+    head = classroom.head if recipe.borrows_head else target.head
     batch_loss = BatchLoss(student, ForwardKL(settings), head, "hidden")
     network = batch_loss.network.train()
     taught = [parameter for parameter in network.parameters() if parameter.requires_grad]
