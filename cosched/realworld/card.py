@@ -22,7 +22,7 @@ WHAT = {
     "of the tokens that are most frequent in the answers.",
     "dflash": "A DFlash block drafter: three layers, which started as the target's last, over the "
     "features of five, blocks of eight, embedding and head borrowed from the target.",
-    "pard": "A PARD-2 draft: the target's own first three layers, taught to fill in masks, with the "
+    "pard": "A PARD-2 draft: the target's own last three layers, taught to fill in masks, with the "
     "target's embedding for head and input and its features added.",
 }
 

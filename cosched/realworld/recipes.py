@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from cosched.engines.embedded.target import Target
     from cosched.realworld.recorded import Recorded
+    from drafters.layers import DecoderStack
 
 AnyDrafter = Eagle3Drafter | DFlashDrafter | PardDrafter
 
@@ -44,7 +45,8 @@ class Recipe:
     """How a draft is made, on what it is taught, and how what was taught becomes the draft.
 
     ``begin(target, classroom, words)`` gives the student, ``num_draft_tokens`` behind each of
-    ``anchors`` places of an answer teach it, ``finish(student, target)`` gives the draft. One that
+    ``anchors`` places of ``batch`` answers teach it in a step (what of an answer is computed for all
+    anchors alike is most for PARD), ``finish(student, target)`` gives the draft. One that
     ``borrows_head`` learns over the words of the classroom, others over their own of the target.
     """
 
@@ -52,6 +54,7 @@ class Recipe:
     finish: Callable[[Any, Target], AnyDrafter]
     layers: tuple[int, ...]
     num_draft_tokens: int
+    batch: int
     anchors: int
     position_decay: float
     steps: int
@@ -153,8 +156,7 @@ def _begin_dflash(target: Target, classroom: Classroom, _words: Tensor) -> DFlas
         network.fc.weight.zero_()[:, -width:] = torch.eye(width)
         network.hidden_norm.weight.copy_(decoder.layers[-1].input_layernorm.weight)
         network.norm.weight.copy_(decoder.norm.weight)
-    for ours, theirs in zip(network.layers, decoder.layers[-len(network.layers) :], strict=True):
-        ours.load_state_dict(theirs.state_dict(), strict=False)  # norms of heads it has not
+    _begin_layers(network.layers, target)
     return drafter
 
 
@@ -163,7 +165,11 @@ def _finish_dflash(student: DFlashDrafter, target: Target) -> DFlashDrafter:
 
 
 def _begin_pard(target: Target, classroom: Classroom, _words: Tensor) -> PardDrafter:
-    """The target's own first layers, embedding and final norm, with its features added (PARD-2)."""
+    """The target's own embedding, last three layers and final norm, with its features added (PARD-2).
+
+    They go on from features as the target does: the loss of 25 steps is 5.5 nats in the mean, and 8.4
+    where the layers are the target's first.
+    """
     # As transformers counts them: 0 is the embedding, i is after layer i - 1.
     layers = [layer if layer == LAST_HIDDEN else layer + 1 for layer in PARD_LAYERS]
     config = PardConfig(
@@ -177,10 +183,15 @@ def _begin_pard(target: Target, classroom: Classroom, _words: Tensor) -> PardDra
         pard2_target_dim=len(layers) * target.hidden_size,
     )
     network = PardDrafter.initialise(config, target, 1).network()
-    theirs = dict(target.model.get_decoder().state_dict())
-    ours = network.model.state_dict()
-    network.model.load_state_dict({name: theirs.get(name, kept) for name, kept in ours.items()})
-    network.model.embed_tokens.requires_grad_(False)
+    body, decoder, width = network.model, target.model.get_decoder(), target.hidden_size
+    assert network.target_proj is not None
+    late = slice(width, 2 * width)  # the features that those layers are used to
+    with torch.no_grad():
+        network.target_proj.weight.zero_()[:, late] = torch.eye(width)
+    body.embed_tokens.load_state_dict(decoder.embed_tokens.state_dict())
+    body.embed_tokens.requires_grad_(False)
+    body.norm.load_state_dict(decoder.norm.state_dict())
+    _begin_layers(body.layers, target)
     network.lm_head = cast("nn.Linear", classroom.head)
     return PardDrafter(network, classroom, BLOCK)
 
@@ -197,6 +208,7 @@ RECIPES: dict[str, Recipe] = {
         lambda student, _target: student,
         EAGLE3_LAYERS,
         num_draft_tokens=CHAIN,
+        batch=8,
         anchors=24,
         position_decay=0.9,
         steps=2_000,
@@ -207,6 +219,7 @@ RECIPES: dict[str, Recipe] = {
         _finish_dflash,
         DFLASH_LAYERS,
         num_draft_tokens=BLOCK,
+        batch=8,
         anchors=12,
         position_decay=0.8,
         steps=1_500,
@@ -217,12 +230,20 @@ RECIPES: dict[str, Recipe] = {
         _finish_pard,
         PARD_LAYERS,
         num_draft_tokens=BLOCK,
-        anchors=12,
+        batch=4,
+        anchors=24,
         position_decay=0.8,
         steps=1_500,
         borrows_head=True,
     ),
 }
+
+
+def _begin_layers(layers: DecoderStack, target: Target) -> None:
+    """They begin as the last layers of the target."""
+    last = target.model.get_decoder().layers[-len(layers) :]
+    for ours, theirs in zip(layers, last, strict=True):
+        ours.load_state_dict(theirs.state_dict(), strict=False)  # norms of heads it has not
 
 
 def _layer(target: Target, model_type: str) -> dict[str, Any]:

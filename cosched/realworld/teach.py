@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from cosched.realworld.recorded import Recorded
     from cosched.records import SignalBatch
 
-BATCH = 8  # answers of a step
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 40
 DECAY_SHARE = 0.6  # of the steps, at the end
@@ -102,7 +101,7 @@ def teach(
         started = time.perf_counter()
         generator = torch.Generator().manual_seed((seed << 32) + step)
         classroom.call(generator)
-        chosen = [answers[i] for i in _turn(len(answers), step, seed)]
+        chosen = [answers[i] for i in _turn(len(answers), recipe.batch, step, seed)]
         anchors = [
             _some(places(a, recipe.num_draft_tokens), recipe.anchors, generator) for a in chosen
         ]
@@ -118,9 +117,9 @@ def teach(
     return recipe.finish(student, target)
 
 
-def _turn(number: int, step: int, seed: int) -> list[int]:
+def _turn(number: int, batch: int, step: int, seed: int) -> list[int]:
     """Which answers teach in a step: all of them once, in another order each time through."""
-    wanted = range(step * BATCH, (step + 1) * BATCH)
+    wanted = range(step * batch, (step + 1) * batch)
     orders = {
         turn: torch.randperm(number, generator=torch.Generator().manual_seed(seed + turn)).tolist()
         for turn in {place // number for place in wanted}

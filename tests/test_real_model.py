@@ -1,0 +1,41 @@
+"""The public chat model with its drafts: what the README promises of it; skipped where none is fetched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.test_run import run_cli
+
+ROOT = Path(__file__).parent.parent
+DRAFT = ROOT / "models" / "drafts" / "eagle3"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.realworld,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not DRAFT.is_dir(), reason="no draft in models/: cosched realworld fetch"),
+]
+
+
+def test_greedy_answers_are_those_of_plain_decoding_to_the_bit(tmp_path: Path) -> None:
+    """While drafts are accepted, refused and replaced; ``engine.exact`` leaves no near-tie to luck."""
+    code, out, err = run_cli(
+        *("run", "-c", ROOT / "configs" / "demo.yaml", f"run.dir={tmp_path}", "run.name=exact"),
+        *("workload.documents=null", f"workload.prompts={ROOT / 'realworld/prompts/chat.jsonl'}"),
+        *("workload.max_prompts=2", "workload.max_new_tokens=64", "workload.temperature=0"),
+        *("arms=[plain,frozen,adapted]", "adapt.policy.rounds=8", "engine.exact=true"),
+    )
+    if code == 2 and "engine.exact: this processor" in err:
+        pytest.skip("this processor computes rows in different ways, and engine.exact is refused")
+    assert code == 0, out + err
+    summary = json.loads((tmp_path / "exact" / "summary.json").read_text(encoding="utf-8"))
+    arms = summary["arms"]
+    assert arms["frozen"]["tau"] > 1.2
+    assert arms["adapted"]["versions"] >= 2
+    assert {name: arms[name]["lossless_mismatches"] for name in ("frozen", "adapted")} == {
+        "frozen": 0,
+        "adapted": 0,
+    }
