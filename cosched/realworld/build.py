@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from cosched.realworld.recipes import Recipe
 
-SHARDS = 15  # of 192 answers each, so that each question is answered: some 800,000 tokens
-TEXT_SHARDS = 8  # of 192 texts: some 600,000 tokens
+SHARDS = 7  # of 192 answers each: some 370,000 tokens
+TEXT_SHARDS = 2  # of 192 texts: some 150,000 tokens
 
 
 @dataclass(frozen=True, slots=True)

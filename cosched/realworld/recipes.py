@@ -211,7 +211,7 @@ RECIPES: dict[str, Recipe] = {
         batch=8,
         anchors=24,
         position_decay=0.9,
-        steps=2_000,
+        steps=1_000,
         borrows_head=False,
     ),
     "dflash": Recipe(
@@ -222,7 +222,7 @@ RECIPES: dict[str, Recipe] = {
         batch=8,
         anchors=12,
         position_decay=0.8,
-        steps=1_500,
+        steps=800,
         borrows_head=True,
     ),
     "pard": Recipe(
@@ -233,7 +233,7 @@ RECIPES: dict[str, Recipe] = {
         batch=4,
         anchors=24,
         position_decay=0.8,
-        steps=1_500,
+        steps=500,
         borrows_head=True,
     ),
 }
