@@ -94,7 +94,8 @@ def run(
         from cosched.experiment import Experiment
 
         experiment = Experiment(loaded, record)
-    _say_what_sglang_cannot(experiment.not_for_sglang)
+    for key, problems in experiment.not_for_sglang.items():
+        _say_what_sglang_cannot(problems, key if loaded.drafts else "this draft")
     if not resume:
         folder.create(overwrite)
     with _progress() as progress:
@@ -201,7 +202,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 
     loaded = load_config(config, overrides or ())
     check_paths(loaded)
-    from cosched.footprint import footprint, sketch
+    from cosched.footprint import footprint, sketch, sketch_draft
     from cosched.report.memory import footprint_table
     from cosched.workload import check_texts
 
@@ -210,7 +211,9 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     console.print(to_yaml(loaded), markup=False, highlight=False)
     in_sglang = loaded.engine.kind == "sglang"
     console.print(footprint_table(footprint(loaded, target, drafter), in_sglang))
-    _say_what_sglang_cannot(drafter.not_for_sglang())
+    for key, own in loaded.by_draft.items():
+        problems = sketch_draft(own, target).not_for_sglang()
+        _say_what_sglang_cannot(problems, key if loaded.drafts else "this draft")
     console.print(f"{config}: valid; a run would write {loaded.run_folder}", soft_wrap=True)
 
 
@@ -346,9 +349,9 @@ def tinyworld_build(
     console.print(f"built: [bold]{directory}[/]", soft_wrap=True)
 
 
-def _say_what_sglang_cannot(problems: Sequence[str]) -> None:
+def _say_what_sglang_cannot(problems: Sequence[str], draft: str = "this draft") -> None:
     for problem in problems:
-        console.print(f"stock SGLang cannot run this draft: {escape(problem)}", soft_wrap=True)
+        console.print(f"stock SGLang cannot run {draft}: {escape(problem)}", soft_wrap=True)
 
 
 def _progress(what: str = "tokens,") -> Progress:

@@ -11,13 +11,13 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
 
 from cosched import resume as resume_state
-from cosched.arms import adapts
+from cosched.arms import adapts, draft_of
 from cosched.build import Arm, World, build_arm, build_recorder, build_world
 from cosched.build_served import ServedArm, ServedWorld, build_served_arm, build_served_world
 from cosched.config import Config, to_yaml
@@ -90,10 +90,13 @@ class Experiment:
         self._turn_tokens = math.inf if background else TURN_TOKENS
 
     @property
-    def not_for_sglang(self) -> list[str]:
-        """Why stock SGLang cannot run the draft of these arms as it is; empty where it can."""
-        drafters = [one.arm.drafter for one in self._arms if one.arm.drafter is not None]
-        return list(drafters[0].not_for_sglang()) if drafters else []
+    def not_for_sglang(self) -> dict[str, list[str]]:
+        """Why stock SGLang cannot run a draft as it is, by the key of its section."""
+        return {
+            self.config.for_arm(one.arm.name).drafter_key: list(one.arm.drafter.not_for_sglang())
+            for one in self._arms
+            if one.arm.drafter is not None
+        }
 
     @property
     def total_tokens(self) -> int:
@@ -288,10 +291,7 @@ class Experiment:
                 "max_batch": self.config.engine.max_batch,
                 "parts_of": parts_of,
                 "recorded": self._writer is not None,
-                "num_draft_tokens": self.config.drafter_settings.num_draft_tokens,
-                "drafter": self.config.drafter_settings.kind,
-                "learns_by_itself": any(_learns_by_itself(one.arm) for one in running),
-                "window": self.config.drafter_settings.window,
+                **self._about_drafts(),
                 "device": self.world.device,
                 "num_threads": torch.get_num_threads(),
                 "python": platform.python_version(),
@@ -300,6 +300,20 @@ class Experiment:
             },
             arms={o.arm.name: _arm_summary(o, reference, parts[o.arm.name]) for o in running},
         )
+
+    def _about_drafts(self) -> dict[str, Any]:
+        """What drafted, and of each of ``drafts`` the same by its name."""
+        drafting = [one.arm for one in self._arms if one.arm.drafter is not None]
+        found: dict[str, Any] = _about(self.config) if self.config.drafter is not None else {}
+        found["learns_by_itself"] = bool(drafting) and all(map(_learns_by_itself, drafting))
+        if self.config.drafts:
+            named = {
+                draft: _about(self.config.for_arm(name))
+                for name in self.config.arms
+                if (draft := draft_of(name)) is not None
+            }
+            found["drafts"] = named
+        return found
 
     def _save_drafts(self, folder: RunFolder) -> None:
         """Adapted drafts as checkpoints, one of each tenant; none outlives a request of its own."""
@@ -322,6 +336,15 @@ def _groups(requests: list[GenerationRequest], size: int) -> Iterator[list[Gener
     left = iter(requests)
     while group := list(islice(left, size)):
         yield group
+
+
+def _about(config: Config) -> dict[str, Any]:
+    settings = config.drafter_settings
+    return {
+        "num_draft_tokens": settings.num_draft_tokens,
+        "drafter": settings.kind,
+        "window": settings.window,
+    }
 
 
 def _learns_by_itself(arm: Arm | ServedArm) -> bool:

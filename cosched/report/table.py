@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from cosched.arms import adapts
+from cosched.arms import FROZEN, adapts, beside
 from cosched.errors import RunFolderError
 from cosched.report.intervals import Ratio, paired_ratio
 from cosched.telemetry.metrics import ArmSummary, RunSummary
@@ -39,7 +39,7 @@ COLUMNS = (
     ("repeat", "share of tokens whose eight predecessors occurred before in the request"),
     ("tokens\n/s", "tokens committed per second of the arm's own time"),
     (PLAIN_SPEED, "speed as a multiple of the arm plain, and its 95 % interval"),
-    (f"{TIMES}\nfrozen", "speed as a multiple of the arm frozen, and its 95 % interval"),
+    (f"{TIMES}\nfrozen", "speed as a multiple of the same draft frozen, and its 95 % interval"),
     ("time %\nd/v/u/p", "share of time drafting / verifying / updating / publishing"),
     ("updates/\nversion", "training updates, and the last published draft version"),
     ("texts\ndiffer", "requests whose tokens differ from the reference arm's"),
@@ -140,7 +140,7 @@ def arm_cells(summary: RunSummary, name: str) -> list[str]:
         percent(arm.repeat_fraction) if arm.tokens else DASH,
         f"{arm.tokens_per_s:.1f}" if arm.tokens_per_s else DASH,
         times(speed_ratio(summary, name, "plain")),
-        times(speed_ratio(summary, name, "frozen")),
+        times(speed_ratio(summary, name, beside(name, FROZEN))),
         "/".join(f"{100 * share:.0f}" for share in time_shares(arm)) if arm.tokens else DASH,
         f"{arm.updates}/{arm.versions}" if drafts and adapts(name) else DASH,
         _differing(summary, name),

@@ -200,9 +200,15 @@ def _layers(configs: Iterable[Config]) -> set[int]:
 
 def _typed(merged: DictConfig, where: str) -> Config:
     try:
-        return typed(merged, "experiment")
+        config = typed(merged, "experiment")
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+    if config.drafts:
+        raise ConfigError(
+            f"{where}: drafts: a sweep judges one draft at a time, got {', '.join(config.drafts)}; "
+            f"use drafter, and drafter.kind as an axis"
+        )
+    return config
 
 
 def _recordings(record: RecordPlan, base: DictConfig, layers: set[int]) -> dict[str, Job]:

@@ -115,31 +115,43 @@ def check_servable(config: Config) -> None:
     """Make sure, without loading anything, that SGLang can serve this.
 
     Raises:
-        CoschedError: SGLang is missing, a folder is missing, or stock SGLang cannot run the draft.
+        CoschedError: SGLang is missing, a folder is missing, stock SGLang cannot run the draft, or
+            there are several.
     """
+    if config.drafts:
+        raise ConfigError(
+            f"drafts: a server has one draft for all requests, got {', '.join(config.drafts)}; leave "
+            f"drafts out and name that one in drafter (cosched run compares several)"
+        )
+    check_draft_servable(config)
+
+
+def check_draft_servable(config: Config) -> None:
+    """The same of the draft of one arm, whichever others there are."""
     fixed_arguments(config)
     settings = config.drafter_settings
     if (form := config.adapt.replay.teacher) != "hidden":
         raise ConfigError(
-            f"adapt.replay.teacher: {form!r} is for the embedded engine; from SGLang, which changes "
+            f"{config.adapt_key}.replay.teacher: {form!r} is for the embedded engine; from SGLang, which changes "
             f"its logits in place, cosched takes the last hidden states: use 'hidden'"
         )
     if not has_worker(ALGORITHM_OF[settings.kind]):
         raise ConfigError(
-            f"drafter.kind: this version of cosched has no worker in SGLang for {settings.kind!r}"
+            f"{config.drafter_key}.kind: this version of cosched has no worker in SGLang for "
+            f"{settings.kind!r}"
         )
     check_paths(config)
     _, drafter = sketch(config)
     problems = [] if settings.kind in OWN_WORKERS else drafter.not_for_sglang()
     if problems:
         raise ConfigError(
-            f"drafter.path: stock SGLang cannot run the draft in {settings.path}: "
+            f"{config.drafter_key}.path: stock SGLang cannot run the draft in {settings.path}: "
             f"{'; '.join(problems)}. No other format changes that; use another draft"
         )
     _, form, _ = DRAFTERS.get(settings.kind).formats.read_shape(Path(settings.path), settings)
     if form == "speculators":
         raise ConfigError(
-            f"drafter.path: {settings.path} is in a format that SGLang does not read "
+            f"{config.drafter_key}.path: {settings.path} is in a format that SGLang does not read "
             f"(speculators); write it anew and serve that: cosched convert {settings.path} "
             f"{settings.path.rstrip('/')}-sglang --format sglang"
         )
