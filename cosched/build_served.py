@@ -17,7 +17,7 @@ from cosched.engines.sglang.arm import ServedEngine
 from cosched.engines.sglang.collector import RoundCollector
 from cosched.engines.sglang.launch import check_draft_servable
 from cosched.errors import ConfigError
-from cosched.footprint import footprint, sketch
+from cosched.footprint import footprint, own_keys, sketch
 from cosched.publish import InPlacePublisher, Serving
 from cosched.registry import DRAFTERS, POLICIES
 from cosched.workload import load_requests
@@ -80,7 +80,8 @@ def build_served_world(config: Config) -> ServedWorld:
         CoschedError: anything that the user's files or settings get wrong.
     """
     for own in config.by_draft.values():
-        check_draft_servable(own)
+        with own_keys(own):
+            check_draft_servable(own)
     target, drafter = sketch(config)
     footprint(config, target, drafter)  # what does not fit is named before anything is loaded
     workload = config.workload

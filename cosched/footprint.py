@@ -254,21 +254,22 @@ def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footpri
         own = config.for_arm(arm)
         if own.drafter_key not in drafters:
             drafters[own.drafter_key] = sketch_draft(own, target)
-        with _named(own.adapt_key):
+        with own_keys(own):
             found.append(_footprint_of_arm(own, target, drafters[own.drafter_key]))
     return max(found, key=lambda one: one.added)
 
 
 @contextmanager
-def _named(adapt_key: str) -> Generator[None]:
-    """What scopes and losses call ``adapt`` is the arm's section: by its name in the file."""
+def own_keys(config: Config) -> Generator[None]:
+    """What others call ``adapt`` and ``drafter`` is the arm's own section: by its key in the file."""
     try:
         yield
     except ConfigError as error:
-        message = str(error)
-        if not message.startswith("adapt."):
+        section, dot, rest = str(error).partition(".")
+        key = {"adapt": config.adapt_key, "drafter": config.drafter_key}.get(section, section)
+        if key == section:
             raise
-        raise ConfigError(f"{adapt_key}{message.removeprefix('adapt')}") from error
+        raise ConfigError(f"{key}{dot}{rest}") from error
 
 
 def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) -> Footprint:
@@ -391,7 +392,8 @@ def sketch(config: Config) -> tuple[TargetSketch, Drafter]:
 def sketch_draft(config: Config, target: TargetSketch) -> Drafter:
     """The drafter of these settings, without weights; errors as ``sketch``."""
     settings = config.drafter_settings
-    drafter = DRAFTERS.get(settings.kind).sketch(settings, target)
+    with own_keys(config):
+        drafter = DRAFTERS.get(settings.kind).sketch(settings, target)
     network = drafter.network()
     if network is not None:
         network.to(getattr(torch, config.engine.dtype))

@@ -132,26 +132,25 @@ def check_draft_servable(config: Config) -> None:
     settings = config.drafter_settings
     if (form := config.adapt.replay.teacher) != "hidden":
         raise ConfigError(
-            f"{config.adapt_key}.replay.teacher: {form!r} is for the embedded engine; from SGLang, which changes "
+            f"adapt.replay.teacher: {form!r} is for the embedded engine; from SGLang, which changes "
             f"its logits in place, cosched takes the last hidden states: use 'hidden'"
         )
     if not has_worker(ALGORITHM_OF[settings.kind]):
         raise ConfigError(
-            f"{config.drafter_key}.kind: this version of cosched has no worker in SGLang for "
-            f"{settings.kind!r}"
+            f"drafter.kind: this version of cosched has no worker in SGLang for {settings.kind!r}"
         )
     check_paths(config)
     _, drafter = sketch(config)
     problems = [] if settings.kind in OWN_WORKERS else drafter.not_for_sglang()
     if problems:
         raise ConfigError(
-            f"{config.drafter_key}.path: stock SGLang cannot run the draft in {settings.path}: "
+            f"drafter.path: stock SGLang cannot run the draft in {settings.path}: "
             f"{'; '.join(problems)}. No other format changes that; use another draft"
         )
     _, form, _ = DRAFTERS.get(settings.kind).formats.read_shape(Path(settings.path), settings)
     if form == "speculators":
         raise ConfigError(
-            f"{config.drafter_key}.path: {settings.path} is in a format that SGLang does not read "
+            f"drafter.path: {settings.path} is in a format that SGLang does not read "
             f"(speculators); write it anew and serve that: cosched convert {settings.path} "
             f"{settings.path.rstrip('/')}-sglang --format sglang"
         )
