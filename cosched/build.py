@@ -29,7 +29,7 @@ from cosched.packing import pack, rows_are_alike
 from cosched.pool import CoschedulerPool
 from cosched.publish import InPlacePublisher
 from cosched.registry import DRAFTERS
-from cosched.workload import check_owners, load_requests
+from cosched.workload import check_owners, first_of_each, load_requests
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,7 +118,8 @@ def build_world(config: Config) -> World:
                 f"engine.trace: {directory} was recorded from another target than "
                 f"target.path = {config.target.path} (checksums differ)"
             )
-        requests = RecordedRows(directory, trace, target, ()).requests()[: workload.max_prompts]
+        recorded = RecordedRows(directory, trace, target, ()).requests()
+        requests = first_of_each(recorded, workload.max_prompts)
         sampling = SamplingParams(trace.temperature, trace.top_p)
     else:
         trace = None

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cosched.sweep.pool import Event
     from cosched.sweep.results import SweepSummary
     from cosched.sweep.sweep import Sweep
+    from cosched.telemetry.metrics import RunSummary
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -107,11 +108,10 @@ def run(
         summary = experiment.run(folder, advance, resume)
     from cosched.report.html import write_report
     from cosched.report.remarks import cut_line
-    from cosched.report.table import summary_table
 
     with console.status("writing the report"):
         report_path = write_report(folder.path)
-    console.print(summary_table(summary))
+    _print_tables(summary)
     if cut := cut_line(summary):
         console.print(cut, soft_wrap=True)
     console.print(f"report: [bold]{report_path}[/]", soft_wrap=True)
@@ -322,11 +322,11 @@ def report(
 ) -> None:
     """Write the report of a run again, and print its table."""
     from cosched.report.html import write_report
-    from cosched.report.table import load_summary, summary_table
+    from cosched.report.table import load_summary
 
     summary = load_summary(run_dir)
     path = write_report(run_dir)
-    console.print(summary_table(summary))
+    _print_tables(summary)
     console.print(f"report: [bold]{path}[/]", soft_wrap=True)
 
 
@@ -347,6 +347,15 @@ def tinyworld_build(
     with _progress() as progress:
         build(directory, seed, threads, share, progress)
     console.print(f"built: [bold]{directory}[/]", soft_wrap=True)
+
+
+def _print_tables(summary: RunSummary) -> None:
+    from cosched.report.by_text import text_table
+    from cosched.report.table import summary_table
+
+    console.print(summary_table(summary))
+    if (by_text := text_table(summary)) is not None:
+        console.print(by_text)
 
 
 def _say_what_sglang_cannot(problems: Sequence[str], draft: str = "this draft") -> None:

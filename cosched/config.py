@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 Positive = Annotated[int, Meta(ge=1)]
 Name = Annotated[str, Meta(pattern=r"^\w[\w.@-]*$")]  # what may be a folder's name
 NotNegative = Annotated[float, Meta(ge=0)]
+Files = str | Annotated[tuple[str, ...], Meta(min_length=1)] | None  # one, or several
 
 
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -106,13 +107,17 @@ class WorkloadSettings(Section, frozen=True):
     A recording has every turn as a text of its own.
     ``samples`` answers each prompt that many times, one round over all prompts after the other.
 
+    ``prompts`` and ``documents`` may be lists of files. An id is then that of its file and of the
+    line, ``chat:ID`` for ``chat.jsonl``, ``max_prompts`` counts the lines of each file, and figures
+    are also told by file.
+
     With ``documents`` text is forced: real text at real cost, judged by the chance that the target
     would have accepted each draft. Of ``{"text": …}`` that is all after its first ``prompt_tokens``
     tokens; of a chat its last answer, behind the prompt that asks for it.
     """
 
-    prompts: str | None = None
-    documents: str | None = None
+    prompts: Files = None
+    documents: Files = None
     samples: Positive = 1
     turns: Positive = 1
     prompt_tokens: Positive = 64
@@ -124,9 +129,13 @@ class WorkloadSettings(Section, frozen=True):
 
     @property
     def files(self) -> dict[str, str]:
-        """The file of what is to be said or answered, by its key; none where it names none."""
+        """The files of what is to be said or answered, by their keys; none where it names none."""
         named = {"workload.documents": self.documents, "workload.prompts": self.prompts}
-        return {key: path for key, path in named.items() if path is not None}
+        found = {key: path for key, path in named.items() if isinstance(path, str)}
+        for key, paths in named.items():
+            if isinstance(paths, tuple):
+                found |= {f"{key}[{place}]": path for place, path in enumerate(paths)}
+        return found
 
 
 class RecordSettings(Section, frozen=True):

@@ -47,6 +47,9 @@ def check_together(config: Config) -> None:
             raise ConfigError("workload.documents: SGLang decides its own text; use prompts")
     elif (workload.prompts is None) == (workload.documents is None):
         raise ConfigError("workload: give exactly one of prompts and documents")
+    for key, path in (files := workload.files).items():
+        if list(files.values()).count(path) > 1:
+            raise ConfigError(f"{key}: the file {path} stands twice; name it once")
     if workload.samples > 1 and workload.documents is not None:
         raise ConfigError(
             f"workload.samples: a document is said one way only, got {workload.samples}; use 1"

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -23,6 +23,7 @@ from cosched.build_served import ServedArm, ServedWorld, build_served_arm, build
 from cosched.config import Config, to_yaml
 from cosched.errors import ConfigError
 from cosched.protocols import ServesAdapters
+from cosched.report.by_text import figures_by_text
 from cosched.report.intervals import cut
 from cosched.resume import ArmProgress, Progress
 from cosched.telemetry.metrics import (
@@ -30,6 +31,7 @@ from cosched.telemetry.metrics import (
     Part,
     RequestLog,
     RunSummary,
+    TextFigures,
     Turn,
     lossless_mismatches,
     round_figures,
@@ -266,18 +268,26 @@ class Experiment:
             finished.rounds,
             complete,
             cut=complete and finished.cut,
+            source=finished.request.source,
         )
         one.logs.append(log)
         for row in finished.rounds:
             self._events.emit("round", arm=one.arm.name, row=row)
         text = self.world.tokenizer.decode(finished.tokens)
-        self._events.emit("request", arm=one.arm.name, id=log.request_id, text=text, cut=log.cut)
+        source = {} if log.source is None else {"source": log.source}
+        self._events.emit(
+            "request", arm=one.arm.name, id=log.request_id, text=text, cut=log.cut, **source
+        )
 
     def _summary(self, seconds: float) -> RunSummary:
         running = self._arms
         greedy = self.world.sampling.greedy or self.world.forced
         reference = running[0].logs if greedy else None
-        parts, parts_of = cut({one.arm.name: one.turns for one in running})
+        turns = {one.arm.name: one.turns for one in running}
+        parts, parts_of = cut(turns)
+        groups = _groups(self.world.requests, self.config.engine.max_batch)
+        logs = {one.arm.name: one.logs for one in running}
+        by_text = figures_by_text(logs, turns, [group[0].source for group in groups])
         return RunSummary(
             run={
                 "name": self.config.run.name,
@@ -298,7 +308,12 @@ class Experiment:
                 "torch": str(torch.__version__),
                 "machine": f"{platform.machine()} {platform.system()}",
             },
-            arms={o.arm.name: _arm_summary(o, reference, parts[o.arm.name]) for o in running},
+            arms={
+                one.arm.name: _arm_summary(
+                    one, reference, parts[one.arm.name], by_text[one.arm.name]
+                )
+                for one in running
+            },
         )
 
     def _about_drafts(self) -> dict[str, Any]:
@@ -333,9 +348,10 @@ class Experiment:
 
 
 def _groups(requests: list[GenerationRequest], size: int) -> Iterator[list[GenerationRequest]]:
-    left = iter(requests)
-    while group := list(islice(left, size)):
-        yield group
+    """So many at a time, all of one file."""
+    for _, own in groupby(requests, key=lambda request: request.source):
+        while group := list(islice(own, size)):
+            yield group
 
 
 def _about(config: Config) -> dict[str, Any]:
@@ -356,7 +372,10 @@ def _num_tokens(one: _Running) -> int:
 
 
 def _arm_summary(
-    one: _Running, reference: list[RequestLog] | None, parts: list[Part]
+    one: _Running,
+    reference: list[RequestLog] | None,
+    parts: list[Part],
+    by_text: dict[str, TextFigures],
 ) -> ArmSummary:
     figures = round_figures(one.logs)
     engine, coscheduler = one.arm.engine.seconds, one.arm.coscheduler
@@ -389,6 +408,7 @@ def _arm_summary(
         guard_seconds=totals.guard_seconds if totals else 0.0,
         parts=parts,
         cut_conversations=sum(log.cut for log in one.logs),
+        by_text=by_text,
     )
 
 

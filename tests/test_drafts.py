@@ -62,7 +62,9 @@ def test_an_arm_has_the_draft_that_it_names(tmp_path: Path) -> None:
     """Whole: nothing of ``drafter`` is taken over; how it learns is as ``adapt`` and it itself say."""
     drafts = {"pard": {**PARD, "adapt": {"trainer": {"lr": 0.01}}}}
     variants = {"fast": {"policy": {"rounds": 2}}}
-    path = file(tmp_path, ["adapted", "pard.adapted", "pard.fast"], drafts=drafts, variants=variants)
+    path = file(
+        tmp_path, ["adapted", "pard.adapted", "pard.fast"], drafts=drafts, variants=variants
+    )
     config = load_config(path)
     own, fast, main = map(config.for_arm, ("pard.adapted", "pard.fast", "adapted"))
     assert (own.drafter_settings.kind, own.drafter_settings.num_draft_tokens) == ("pard", 5)
@@ -100,7 +102,9 @@ def test_a_file_may_have_named_drafts_only(tmp_path: Path) -> None:
     check_paths(config)
     footprint(config, *sketch(config))
     assert "drafter" not in resolved(config)
-    with pytest.raises(ConfigError, match=r"'adapted' names no draft.*gone\.adapted, pard\.adapted"):
+    with pytest.raises(
+        ConfigError, match=r"'adapted' names no draft.*gone\.adapted, pard\.adapted"
+    ):
         load_config(path, ["arms=[plain,adapted]"])
     with pytest.raises(ConfigError, match=r"drafts\.gone\.path: nothing at nowhere"):
         check_paths(load_config(path, ["arms=[gone.frozen]"]))
@@ -177,7 +181,9 @@ def test_who_takes_one_draft_says_so(tmp_path: Path) -> None:
         check_servable(load_config(path))
     plan = {"base": path.name, "record": {"texts": {"a": {}}}, "around": {"adapt.trainer.lr": [1]}}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(plan))
-    with pytest.raises(ConfigError, match=r"drafts: a sweep judges one draft.*got pard; use drafter"):
+    with pytest.raises(
+        ConfigError, match=r"drafts: a sweep judges one draft.*got pard; use drafter"
+    ):
         load_plan(tmp_path / "sweep.yaml")
 
 
@@ -248,7 +254,7 @@ def test_each_draft_does_what_it_does_alone(tmp_path: Path) -> None:
         assert f"the speed of {control}" in page
     assert "tokens drafted per round: eagle3 3, pard 5" in page
     summary = load_summary(folder)
-    own = times(speed_ratio(summary, "pard.adapted", "pard.frozen"))
+    own = times(speed_ratio(summary.arms, "pard.adapted", "pard.frozen"))
     assert arm_cells(summary, "pard.adapted")[7] == own
 
 

@@ -64,7 +64,7 @@ def headline(summary: RunSummary, events: RunEvents) -> Headline:
     drafted = [n for n, arm in summary.arms.items() if arm.position_acceptance]
     if drafted:
         name = max(drafted, key=lambda n: summary.arms[n].tau)
-        ratio = None if is_replay(summary) else speed_ratio(summary, name, "plain")
+        ratio = None if is_replay(summary) else speed_ratio(summary.arms, name, "plain")
         pace = f", at {times(ratio)} the speed of plain decoding" if ratio else ""
         sentence = (
             f"{name} committed {summary.arms[name].tau:.2f} tokens per request and round{pace}."
@@ -90,7 +90,7 @@ def comparisons(summary: RunSummary, events: RunEvents) -> list[Comparison]:
         if other is None or not other.rounds:
             continue
         error, num_requests = _gain_error(events.of(name).rows, events.of(control).rows)
-        speed = None if is_replay(summary) else speed_ratio(summary, name, control)
+        speed = None if is_replay(summary) else speed_ratio(summary.arms, name, control)
         found.append(Comparison(name, control, arm.tau / other.tau - 1, error, num_requests, speed))
     return found
 
@@ -157,7 +157,7 @@ def _verdict(summary: RunSummary, c: Comparison) -> tuple[Verdict, str]:
         return "lost", "Adaptation did not pay: "
     free = [name for name in summary.arms if name in _free(c.adapted)]
     best = max(free, key=lambda name: summary.arms[name].tokens_per_s)
-    ratio = speed_ratio(summary, c.adapted, best)
+    ratio = speed_ratio(summary.arms, c.adapted, best)
     if ratio is not None and ratio.below:
         return "lost", f"Adaptation did not pay: {best}, which costs nothing, is faster. "
     if c.speed.above and (ratio is None or ratio.above):
@@ -235,13 +235,13 @@ def _control_lines(summary: RunSummary, c: Comparison) -> list[str]:
     windowed = beside(c.adapted, FROZEN + WINDOW_SUFFIX)
     window = arms.get(windowed)
     if window and window.rounds and not split_arm(c.adapted)[1]:
-        ratio = None if is_replay(summary) else speed_ratio(summary, c.adapted, windowed)
+        ratio = None if is_replay(summary) else speed_ratio(summary.arms, c.adapted, windowed)
         pace = f" and runs at {times(ratio)} its speed" if ratio else ""
         lines.append(
             f"A window alone costs nothing and commits {window.tau:.2f}; {c.adapted} is "
             f"{percent(ours.tau / window.tau - 1, signed=True)} against that{pace}."
         )
-    plain = None if is_replay(summary) else speed_ratio(summary, c.adapted, "plain")
+    plain = None if is_replay(summary) else speed_ratio(summary.arms, c.adapted, "plain")
     if plain:
         warning = ": no draft at all is faster" if plain.below else ""
         lines.append(f"Against plain decoding {c.adapted} runs at {times(plain)}{warning}.")
@@ -254,5 +254,5 @@ def _fastest_line(summary: RunSummary, c: Comparison) -> str:
     fastest = max(drafted, key=lambda name: drafted[name].tokens_per_s)
     if c.speed is None or draft_of(fastest) == draft_of(c.adapted):
         return ""
-    ratio = times(speed_ratio(summary, fastest, c.adapted))
+    ratio = times(speed_ratio(summary.arms, fastest, c.adapted))
     return f"The fastest arm has another draft: {fastest}, at {ratio} the speed of {c.adapted}."

@@ -9,6 +9,7 @@ import jinja2
 from markupsafe import Markup
 
 from cosched.report import plots
+from cosched.report.by_text import TEXT_COLUMNS, text_rows
 from cosched.report.events import RunEvents, read_events
 from cosched.report.findings import headline, is_replay
 from cosched.report.remarks import (
@@ -59,6 +60,8 @@ def write_report(run_dir: Path) -> Path:
         found=headline(summary, events),
         cautions=cautions(summary, (run_dir / "trace").is_dir(), events.num_damaged),
         columns=COLUMNS,
+        text_columns=TEXT_COLUMNS,
+        text_rows=text_rows(summary),
         rows=[_row(summary, name) for name in summary.arms],
         figures=_figures(summary, events),
         replay=is_replay(summary),

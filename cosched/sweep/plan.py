@@ -227,8 +227,7 @@ def _recordings(record: RecordPlan, base: DictConfig, layers: set[int]) -> dict[
         }
         config = _typed(merge(merged, from_keys(fixed, where), where), where)
         check_paths(config)
-        (path,) = config.workload.files.values()
-        said = Path(path).read_bytes()
+        said = b"".join(Path(path).read_bytes() for path in config.workload.files.values())
         jobs[text] = _job(text, Path(record.dir), _without_learning(config), said, record=True)
     return jobs
 
