@@ -1,8 +1,9 @@
 """What the figures of a run say, in sentences; every number in them is computed here.
 
-An adapted arm is held against the frozen arm of the same draft that sees the same window. The uncertainty of a gain
-is a jackknife over requests: what it would have been without each of them in turn. A difference in
-speed is claimed only where its interval (``cosched.report.intervals``) leaves no other choice.
+An adapted arm is held against the frozen arm of the same draft that sees the same window. The
+uncertainty of a gain is a jackknife over requests: what it would have been without each of them in
+turn. A difference in speed is claimed only where its interval (``cosched.report.intervals``) leaves
+no other choice.
 """
 
 from __future__ import annotations
