@@ -29,7 +29,7 @@ from cosched.packing import pack, rows_are_alike
 from cosched.pool import CoschedulerPool
 from cosched.publish import InPlacePublisher
 from cosched.registry import DRAFTERS
-from cosched.workload import check_owners, load_requests
+from cosched.workload import check_owners, first_of_each, load_requests
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,7 +118,8 @@ def build_world(config: Config) -> World:
                 f"engine.trace: {directory} was recorded from another target than "
                 f"target.path = {config.target.path} (checksums differ)"
             )
-        requests = RecordedRows(directory, trace, target, ()).requests()[: workload.max_prompts]
+        recorded = RecordedRows(directory, trace, target, ()).requests()
+        requests = first_of_each(recorded, workload.max_prompts)
         sampling = SamplingParams(trace.temperature, trace.top_p)
     else:
         trace = None
@@ -128,9 +129,9 @@ def build_world(config: Config) -> World:
     return World(config, target, tokenizer, requests, sampling, trace)
 
 
-def load_drafter(world: World) -> Drafter:
-    """A fresh serving draft from its checkpoint."""
-    settings = world.config.drafter_settings
+def load_drafter(world: World, config: Config | None = None) -> Drafter:
+    """A fresh serving draft from its checkpoint; ``config`` where it is one arm's own."""
+    settings = (config or world.config).drafter_settings
     return DRAFTERS.get(settings.kind).load(settings, world.target)
 
 
@@ -144,7 +145,7 @@ def build_arm(
     """An engine for one arm. With a ``writer`` it captures what the configured drafter needs."""
     config = world.config.for_arm(name)
     base, windowed = split_arm(name)
-    drafter = None if base == PLAIN else load_drafter(world)
+    drafter = None if base == PLAIN else load_drafter(world, config)
     window = config.drafter_settings.window if windowed else None
     network = drafter.network() if drafter else None
     coscheduler = None
@@ -217,7 +218,9 @@ def _recorded_layers(world: World) -> tuple[int, ...]:
             f"record.feature_layers: the target has layers 0 to {most - 1} (and {most}, after its "
             f"final norm), not {beyond[0]}"
         )
-    return tuple(dict.fromkeys((*load_drafter(world).signal.feature_layers, *wanted)))
+    drafters = [load_drafter(world, own) for own in world.config.by_draft.values()]
+    needed = [layer for drafter in drafters for layer in drafter.signal.feature_layers]
+    return tuple(dict.fromkeys((*needed, *wanted)))
 
 
 def _rows(world: World, max_length: int, feature_layers: tuple[int, ...]) -> RowSource:
@@ -230,7 +233,8 @@ def _rows(world: World, max_length: int, feature_layers: tuple[int, ...]) -> Row
 
 
 def _rows_a_round(config: Config) -> int:
-    return config.drafter_settings.num_draft_tokens + 1
+    """As many as the draft that drafts most has verified."""
+    return 1 + max(own.drafter_settings.num_draft_tokens for own in config.by_draft.values())
 
 
 def _judge(world: World) -> Judge:

@@ -15,9 +15,9 @@ from cosched.engines.embedded.verification import SamplingParams
 from cosched.engines.sglang.adaptation import Adaptation
 from cosched.engines.sglang.arm import ServedEngine
 from cosched.engines.sglang.collector import RoundCollector
-from cosched.engines.sglang.launch import check_servable
+from cosched.engines.sglang.launch import check_draft_servable
 from cosched.errors import ConfigError
-from cosched.footprint import footprint, sketch
+from cosched.footprint import footprint, own_keys, sketch
 from cosched.publish import InPlacePublisher, Serving
 from cosched.registry import DRAFTERS, POLICIES
 from cosched.workload import load_requests
@@ -79,7 +79,9 @@ def build_served_world(config: Config) -> ServedWorld:
     Raises:
         CoschedError: anything that the user's files or settings get wrong.
     """
-    check_servable(config)
+    for own in config.by_draft.values():
+        with own_keys(own):
+            check_draft_servable(own)
     target, drafter = sketch(config)
     footprint(config, target, drafter)  # what does not fit is named before anything is loaded
     workload = config.workload
@@ -108,6 +110,7 @@ def build_served_arm(
         config,
         arms=(base,),
         drafter=msgspec.to_builtins(drafter),
+        drafts={},
         adapt=msgspec.structs.replace(config.adapt, policy=policy),
     )
     sampling = {

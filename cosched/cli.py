@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cosched.sweep.pool import Event
     from cosched.sweep.results import SweepSummary
     from cosched.sweep.sweep import Sweep
+    from cosched.telemetry.metrics import RunSummary
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,7 +95,8 @@ def run(
         from cosched.experiment import Experiment
 
         experiment = Experiment(loaded, record)
-    _say_what_sglang_cannot(experiment.not_for_sglang)
+    for key, problems in experiment.not_for_sglang.items():
+        _say_what_sglang_cannot(problems, key if loaded.drafts else "this draft")
     if not resume:
         folder.create(overwrite)
     with _progress() as progress:
@@ -106,11 +108,10 @@ def run(
         summary = experiment.run(folder, advance, resume)
     from cosched.report.html import write_report
     from cosched.report.remarks import cut_line
-    from cosched.report.table import summary_table
 
     with console.status("writing the report"):
         report_path = write_report(folder.path)
-    console.print(summary_table(summary))
+    _print_tables(summary)
     if cut := cut_line(summary):
         console.print(cut, soft_wrap=True)
     console.print(f"report: [bold]{report_path}[/]", soft_wrap=True)
@@ -201,7 +202,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 
     loaded = load_config(config, overrides or ())
     check_paths(loaded)
-    from cosched.footprint import footprint, sketch
+    from cosched.footprint import footprint, sketch, sketch_draft
     from cosched.report.memory import footprint_table
     from cosched.workload import check_texts
 
@@ -210,7 +211,9 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     console.print(to_yaml(loaded), markup=False, highlight=False)
     in_sglang = loaded.engine.kind == "sglang"
     console.print(footprint_table(footprint(loaded, target, drafter), in_sglang))
-    _say_what_sglang_cannot(drafter.not_for_sglang())
+    for key, own in loaded.by_draft.items():
+        problems = sketch_draft(own, target).not_for_sglang()
+        _say_what_sglang_cannot(problems, key if loaded.drafts else "this draft")
     console.print(f"{config}: valid; a run would write {loaded.run_folder}", soft_wrap=True)
 
 
@@ -319,11 +322,11 @@ def report(
 ) -> None:
     """Write the report of a run again, and print its table."""
     from cosched.report.html import write_report
-    from cosched.report.table import load_summary, summary_table
+    from cosched.report.table import load_summary
 
     summary = load_summary(run_dir)
     path = write_report(run_dir)
-    console.print(summary_table(summary))
+    _print_tables(summary)
     console.print(f"report: [bold]{path}[/]", soft_wrap=True)
 
 
@@ -346,9 +349,18 @@ def tinyworld_build(
     console.print(f"built: [bold]{directory}[/]", soft_wrap=True)
 
 
-def _say_what_sglang_cannot(problems: Sequence[str]) -> None:
+def _print_tables(summary: RunSummary) -> None:
+    from cosched.report.by_text import text_table
+    from cosched.report.table import summary_table
+
+    console.print(summary_table(summary))
+    if (by_text := text_table(summary)) is not None:
+        console.print(by_text)
+
+
+def _say_what_sglang_cannot(problems: Sequence[str], draft: str = "this draft") -> None:
     for problem in problems:
-        console.print(f"stock SGLang cannot run this draft: {escape(problem)}", soft_wrap=True)
+        console.print(f"stock SGLang cannot run {draft}: {escape(problem)}", soft_wrap=True)
 
 
 def _progress(what: str = "tokens,") -> Progress:

@@ -13,12 +13,14 @@ import msgspec
 from msgspec import Meta, Struct
 from omegaconf import OmegaConf
 
-from cosched.arms import BASE_ARMS, VARIANT_NAME, split_arm
+from cosched.arms import ADAPTED, BASE_ARMS, DRAFT_MARK, VARIANT_NAME, draft_of, split_arm
 from cosched.consistency import check_together
 from cosched.conversion import convert
-from cosched.errors import ConfigError, PluginError
+from cosched.drafts import require_draft, stand_in, take_drafts, whole_draft
+from cosched.errors import ConfigError
 from cosched.hub import model_folder, not_found
-from cosched.merging import PLUGIN_SECTIONS, from_words, merge, plain, read_yaml, with_defaults
+from cosched.merging import from_words, merge, over, plain, read_yaml, with_defaults
+from cosched.plugin_settings import plugin_settings
 from cosched.protocols import ExpertSettings
 from cosched.records import TeacherForm
 from cosched.watch import FiniteSettings, ShadowSettings
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 Positive = Annotated[int, Meta(ge=1)]
 Name = Annotated[str, Meta(pattern=r"^\w[\w.@-]*$")]  # what may be a folder's name
 NotNegative = Annotated[float, Meta(ge=0)]
+Files = str | Annotated[tuple[str, ...], Meta(min_length=1)] | None  # one, or several
 
 
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -104,13 +107,17 @@ class WorkloadSettings(Section, frozen=True):
     A recording has every turn as a text of its own.
     ``samples`` answers each prompt that many times, one round over all prompts after the other.
 
+    ``prompts`` and ``documents`` may be lists of files. An id is then that of its file and of the
+    line, ``chat:ID`` for ``chat.jsonl``, ``max_prompts`` counts the lines of each file, and figures
+    are also told by file.
+
     With ``documents`` text is forced: real text at real cost, judged by the chance that the target
     would have accepted each draft. Of ``{"text": …}`` that is all after its first ``prompt_tokens``
     tokens; of a chat its last answer, behind the prompt that asks for it.
     """
 
-    prompts: str | None = None
-    documents: str | None = None
+    prompts: Files = None
+    documents: Files = None
     samples: Positive = 1
     turns: Positive = 1
     prompt_tokens: Positive = 64
@@ -122,9 +129,13 @@ class WorkloadSettings(Section, frozen=True):
 
     @property
     def files(self) -> dict[str, str]:
-        """The file of what is to be said or answered, by its key; none where it names none."""
+        """The files of what is to be said or answered, by their keys; none where it names none."""
         named = {"workload.documents": self.documents, "workload.prompts": self.prompts}
-        return {key: path for key, path in named.items() if path is not None}
+        found = {key: path for key, path in named.items() if isinstance(path, str)}
+        for key, paths in named.items():
+            if isinstance(paths, tuple):
+                found |= {f"{key}[{place}]": path for place, path in enumerate(paths)}
+        return found
 
 
 class RecordSettings(Section, frozen=True):
@@ -224,50 +235,96 @@ class AdaptSettings(Section, frozen=True):
     publish: PublishSettings = PublishSettings()
 
 
+class Draft(Section, frozen=True):
+    """One of ``drafts``: what its arms have as ``drafter``, ``adapt`` and ``variants``, each whole."""
+
+    drafter: dict[str, Any]
+    adapt: AdaptSettings
+    variants: dict[str, AdaptSettings]
+
+
 class Config(Section, frozen=True):
     """The whole file.
 
     ``variants`` are other ways to learn, each an arm by its name: what a variant does not say is as
-    in ``adapt``. Here each is whole.
+    in ``adapt``. ``drafts`` are drafts by name, for arms ``NAME.frozen`` and so on beside those of
+    ``drafter``, or without any: each a section like ``drafter``, which takes nothing over from it,
+    and may have ``adapt`` and ``variants`` for what it does otherwise than these say. Here each is
+    whole.
     """
 
     run: RunSettings
     target: TargetSettings
-    drafter: dict[str, Any]
+    drafter: dict[str, Any] | None = None
     workload: WorkloadSettings = WorkloadSettings()
     arms: Annotated[tuple[str, ...], Meta(min_length=1)] = ("plain", "frozen", "adapted")
     engine: EngineSettings = EngineSettings()
     adapt: AdaptSettings = AdaptSettings()
     record: RecordSettings = RecordSettings()
     variants: dict[str, AdaptSettings] = msgspec.field(default_factory=dict)
+    drafts: dict[str, Draft] = msgspec.field(default_factory=dict)
 
     def for_arm(self, arm: str) -> Config:
-        """This configuration as one arm sees it: ``adapt`` is the arm's own section."""
-        adapt = self.variants.get(split_arm(arm)[0], self.adapt)
-        return msgspec.structs.replace(self, arms=(arm,), adapt=adapt)
+        """This configuration as one arm sees it: ``drafter`` and ``adapt`` are the arm's own."""
+        own = self.drafts.get(draft_of(arm) or self._stand_in, self)
+        return msgspec.structs.replace(
+            self,
+            arms=(arm,),
+            drafter=own.drafter,
+            adapt=own.variants.get(split_arm(arm)[0], own.adapt),
+            variants=own.variants,
+        )
+
+    @property
+    def by_draft(self) -> dict[str, Config]:
+        """This configuration for each draft in use, by the key of its section."""
+        arms = map(self.for_arm, self.arms)
+        return {own.drafter_key: own for own in arms} | {self.drafter_key: self}
 
     @property
     def adapt_key(self) -> str:
-        """Where the file says what ``adapt`` holds: ``for_arm`` may have taken it from a variant."""
-        base, _ = split_arm(self.arms[0])
-        return f"variants.{base}" if self.adapt is self.variants.get(base) else "adapt"
+        """Where the file says what ``adapt`` holds: ``for_arm`` may have taken it from elsewhere."""
+        base, draft = split_arm(self.arms[0])[0], self._draft
+        own = f"variants.{base}" if self.adapt is self.variants.get(base) else "adapt"
+        return own if draft is None else f"drafts.{draft}.{own}"
+
+    @property
+    def drafter_key(self) -> str:
+        """Where the file says what ``drafter`` holds."""
+        draft = self._stand_in or self._draft
+        return f"drafts.{draft}" if draft else "drafter"
 
     @property
     def drafter_settings(self) -> DrafterSettings:
-        return _plugin_settings("drafter", "drafter", self.drafter)
+        raw = self.drafts[self._stand_in].drafter if self.drafter is None else self.drafter
+        return plugin_settings("drafter", self.drafter_key, raw)
+
+    @property
+    def _draft(self) -> str | None:
+        """Whose sections ``for_arm`` has put here; None where they are the file's own."""
+        whose = (name for name, one in self.drafts.items() if one.drafter is self.drafter)
+        return next(whose, None)
+
+    @property
+    def _stand_in(self) -> str:
+        """The draft that goes for ``drafter`` where there is none, the first in use; "" else."""
+        if self.drafter is not None:
+            return ""
+        named = (name for name in map(draft_of, self.arms) if name in self.drafts)
+        return next(named, next(iter(self.drafts)))
 
     @property
     def policy_settings(self) -> PolicySettings:
-        return _plugin_settings("adapt.policy", f"{self.adapt_key}.policy", self.adapt.policy)
+        return plugin_settings("adapt.policy", f"{self.adapt_key}.policy", self.adapt.policy)
 
     @property
     def loss_settings(self) -> LossSettings:
-        return _plugin_settings("adapt.loss", f"{self.adapt_key}.loss", self.adapt.loss)
+        return plugin_settings("adapt.loss", f"{self.adapt_key}.loss", self.adapt.loss)
 
     @property
     def objective_settings(self) -> ObjectiveSettings:
         where = f"{self.adapt_key}.objective"
-        return _plugin_settings("adapt.objective", where, self.adapt.objective)
+        return plugin_settings("adapt.objective", where, self.adapt.objective)
 
     @property
     def experts(self) -> tuple[tuple[LossSettings, float], ...]:
@@ -280,7 +337,7 @@ class Config(Section, frozen=True):
             where = f"{self.adapt_key}.objective.experts[{number}].loss"
             own = OmegaConf.create({"adapt": {"loss": expert.loss}})
             merged = merge(OmegaConf.create({"adapt": {"loss": self.adapt.loss}}), own, where)
-            loss = _plugin_settings("adapt.loss", where, plain(merged, where)["adapt"]["loss"])
+            loss = plugin_settings("adapt.loss", where, plain(merged, where)["adapt"]["loss"])
             found.append((loss, expert.lr or self.adapt.trainer.lr))
         return tuple(found)
 
@@ -314,52 +371,53 @@ def typed(merged: DictConfig, where: str) -> Config:
         ConfigError: a setting is not allowed.
     """
     raw = plain(merged, where)
-    partial = raw.pop("variants", {})
+    partial, drafts = raw.pop("variants", {}), take_drafts(raw)
     if not isinstance(partial, dict):
         raise ConfigError(f"variants: expected {{NAME: {{part of adapt}}}}, got {partial!r}")
+    require_draft(raw, drafts)
     if isinstance(raw.get("drafter"), dict):
-        _plugin_settings("drafter", "drafter", raw["drafter"])  # the defaults go by it
-    raw["adapt"] = with_defaults(raw.get("drafter"), raw.get("adapt", {}))
-    config = convert(raw, Config, "")
-    variants = {str(n): _variant(str(n), raw["adapt"], v) for n, v in partial.items()}
-    config = msgspec.structs.replace(config, variants=variants)
+        plugin_settings("drafter", "drafter", raw["drafter"])  # the defaults go by it
+    written = raw.get("adapt", {})
+    whole = {name: whole_draft(name, drafts[name], written, partial) for name in drafts}
+    raw["adapt"] = with_defaults(stand_in(raw, whole), written)
+    config = msgspec.structs.replace(
+        convert(raw, Config, ""),
+        variants={
+            str(name): _variant(str(name), over(raw["adapt"], one, f"variants.{name}"), "")
+            for name, one in partial.items()
+        },
+        drafts={name: _draft(name, *one) for name, one in whole.items()},
+    )
     check_together(config)
     return config
 
 
-def _variant(name: str, adapt: dict[str, Any], partial: Any) -> AdaptSettings:
-    """A variant's section, over ``adapt`` as it was written."""
-    where = f"variants.{name}"
+def _draft(
+    name: str, drafter: dict[str, Any], adapt: dict[str, Any], variants: dict[str, Any]
+) -> Draft:
+    where = f"drafts.{name}."
+    return Draft(
+        drafter=drafter,
+        adapt=_learning(adapt, f"{where}adapt"),
+        variants={variant: _variant(variant, one, where) for variant, one in variants.items()},
+    )
+
+
+def _variant(name: str, adapt: dict[str, Any], where: str) -> AdaptSettings:
+    """A variant's section, whole; ``where`` its name stands in the file."""
     if name in BASE_ARMS or not VARIANT_NAME.fullmatch(name):
         raise ConfigError(
-            f"variants: {name!r} cannot name an arm; take letters, digits, - and _, and none of "
-            f"{', '.join(BASE_ARMS)}"
+            f"{where}variants: {name!r} cannot name an arm; take letters, digits, - and _, and none "
+            f"of {', '.join(BASE_ARMS)}"
         )
-    if not isinstance(partial, dict):
-        raise ConfigError(f"{where}: expected a part of the section adapt, got {partial!r}")
-    over = OmegaConf.create({"adapt": partial})
-    merged = plain(merge(OmegaConf.create({"adapt": adapt}), over, where), where)
-    settings = convert(merged["adapt"], AdaptSettings, where)
+    return _learning(adapt, f"{where}variants.{name}")
+
+
+def _learning(adapt: dict[str, Any], where: str) -> AdaptSettings:
+    settings = convert(adapt, AdaptSettings, where)
     for part in ("policy", "loss", "objective"):
-        _plugin_settings(f"adapt.{part}", f"{where}.{part}", getattr(settings, part))
+        plugin_settings(f"adapt.{part}", f"{where}.{part}", getattr(settings, part))
     return settings
-
-
-def _plugin_settings(section: str, where: str, raw: dict[str, Any]) -> Any:
-    """What the plugin of a section has for settings; ``where`` the section stands in the file."""
-    registry, default = PLUGIN_SECTIONS[section]
-    kind = raw.get("kind", default)
-    if not isinstance(kind, str):
-        came = "none was given" if kind is None else f"got {kind!r}"
-        there = ", ".join(plugin.name for plugin in registry.plugins())
-        raise ConfigError(
-            f"{where}.kind: the name of a {registry.role}, {came}; there are: {there}"
-        )
-    try:
-        cls = registry.get(kind)
-    except PluginError as error:
-        raise ConfigError(f"{where}.kind: {error}") from error
-    return convert({**raw, "kind": kind}, cls.Settings, where)
 
 
 def check_paths(config: Config) -> None:
@@ -371,7 +429,7 @@ def check_paths(config: Config) -> None:
     workload, engine = config.workload, config.engine
     if model_folder(config.target.path) is None:
         raise ConfigError(f"target.path: {not_found(config.target.path)}")
-    named = {"drafter.path": config.drafter_settings.path}
+    named = {f"{key}.path": own.drafter_settings.path for key, own in config.by_draft.items()}
     if engine.kind == "trace":
         named["engine.trace"] = engine.trace or ""
     else:
@@ -389,9 +447,23 @@ def to_yaml(config: Config) -> str:
 def resolved(config: Config) -> dict[str, Any]:
     """The whole configuration as plain data, the plugins' defaults included."""
     raw = msgspec.to_builtins(config)
-    raw["drafter"] = msgspec.to_builtins(config.drafter_settings)
+    drafts = raw.pop("drafts")
+    if raw["drafter"] is None:
+        del raw["drafter"]
+    else:
+        raw["drafter"] = msgspec.to_builtins(config.drafter_settings)
     learning = [(raw["adapt"], config)]
     learning += [(raw["variants"][name], config.for_arm(name)) for name in config.variants]
+    for name, section in drafts.items():
+        arm, variants = f"{name}{DRAFT_MARK}", section["variants"]
+        own = config.for_arm(arm + ADAPTED)
+        learning += [(section["adapt"], own)]
+        learning += [(variants[base], config.for_arm(arm + base)) for base in variants]
+        raw.setdefault("drafts", {})[name] = {
+            **msgspec.to_builtins(own.drafter_settings),
+            "adapt": section["adapt"],
+            "variants": variants,
+        }
     for section, one in learning:
         section["policy"] = msgspec.to_builtins(one.policy_settings)
         section["loss"] = msgspec.to_builtins(one.loss_settings)

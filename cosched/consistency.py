@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cosched.arms import ADAPTED, BASE_ARMS, PLAIN, WINDOW_SUFFIX, adapts, split_arm
+from cosched.arms import (
+    ADAPTED,
+    BASE_ARMS,
+    DRAFT_MARK,
+    FROZEN,
+    PLAIN,
+    WINDOW_SUFFIX,
+    adapts,
+    draft_of,
+    split_arm,
+)
 from cosched.errors import ConfigError
 from cosched.records import LORA, OF_ADAPTERS
 from cosched.registry import LOSSES, POLICIES
@@ -37,6 +47,9 @@ def check_together(config: Config) -> None:
             raise ConfigError("workload.documents: SGLang decides its own text; use prompts")
     elif (workload.prompts is None) == (workload.documents is None):
         raise ConfigError("workload: give exactly one of prompts and documents")
+    for key, path in (files := workload.files).items():
+        if list(files.values()).count(path) > 1:
+            raise ConfigError(f"{key}: the file {path} stands twice; name it once")
     if workload.samples > 1 and workload.documents is not None:
         raise ConfigError(
             f"workload.samples: a document is said one way only, got {workload.samples}; use 1"
@@ -68,19 +81,27 @@ def _check_exact(config: Config) -> None:
 
 
 def _check_arms(config: Config) -> None:
-    names = (*BASE_ARMS, *config.variants)
     for arm in config.arms:
-        base, windowed = split_arm(arm)
-        if base not in names or (base == PLAIN and windowed):
-            learning = ", ".join(name for name in names if name != PLAIN)
+        (base, windowed), draft, own = split_arm(arm), draft_of(arm), config.for_arm(arm)
+        names = [*BASE_ARMS, *own.variants]
+        if draft is not None:
+            names.remove(PLAIN)
+        if base not in names or (base == PLAIN and windowed) or draft not in {None, *config.drafts}:
+            raise ConfigError(f"arms: unknown arm {arm!r}; there are {_arms_there(config)}")
+        if windowed and own.drafter_settings.window is None:
             raise ConfigError(
-                f"arms: unknown arm {arm!r}; there are {', '.join(names)}, and with "
-                f"{WINDOW_SUFFIX} behind them {learning}"
+                f"arms: {arm!r} needs {own.drafter_key}.window, the tokens that the draft sees"
             )
-        if windowed and config.drafter_settings.window is None:
-            raise ConfigError(f"arms: {arm!r} needs drafter.window, the tokens that the draft sees")
     if len(set(config.arms)) != len(config.arms):
         raise ConfigError(f"arms: the same arm twice in {list(config.arms)}")
+
+
+def _arms_there(config: Config) -> str:
+    own = [*BASE_ARMS, *config.variants] if config.drafter is not None else [PLAIN]
+    for name, draft in config.drafts.items():
+        own += [f"{name}{DRAFT_MARK}{base}" for base in (FROZEN, ADAPTED, *draft.variants)]
+    learning = ", ".join(name for name in own if name != PLAIN)
+    return f"{', '.join(own)}, and with {WINDOW_SUFFIX} behind them {learning}"
 
 
 def _check_adapt(config: Config, used: bool) -> None:
@@ -109,7 +130,8 @@ def _check_adapt(config: Config, used: bool) -> None:
         )
     if replay.window <= drafter.num_draft_tokens + 1:
         raise ConfigError(
-            f"{where}.replay.window: {replay.window} holds no path of drafter.num_draft_tokens = "
+            f"{where}.replay.window: {replay.window} holds no path of "
+            f"{config.drafter_key}.num_draft_tokens = "
             f"{drafter.num_draft_tokens} tokens behind an anchor; use at least "
             f"{drafter.num_draft_tokens + 2}"
         )

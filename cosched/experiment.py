@@ -10,19 +10,20 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import TYPE_CHECKING
+from itertools import groupby, islice
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
 
 from cosched import resume as resume_state
-from cosched.arms import adapts
+from cosched.arms import adapts, draft_of
 from cosched.build import Arm, World, build_arm, build_recorder, build_world
 from cosched.build_served import ServedArm, ServedWorld, build_served_arm, build_served_world
 from cosched.config import Config, to_yaml
 from cosched.errors import ConfigError
 from cosched.protocols import ServesAdapters
+from cosched.report.by_text import figures_by_text
 from cosched.report.intervals import cut
 from cosched.resume import ArmProgress, Progress
 from cosched.telemetry.metrics import (
@@ -30,6 +31,7 @@ from cosched.telemetry.metrics import (
     Part,
     RequestLog,
     RunSummary,
+    TextFigures,
     Turn,
     lossless_mismatches,
     round_figures,
@@ -90,10 +92,13 @@ class Experiment:
         self._turn_tokens = math.inf if background else TURN_TOKENS
 
     @property
-    def not_for_sglang(self) -> list[str]:
-        """Why stock SGLang cannot run the draft of these arms as it is; empty where it can."""
-        drafters = [one.arm.drafter for one in self._arms if one.arm.drafter is not None]
-        return list(drafters[0].not_for_sglang()) if drafters else []
+    def not_for_sglang(self) -> dict[str, list[str]]:
+        """Why stock SGLang cannot run a draft as it is, by the key of its section."""
+        return {
+            self.config.for_arm(one.arm.name).drafter_key: list(one.arm.drafter.not_for_sglang())
+            for one in self._arms
+            if one.arm.drafter is not None
+        }
 
     @property
     def total_tokens(self) -> int:
@@ -263,18 +268,26 @@ class Experiment:
             finished.rounds,
             complete,
             cut=complete and finished.cut,
+            source=finished.request.source,
         )
         one.logs.append(log)
         for row in finished.rounds:
             self._events.emit("round", arm=one.arm.name, row=row)
         text = self.world.tokenizer.decode(finished.tokens)
-        self._events.emit("request", arm=one.arm.name, id=log.request_id, text=text, cut=log.cut)
+        source = {} if log.source is None else {"source": log.source}
+        self._events.emit(
+            "request", arm=one.arm.name, id=log.request_id, text=text, cut=log.cut, **source
+        )
 
     def _summary(self, seconds: float) -> RunSummary:
         running = self._arms
         greedy = self.world.sampling.greedy or self.world.forced
         reference = running[0].logs if greedy else None
-        parts, parts_of = cut({one.arm.name: one.turns for one in running})
+        turns = {one.arm.name: one.turns for one in running}
+        parts, parts_of = cut(turns)
+        groups = _groups(self.world.requests, self.config.engine.max_batch)
+        logs = {one.arm.name: one.logs for one in running}
+        by_text = figures_by_text(logs, turns, [group[0].source for group in groups])
         return RunSummary(
             run={
                 "name": self.config.run.name,
@@ -288,18 +301,34 @@ class Experiment:
                 "max_batch": self.config.engine.max_batch,
                 "parts_of": parts_of,
                 "recorded": self._writer is not None,
-                "num_draft_tokens": self.config.drafter_settings.num_draft_tokens,
-                "drafter": self.config.drafter_settings.kind,
-                "learns_by_itself": any(_learns_by_itself(one.arm) for one in running),
-                "window": self.config.drafter_settings.window,
+                **self._about_drafts(),
                 "device": self.world.device,
                 "num_threads": torch.get_num_threads(),
                 "python": platform.python_version(),
                 "torch": str(torch.__version__),
                 "machine": f"{platform.machine()} {platform.system()}",
             },
-            arms={o.arm.name: _arm_summary(o, reference, parts[o.arm.name]) for o in running},
+            arms={
+                one.arm.name: _arm_summary(
+                    one, reference, parts[one.arm.name], by_text[one.arm.name]
+                )
+                for one in running
+            },
         )
+
+    def _about_drafts(self) -> dict[str, Any]:
+        """What drafted, and of each of ``drafts`` the same by its name."""
+        drafting = [one.arm for one in self._arms if one.arm.drafter is not None]
+        found: dict[str, Any] = _about(self.config) if self.config.drafter is not None else {}
+        found["learns_by_itself"] = bool(drafting) and all(map(_learns_by_itself, drafting))
+        if self.config.drafts:
+            named = {
+                draft: _about(self.config.for_arm(name))
+                for name in self.config.arms
+                if (draft := draft_of(name)) is not None
+            }
+            found["drafts"] = named
+        return found
 
     def _save_drafts(self, folder: RunFolder) -> None:
         """Adapted drafts as checkpoints, one of each tenant; none outlives a request of its own."""
@@ -319,9 +348,19 @@ class Experiment:
 
 
 def _groups(requests: list[GenerationRequest], size: int) -> Iterator[list[GenerationRequest]]:
-    left = iter(requests)
-    while group := list(islice(left, size)):
-        yield group
+    """So many at a time, all of one file."""
+    for _, own in groupby(requests, key=lambda request: request.source):
+        while group := list(islice(own, size)):
+            yield group
+
+
+def _about(config: Config) -> dict[str, Any]:
+    settings = config.drafter_settings
+    return {
+        "num_draft_tokens": settings.num_draft_tokens,
+        "drafter": settings.kind,
+        "window": settings.window,
+    }
 
 
 def _learns_by_itself(arm: Arm | ServedArm) -> bool:
@@ -333,7 +372,10 @@ def _num_tokens(one: _Running) -> int:
 
 
 def _arm_summary(
-    one: _Running, reference: list[RequestLog] | None, parts: list[Part]
+    one: _Running,
+    reference: list[RequestLog] | None,
+    parts: list[Part],
+    by_text: dict[str, TextFigures],
 ) -> ArmSummary:
     figures = round_figures(one.logs)
     engine, coscheduler = one.arm.engine.seconds, one.arm.coscheduler
@@ -366,6 +408,7 @@ def _arm_summary(
         guard_seconds=totals.guard_seconds if totals else 0.0,
         parts=parts,
         cut_conversations=sum(log.cut for log in one.logs),
+        by_text=by_text,
     )
 
 

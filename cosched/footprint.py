@@ -240,29 +240,36 @@ def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> Repla
 
 
 def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footprint:
-    """Add up a run of these settings, for the arm that takes most; ``drafter`` may be a sketch.
+    """Add up a run of these settings, for the arm that takes most.
+
+    ``drafter`` is that of these settings and may be a sketch; other ``drafts`` are sketched.
 
     Raises:
-        ConfigError: an arm's settings do not fit this target or this draft.
+        CheckpointError: one of those cannot be read, or does not fit.
+        ConfigError: an arm's settings do not fit this target or its draft.
     """
+    drafters = {config.drafter_key: drafter}
     found: list[Footprint] = []
     for arm in config.arms:
         own = config.for_arm(arm)
-        with _named(own.adapt_key):
-            found.append(_footprint_of_arm(own, target, drafter))
+        if own.drafter_key not in drafters:
+            drafters[own.drafter_key] = sketch_draft(own, target)
+        with own_keys(own):
+            found.append(_footprint_of_arm(own, target, drafters[own.drafter_key]))
     return max(found, key=lambda one: one.added)
 
 
 @contextmanager
-def _named(adapt_key: str) -> Generator[None]:
-    """What scopes and losses call ``adapt`` is the arm's section: by its name in the file."""
+def own_keys(config: Config) -> Generator[None]:
+    """What others call ``adapt`` and ``drafter`` is the arm's own section: by its key in the file."""
     try:
         yield
     except ConfigError as error:
-        message = str(error)
-        if not message.startswith("adapt."):
+        section, dot, rest = str(error).partition(".")
+        key = {"adapt": config.adapt_key, "drafter": config.drafter_key}.get(section, section)
+        if key == section:
             raise
-        raise ConfigError(f"{adapt_key}{message.removeprefix('adapt')}") from error
+        raise ConfigError(f"{key}{dot}{rest}") from error
 
 
 def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) -> Footprint:
@@ -379,9 +386,15 @@ def sketch(config: Config) -> tuple[TargetSketch, Drafter]:
         CheckpointError: a folder is missing or damaged, or the two do not fit.
     """
     target = TargetSketch.read(config.target.folder, getattr(torch, config.engine.dtype))
+    return target, sketch_draft(config, target)
+
+
+def sketch_draft(config: Config, target: TargetSketch) -> Drafter:
+    """The drafter of these settings, without weights; errors as ``sketch``."""
     settings = config.drafter_settings
-    drafter = DRAFTERS.get(settings.kind).sketch(settings, target)
+    with own_keys(config):
+        drafter = DRAFTERS.get(settings.kind).sketch(settings, target)
     network = drafter.network()
     if network is not None:
         network.to(getattr(torch, config.engine.dtype))
-    return target, drafter
+    return drafter

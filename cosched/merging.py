@@ -109,6 +109,20 @@ def plain(config: DictConfig, where: str) -> dict[str, Any]:
     return {str(key): value for key, value in raw.items()}
 
 
+def over(adapt: Any, partial: Any, where: str) -> Any:
+    """The section ``adapt`` with a part of one over it, as plain data; ``where`` the part stands.
+
+    Raises:
+        ConfigError: it is no section, or does not fit.
+    """
+    if not isinstance(partial, dict):
+        raise ConfigError(f"{where}: expected a part of the section adapt, got {partial!r}")
+    if not isinstance(adapt, dict):
+        return adapt  # named when the section is checked
+    changes = OmegaConf.create({"adapt": partial})
+    return plain(merge(OmegaConf.create({"adapt": adapt}), changes, where), where)["adapt"]
+
+
 def with_defaults(drafter: Any, adapt: Any) -> Any:
     """``adapt`` with what the file does not say of it, which goes by the drafter.
 
@@ -141,13 +155,23 @@ def explained(where: str) -> Generator[None]:
 
 
 def _places(section: str, given: DictConfig, changes: DictConfig) -> Iterator[tuple[Any, Any]]:
-    """What both say where a section stands: a section of ``adapt`` stands in each variant too."""
+    """What both say where a section stands: one of ``adapt`` also in each variant and each draft."""
     places = [section]
-    variants = OmegaConf.select(given, "variants")
-    if section.startswith("adapt.") and isinstance(variants, DictConfig):
-        places += [section.replace("adapt", f"variants.{name}") for name in variants]
+    drafts = _names(given, "drafts")
+    if section == "drafter":
+        places += [f"drafts.{name}" for name in drafts]
+    elif section.startswith("adapt."):
+        for at in ("", *(f"drafts.{name}." for name in drafts)):
+            places += [f"{at}{section}"] if at else []
+            variants = _names(given, f"{at}variants")
+            places += [section.replace("adapt", f"{at}variants.{name}", 1) for name in variants]
     for place in places:
         yield OmegaConf.select(given, place), OmegaConf.select(changes, place)
+
+
+def _names(given: DictConfig, key: str) -> list[Any]:
+    found = OmegaConf.select(given, key)
+    return list(found) if isinstance(found, DictConfig) else []
 
 
 def _sections() -> dict[str, Mapping[str, type[msgspec.Struct]]]:

@@ -38,6 +38,7 @@ class Line(NamedTuple):
     """What a line says: ``text``, or the ``messages`` of a chat, of which ``text`` is None.
 
     ``where`` it stands, with the key that names the file, begins what is said of it to its user.
+    ``source`` is its file's name, where there are several.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Line(NamedTuple):
     text: str | None
     messages: Messages
     where: str
+    source: str | None = None
 
 
 def read_lines(path: Path, key: str, most: int | None = None) -> list[Line]:

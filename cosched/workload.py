@@ -37,27 +37,30 @@ def load_requests(
     device: torch.device,
     end_tokens: frozenset[int] = frozenset(),
 ) -> list[GenerationRequest]:
-    """The workload's requests, in the order of the file, as often as it is to be answered.
+    """The workload's requests, in the order of the files, as often as they are to be answered.
 
     ``end_tokens`` are those at which the target stops; a chat document ends with the first.
 
     Raises:
         WorkloadError: the file is missing, empty or malformed, or a text does not fit the target.
     """
-    ((key, path),) = settings.files.items()
     lines = read_texts(settings)
     again = [
         line._replace(id=f"{line.id}#{n}") for n in range(2, settings.samples + 1) for line in lines
     ]
     chat = Chat(tokenizer, end_tokens)
     make = _forced if settings.documents is not None else _asked
-    requests = [make(line, settings, chat, max_length, device) for line in [*lines, *again]]
-    for name, count in Counter(n for request in requests for n in _ids(request)).items():
-        if count > 1:
-            raise WorkloadError(
-                f"{key}: {name!r}, an id in {path}, is also that of a sample or a later turn of "
-                f"another; choose another id"
-            )
+    lines += again
+    requests = [make(line, settings, chat, max_length, device) for line in lines]
+    taken: set[str] = set()
+    for line, request in zip(lines, requests, strict=True):
+        for name in _ids(request):
+            if name in taken:
+                raise WorkloadError(
+                    f"{line.where}: {name!r}, an id in the file, is also that of a sample or a later turn "
+                    f"of another; choose another id"
+                )
+            taken.add(name)
     return requests
 
 
@@ -86,7 +89,9 @@ def _forced(
             )
     answer = answer[: settings.max_new_tokens]
     ids_T = torch.tensor([*prompt, *answer], device=device)
-    request = GenerationRequest(line.id, ids_T[: len(prompt)], len(answer), ids_T, line.tenant)
+    request = GenerationRequest(
+        line.id, ids_T[: len(prompt)], len(answer), ids_T, line.tenant, source=line.source
+    )
     _check_fits(request, line.where, max_length)
     return request
 
@@ -98,7 +103,7 @@ def _asked(
     new = settings.max_new_tokens
     if line.text is not None:
         ids_P = torch.tensor(chat.ids(line.text), device=device)
-        request = GenerationRequest(line.id, ids_P, new, tenant=line.tenant)
+        request = GenerationRequest(line.id, ids_P, new, tenant=line.tenant, source=line.source)
         _check_fits(request, line.where, max_length)
         return request
     asked, *ahead = last_turns(line.messages, settings.turns, line.where)
@@ -138,6 +143,7 @@ class Conversation:
             self.max_new_tokens,
             tenant=self.line.tenant,
             later=self if self.ahead else None,
+            source=self.line.source,
         )
 
     def answered(self, text: str) -> Conversation:
@@ -194,11 +200,38 @@ def read_texts(settings: WorkloadSettings) -> list[Line]:
     Raises:
         WorkloadError: as ``read_lines``, or a chat has nothing to be answered or said.
     """
-    ((key, path),) = settings.files.items()
-    lines = read_lines(Path(path), key, settings.max_prompts)
+    lines: list[Line] = []
+    files = settings.files
+    for (key, path), source in zip(files.items(), sources(list(files.values())), strict=True):
+        for line in read_lines(Path(path), key, settings.max_prompts):
+            named = line._replace(id=f"{source}:{line.id}", source=source)
+            lines.append(line if source is None else named)
     for line in lines:
         if line.messages and settings.documents is not None:
             last_answer(line.messages, line.where)
         elif line.messages:
             last_turns(line.messages, settings.turns, line.where)
     return lines
+
+
+def sources(paths: Sequence[str]) -> list[str | None]:
+    """What each of several files is called: its name, or its path where others have that name."""
+    if len(paths) == 1:
+        return [None]
+    stems = [Path(path).stem for path in paths]
+    return [
+        stem if stems.count(stem) == 1 else path for stem, path in zip(stems, paths, strict=True)
+    ]
+
+
+def first_of_each(
+    requests: Sequence[GenerationRequest], most: int | None
+) -> list[GenerationRequest]:
+    """The first ``most`` requests of each file; all without a limit."""
+    seen = Counter[str | None]()
+    kept: list[GenerationRequest] = []
+    for request in requests:
+        seen[request.source] += 1
+        if most is None or seen[request.source] <= most:
+            kept.append(request)
+    return kept

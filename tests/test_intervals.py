@@ -329,7 +329,7 @@ def test_an_older_run_still_has_its_ratios(tmp_path: Path) -> None:
     summary = make_run(tmp_path / "run")
     for arm in summary.arms.values():
         arm.parts = []
-    found = speed_ratio(summary, "adapted", "frozen")
+    found = speed_ratio(summary.arms, "adapted", "frozen")
     assert found == Ratio(pytest.approx(1.2))
     assert interval_line(summary) == NO_INTERVAL
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cosched.errors import RunFolderError
 from cosched.records import RoundRow
-from cosched.report.events import ArmEvents, in_time, read_events
+from cosched.report.events import ArmEvents, read_events
 from cosched.report.findings import comparisons, headline
 from cosched.report.html import write_report
 from cosched.report.intervals import cut
@@ -278,8 +278,12 @@ def test_gain_error_is_none_for_one_request_and_zero_for_equal_ones(tmp_path: Pa
 def test_rows_of_a_batch_are_interleaved() -> None:
     """Requests of a batch run side by side although the file has them one after the other."""
     rows = [RoundRow(name, place, 0, 1, 1, 2) for name in "abc" for place in range(2)]
-    order = [(row.request_id, row.position) for row in in_time(rows, max_batch=2)]
+    order = [(row.request_id, row.position) for row in ArmEvents(rows).in_time(2)]
     assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("c", 0), ("c", 1)]
+    files = {"a": "one", "b": "two", "c": "two"}  # of several files a group is of one
+    found = ArmEvents(rows, sources=files).in_time(2)
+    order = [(row.request_id, row.position) for row in found]
+    assert order == [("a", 0), ("a", 1), ("b", 0), ("c", 0), ("b", 1), ("c", 1)]
 
 
 def test_publications_lie_where_their_version_begins() -> None:

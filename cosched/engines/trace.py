@@ -38,6 +38,7 @@ class TraceRequest(msgspec.Struct, frozen=True):
     num_prompt_tokens: int
     num_tokens: int
     tenant: str | None = None
+    source: str | None = None
 
 
 class TraceMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -114,7 +115,12 @@ class TraceWriter:
         save_file(tensors, self.directory / name)
         self._requests.append(
             TraceRequest(
-                request.id, name, len(request.prompt_P), len(tensors["tokens"]), request.tenant
+                request.id,
+                name,
+                len(request.prompt_P),
+                len(tensors["tokens"]),
+                request.tenant,
+                request.source,
             )
         )
 
@@ -167,7 +173,11 @@ class RecordedRows:
             tokens_T = self._load(one)["tokens"].to(self._target.device, torch.int64)
             prompt_P = tokens_T[: one.num_prompt_tokens]
             num_new = len(tokens_T) - len(prompt_P)
-            requests.append(GenerationRequest(one.id, prompt_P, num_new, tokens_T, one.tenant))
+            requests.append(
+                GenerationRequest(
+                    one.id, prompt_P, num_new, tokens_T, one.tenant, source=one.source
+                )
+            )
         return requests
 
     def _load(self, request: TraceRequest) -> dict[str, Tensor]:

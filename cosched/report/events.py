@@ -22,6 +22,7 @@ class _Request(msgspec.Struct):
     arm: str
     id: str
     text: str
+    source: str | None = None
 
 
 class _Result(msgspec.Struct):
@@ -72,6 +73,31 @@ class ArmEvents:
     losses: list[tuple[int, float]] = field(default_factory=list)
     publications: list[tuple[int, int]] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str | None] = field(
+        default_factory=dict
+    )  # whose file, where there are several
+
+    def in_time(self, max_batch: int) -> list[RoundRow]:
+        """Rows in the order in which they were committed.
+
+        Requests run in groups of ``max_batch`` of one file that start together, so a request's j-th
+        row belongs to the j-th round of its group. Draft versions never fall, which settles what
+        that does not.
+        """
+        group: dict[str, int] = {}
+        count: dict[str, int] = {}
+        keys: list[tuple[int, int, int]] = []
+        source, last, room = None, -1, 0
+        for row in self.rows:
+            if row.request_id not in group:
+                own = self.sources.get(row.request_id)
+                if not room or own != source:
+                    source, last, room = own, last + 1, max_batch
+                group[row.request_id], room = last, room - 1
+            step = count[row.request_id] = count.get(row.request_id, -1) + 1
+            keys.append((row.draft_version, group[row.request_id], step))
+        order = sorted(range(len(self.rows)), key=keys.__getitem__)
+        return [self.rows[index] for index in order]
 
 
 @dataclass(slots=True)
@@ -113,6 +139,7 @@ def _take(events: RunEvents, line: Any) -> None:
             arm.rows.append(event.row)
         case _Request():
             arm.texts[event.id] = event.text
+            arm.sources[event.id] = event.source
         case _Update():
             if event.result.losses and event.result.losses[0] is not None:
                 arm.losses.append((event.round, event.result.losses[0]))
@@ -125,20 +152,3 @@ def _max_batch(config: Path) -> int:
         return msgspec.yaml.decode(config.read_bytes(), type=_ConfigFacts).engine.max_batch
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return 1
-
-
-def in_time(rows: list[RoundRow], max_batch: int) -> list[RoundRow]:
-    """Rows in the order in which they were committed.
-
-    Requests run in groups of ``max_batch`` that start together, so a request's j-th row belongs to
-    the j-th round of its group. Draft versions never fall, which settles what that does not.
-    """
-    group: dict[str, int] = {}
-    count: dict[str, int] = {}
-    keys: list[tuple[int, int, int]] = []
-    for row in rows:
-        place = group.setdefault(row.request_id, len(group) // max_batch)
-        step = count[row.request_id] = count.get(row.request_id, -1) + 1
-        keys.append((row.draft_version, place, step))
-    order = sorted(range(len(rows)), key=keys.__getitem__)
-    return [rows[index] for index in order]

@@ -1,8 +1,9 @@
 """What the figures of a run say, in sentences; every number in them is computed here.
 
-An adapted arm is held against the frozen arm that sees the same window. The uncertainty of a gain
-is a jackknife over requests: what it would have been without each of them in turn. A difference in
-speed is claimed only where its interval (``cosched.report.intervals``) leaves no other choice.
+An adapted arm is held against the frozen arm of the same draft that sees the same window. The
+uncertainty of a gain is a jackknife over requests: what it would have been without each of them in
+turn. A difference in speed is claimed only where its interval (``cosched.report.intervals``) leaves
+no other choice.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from cosched.arms import FROZEN, adapts, control_of, split_arm
+from cosched.arms import FROZEN, WINDOW_SUFFIX, adapts, beside, control_of, draft_of, split_arm
 from cosched.report.intervals import MIN_PARTS, MIN_TURNS
 from cosched.report.table import arm_seconds, percent, speed_ratio, times
 
@@ -64,7 +65,7 @@ def headline(summary: RunSummary, events: RunEvents) -> Headline:
     drafted = [n for n, arm in summary.arms.items() if arm.position_acceptance]
     if drafted:
         name = max(drafted, key=lambda n: summary.arms[n].tau)
-        ratio = None if is_replay(summary) else speed_ratio(summary, name, "plain")
+        ratio = None if is_replay(summary) else speed_ratio(summary.arms, name, "plain")
         pace = f", at {times(ratio)} the speed of plain decoding" if ratio else ""
         sentence = (
             f"{name} committed {summary.arms[name].tau:.2f} tokens per request and round{pace}."
@@ -90,7 +91,7 @@ def comparisons(summary: RunSummary, events: RunEvents) -> list[Comparison]:
         if other is None or not other.rounds:
             continue
         error, num_requests = _gain_error(events.of(name).rows, events.of(control).rows)
-        speed = None if is_replay(summary) else speed_ratio(summary, name, control)
+        speed = None if is_replay(summary) else speed_ratio(summary.arms, name, control)
         found.append(Comparison(name, control, arm.tau / other.tau - 1, error, num_requests, speed))
     return found
 
@@ -138,6 +139,7 @@ def _adapted_headline(summary: RunSummary, found: list[Comparison]) -> Headline:
         _novel_line(summary, lead),
         _chance_line(lead),
         *(_gain_line(summary, other) for other in found if other is not lead),
+        _fastest_line(summary, lead),
     ]
     sentence = opening + _gain_line(summary, lead)
     return Headline(verdict, sentence, [line for line in details if line])
@@ -154,9 +156,9 @@ def _verdict(summary: RunSummary, c: Comparison) -> tuple[Verdict, str]:
         return "none", ""
     if c.speed.below:
         return "lost", "Adaptation did not pay: "
-    free = [name for name in summary.arms if split_arm(name)[0] == FROZEN]
+    free = [name for name in summary.arms if name in _free(c.adapted)]
     best = max(free, key=lambda name: summary.arms[name].tokens_per_s)
-    ratio = speed_ratio(summary, c.adapted, best)
+    ratio = speed_ratio(summary.arms, c.adapted, best)
     if ratio is not None and ratio.below:
         return "lost", f"Adaptation did not pay: {best}, which costs nothing, is faster. "
     if c.speed.above and (ratio is None or ratio.above):
@@ -165,6 +167,11 @@ def _verdict(summary: RunSummary, c: Comparison) -> tuple[Verdict, str]:
     return "even", (
         f"Adaptation broke even: {beside}the difference is within what this run can tell. "
     )
+
+
+def _free(arm: str) -> tuple[str, str]:
+    """What the same draft does at no cost."""
+    return beside(arm, FROZEN), beside(arm, FROZEN + WINDOW_SUFFIX)
 
 
 def _gain_line(summary: RunSummary, c: Comparison) -> str:
@@ -226,16 +233,27 @@ def _control_lines(summary: RunSummary, c: Comparison) -> list[str]:
     """How the adapted arm stands against what costs nothing: a window, or no draft at all."""
     lines: list[str] = []
     arms, ours = summary.arms, summary.arms[c.adapted]
-    window = arms.get("frozen+window")
+    windowed = beside(c.adapted, FROZEN + WINDOW_SUFFIX)
+    window = arms.get(windowed)
     if window and window.rounds and not split_arm(c.adapted)[1]:
-        ratio = None if is_replay(summary) else speed_ratio(summary, c.adapted, "frozen+window")
+        ratio = None if is_replay(summary) else speed_ratio(summary.arms, c.adapted, windowed)
         pace = f" and runs at {times(ratio)} its speed" if ratio else ""
         lines.append(
             f"A window alone costs nothing and commits {window.tau:.2f}; {c.adapted} is "
             f"{percent(ours.tau / window.tau - 1, signed=True)} against that{pace}."
         )
-    plain = None if is_replay(summary) else speed_ratio(summary, c.adapted, "plain")
+    plain = None if is_replay(summary) else speed_ratio(summary.arms, c.adapted, "plain")
     if plain:
         warning = ": no draft at all is faster" if plain.below else ""
         lines.append(f"Against plain decoding {c.adapted} runs at {times(plain)}{warning}.")
     return lines
+
+
+def _fastest_line(summary: RunSummary, c: Comparison) -> str:
+    """Where another draft is faster without learning: that of the headline learns, but is not it."""
+    drafted = {name: arm for name, arm in summary.arms.items() if arm.position_acceptance}
+    fastest = max(drafted, key=lambda name: drafted[name].tokens_per_s)
+    if c.speed is None or draft_of(fastest) == draft_of(c.adapted):
+        return ""
+    ratio = times(speed_ratio(summary.arms, fastest, c.adapted))
+    return f"The fastest arm has another draft: {fastest}, at {ratio} the speed of {c.adapted}."

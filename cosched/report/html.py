@@ -9,6 +9,7 @@ import jinja2
 from markupsafe import Markup
 
 from cosched.report import plots
+from cosched.report.by_text import TEXT_COLUMNS, text_rows
 from cosched.report.events import RunEvents, read_events
 from cosched.report.findings import headline, is_replay
 from cosched.report.remarks import (
@@ -55,9 +56,12 @@ def write_report(run_dir: Path) -> Path:
     page = template("report.html.j2").render(
         palette=PALETTE,
         run=summary.run,
+        drafted=_drafted(summary.run),
         found=headline(summary, events),
         cautions=cautions(summary, (run_dir / "trace").is_dir(), events.num_damaged),
         columns=COLUMNS,
+        text_columns=TEXT_COLUMNS,
+        text_rows=text_rows(summary),
         rows=[_row(summary, name) for name in summary.arms],
         figures=_figures(summary, events),
         replay=is_replay(summary),
@@ -128,9 +132,7 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
     run = summary.run
     peak = max((arm.peak_bytes for arm in summary.arms.values()), default=0)
     given = {
-        "drafter": run.get("drafter"),
-        "tokens drafted per round": run.get("num_draft_tokens"),
-        "window of the +window arms": run.get("window") or "none",
+        **_drafts(run),
         "engine": run.get("engine"),
         "text": run.get("text"),
         "temperature": run.get("temperature"),
@@ -144,6 +146,35 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
         "peak memory of the process": f"{peak / 2**20:,.0f} MiB" if peak else None,
     }
     return [(name, DASH if value is None else str(value)) for name, value in given.items()]
+
+
+def _drafts(run: dict[str, Any]) -> dict[str, Any]:
+    """What drafted; of a run without ``drafts`` also that nothing is known of it."""
+    named: dict[str, dict[str, Any]] = run.get("drafts", {})
+    facts: dict[str, Any] = {}
+    if "drafter" in run or not named:
+        facts = {
+            "drafter": run.get("drafter"),
+            "tokens drafted per round": run.get("num_draft_tokens"),
+            "window of the +window arms": run.get("window") or "none",
+        }
+    for name, one in named.items():
+        facts[f"draft {name}"] = (
+            f"{one['drafter']}, {one['num_draft_tokens']} tokens drafted per round, window "
+            f"{one['window'] or 'none'}"
+        )
+    return facts
+
+
+def _drafted(run: dict[str, Any]) -> str:
+    """The same in half a line."""
+    named: dict[str, dict[str, Any]] = run.get("drafts", {})
+    found = [f"{name} {one['num_draft_tokens']}" for name, one in named.items()]
+    if found and "drafter" in run:
+        found.insert(0, f"{run['drafter']} {run['num_draft_tokens']}")
+    if found:
+        return f"tokens drafted per round: {', '.join(found)}"
+    return f"{run.get('drafter', 'draft')}, {run.get('num_draft_tokens', '?')} tokens drafted per round"
 
 
 def _config(path: Path) -> str | None:

@@ -204,7 +204,7 @@ def speed(summary: RunSummary) -> str | None:
     shades = [arm_colour(summary, name) for name in arms]
     axes.barh(list(arms), [arm.tokens_per_s for arm in arms.values()], 0.66, color=shades)
     for row, (name, arm) in enumerate(arms.items()):
-        ratio = speed_ratio(summary, name, "plain")
+        ratio = speed_ratio(summary.arms, name, "plain")
         note = f" · {times(ratio)} plain" if ratio and name != "plain" else ""
         axes.annotate(f"{arm.tokens_per_s:.1f}{note}", (arm.tokens_per_s, row), (4, 0),
                       textcoords="offset points", va="center")  # fmt: skip

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from cosched.arms import split_arm
+from cosched.arms import beside, split_arm
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -33,6 +33,8 @@ PALETTE = {  # name of the CSS variable: (on a light page, on a dark page)
     "spare-2": ("#b5548f", "#dd8dbd"),
     "spare-3": ("#6a51a3", "#a99bdc"),
     "spare-4": ("#8a6d1d", "#cdb45c"),
+    "spare-5": ("#a63a3f", "#e5827f"),
+    "spare-6": ("#2f7f8f", "#6fbccb"),
     "stage-prefill": ("#d5dae1", "#454d58"),
     "stage-verify": ("#b3bbc6", "#5d6774"),
     "stage-draft": ("#66c7a8", "#1d7259"),
@@ -41,7 +43,7 @@ PALETTE = {  # name of the CSS variable: (on a light page, on a dark page)
     "stage-other": ("#e9ecf0", "#343b45"),
 }
 OWN_COLOUR = ("plain", "frozen", "frozen+window", "adapted", "adapted+window")
-SPARE = ("spare-1", "spare-2", "spare-3", "spare-4")
+SPARE = tuple(name for name in PALETTE if name.startswith("spare-"))
 STYLE: dict[RcKeyType, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -76,11 +78,18 @@ def colour(name: str) -> str:
 
 
 def arm_colour_name(arm: str, arms: list[str]) -> str:
-    """An arm's palette entry, the same in every figure; a variant has one, with a window or not."""
+    """An arm's palette entry, the same in every figure.
+
+    Variants and arms of other drafts have one each, with a window or not.
+    """
     if arm in OWN_COLOUR:
         return arm.replace("+", "-")
-    variants = dict.fromkeys(split_arm(other)[0] for other in arms if other not in OWN_COLOUR)
-    return SPARE[list(variants).index(split_arm(arm)[0]) % len(SPARE)]
+    others = dict.fromkeys(_hue(other) for other in arms if other not in OWN_COLOUR)
+    return SPARE[list(others).index(_hue(arm)) % len(SPARE)]
+
+
+def _hue(arm: str) -> str:
+    return beside(arm, split_arm(arm)[0])
 
 
 def new_figure(width: float, height: float) -> Figure:

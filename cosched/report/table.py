@@ -10,16 +10,19 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from cosched.arms import adapts
+from cosched.arms import FROZEN, adapts, beside
 from cosched.errors import RunFolderError
 from cosched.report.intervals import Ratio, paired_ratio
-from cosched.telemetry.metrics import ArmSummary, RunSummary
+from cosched.telemetry.metrics import ArmSummary, RunSummary, TextFigures
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from rich.console import Console, ConsoleOptions, RenderResult
 
+Measured = ArmSummary | TextFigures
+"""What has a speed: an arm, on all text or on some."""
 DASH = "\u2013"  # an en dash
 TIMES = "\u00d7"  # a multiplication sign
 SPEED = 5  # which of COLUMNS it is
@@ -39,7 +42,7 @@ COLUMNS = (
     ("repeat", "share of tokens whose eight predecessors occurred before in the request"),
     ("tokens\n/s", "tokens committed per second of the arm's own time"),
     (PLAIN_SPEED, "speed as a multiple of the arm plain, and its 95 % interval"),
-    (f"{TIMES}\nfrozen", "speed as a multiple of the arm frozen, and its 95 % interval"),
+    (f"{TIMES}\nfrozen", "speed as a multiple of the same draft frozen, and its 95 % interval"),
     ("time %\nd/v/u/p", "share of time drafting / verifying / updating / publishing"),
     ("updates/\nversion", "training updates, and the last published draft version"),
     ("texts\ndiffer", "requests whose tokens differ from the reference arm's"),
@@ -139,20 +142,20 @@ def arm_cells(summary: RunSummary, name: str) -> list[str]:
         DASH if arm.tau_novel is None else f"{arm.tau_novel:.2f}",
         percent(arm.repeat_fraction) if arm.tokens else DASH,
         f"{arm.tokens_per_s:.1f}" if arm.tokens_per_s else DASH,
-        times(speed_ratio(summary, name, "plain")),
-        times(speed_ratio(summary, name, "frozen")),
+        times(speed_ratio(summary.arms, name, "plain")),
+        times(speed_ratio(summary.arms, name, beside(name, FROZEN))),
         "/".join(f"{100 * share:.0f}" for share in time_shares(arm)) if arm.tokens else DASH,
         f"{arm.updates}/{arm.versions}" if drafts and adapts(name) else DASH,
         _differing(summary, name),
     ]
 
 
-def speed_ratio(summary: RunSummary, name: str, base: str) -> Ratio | None:
+def speed_ratio(arms: Mapping[str, Measured], name: str, base: str) -> Ratio | None:
     """Tokens per second of an arm over those of another; None where either was not measured.
 
     It is of the parts that both have, and without an interval where there are none.
     """
-    arm, other = summary.arms[name], summary.arms.get(base)
+    arm, other = arms[name], arms.get(base)
     if other is None or not other.tokens_per_s or not arm.tokens_per_s:
         return None
     if arm.parts and other.parts and name != base:

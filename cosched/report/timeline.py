@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cosched.arms import control_of
-from cosched.report.events import in_time
 from cosched.report.plots import WIDTH, arm_colour, line_style, styled
 from cosched.report.svg import new_figure, to_svg
 
@@ -44,7 +43,7 @@ def adaptation(summary: RunSummary, events: RunEvents) -> str | None:
         _losses(above, summary, name, events)
         _publications(ticks, summary, name, events, row)
     for name in shown:
-        rows = in_time(events.of(name).rows, events.max_batch)
+        rows = events.of(name).in_time(events.max_batch)
         _moving_tau(below, summary, name, rows, window)
     above.set_ylabel("loss of the update\n(before its first step)")
     ticks.set_ylim(len(adapted) - 0.4, -0.6)
@@ -111,7 +110,7 @@ def tokens_at(arm: ArmEvents, rounds: Sequence[int], max_batch: int) -> list[flo
     that drafted it is known: a publication lies where the rows of its version begin, and other
     rounds between the publications around them.
     """
-    rows = in_time(arm.rows, max_batch)
+    rows = arm.in_time(max_batch)
     tokens = [0, *accumulate(row.num_committed for row in rows)]
     first_row: dict[int, int] = {}
     for index, row in enumerate(rows):

@@ -200,9 +200,15 @@ def _layers(configs: Iterable[Config]) -> set[int]:
 
 def _typed(merged: DictConfig, where: str) -> Config:
     try:
-        return typed(merged, "experiment")
+        config = typed(merged, "experiment")
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+    if config.drafts:
+        raise ConfigError(
+            f"{where}: drafts: a sweep judges one draft at a time, got {', '.join(config.drafts)}; "
+            f"use drafter, and drafter.kind as an axis"
+        )
+    return config
 
 
 def _recordings(record: RecordPlan, base: DictConfig, layers: set[int]) -> dict[str, Job]:
@@ -221,8 +227,7 @@ def _recordings(record: RecordPlan, base: DictConfig, layers: set[int]) -> dict[
         }
         config = _typed(merge(merged, from_keys(fixed, where), where), where)
         check_paths(config)
-        (path,) = config.workload.files.values()
-        said = Path(path).read_bytes()
+        said = b"".join(Path(path).read_bytes() for path in config.workload.files.values())
         jobs[text] = _job(text, Path(record.dir), _without_learning(config), said, record=True)
     return jobs
 

@@ -60,6 +60,18 @@ class Part(msgspec.Struct, frozen=True):
     seconds: float
 
 
+class TextFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What an arm did on one of several files; ``parts`` are of that text alone."""
+
+    tokens: int
+    rounds: int
+    requests: int
+    tau: float
+    tau_novel: float | None
+    tokens_per_s: float
+    parts: list[Part] = []
+
+
 class ArmSummary(RoundFigures, kw_only=True):
     """One arm in ``summary.json``; fields are added, never renamed."""
 
@@ -76,6 +88,7 @@ class ArmSummary(RoundFigures, kw_only=True):
     guard_seconds: float = 0.0  # of those updating
     parts: list[Part] = []  # in the order of time; none where the run is too short for an interval
     cut_conversations: int = 0  # ended early: their next turn did not fit
+    by_text: dict[str, TextFigures] = {}  # by the name of the file, where there are several
 
 
 class RunSummary(msgspec.Struct, kw_only=True):
@@ -86,7 +99,10 @@ class RunSummary(msgspec.Struct, kw_only=True):
 
 
 class RequestLog(msgspec.Struct, frozen=True):
-    """What the figures need of a finished request; ``cut`` ended its conversation early."""
+    """What the figures need of a finished request; ``cut`` ended its conversation early.
+
+    ``source`` is the file it comes from, where there are several.
+    """
 
     request_id: str
     prompt: Sequence[int]
@@ -94,6 +110,7 @@ class RequestLog(msgspec.Struct, frozen=True):
     rounds: Sequence[RoundRow]
     finished: bool = True
     cut: bool = False
+    source: str | None = None
 
 
 def novel_positions(tokens: Sequence[int], ngram: int = NOVEL_NGRAM) -> list[bool]:

@@ -39,7 +39,7 @@ class GenerationRequest:
     """A prompt, int64 on the target's device; ``forced_T`` is the whole text where it is given.
 
     ``tenant`` is whose request it is: with state per tenant, whose adapter serves it. ``later`` is
-    what its conversation goes on to ask.
+    what its conversation goes on to ask. ``source`` is the file it comes from, where there are several.
     """
 
     id: str
@@ -48,6 +48,7 @@ class GenerationRequest:
     forced_T: Tensor | None = None
     tenant: str | None = None
     later: LaterTurns | None = None
+    source: str | None = None
 
     @property
     def max_length(self) -> int:

@@ -115,8 +115,19 @@ def check_servable(config: Config) -> None:
     """Make sure, without loading anything, that SGLang can serve this.
 
     Raises:
-        CoschedError: SGLang is missing, a folder is missing, or stock SGLang cannot run the draft.
+        CoschedError: SGLang is missing, a folder is missing, stock SGLang cannot run the draft, or
+            there are several.
     """
+    if config.drafts:
+        raise ConfigError(
+            f"drafts: a server has one draft for all requests, got {', '.join(config.drafts)}; leave "
+            f"drafts out and name that one in drafter (cosched run compares several)"
+        )
+    check_draft_servable(config)
+
+
+def check_draft_servable(config: Config) -> None:
+    """The same of the draft of one arm, whichever others there are."""
     fixed_arguments(config)
     settings = config.drafter_settings
     if (form := config.adapt.replay.teacher) != "hidden":
