@@ -259,9 +259,9 @@ class NetworkDrafter(Generic[C, N]):
         return type(self)(network, self._target, self.num_draft_tokens, self._origin)
 
     def scopes(self) -> Mapping[str, Scope]:
-        """``full``, ``body`` (all but the head), and ``tail``: what no committed key is made of."""
+        """``full``, ``body`` (all but embedding and head), ``tail``: what no committed key is made of."""
         names = [name for name, _ in self._network.named_parameters()]
-        body = (name for name in names if "lm_head." not in name)
+        body = (name for name in names if "lm_head." not in name and "embed_tokens." not in name)
         tail = (name for name in names if not name.startswith(self.cache_writers()))
         return {
             "full": Scope(tuple(names), keeps_cache=False),

@@ -118,6 +118,17 @@ def test_targets_that_match_nothing_list_the_layers(target: Target, config: Conf
         scope_of(make_drafter(target), scope)
 
 
+def test_the_body_has_no_table_of_words(target: Target) -> None:
+    """A head tied to the embedding is most of a small draft, and dear to step and to publish."""
+    tables = ("embed_tokens.weight", "lm_head.weight")
+    left_out = set[str]()
+    for drafter in examples(target):
+        full, body = (set(drafter.scopes()[kind].parameters) for kind in ("full", "body"))
+        assert full - body == {name for name in full if name.endswith(tables)}
+        left_out |= full - body
+    assert left_out == {"lm_head.weight", "model.embed_tokens.weight"}
+
+
 def test_an_unknown_scope_lists_the_scopes(target: Target, config: Config) -> None:
     scope = msgspec.structs.replace(config.adapt.scope, kind="heads")
     with pytest.raises(ConfigError, match=r"'heads' is no scope .* full, body, tail, lora"):
