@@ -61,7 +61,7 @@ class ObjectiveSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 
 class Expert(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One way to make an update: what it does not say is as in ``adapt.loss`` and ``adapt.trainer``."""
+    """One way to make an update: a ``loss`` over ``adapt.loss``, and an ``lr`` (null: the trainer's)."""
 
     loss: dict[str, Any] = {}
     lr: Annotated[float, Meta(gt=0)] | None = None
@@ -111,6 +111,7 @@ class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class DrafterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``drafter``: what every drafter has; a drafter adds its own fields in a subclass.
 
+    ``kind`` is the family and ``path`` the folder of the checkpoint.
     ``num_draft_tokens`` counts drafted tokens, the anchor excluded (SGLang counts it in).
     ``window`` is how many of the last tokens the draft sees in arms named ``…+window``.
     """
