@@ -8,6 +8,7 @@ import pytest
 from typer.main import get_command
 
 from cosched.cli import app
+from cosched.engines.sglang.adaptation import Status
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -51,6 +52,15 @@ def test_a_page_names_only_what_exists(page):
     for key in re.findall(r"(?<![\w./-])((?:adapt|drafter|engine|workload)(?:\.[a-z_]+)+)", code):
         free = key.startswith("engine.arguments.") or key.endswith(".key")  # drafter.key=value
         assert key in known or free, key
+
+
+def test_the_readme_reads_a_status_by_its_fields():
+    """An operator looks for the names that the README gives in what the server answers."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## See that it works")[2].partition("\n## ")[0]
+    named = re.findall(r"`(\w+)`", "".join(row for row in section.splitlines() if row[:1] == "|"))
+    fields = {field for field in named if field not in {"True", "None"}}
+    assert {"draft_version", "failure"} <= fields <= set(Status.__struct_fields__)
 
 
 def test_the_readme_is_short_and_has_one_block_of_figures():
