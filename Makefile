@@ -24,7 +24,7 @@ VERSIONS := 0.5.17 0.5.21 0.5.23
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo demo-tiny test parity sglang versions serve-venv serve-demo examples lint format bench clean
+.PHONY: help venv demo demo-tiny test parity sglang versions serve-venv serve-demo examples lint docs format bench clean
 
 help:  ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(CHECK_PYTHON)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { \
 	  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu it is a package of its own: apt install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev,realworld]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev,docs,realworld]'
 	@touch $@
 
 demo: $(STAMP)  ## Decode with a real chat model: no draft, three drafts, each learning (6 minutes on a CPU)
@@ -98,11 +98,17 @@ build/sglang-%: | $(SGLANG_STAMP)
 versions: $(SGLANG_STAMP) | $(VERSIONS:%=build/sglang-%)  ## Run other versions of SGLang, from build/
 	$(PARITY_BIN)/pytest tests/sglang/test_versions.py $(PYTEST_ARGS)
 
-lint: $(STAMP)  ## Check style, types and the direction of imports
+lint: $(STAMP)  ## Check style, types, the direction of imports, and the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory docs
+
+# --strict counts warnings, which --quiet would hide from it. The variable leaves out Material's notice
+# of what will follow MkDocs, which is not about these pages.
+docs: $(STAMP)  ## Build the documentation into build/docs; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(STAMP)  ## Sort imports, apply safe fixes, format
 	$(BIN)/ruff check --fix .

@@ -48,7 +48,7 @@ class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class RunSettings(Section, frozen=True):
-    """``run``: where the results go (``dir/name``), and the seed of every random draw."""
+    """``run``: the folder ``name`` in ``dir`` gets the results; ``seed`` is that of all randomness."""
 
     name: str
     dir: str = "runs"
@@ -57,6 +57,10 @@ class RunSettings(Section, frozen=True):
 
 class EngineSettings(Section, frozen=True):
     """``engine``: what decodes. ``trace`` is the folder that ``kind: trace`` replays.
+
+    ``device`` is ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``; ``dtype`` is that of the
+    weights of target and draft; ``max_batch`` requests are decoded at once; ``num_threads`` are CPU
+    threads (null: what torch takes, and one where SGLang serves on a CPU).
 
     A trace has the target's rows; ``live`` computes them all the same, which takes the time that
     verification takes: to compare speeds on the same text.
@@ -84,7 +88,7 @@ class EngineSettings(Section, frozen=True):
 
 
 class TargetSettings(Section, frozen=True):
-    """``target``: a folder in Hugging Face format, or the name of a cached model, ``owner/model``."""
+    """``target``: ``path`` is a folder in Hugging Face format, or a cached model, ``owner/model``."""
 
     path: str
 
@@ -95,17 +99,22 @@ class TargetSettings(Section, frozen=True):
 
 
 class WorkloadSettings(Section, frozen=True):
-    """``workload``: prompts to answer, or documents that the target is made to say.
+    """``workload``: ``prompts`` to answer, or ``documents`` whose text is forced.
 
     A prompts file has one JSON object a line (or one array of them): ``{"text": …}`` as it is, or
     chat, through the target's own template: OpenAI's ``{"messages": [{"role": …, "content": …}]}``
     or ShareGPT's ``{"conversations": [{"from": …, "value": …}]}``; optionally with ``id``, and
-    ``tenant``, whose it is. An answer that ends a conversation is left out: it was said once, and is
-    not asked. ``turns`` answers the last so many questions of each, one after the other: before the
-    first stands what the file has, between them the target's own answers. Each turn is a request, of
+    ``tenant``, whose it is. An answer that ends a conversation is left out: it is no
+    question. ``turns`` answers the last so many questions of each, one after the other: before the
+    first is what the file has, between them the target's own answers. Each turn is a request, of
     the id ``ID@2`` and so on; where one does not fit any more its conversation ends, and is counted.
     A recording has every turn as a text of its own.
     ``samples`` answers each prompt that many times, one round over all prompts after the other.
+    The first ``max_prompts`` lines are used (null: all).
+
+    An answer has at most ``max_new_tokens`` and ends at the end-of-text token, unless
+    ``stop_at_end_of_text`` is off. It is sampled at ``temperature`` (0: greedy) from the most likely
+    tokens that together have the probability ``top_p``.
 
     ``prompts`` and ``documents`` may be lists of files. An id is then that of its file and of the
     line, ``chat:ID`` for ``chat.jsonl``, ``max_prompts`` counts the lines of each file, and figures
@@ -139,7 +148,9 @@ class WorkloadSettings(Section, frozen=True):
 
 
 class RecordSettings(Section, frozen=True):
-    """``record``: how ``--record`` stores a trace; float32 makes it exact.
+    """``record``: how ``--record`` stores a trace, in ``dtype`` (float32: exact).
+
+    A request that would take the folder above ``max_bytes`` is left out and counted.
 
     ``feature_layers`` are stored beside those that the drafter needs, so that other drafters can be
     judged on the same trace ("after that layer", 0-based).
@@ -152,9 +163,10 @@ class RecordSettings(Section, frozen=True):
 
 
 class ReplaySettings(Section, frozen=True):
-    """``adapt.replay``: rows of context kept per request, anchors per micro-step, hard limits.
+    """``adapt.replay``: rows kept of each request, and how many are trained on.
 
-    A draft learns to look as far back as ``window`` reaches: give it the length that it serves.
+    ``window`` rows of context are kept of each request, at most ``max_tokens`` rows and ``max_bytes``
+    of all; a micro-step trains on at most ``anchors`` of them. A draft learns to look as far back as ``window`` reaches: give it the length that it serves.
     ``keep_finished`` keeps a request's rows until others need the room: to train when idle.
     ``fresh`` trains on each anchor once at most, in the first update after it.
     ``teacher`` is the form in which the target's rows wait: ``hidden``, its last hidden state, from
@@ -176,6 +188,9 @@ class ReplaySettings(Section, frozen=True):
 class ScopeSettings(Section, frozen=True):
     """``adapt.scope``: which parameters learn, and for how long they remember.
 
+    ``kind`` is ``full``, ``body`` (all but embedding and head), ``tail`` (only what committed keys and values
+    do not depend on) or ``lora``. ``state`` says whose they are: ``shared`` by all requests,
+    ``per_request`` (as loaded again when the request ends) or ``per_tenant``.
     With ``kind: lora`` adapters of ``rank`` learn, scaled by ``alpha / rank``, on the linear layers
     that ``targets`` name, by their whole names or the ends of them; null is all of them. State per
     request in batches, and per tenant, needs adapters: one for each running request, or one for each
@@ -193,6 +208,8 @@ class ScopeSettings(Section, frozen=True):
 class TrainerSettings(Section, frozen=True):
     """``adapt.trainer``: DeepSpeed ZeRO with AdamW on float32 masters.
 
+    ``lr`` is AdamW's learning rate and ``weight_decay`` its decay; gradients are clipped to the norm
+    ``max_grad_norm``.
     ``zero_stage`` 1 and 2 divide what the optimizer holds among the ranks that train together. Where
     there is one, 0 takes the same steps and spares it copies of all weights and gradients.
     ``background`` trains beside the decoding, in a thread (on a GPU on a stream of its own) and
@@ -208,7 +225,7 @@ class TrainerSettings(Section, frozen=True):
 
 
 class PublishSettings(Section, frozen=True):
-    """``adapt.publish``: every n-th publication checksums all of the target; 0 is never.
+    """``adapt.publish``: every ``target_check_every``-th one checksums all of the target; 0: none.
 
     ``keep`` is how many versions can be served again, beside the draft as it was loaded.
     """
@@ -245,6 +262,9 @@ class Draft(Section, frozen=True):
 
 class Config(Section, frozen=True):
     """The whole file.
+
+    ``arms`` are the ways to decode that ``cosched run`` compares: ``plain``, ``frozen``, ``adapted``
+    and each variant's name, all but the first also with ``+window`` behind it.
 
     ``variants`` are other ways to learn, each an arm by its name: what a variant does not say is as
     in ``adapt``. ``drafts`` are drafts by name, for arms ``NAME.frozen`` and so on beside those of

@@ -53,7 +53,7 @@ class ObjectiveSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
     The learning rate is ``t / warm_tokens`` of what it would be while t, the tokens committed since
     the draft was last as it was loaded, is less than that; 0 is no warm start. A fresh draft is then
-    taught gently while there is little text to teach it, and AdamW's moments are of a few steps.
+    trained gently while there is little text to train it on, and AdamW's moments are of a few steps.
     """
 
     kind: str
@@ -61,7 +61,7 @@ class ObjectiveSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 
 class Expert(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One way to make an update: what it does not say is as in ``adapt.loss`` and ``adapt.trainer``."""
+    """One way to make an update: a ``loss`` over ``adapt.loss``, and an ``lr`` (null: the trainer's)."""
 
     loss: dict[str, Any] = {}
     lr: Annotated[float, Meta(gt=0)] | None = None
@@ -76,19 +76,19 @@ class ExpertSettings(ObjectiveSettings, frozen=True, kw_only=True):
 class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``adapt.loss``: weights that every loss shares; a loss adds its own fields in a subclass.
 
-    ``rows`` says which text teaches: ``delayed``, what the target went on to say from any anchor;
-    ``accepted``, what was drafted, up to the first refusal; ``refused``, only the row at that refusal,
-    where the draft was wrong; ``all``, what was drafted to its end.
-    Behind a refusal a chain is taught on the path that it drafted itself, and all rows count in
-    full; a block, which does not know what it drafted, would be taught the continuation of a refused
-    text: there ``refused_weight`` says how much such rows count.
+    ``rows`` is what it is trained on: ``delayed``, what the target went on to generate from any
+    anchor; ``accepted``, what was drafted, up to the first rejection; ``refused``, only the row of
+    that rejection, where the draft was wrong; ``all``, what was drafted to its end.
+    After a rejection a chain is trained on the path that it drafted itself, and all rows count in
+    full; a block, which does not know what it drafted, would be trained on the continuation of a
+    rejected text: there ``refused_weight`` is how much such rows count.
 
     Row weights multiply. ``position_decay`` assumes how likely a position is reached,
     ``acceptance_prefix`` computes it from the rows before (set ``position_decay: 1`` beside it).
     ``hardest_share`` keeps that share of the rows, those where student and teacher differ most, and
-    ``easiest_share`` those where they differ least; with both, what lies between. ``chunk_rows`` is
-    of how many rows logits are held at once, by the loss and by a guard that scores, of all where it
-    is null; what was let go is computed again for the gradient.
+    ``easiest_share`` those where they differ least; with both, what lies between. ``chunk_rows``:
+    rows of logits held at once, by the loss and by a guard that scores; null: all. They are
+    recomputed in the backward pass.
     """
 
     kind: str
@@ -111,6 +111,7 @@ class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class DrafterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``drafter``: what every drafter has; a drafter adds its own fields in a subclass.
 
+    ``kind`` is the family and ``path`` the folder of the checkpoint.
     ``num_draft_tokens`` counts drafted tokens, the anchor excluded (SGLang counts it in).
     ``window`` is how many of the last tokens the draft sees in arms named ``…+window``.
     """

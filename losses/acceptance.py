@@ -53,7 +53,7 @@ class NegativeLogAcceptance(RowLoss):
 
 
 class LKHybridSettings(LossSettings, frozen=True):
-    """``adapt.loss`` of ``lk_hybrid``: how fast KL gives way to total variation."""
+    """``adapt.loss`` of ``lk_hybrid``: ``eta`` is how fast KL gives way to total variation."""
 
     eta: Annotated[float, Meta(ge=0)] = 3.0
 

@@ -14,6 +14,7 @@ from cosched.registry import POLICIES
 class DriftSettings(PolicySettings, frozen=True, kw_only=True):
     """``threshold_tokens`` a request has lost before training begins; ``rounds`` between updates.
 
+    Each update takes ``num_steps`` micro-steps.
     With four drafts a round, one request, and one draft in two accepted, 30 tokens are lost by
     chance once in more than 4,000 rounds; when it becomes one in five, within 100
     (``tests/test_policies.py``). A batch has less noise and can do with less.

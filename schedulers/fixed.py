@@ -13,7 +13,7 @@ from schedulers.idle import when_idle
 
 
 class EveryNRoundsSettings(PolicySettings, frozen=True, kw_only=True):
-    """``rounds`` between updates, and micro-steps in each.
+    """``rounds`` between updates, and ``num_steps`` micro-steps in each.
 
     ``idle_steps`` are taken once when the last request has finished; that needs
     ``adapt.replay.keep_finished``, so that there is something to train on.
@@ -42,7 +42,10 @@ class EveryNRounds:
 
 
 class EveryNTokensSettings(PolicySettings, frozen=True, kw_only=True):
-    """``tokens`` committed between updates, by all requests together; the rest as above."""
+    """``tokens`` committed between updates, by all requests together; ``num_steps`` in each.
+
+    ``idle_steps`` are as those of ``every_n_rounds``.
+    """
 
     tokens: Annotated[int, Meta(ge=1)] = 64
     num_steps: Annotated[int, Meta(ge=1)] = 1
@@ -71,7 +74,7 @@ class EveryNTokens:
 
 
 class EveryNRequestsSettings(PolicySettings, frozen=True, kw_only=True):
-    """``requests`` that finish between updates, and micro-steps in each.
+    """``requests`` that finish between updates, and ``num_steps`` micro-steps in each.
 
     It needs ``adapt.replay.keep_finished``; with ``adapt.replay.fresh`` beside it every request
     teaches in one update and is then forgotten.

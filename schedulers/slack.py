@@ -13,7 +13,7 @@ from schedulers.idle import when_idle
 
 
 class SlackSettings(CostAwareSettings, frozen=True, kw_only=True):
-    """How much room is room.
+    """There is room while no more than ``max_running`` requests run and ``max_queued`` wait.
 
     ``budget_ms`` is what training may add to a round, on the average since the last update; a
     single update stops the engine for longer, by ``num_steps`` micro-steps. ``max_queued`` means

@@ -34,7 +34,7 @@ DIGEST = 8  # hexadecimal digits: among thousands of experiments, none is mistak
 
 
 class RecordPlan(Section, frozen=True):
-    """``record``: the texts that every cell is judged on, each recorded once into ``dir``.
+    """``record``: the ``texts`` that every cell is judged on, each recorded once into ``dir``.
 
     ``set`` holds for all recordings, a text's own settings for its own. Sweeps whose recordings have
     the same settings share them.
