@@ -127,11 +127,11 @@ def _begin_eagle3(target: Target, _classroom: Classroom, words_V: Tensor) -> Eag
         network.lm_head.weight.copy_(next(target.head.parameters())[words_U])
         network.lm_head.requires_grad_(False)
         network.norm.weight.copy_(decoder.norm.weight)
-        network.fc.weight.zero_()[:, -width:] = torch.eye(width)
         ours.hidden_norm.weight.copy_(theirs.input_layernorm.weight)
         for name in ("q_proj", "k_proj", "v_proj"):  # behind the embedding, which is new to them
             own = getattr(ours.self_attn, name).weight
             own[:, width:] = getattr(theirs.self_attn, name).weight
+    _pass_on_late_features(network.fc, EAGLE3_LAYERS)
     for name in ("self_attn.o_proj", "post_attention_layernorm", "mlp"):
         ours.get_submodule(name).load_state_dict(theirs.get_submodule(name).state_dict())
     return Eagle3Drafter(network, target, CHAIN)
@@ -151,11 +151,11 @@ def _begin_dflash(target: Target, classroom: Classroom, _words: Tensor) -> DFlas
         mask_token_id=MASK,
     )
     drafter = DFlashDrafter.initialise(config, classroom, BLOCK)
-    network, decoder, width = drafter.network(), target.model.get_decoder(), target.hidden_size
+    network, decoder = drafter.network(), target.model.get_decoder()
     with torch.no_grad():
-        network.fc.weight.zero_()[:, -width:] = torch.eye(width)
         network.hidden_norm.weight.copy_(decoder.layers[-1].input_layernorm.weight)
         network.norm.weight.copy_(decoder.norm.weight)
+    _pass_on_late_features(network.fc, DFLASH_LAYERS)
     _begin_layers(network.layers, target)
     return drafter
 
@@ -183,11 +183,9 @@ def _begin_pard(target: Target, classroom: Classroom, _words: Tensor) -> PardDra
         pard2_target_dim=len(layers) * target.hidden_size,
     )
     network = PardDrafter.initialise(config, target, 1).network()
-    body, decoder, width = network.model, target.model.get_decoder(), target.hidden_size
+    body, decoder = network.model, target.model.get_decoder()
     assert network.target_proj is not None
-    late = slice(width, 2 * width)  # the features that those layers are used to
-    with torch.no_grad():
-        network.target_proj.weight.zero_()[:, late] = torch.eye(width)
+    _pass_on_late_features(network.target_proj, PARD_LAYERS)
     body.embed_tokens.load_state_dict(decoder.embed_tokens.state_dict())
     body.embed_tokens.requires_grad_(False)
     body.norm.load_state_dict(decoder.norm.state_dict())
@@ -237,6 +235,13 @@ RECIPES: dict[str, Recipe] = {
         borrows_head=True,
     ),
 }
+
+
+@torch.no_grad()
+def _pass_on_late_features(fuse: nn.Linear, layers: tuple[int, ...]) -> None:
+    """Of all features those that the target's last layers are used to go through as they are."""
+    width, place = fuse.out_features, layers.index(FEATURE_LAYERS[-1])
+    fuse.weight.zero_()[:, place * width : (place + 1) * width] = torch.eye(width)
 
 
 def _begin_layers(layers: DecoderStack, target: Target) -> None:

@@ -8,9 +8,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from cosched.arms import FROZEN, PLAIN, beside
 from cosched.report.intervals import cut
-from cosched.report.table import DASH, PLAIN_SPEED, TIMES, speed_ratio, times
+from cosched.report.table import COLUMNS, MEASURED, measured_cells
 from cosched.telemetry.metrics import TextFigures, round_figures
 
 if TYPE_CHECKING:
@@ -18,15 +17,7 @@ if TYPE_CHECKING:
 
     from cosched.telemetry.metrics import RequestLog, RunSummary, Turn
 
-TEXT_COLUMNS = (
-    ("text", "the file that it comes from"),
-    ("arm", "one way of decoding the same prompts"),
-    ("τ", "tokens committed per request and round, bonus token included, pooled"),
-    ("τ\nnovel", "the same over rounds at novel positions only"),
-    ("tokens\n/s", "tokens committed per second of the arm's own time"),
-    (PLAIN_SPEED, "speed as a multiple of the arm plain, and its 95 % interval"),
-    (f"{TIMES}\nfrozen", "speed as a multiple of the same draft frozen, and its 95 % interval"),
-)
+TEXT_COLUMNS = (("text", "the file that it comes from"), COLUMNS[0], *MEASURED)
 
 
 def figures_by_text(
@@ -64,21 +55,10 @@ def text_rows(summary: RunSummary) -> list[list[str]]:
     """The cells under ``TEXT_COLUMNS``, text by text; none where there is one text."""
     texts = dict.fromkeys(text for arm in summary.arms.values() for text in arm.by_text)
     return [
-        [text, *_cells(name, {arm: one.by_text[text] for arm, one in summary.arms.items()})]
+        [text, name, *measured_cells(arms, name)]
         for text in texts
-        for name in summary.arms
-    ]
-
-
-def _cells(name: str, arms: Mapping[str, TextFigures]) -> list[str]:
-    arm = arms[name]
-    return [
-        name,
-        f"{arm.tau:.2f}" if arm.rounds else DASH,
-        DASH if arm.tau_novel is None else f"{arm.tau_novel:.2f}",
-        f"{arm.tokens_per_s:.1f}" if arm.tokens_per_s else DASH,
-        times(speed_ratio(arms, name, PLAIN)),
-        times(speed_ratio(arms, name, beside(name, FROZEN))),
+        for arms in [{name: arm.by_text[text] for name, arm in summary.arms.items()}]
+        for name in arms
     ]
 
 

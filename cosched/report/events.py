@@ -73,9 +73,8 @@ class ArmEvents:
     losses: list[tuple[int, float]] = field(default_factory=list)
     publications: list[tuple[int, int]] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
-    sources: dict[str, str | None] = field(
-        default_factory=dict
-    )  # whose file, where there are several
+    # The file of each request, where there are several.
+    sources: dict[str, str | None] = field(default_factory=dict)
 
     def in_time(self, max_batch: int) -> list[RoundRow]:
         """Rows in the order in which they were committed.

@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from cosched.arms import FROZEN, adapts, beside
+from cosched.arms import FROZEN, PLAIN, adapts, beside
 from cosched.errors import RunFolderError
 from cosched.report.intervals import Ratio, paired_ratio
 from cosched.telemetry.metrics import ArmSummary, RunSummary, TextFigures
@@ -47,6 +47,7 @@ COLUMNS = (
     ("updates/\nversion", "training updates, and the last published draft version"),
     ("texts\ndiffer", "requests whose tokens differ from the reference arm's"),
 )
+MEASURED = tuple(COLUMNS[place] for place in (2, 3, SPEED, 6, 7))
 EXPENDABLE = (
     "tokens",
     "updates/\nversion",
@@ -135,18 +136,29 @@ def arm_cells(summary: RunSummary, name: str) -> list[str]:
     """The cells of an arm under ``COLUMNS``; a figure that does not exist is a dash."""
     arm = summary.arms[name]
     drafts = bool(arm.position_acceptance)
+    tau, novel, *speeds = measured_cells(summary.arms, name)
     return [
         name,
         f"{arm.tokens:,}",
-        f"{arm.tau:.2f}" if arm.rounds else DASH,
-        DASH if arm.tau_novel is None else f"{arm.tau_novel:.2f}",
+        tau,
+        novel,
         percent(arm.repeat_fraction) if arm.tokens else DASH,
-        f"{arm.tokens_per_s:.1f}" if arm.tokens_per_s else DASH,
-        times(speed_ratio(summary.arms, name, "plain")),
-        times(speed_ratio(summary.arms, name, beside(name, FROZEN))),
+        *speeds,
         "/".join(f"{100 * share:.0f}" for share in time_shares(arm)) if arm.tokens else DASH,
         f"{arm.updates}/{arm.versions}" if drafts and adapts(name) else DASH,
         _differing(summary, name),
+    ]
+
+
+def measured_cells(arms: Mapping[str, Measured], name: str) -> list[str]:
+    """Those of ``MEASURED``, which an arm has on all text and on some."""
+    arm = arms[name]
+    return [
+        f"{arm.tau:.2f}" if arm.rounds else DASH,
+        DASH if arm.tau_novel is None else f"{arm.tau_novel:.2f}",
+        f"{arm.tokens_per_s:.1f}" if arm.tokens_per_s else DASH,
+        times(speed_ratio(arms, name, PLAIN)),
+        times(speed_ratio(arms, name, beside(name, FROZEN))),
     ]
 
 
