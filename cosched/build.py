@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from cosched.coscheduler import Coscheduler
     from cosched.engines.embedded.request import GenerationRequest
     from cosched.protocols import Drafter, Sink
+    from cosched.records import Acceptance
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +66,11 @@ class World:
         return self.trace is not None or self.config.workload.documents is not None
 
     @property
-    def judged_at(self) -> float:
-        """The temperature at which drafts are accepted; documents have none of their own."""
-        greedy_text = self.text_kind == "document" and self.sampling.greedy
-        return 1.0 if greedy_text else self.sampling.temperature
+    def accepted_at(self) -> tuple[Acceptance, float]:
+        """How drafts are accepted, and at which temperature; documents have none of their own."""
+        if self.text_kind == "greedy":
+            return "greedy", 1.0
+        return "sampled", 1.0 if self.sampling.greedy else self.sampling.temperature
 
     @property
     def device(self) -> str:
@@ -150,16 +152,22 @@ def build_arm(
     network = drafter.network() if drafter else None
     coscheduler = None
     if adapts(name) and drafter is not None and config.num_adapters:
-        coscheduler = build_pool(
-            config, world.target, drafter, window, sink, temperature=world.judged_at
-        )
+        coscheduler = build_pool(config, world.target, drafter, window, sink, *world.accepted_at)
     elif adapts(name) and drafter is not None:
         publish = config.adapt.publish
         publisher = network and InPlacePublisher.of_modules(
             network, world.target.model, publish.target_check_every, publish.keep
         )
+        acceptance, temperature = world.accepted_at
         coscheduler = build_coscheduler(
-            config, world.target, drafter, publisher, window, sink, temperature=world.judged_at
+            config,
+            world.target,
+            drafter,
+            publisher,
+            window,
+            sink,
+            acceptance=acceptance,
+            temperature=temperature,
         )
     if network is not None and config.engine.pack and not config.num_adapters:
         pack(network, rounds=True)  # after the trainer has taken its copy

@@ -11,23 +11,24 @@ from cosched.coscheduler import Coscheduler
 from cosched.engines.sglang.ranks import SamePolicy
 from cosched.errors import ConfigError
 from cosched.footprint import replay_limits
-from cosched.guard import FiniteGuard, ShadowGuard, WithinTimeShare
+from cosched.guard.guard import FiniteGuard, ShadowGuard
+from cosched.guard.scorer import AcceptanceScorer
+from cosched.loop.budget import WithinTimeShare
 from cosched.pool import CoschedulerPool
-from cosched.protocols import ServesAdapters
+from cosched.protocols import ServesAdapters, ShadowSettings
 from cosched.publish import InPlacePublisher, Serving
 from cosched.registry import OBJECTIVES, POLICIES
 from cosched.replay import ReplayBuffer
 from cosched.training.lora import on_base_of, weight_names
 from cosched.training.scope import lora_of
-from cosched.training.shadow import Shadow
 from cosched.trials import TryingTrainer, WithObjective
-from cosched.watch import ShadowSettings
 
 if TYPE_CHECKING:
     from cosched.config import Config
     from cosched.engines.embedded.target import Target
     from cosched.engines.sglang.ranks import Ranks
     from cosched.protocols import Drafter, Guard, Publisher, Sink, TargetInfo, Trainer
+    from cosched.records import Acceptance
 
 
 def build_coscheduler(
@@ -38,13 +39,14 @@ def build_coscheduler(
     window: int | None,
     sink: Sink,
     ranks: Ranks | None = None,
+    acceptance: Acceptance = "sampled",
     temperature: float = 1.0,
     learner: tuple[Drafter, Trainer] | None = None,
 ) -> Coscheduler:
     """All that adapts a serving draft; ``ranks`` where several train it.
 
-    ``temperature`` is that of the requests, by which a guard scores; where requests differ, 1: drafts
-    whose distributions overlap more are accepted more often at any temperature, as a rule. Without a
+    ``acceptance`` is the engine's and ``temperature`` that of the requests, by which a guard scores; where
+    requests differ, 1: a draft that is nearer to the target is so at any temperature, as a rule. Without a
     ``learner``, a copy of the draft and what trains it, one is made if anything is published.
     """
     adapt, loss, settings = config.adapt, config.loss_settings, config.policy_settings
@@ -55,7 +57,7 @@ def build_coscheduler(
         rates,
         chosen.warm_tokens,
     )
-    # A chain's rows behind a refusal stand on the very path that it drafted: they teach like others.
+    # A chain's rows behind a refusal stand on the very path that it drafted: they count like others.
     refused_weight = 1.0 if drafter.signal.conditioning == "chain" else loss.refused_weight
     shadow = adapt.guard if isinstance(adapt.guard, ShadowSettings) else None
     buffer = ReplayBuffer(
@@ -75,8 +77,15 @@ def build_coscheduler(
         if shadow is not None:
             dtype = target.embedding.weight.dtype
             form = adapt.replay.teacher
-            scorer = Shadow(
-                learner[0], target.head, form, dtype, temperature, ranks, loss.chunk_rows
+            scorer = AcceptanceScorer(
+                learner[0],
+                target.head,
+                form,
+                dtype,
+                acceptance,
+                temperature,
+                ranks,
+                loss.chunk_rows,
             )
             guard = ShadowGuard(shadow, scorer, buffer, publisher)
             if rates:
@@ -100,6 +109,7 @@ def build_pool(
     drafter: Drafter,
     window: int | None,
     sink: Sink,
+    acceptance: Acceptance = "sampled",
     temperature: float = 1.0,
 ) -> CoschedulerPool:
     """A co-scheduler for each adapter: their trainers stand on one frozen copy of the draft.
@@ -144,6 +154,7 @@ def build_pool(
             publisher,
             window,
             events,
+            acceptance=acceptance,
             temperature=temperature,
             learner=(copies[index], trainer),
         )

@@ -139,7 +139,14 @@ def build_adaptation(
         trains = getattr(POLICIES.get(config.policy_settings.kind), "trains", True)
         publisher = _publisher_into(parts, drafter, config.adapt.publish) if trains else None
         coscheduler = build_coscheduler(
-            config, parts.target, drafter, publisher, settings.window, sink, parts.ranks
+            config,
+            parts.target,
+            drafter,
+            publisher,
+            settings.window,
+            sink,
+            parts.ranks,
+            parts.acceptance,
         )
 
     def save(directory: Path) -> None:

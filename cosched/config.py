@@ -21,9 +21,8 @@ from cosched.errors import ConfigError
 from cosched.hub import model_folder, not_found
 from cosched.merging import from_words, merge, over, plain, read_yaml, with_defaults
 from cosched.plugin_settings import plugin_settings
-from cosched.protocols import ExpertSettings
+from cosched.protocols import ExpertSettings, FiniteSettings, ShadowSettings
 from cosched.records import TeacherForm
-from cosched.watch import FiniteSettings, ShadowSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,9 +16,9 @@ from cosched.arms import (
     split_arm,
 )
 from cosched.errors import ConfigError
+from cosched.protocols import ShadowSettings
 from cosched.records import LORA, OF_ADAPTERS
 from cosched.registry import LOSSES, POLICIES
-from cosched.watch import ShadowSettings
 
 if TYPE_CHECKING:
     from cosched.config import Config, ScopeSettings

@@ -191,8 +191,8 @@ class Experiment:
             one.logs, one.wall_seconds, one.turns = kept.logs, kept.wall_seconds, kept.turns
             one.arm.engine.seconds = kept.engine_seconds
             learner = one.arm.coscheduler if isinstance(one.arm, Arm) else None
-            if learner is not None and kept.totals is not None:
-                learner.restore(kept.totals, kept.version, tensors.get(one.arm.name, {}))
+            if learner is not None and kept.counters is not None:
+                learner.restore(kept.counters, kept.version, tensors.get(one.arm.name, {}))
         return progress.groups_done
 
     def _keep_progress(self, folder: RunFolder, groups_done: int) -> None:
@@ -201,12 +201,12 @@ class Experiment:
             return  # a recording, or what other processes hold, is whole or is made again
         arms, tensors = {}, {}
         for one in self._arms:
-            totals, version = None, 0
+            counters, version = None, 0
             if isinstance(one.arm, Arm) and one.arm.coscheduler is not None:
-                totals, version, tensors[one.arm.name] = one.arm.coscheduler.state()
+                counters, version, tensors[one.arm.name] = one.arm.coscheduler.state()
             seconds = one.arm.engine.seconds
             arms[one.arm.name] = ArmProgress(
-                one.logs, one.wall_seconds, seconds, totals, version, one.turns
+                one.logs, one.wall_seconds, seconds, counters, version, one.turns
             )
         resume_state.save(folder, Progress(groups_done, self._events.flush(), arms), tensors)
 
@@ -379,9 +379,9 @@ def _arm_summary(
 ) -> ArmSummary:
     figures = round_figures(one.logs)
     engine, coscheduler = one.arm.engine.seconds, one.arm.coscheduler
-    totals = coscheduler.totals if coscheduler else None
-    update = totals.update_seconds if totals else 0.0
-    publish = totals.publish_seconds if totals else 0.0
+    counters = coscheduler.counters if coscheduler else None
+    update = counters.update_seconds_total if counters else 0.0
+    publish = counters.publish_seconds if counters else 0.0
     named = engine.prefill + engine.draft + engine.verify + update + publish
     return ArmSummary(
         **msgspec.structs.asdict(figures),
@@ -399,13 +399,13 @@ def _arm_summary(
             None if reference is None else lossless_mismatches(reference, one.logs)
         ),
         versions=coscheduler.version if coscheduler else 0,
-        updates=totals.updates if totals else 0,
-        skipped_steps=totals.skipped_steps if totals else 0,
-        losses=list(totals.losses) if totals else [],
+        updates=counters.updates if counters else 0,
+        skipped_steps=counters.skipped_steps if counters else 0,
+        losses=list(counters.losses) if counters else [],
         peak_bytes=_peak_bytes(),
-        refused_updates=totals.watch.refused if totals else 0,
-        rollbacks=totals.watch.rolled_back if totals else 0,
-        guard_seconds=totals.guard_seconds if totals else 0.0,
+        refused_updates=counters.refused if counters else 0,
+        rollbacks=counters.rolled_back if counters else 0,
+        guard_seconds=counters.guard_seconds if counters else 0.0,
         parts=parts,
         cut_conversations=sum(log.cut for log in one.logs),
         by_text=by_text,

@@ -14,13 +14,13 @@ from torch import nn
 
 from cosched.arms import adapts
 from cosched.errors import CheckpointError, ConfigError
-from cosched.guard import LOOKED_INTO
+from cosched.guard.guard import LOOKED_AT
+from cosched.protocols import ShadowSettings
 from cosched.registry import DRAFTERS, LOSSES
 from cosched.replay import ReplayLimits
 from cosched.teacher import record_width
 from cosched.training.peaks import loss_peak, scores_peak
 from cosched.training.scope import lora_of, scope_of
-from cosched.watch import ShadowSettings
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -278,8 +278,7 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
     parameters = dict(network.named_parameters()) if network is not None else {}
     held = sum(parameter.numel() for parameter in parameters.values())
     scope, served = config.adapt.scope, config.num_adapters
-    pins = isinstance(config.adapt.guard, ShadowSettings)  # the last good version
-    keep = config.adapt.publish.keep + pins
+    keep = config.adapt.publish.keep
     adapters = trained = published = versions = 0
     scored: Sequence[str] = ()
     if network is not None and any(map(adapts, config.arms)):
@@ -358,7 +357,7 @@ def _scores_peak(
     guard = config.adapt.guard
     if not isinstance(guard, ShadowSettings):
         return 0
-    num_anchors = min(LOOKED_INTO * guard.anchors, limits.window - limits.path)
+    num_anchors = min(LOOKED_AT * guard.anchors, limits.window - limits.path)
     return scores_peak(
         drafter,
         scored,

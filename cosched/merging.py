@@ -10,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cosched.errors import ConfigError, PluginError
+from cosched.protocols import FiniteSettings, ShadowSettings
 from cosched.records import LORA, OF_ADAPTERS
 from cosched.registry import DRAFTERS, LOSSES, OBJECTIVES, POLICIES, Registry, defaults_for
-from cosched.watch import FiniteSettings, ShadowSettings
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from cosched.errors import WorkloadError
-from cosched.totals import Totals
-from cosched.watch import Watch
+from cosched.loop.counters import Counters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -70,10 +69,10 @@ class CoschedulerPool:
         return self._rounds
 
     @property
-    def totals(self) -> Totals:
+    def counters(self) -> Counters:
         """Sums over the adapters, whose own counters are ``parts``; their moving means stay theirs."""
-        parts = [part.totals for part in self._parts]
-        return Totals(
+        parts = [part.counters for part in self._parts]
+        return Counters(
             rounds=self._rounds,
             committed=sum(part.committed for part in parts),
             drafted=sum(part.drafted for part in parts),
@@ -81,7 +80,7 @@ class CoschedulerPool:
             updates=sum(part.updates for part in parts),
             draft_seconds=sum(part.draft_seconds for part in parts),
             verify_seconds=sum(part.verify_seconds for part in parts),
-            update_seconds=sum(part.update_seconds for part in parts),
+            update_seconds_total=sum(part.update_seconds_total for part in parts),
             background_seconds=sum(part.background_seconds for part in parts),
             publish_seconds=sum(part.publish_seconds for part in parts),
             skipped_steps=sum(part.skipped_steps for part in parts),
@@ -89,10 +88,8 @@ class CoschedulerPool:
             losses=[loss for part in parts for loss in part.losses],
             guard_seconds=sum(part.guard_seconds for part in parts),
             starved=max(part.starved for part in parts),
-            watch=Watch(
-                refused=sum(part.watch.refused for part in parts),
-                rolled_back=sum(part.watch.rolled_back for part in parts),
-            ),
+            refused=sum(part.refused for part in parts),
+            rolled_back=sum(part.rolled_back for part in parts),
             parts=parts,
         )
 
@@ -117,10 +114,8 @@ class CoschedulerPool:
         self._rounds += bool(round_.blocks)  # a prefill is none
         used = {self._users[segment.request_id] for segment in round_.segments}
         for index, part in enumerate(self._parts):
-            if index in used:
+            if index in used or part.busy:  # an update in the background may be done
                 part.on_round(self._part_of(round_, index, part.version))
-            elif part.busy:
-                part.learn(round_.num_running)  # an update in the background may be done
         for request_id in round_.finished:
             del self._users[request_id]
 
@@ -142,20 +137,20 @@ class CoschedulerPool:
             verify_seconds=share * round_.verify_seconds,
         )
 
-    def state(self) -> tuple[Totals, int, Mapping[str, Tensor]]:
+    def state(self) -> tuple[Counters, int, Mapping[str, Tensor]]:
         """As one co-scheduler's; the tensors of adapter i begin with its number."""
         tensors: dict[str, Tensor] = {}
-        totals = self.totals
-        totals.versions = [part.version for part in self._parts]
+        counters = self.counters
+        counters.versions = [part.version for part in self._parts]
         for index, part in enumerate(self._parts):
             tensors |= {f"{index}.{name}": tensor for name, tensor in part.state()[2].items()}
-        return totals, self.version, tensors
+        return counters, self.version, tensors
 
-    def restore(self, totals: Totals, version: int, tensors: Mapping[str, Tensor]) -> None:
+    def restore(self, counters: Counters, version: int, tensors: Mapping[str, Tensor]) -> None:
         """Go on from an earlier run's ``state()``."""
         del version  # the sum of those of the parts
-        self._rounds = totals.rounds
-        kept = zip(self._parts, totals.parts, totals.versions, strict=True)
+        self._rounds = counters.rounds
+        kept = zip(self._parts, counters.parts, counters.versions, strict=True)
         for index, (part, counted, own) in enumerate(kept):
             start = f"{index}."
             mine = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}

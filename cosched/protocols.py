@@ -21,6 +21,7 @@ from cosched.records import (
     SignalBatch,
     SignalSpec,
     Snapshot,
+    Standing,
     UpdateResult,
     Verdict,
     VerifyRound,
@@ -33,14 +34,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from cosched.totals import Totals
-
 
 class PolicySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``adapt.policy``: a policy adds its own fields in a subclass.
 
     ``max_time_share`` caps the share of the engine's time that updates take, whatever the policy
-    says (``cosched.guard``); 1 is no cap, and the only value with which a cadence counted in rounds
+    says (``cosched.loop.budget``); 1 is no cap, and the only value with which a cadence counted in rounds
     or tokens repeats exactly. To spend no time, take the policy ``never``.
     """
 
@@ -106,6 +105,45 @@ class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"hardest_share {self.hardest_share} and easiest_share {self.easiest_share} have no "
                 f"row in common; together they must be above 1"
             )
+
+
+class FiniteSettings(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="finite"
+):
+    """``adapt.guard`` of ``kind: finite``: updates none of whose steps was finite are refused."""
+
+
+Rate = Annotated[float, Meta(gt=0, lt=1)]
+
+
+class ShadowSettings(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag_field="kind",
+    tag="shadow",
+):
+    """``adapt.guard`` of ``kind: shadow``: drafts are scored on rows that no update has seen.
+
+    A candidate serves once there is evidence that it is better than what serves; ``false_publish`` is
+    the chance that one which is not better ever does. Training starts again from what serves once
+    there is evidence that the candidate is worse, and the draft as loaded serves again once there is
+    that what serves is worse than it; ``false_rollback`` is the chance that such evidence is wrong.
+    Both hold however often is looked (``cosched.guard.statistics``). To serve takes surer evidence
+    than to go back, because the draft as loaded is what users had before.
+
+    Each update leaves out the newest ``anchors``, which judge it; later ones are trained on them.
+    Between updates the guard looks every ``check_rounds`` on all rows that no update has had, up to
+    four times ``anchors``, or sooner when the acceptance length has fallen. When the draft as loaded
+    serves again nothing is trained for ``check_rounds``, and for twice as many each time until
+    something is published, but never for more than 32 times as many.
+    """
+
+    anchors: Annotated[int, Meta(ge=1)] = 32
+    check_rounds: Annotated[int, Meta(ge=1)] = 256
+    false_publish: Rate = 0.05
+    false_rollback: Rate = 0.2
 
 
 class DrafterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -420,19 +458,40 @@ class Scorer(Protocol):
 
 
 class Guard(Protocol):
-    """Whether a candidate may serve, and whether what serves may go on; remembers in the totals."""
+    """Whether a candidate may serve, and whether what serves may stay; it remembers by itself."""
+
+    @property
+    def standing(self) -> Standing:
+        """What it knows, in numbers."""
+        ...
+
+    def observe(self, round_: VerifyRound, serves_loaded: bool) -> None:
+        """One more round, served by a trained draft or by the one that was loaded."""
+        ...
 
     def judge(
-        self, result: UpdateResult, candidate: Mapping[str, Tensor], totals: Totals
-    ) -> Verdict: ...
+        self,
+        result: UpdateResult | None,
+        seen: Snapshot,
+        candidate: Callable[[], Mapping[str, Tensor]],
+    ) -> Verdict:
+        """Asked after every round in which nothing is being trained, of what was (None: nothing).
 
-    def watch(
-        self, totals: Totals, candidate: Callable[[], Mapping[str, Tensor]]
-    ) -> Verdict | None:
-        """Asked after every round while nothing is being trained; None where all is well.
-
-        The ``candidate`` of the last update may be published still.
+        What it says is done. ``seen`` is of before the update; ``candidate`` gives the weights of the
+        newest one, which may be published still. Of several ranks all say the same.
         """
+        ...
+
+    def start_anew(self, round_: int) -> None:
+        """An earlier version serves again that it did not ask for: what it has seen is of others."""
+        ...
+
+    def state(self) -> Mapping[str, Tensor]:
+        """All that it remembers."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a ``state()``."""
         ...
 
 
@@ -442,21 +501,17 @@ class Publisher(Protocol):
     version: int
 
     def state(self) -> Mapping[str, Tensor]:
-        """The weights that serve and those that are pinned, where they are not those loaded."""
+        """The weights that serve, where they are not those loaded."""
         ...
 
-    def restore(self, tensors: Mapping[str, Tensor], version: int, pinned: int) -> None:
-        """Serve the weights of a ``state()`` under the version they had, with one pinned."""
+    def restore(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Serve the weights of a ``state()`` under the version they had."""
         ...
 
     def publish(self, weights: Mapping[str, Tensor]) -> WeightVersion: ...
 
     def weights_of(self, version: int) -> Mapping[str, Tensor]:
         """The trained weights of a version that is still kept."""
-        ...
-
-    def pin(self, version: int) -> None:
-        """Keep this version, whatever is published after it, until another one is pinned."""
         ...
 
 

@@ -92,7 +92,6 @@ class InPlacePublisher:
         self._keep = keep
         self._clock = clock
         self._kept: dict[int, dict[str, Tensor]] = {}
-        self._pinned = 0
         shared = {tensor.data_ptr() for tensor in serving.target.values()}
         aliases = [name for name, t in serving.draft.items() if t.data_ptr() in shared]
         if aliases:
@@ -124,28 +123,25 @@ class InPlacePublisher:
         return self._serving.share(name, whole).to(self._serving.draft[name].dtype)
 
     def state(self) -> dict[str, Tensor]:
-        """The weights that serve and those that are pinned, where they are not those loaded."""
-        return {
-            f"version.{version}.{name}": weight
-            for version in {self._pinned, self.version} - {0}
-            for name, weight in self._kept[version].items()
-        }
+        """The weights that serve, where they are not those loaded."""
+        kept = self._kept.get(self.version, {})
+        return {f"version.{self.version}.{name}": weight for name, weight in kept.items()}
 
-    def restore(self, tensors: Mapping[str, Tensor], version: int, pinned: int) -> None:
-        """Serve the weights of a ``state()`` under the version they had, with one pinned.
+    def restore(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Serve the weights of a ``state()`` under the version they had.
 
         Raises:
-            PublicationError: the state has not both of them.
+            PublicationError: the state has not that version.
         """
-        for kept in sorted({pinned, version} - {0}):
-            start = f"version.{kept}."
-            weights = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-            if not weights:
-                raise PublicationError(f"there are no weights of version {kept} to go on with")
-            self.publish(weights)
-            self._kept[kept] = self._kept.pop(self.version)
-            self.version = kept
-            self.pin(pinned)
+        if version == 0:
+            return
+        start = f"version.{version}."
+        weights = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+        if not weights:
+            raise PublicationError(f"there are no weights of version {version} to go on with")
+        self.publish(weights)
+        self._kept[version] = self._kept.pop(self.version)
+        self.version = version
 
     def weights_of(self, version: int) -> Mapping[str, Tensor]:
         """The weights that every publication names, as they served under ``version``.
@@ -159,15 +155,6 @@ class InPlacePublisher:
             known = ", ".join(map(str, [0, *self._kept]))
             raise PublicationError(f"version {version} is not kept; there are {known}")
         return self._first
-
-    def pin(self, version: int) -> None:
-        """Keep a version beside the newest ``keep``, until another one is pinned; 0 is always kept.
-
-        Raises:
-            PublicationError: it never served, or is no longer kept.
-        """
-        self.weights_of(version)
-        self._pinned = version
 
     @torch.no_grad()
     def publish(self, weights: Mapping[str, Tensor]) -> WeightVersion:
@@ -203,8 +190,8 @@ class InPlacePublisher:
     def _remember(self, weights: Mapping[str, Tensor]) -> None:
         """Keep what serves now, in the storage of the version that is forgotten for it."""
         storage: dict[str, Tensor] = {}
-        loose = sorted(self._kept.keys() - {self._pinned})
-        for version in loose[: max(0, len(loose) - self._keep + 1)]:
+        kept = sorted(self._kept)
+        for version in kept[: max(0, len(kept) - self._keep + 1)]:
             storage = self._kept.pop(version)
         for name, new in weights.items():
             if name not in storage:

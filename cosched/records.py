@@ -25,6 +25,11 @@ TeacherForm = Literal["hidden", "logits", "top_k"]
 """How a teacher row is kept: the target's last hidden state, its logits, or the best of them
 (``cosched.teacher``)."""
 
+Acceptance = Literal["sampled", "target_only", "greedy"]
+"""How an engine accepts a drafted token (``cosched.guard.scorer``): it was drawn from the draft's
+distribution, and speculative sampling corrects for that; it is the draft's best one, and the target draws
+it; or it is the best one of both."""
+
 
 # --- data records: tensors -----------------------------------------------------------------
 
@@ -90,7 +95,9 @@ class ServedBlock:
 
 @dataclass(frozen=True, slots=True)
 class VerifyRound:
-    """One draft, verify, commit cycle of a batch, or the prefill of one request (no blocks).
+    """One draft, verify, commit cycle of a batch, the prefill of one request, or an idle tick.
+
+    The last two have no blocks.
 
     ``tokens_left`` is how many tokens the running requests may still commit, together; None where
     the engine does not know. ``num_queued`` counts requests that wait for a place; in the embedded
@@ -161,18 +168,20 @@ class Snapshot(msgspec.Struct, frozen=True):
     ``seconds_updating`` and ``seconds_publishing`` are those that the engine waited for. The mean
     behind ``reference_acceptance_length`` is slow (5,000 rounds), that behind the recent one fast
     (20). ``acceptance_shortfall`` is how many tokens a request has lost against the reference since
-    acceptance began to fall (``cosched.totals``). ``update_seconds`` is what the newest
+    acceptance began to fall (``cosched.loop.counters``). ``last_update_seconds`` is what the newest
     update has cost since it began, publication included; ``serving_seconds_since_update`` what
     drafting and verifying took since then. ``micro_step_seconds`` is 0 until it has been measured.
     ``update_gain`` is the acceptance length after an update over the one before it, a geometric
     moving mean that starts at 1; where a guard scores candidates it is theirs over the serving
     draft's, on the same rows. ``seconds_earned`` is what drafting and verifying would have taken
     longer with the draft as loaded, by the guard's mean difference less its standard error.
-    ``expected_tokens_left`` is per running request (``cosched.totals``). ``num_finished`` counts
+    ``expected_tokens_left`` is per running request (``cosched.loop.counters``). ``num_finished`` counts
     requests that are done.
     ``tokens_since_loaded`` were committed since the draft was last as it was loaded. ``trials`` are the
     newest comparisons of objectives, the oldest first: what one update with each of them, from the same
     weights, would have brought over the serving draft, in tokens; ``num_trials`` counts all there were.
+    ``serves_loaded`` says whether what serves is the draft as it was loaded; for ``pause_rounds`` more the
+    guard, which has just undone a publication, would have nothing trained.
     """
 
     round_index: int
@@ -193,7 +202,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     recent_round_seconds: float = 0.0
     reference_acceptance_length: float = 0.0
     acceptance_shortfall: float = 0.0
-    update_seconds: float = 0.0
+    last_update_seconds: float = 0.0
     serving_seconds_since_update: float = 0.0
     micro_step_seconds: float = 0.0
     update_gain: float = 1.0
@@ -206,6 +215,20 @@ class Snapshot(msgspec.Struct, frozen=True):
     updates_since_trial: int = 0
     num_trials: int = 0
     trials: tuple[tuple[float, ...], ...] = ()
+    serves_loaded: bool = True
+    pause_rounds: int = 0
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """What a guard knows, in numbers, for the next ``Snapshot``.
+
+    ``lead_tokens`` is by how much what serves is known to be better than the draft as loaded, in
+    tokens a round: the mean difference less its standard error, 0 where that is not above it.
+    ``resumes_at`` is the round until which the guard would have nothing trained.
+    """
+
+    lead_tokens: float = 0.0
+    resumes_at: int = 0
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -250,17 +273,25 @@ class UpdateResult(msgspec.Struct, frozen=True):
     trial: tuple[float, ...] = ()
 
 
-class Verdict(msgspec.Struct, frozen=True):
-    """Whether the candidate may serve, and why.
+Action = Literal["keep", "publish", "roll_back", "wait"]
 
-    ``back_to`` is the version from which training goes on instead, and which serves again if it does
-    not already. Scores are mean acceptance lengths, expected on ``num_rows`` held-out rows; None
-    where nothing was scored.
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What is to become of the candidate and of what serves: one action, and why.
+
+    ``keep``       what serves stays, and no candidate is looked at; without a reason nothing was
+    ``wait``       what serves stays, and the candidate is trained on until more is known of it
+    ``publish``    the candidate serves
+    ``roll_back``  training starts again from version ``to``, with an empty optimizer; that version
+                   serves again, if it does not already
+
+    Scores are mean acceptance lengths, expected on ``num_rows`` held-out rows; None where nothing
+    was scored.
     """
 
-    publish: bool
-    reason: str
-    back_to: int | None = None
+    action: Action
+    reason: str = ""
+    to: int | None = None
     num_rows: int | None = None
     candidate_score: float | None = None
     serving_score: float | None = None

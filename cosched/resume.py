@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from cosched.engines.embedded.engine import EngineSeconds
 from cosched.errors import RunFolderError
+from cosched.loop.counters import Counters
 from cosched.telemetry.metrics import RequestLog, Turn
 from cosched.telemetry.run_folder import RunFolder, explained
-from cosched.totals import Totals
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +33,7 @@ class ArmProgress(msgspec.Struct, frozen=True):
     logs: list[RequestLog]
     wall_seconds: float
     engine_seconds: EngineSeconds
-    totals: Totals | None
+    counters: Counters | None
     version: int
     turns: list[Turn] = []
 

@@ -22,7 +22,7 @@ class CostAwareSettings(PolicySettings, frozen=True, kw_only=True):
     step_ms: Annotated[float, Meta(gt=0)] = 50.0
 
 
-def update_seconds(snapshot: Snapshot, settings: CostAwareSettings) -> float:
+def expected_update_seconds(snapshot: Snapshot, settings: CostAwareSettings) -> float:
     """An update and a publication, as measured."""
     step = snapshot.micro_step_seconds or settings.step_ms / 1000
     publication = snapshot.seconds_publishing / max(1, snapshot.num_updates)

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
-from schedulers.costs import CostAwareSettings, update_seconds
+from schedulers.costs import CostAwareSettings, expected_update_seconds
 from schedulers.idle import when_idle
 
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -66,6 +66,6 @@ class Earned:
             + settings.explore_share * served
             + settings.reinvested_share * snapshot.seconds_earned
         )
-        if spent + update_seconds(snapshot, settings) > means:
+        if spent + expected_update_seconds(snapshot, settings) > means:
             return Decision(num_steps=0)
         return Decision(settings.num_steps, reason=f"{snapshot.seconds_earned:.1f} s earned so far")

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
-from schedulers.costs import CostAwareSettings, update_seconds
+from schedulers.costs import CostAwareSettings, expected_update_seconds
 
 
 class GoodputSettings(CostAwareSettings, frozen=True, kw_only=True):
@@ -58,7 +58,7 @@ class Goodput:
             return Decision(num_steps=0)
         if snapshot.num_updates < settings.exploratory_updates:
             return Decision(settings.num_steps, reason="to learn what an update brings")
-        cost = update_seconds(snapshot, settings)
+        cost = expected_update_seconds(snapshot, settings)
         served = min(rounds_left, settings.horizon_rounds) * snapshot.recent_round_seconds
         if (gain - 1) * served > cost:
             return Decision(settings.num_steps, reason=f"a gain of {gain - 1:.2%} pays")

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
-from schedulers.costs import CostAwareSettings, update_seconds
+from schedulers.costs import CostAwareSettings, expected_update_seconds
 from schedulers.idle import when_idle
 
 
@@ -50,7 +50,7 @@ class Slack:
             snapshot.num_running > settings.max_running or snapshot.num_queued > settings.max_queued
         )
         saved = snapshot.rounds_since_update * settings.budget_ms / 1000
-        cost = update_seconds(snapshot, settings)
+        cost = expected_update_seconds(snapshot, settings)
         if busy or cost > saved:
             return Decision(num_steps=0)
         return Decision(settings.num_steps, reason=f"{1000 * cost:.0f} ms, within the budget")

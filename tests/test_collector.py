@@ -134,8 +134,8 @@ def test_a_prompt_that_nothing_follows_is_dropped_and_its_neighbours_stay() -> N
     assert [name for name, _, _ in texts(rounds)] == ["b", "b"]
     assert [block.request_id for block in rounds[-1].blocks] == ["b"]
     assert not any(round_.finished for round_ in rounds)
-    assert not list(collector.farewells())
+    assert not collector.idle().finished
     collector.finish("b")
-    (last,) = collector.farewells()
+    last = collector.idle()
     assert (last.finished, last.blocks, last.num_running) == (("b",), (), 0)
-    assert not list(collector.farewells())
+    assert not collector.idle().finished

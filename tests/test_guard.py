@@ -29,9 +29,9 @@ from cosched.testing.harness import (
     make_target,
     serve,
 )
-from cosched.totals import Totals
-from cosched.training.shadow import Shadow
-from cosched.watch import ShadowSettings, Watch
+from cosched.loop.counters import Counters
+from cosched.guard.scorer import AcceptanceScorer
+from cosched.protocols import ShadowSettings, Watch
 from tests.conftest import make_drafter
 from tests.test_core import ROW, _round
 
@@ -272,17 +272,17 @@ def test_what_is_looked_at(
         SimpleNamespace(held_out=held_out),
         SimpleNamespace(version=5, weights_of=lambda version: version, pin=lambda _: None),
     )
-    totals = Totals(rounds=1000, watch=Watch(at_loaded=False, good=0, looked_at=1000))
+    counters = Counters(rounds=1000, watch=Watch(at_loaded=False, good=0, looked_at=1000))
     if alarm:
-        totals.watch.fall, totals.watch.falling = 20.0, 20
+        counters.watch.fall, counters.watch.falling = 20.0, 20
     else:
-        totals.watch.looked_at = 0
-    verdict = guard.watch(totals, candidate=lambda: pytest.fail("no candidate waits"))
+        counters.watch.looked_at = 0
+    verdict = guard.watch(counters, candidate=lambda: pytest.fail("no candidate waits"))
     assert seen == asked
-    assert totals.watch.evidence.weight == evidence
+    assert counters.watch.evidence.weight == evidence
     assert (verdict is None) == (not alarm and num_new == 0)
-    assert totals.watch.fall == 0
-    assert guard.watch(totals, candidate=dict) is None or not evidence
+    assert counters.watch.fall == 0
+    assert guard.watch(counters, candidate=dict) is None or not evidence
 
 
 # --- in a run ------------------------------------------------------------------------------
@@ -364,13 +364,13 @@ def test_a_poisoned_update_is_caught_before_it_serves(monkeypatch) -> None:
 
     def sample() -> SignalBatch | None:
         clean = honest()
-        return poisoned(clean) if 4 <= coscheduler.totals.updates < 8 else clean
+        return poisoned(clean) if 4 <= coscheduler.counters.updates < 8 else clean
 
     def load_and_look(weights: Any) -> None:
         load(weights)
         served = dict(arm.drafter.network().named_parameters())
         same = all(torch.equal(w, served[n]) for n, w in trainer.weights().items())
-        loaded.append((coscheduler.totals.updates, same, moments(trainer)))
+        loaded.append((coscheduler.counters.updates, same, moments(trainer)))
 
     monkeypatch.setattr(buffer, "sample", sample)
     monkeypatch.setattr(trainer, "load", load_and_look)
@@ -409,9 +409,9 @@ def test_poison_that_serves_is_undone(monkeypatch) -> None:
     clean: list[bool] = []
 
     def sample() -> SignalBatch | None:
-        if coscheduler.totals.rounds < 60 or events.of("rollback"):
+        if coscheduler.counters.rounds < 60 or events.of("rollback"):
             return honest()
-        poisoned_at.append(coscheduler.totals.rounds)
+        poisoned_at.append(coscheduler.counters.rounds)
         return poisoned(honest())
 
     def load_and_look(weights: Any) -> None:
@@ -460,8 +460,8 @@ def test_the_default_guard_serves_no_poison(monkeypatch) -> None:
         clean, version = honest(), coscheduler.version
         if clean is None or version < LEARNT:
             return clean
-        begun.append((coscheduler.totals.rounds, version))
-        return poisoned(clean) if coscheduler.totals.rounds < begun[0][0] + POISONED else clean
+        begun.append((coscheduler.counters.rounds, version))
+        return poisoned(clean) if coscheduler.counters.rounds < begun[0][0] + POISONED else clean
 
     monkeypatch.setattr(coscheduler._buffer, "sample", sample)
     decode(world, arm)
@@ -486,12 +486,12 @@ def test_nothing_is_undone_where_learning_pays() -> None:
     arm = build_arm(world, "adapted", events)
     decode(world, arm)
     assert arm.coscheduler is not None
-    totals = arm.coscheduler.totals
-    assert totals.updates > 25
-    assert arm.coscheduler.version > 0.9 * totals.updates
+    counters = arm.coscheduler.counters
+    assert counters.updates > 25
+    assert arm.coscheduler.version > 0.9 * counters.updates
     assert not events.of("rollback")
-    assert totals.watch.evidence.mean > 0
-    assert 0 < totals.guard_seconds < totals.update_seconds
+    assert counters.watch.evidence.mean > 0
+    assert 0 < counters.guard_seconds < counters.update_seconds_total
 
 
 def test_every_second_update_is_judged_with_the_one_before() -> None:
@@ -501,7 +501,7 @@ def test_every_second_update_is_judged_with_the_one_before() -> None:
     scored = [v.num_rows is not None for v in events.verdicts if v.candidate_score or v.publish < 1]
     assert scored[:6] == [False, True] * 3
     assert arm.coscheduler is not None
-    assert arm.coscheduler.version <= arm.coscheduler.totals.updates / 2
+    assert arm.coscheduler.version <= arm.coscheduler.counters.updates / 2
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from cosched.engines.sglang import compat
 from cosched.engines.sglang.adaptation import Adaptation, Nobody
 from cosched.engines.sglang.collector import RoundCollector
 from cosched.engines.sglang.ranks import Ranks
-from cosched.guard import FiniteGuard
+from cosched.guard.guard import FiniteGuard
 from cosched.records import Decision, Snapshot, UpdateResult
 from cosched.replay import ReplayBuffer, ReplayLimits
 from cosched.testing.harness import Every, NoEvents
@@ -21,6 +21,7 @@ from tests.test_collector import K, prompt, verified
 from tests.test_policies import Costly, policy, round_of
 
 DECIDING = 0.01  # seconds
+IDLE = round_of([], seconds=0)  # a tick in which nothing runs
 
 # --- what is charged ------------------------------------------------------------------------
 
@@ -74,12 +75,12 @@ def test_only_updates_are_charged_as_learning() -> None:
     for _ in range(10):
         subject.on_round(round_of([2]))
     for _ in range(1000):
-        subject.learn(num_running=0)
-    assert subject.totals.update_seconds == 0
+        subject.on_round(IDLE)
+    assert subject.counters.update_seconds_total == 0
     for _ in range(10):
         subject.on_round(round_of([2]))
     assert len(costly.begun) == 1
-    assert subject.totals.update_seconds == pytest.approx(DECIDING + 0.7)
+    assert subject.counters.update_seconds_total == pytest.approx(DECIDING + 0.7)
 
 
 def test_an_update_beside_the_engine_costs_what_the_engine_waited() -> None:
@@ -87,14 +88,14 @@ def test_an_update_beside_the_engine_costs_what_the_engine_waited() -> None:
     beside = Beside()
     subject = coscheduler(beside, policy("every_n_rounds", rounds=1))
     subject.on_round(round_of([2]))
-    assert subject.totals.update_seconds == pytest.approx(DECIDING + 0.05)
+    assert subject.counters.update_seconds_total == pytest.approx(DECIDING + 0.05)
     for _ in range(2):
-        subject.learn(num_running=0)
-    assert subject.totals.update_seconds == pytest.approx(DECIDING + 0.05)
-    subject.learn(num_running=0)
-    assert subject.totals.updates == 1
-    assert subject.totals.update_seconds == pytest.approx(DECIDING + 0.051)
-    assert subject.totals.background_seconds == 0.7
+        subject.on_round(IDLE)
+    assert subject.counters.update_seconds_total == pytest.approx(DECIDING + 0.05)
+    subject.on_round(IDLE)
+    assert subject.counters.updates == 1
+    assert subject.counters.update_seconds_total == pytest.approx(DECIDING + 0.051)
+    assert subject.counters.background_seconds == 0.7
 
 
 @pytest.mark.parametrize("ticks", [0, 10_000])
@@ -106,7 +107,7 @@ def test_who_has_idled_learns_as_if_it_had_not(ticks: int) -> None:
     for _ in range(4):
         subject.on_round(round_of([2], seconds=0.1))
     for _ in range(ticks):
-        subject.learn(num_running=0)
+        subject.on_round(IDLE)
     for _ in range(400):
         subject.on_round(round_of([2], seconds=0.1))
     assert len(costly.begun) == 4  # a credit of 4.8 s, of which each takes 1.01 s
@@ -199,10 +200,10 @@ def test_the_last_requests_are_over_when_nothing_runs() -> None:
     scheduler.serve("a", 4)
     assert scheduler.buffer.num_tokens > 0
     scheduler.idle()
-    assert scheduler.coscheduler.totals.finished == 1
+    assert scheduler.coscheduler.counters.finished == 1
     assert scheduler.buffer.num_tokens == 0
     scheduler.idle()
-    assert scheduler.coscheduler.totals.finished == 1
+    assert scheduler.coscheduler.counters.finished == 1
 
 
 def test_a_prompt_without_a_round_holds_no_memory() -> None:

@@ -22,7 +22,7 @@ from cosched.testing.harness import make_target, make_trainer
 from cosched.testing.specimen import MetaTarget, as_batch, make_texts
 from cosched.training.micro_step import BatchLoss
 from cosched.training.peaks import loss_peak, scores_peak
-from cosched.training.shadow import Shadow
+from cosched.guard.scorer import AcceptanceScorer
 
 VOCAB, CHUNK, PATH = 20_000, 8, 4
 QWEN3_VOCAB = 151_936

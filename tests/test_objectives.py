@@ -35,12 +35,12 @@ from cosched.testing.harness import (
     make_trainer,
     serve,
 )
-from cosched.totals import TRIALS_KEPT, Totals
+from cosched.loop.counters import TRIALS_KEPT, Counters
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
 from cosched.training.scope import parameters_of
 from cosched.trials import TryingTrainer, WithObjective
-from cosched.watch import FiniteSettings, ShadowSettings
+from cosched.protocols import FiniteSettings, ShadowSettings
 from schedulers.defaults import TABLE
 from tests.conftest import make_drafter
 from tests.test_core import snapshot
@@ -73,13 +73,13 @@ def turns(objective: Any, trials: list[Gains]) -> list[int]:
 
 def test_trials_come_first_and_every_so_many_updates() -> None:
     """One before anything is known, then every fifth update; one that found no rows is made up for."""
-    objective, totals, seen = hedge(every_updates=5), Totals(), []
+    objective, counters, seen = hedge(every_updates=5), Counters(), []
     for update in range(16):
-        choice = objective.choose(totals.snapshot(1, 0, 0))
+        choice = objective.choose(counters.snapshot(1, 0, 0))
         seen.append(choice.trial)
-        totals.updates += 1
+        counters.updates += 1
         if choice.trial and update not in {0, 6}:
-            totals.note_trial((0.0, 0.0))
+            counters.note_trial((0.0, 0.0))
     assert [i for i, trial in enumerate(seen) if trial] == [0, 1, 6, 7, 12]
 
 
@@ -160,13 +160,13 @@ def test_regret_is_within_the_bound(n: int, eta: float, text: str, count: int, s
 
 def test_totals_keep_the_newest_trials_and_a_reset_forgets_none() -> None:
     """Bounded however long a server runs; a new request knows what was good; it can be written."""
-    totals = Totals()
+    counters = Counters()
     for number in range(TRIALS_KEPT + 9):
-        totals.note_trial((float(number), -1.0))
-    totals.start_anew()
-    again = msgspec.json.decode(msgspec.json.encode(totals), type=Totals)
+        counters.note_trial((float(number), -1.0))
+    counters.start_anew()
+    again = msgspec.json.decode(msgspec.json.encode(counters), type=Counters)
     known = again.snapshot(1, 0, 0)
-    assert known == totals.snapshot(1, 0, 0)
+    assert known == counters.snapshot(1, 0, 0)
     assert (known.num_trials, len(known.trials)) == (TRIALS_KEPT + 9, TRIALS_KEPT)
     assert known.trials[-1] == (TRIALS_KEPT + 8, -1.0)
 
@@ -195,21 +195,21 @@ def test_the_rate_rises_with_the_tokens() -> None:
 
 def test_tokens_are_counted_from_the_loaded_draft() -> None:
     """From the start, a reset, and from when the loaded draft serves again; not from other versions."""
-    totals = Totals()
+    counters = Counters()
 
     def seen() -> int:
-        totals.observe(round_of([3]))
-        return totals.snapshot(1, 0, 0).tokens_since_loaded
+        counters.observe(round_of([3]))
+        return counters.snapshot(1, 0, 0).tokens_since_loaded
 
     assert [seen(), seen()] == [3, 6]
-    totals.start_anew()
+    counters.start_anew()
     assert seen() == 3
     for version in (4, None, 0):
-        totals.note_scores(Verdict(publish=False, reason="", back_to=version, serving_score=2.0))
+        counters.note_scores(Verdict(publish=False, reason="", back_to=version, serving_score=2.0))
     assert seen() == 3
-    totals.went_back(2)
+    counters.went_back(2)
     assert seen() == 6
-    totals.went_back(0)
+    counters.went_back(0)
     assert seen() == 3
 
 
@@ -363,7 +363,7 @@ def test_an_absurd_expert_leaves_no_trace(alone, good: int) -> None:
     assert all(trial[good] > trial[1 - good] + 0.3 for trial in trials)
     assert {result.objective for result in results} == {good}
     assert {event["decision"].objective for event in events.of("decision")[1:]} == {good}
-    assert arm.coscheduler.totals.num_trials == len(trials)
+    assert arm.coscheduler.counters.num_trials == len(trials)
     assert text == alone[0]
     assert published(events) == published(alone[1])
     assert len(published(events)) > 5
@@ -375,10 +375,10 @@ def test_the_cost_of_trials_is_counted() -> None:
     """All of a trial's updates and scores are time that the engine waited for, so that a share of
     the time bounds them as well."""
     _, events, arm = run(experts(GOOD, "{lr: 1.0e-3}", "{lr: 1.0e-4}", every_updates=1), tokens=64)
-    totals = arm.coscheduler.totals
+    counters = arm.coscheduler.counters
     spent = sum(event["result"].seconds for event in events.of("update"))
-    assert totals.updates >= 4
-    assert spent < totals.update_seconds - totals.guard_seconds
+    assert counters.updates >= 4
+    assert spent < counters.update_seconds_total - counters.guard_seconds
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -15,7 +15,8 @@ from cosched.config import load_config
 from cosched.coscheduler import Coscheduler
 from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError
-from cosched.guard import FiniteGuard, WithinTimeShare
+from cosched.guard.guard import FiniteGuard
+from cosched.loop.budget import WithinTimeShare
 from cosched.records import (
     Decision,
     ServedBlock,
@@ -26,7 +27,7 @@ from cosched.records import (
 )
 from cosched.registry import POLICIES
 from cosched.testing.harness import NoEvents
-from cosched.totals import Totals
+from cosched.loop.counters import Counters
 from tests.conftest import make_drafter
 from tests.test_core import snapshot
 
@@ -127,18 +128,18 @@ def test_tokens_are_waited_for() -> None:
 
 def test_requests_are_waited_for() -> None:
     """Whether others still run or not; what finished before the last update does not count again."""
-    every, totals = policy("every_n_requests", requests=2, num_steps=3), Totals()
+    every, counters = policy("every_n_requests", requests=2, num_steps=3), Counters()
 
     def decided(*finished: str, running: int = 1) -> int:
-        totals.observe(round_of([2], finished=finished))
-        steps = every.decide(totals.snapshot(running, 0, 0)).num_steps
+        counters.observe(round_of([2], finished=finished))
+        steps = every.decide(counters.snapshot(running, 0, 0)).num_steps
         if steps:
-            totals.begin_update(steps)
+            counters.begin_update(steps)
         return steps
 
     assert [decided(), decided("a"), decided()] == [0, 0, 0]
     assert [decided("b", running=0), decided(), decided("c"), decided("d", "e")] == [3, 0, 0, 3]
-    assert totals.snapshot(1, 0, 0).num_finished == 5
+    assert counters.snapshot(1, 0, 0).num_finished == 5
 
 
 # --- drift ---------------------------------------------------------------------------------
@@ -146,15 +147,15 @@ def test_requests_are_waited_for() -> None:
 
 def test_drift_trains_from_onset_to_recovery() -> None:
     """Steady text: no update. A fall: updates. Back at the reference: none again, at once."""
-    drift, totals = policy("drift", rounds=4, threshold_tokens=10), Totals()
+    drift, counters = policy("drift", rounds=4, threshold_tokens=10), Counters()
 
     def trains(lengths: list[int]) -> list[bool]:
         seen = []
         for length in lengths:
-            totals.observe(round_of([length]))
-            decision = drift.decide(totals.snapshot(1, 0, 0))
+            counters.observe(round_of([length]))
+            decision = drift.decide(counters.snapshot(1, 0, 0))
             if decision.num_steps:
-                totals.begin_update(decision.num_steps)
+                counters.begin_update(decision.num_steps)
             seen.append(bool(decision.num_steps))
         return seen
 
@@ -167,28 +168,28 @@ def test_drift_trains_from_onset_to_recovery() -> None:
     back = trains([4] * 60)
     assert any(back[:10])
     assert not any(back[30:])
-    assert totals.shortfall == 0
+    assert counters.shortfall == 0
 
 
 def test_drift_gives_up_where_training_does_not_help() -> None:
     """The reference follows, so a draft that cannot be had back is not trained for ever."""
-    totals = Totals()
+    counters = Counters()
     good, bad = round_of([3]), round_of([1])
     for seen in [good] * 500 + [bad] * 12_000:
-        totals.observe(seen)
-    assert totals.reference == pytest.approx(1.0, abs=0.1)
-    assert totals.shortfall == 0
+        counters.observe(seen)
+    assert counters.reference == pytest.approx(1.0, abs=0.1)
+    assert counters.shortfall == 0
 
 
 def test_drift_sees_a_slow_decay() -> None:
     """From 3.7 tokens to 1.5 in 16,000 rounds, as one long answer does: seen in its first third."""
-    draw, totals = random.Random(0), Totals()
+    draw, counters = random.Random(0), Counters()
     threshold = policy("drift").settings.threshold_tokens
     rounds = {n: round_of([n]) for n in range(1, 6)}
     for number in range(5_000):
         mean = 3.7 - 2.2 * number / 16_000
-        totals.observe(rounds[int(mean) + (draw.random() < mean % 1)])
-        if totals.shortfall >= threshold:
+        counters.observe(rounds[int(mean) + (draw.random() < mean % 1)])
+        if counters.shortfall >= threshold:
             return
     pytest.fail("not seen")
 
@@ -196,15 +197,15 @@ def test_drift_sees_a_slow_decay() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_drift_tells_a_fall_from_noise(seed: int) -> None:
     """Its default: 4,000 rounds of noise are no fall; from 1 in 2 to 1 in 5 is seen in 100."""
-    draw, totals = random.Random(seed), Totals()
+    draw, counters = random.Random(seed), Counters()
     threshold = policy("drift").settings.threshold_tokens
 
     def lost(chance: float, num_rounds: int) -> list[bool]:
         seen = []
         for _ in range(num_rounds):
             accepted = next((k for k in range(4) if draw.random() > chance), 4)
-            totals.observe(round_of([1 + accepted]))
-            seen.append(totals.shortfall >= threshold)
+            counters.observe(round_of([1 + accepted]))
+            seen.append(counters.shortfall >= threshold)
         return seen
 
     assert not any(lost(0.5, 4000))
@@ -247,42 +248,41 @@ def test_slack_uses_an_idle_tick_once() -> None:
 
 
 def served(
-    totals: Totals, seconds: float, gain: float, every: Any, update_seconds: float
+    counters: Counters, seconds: float, gain: float, every: Any, update_seconds: float
 ) -> tuple[int, int]:
     """Serve one request for so long; updates and rounds. Each update is scored, with noise."""
-    updates, rounds, noise = 0, 0, random.Random(0)
+    updates, rounds, noise, lead = 0, 0, random.Random(0), Lead()
     while seconds > 0:
-        totals.observe(round_of([2], seconds=0.02))
+        counters.observe(round_of([2], seconds=0.02), lead.proven)
         seconds, rounds = seconds - 0.02, rounds + 1
-        steps = every.decide(totals.snapshot(1, 0, 0)).num_steps
+        steps = every.decide(counters.snapshot(1, 0, 0)).num_steps
         if steps:
-            totals.begin_update(steps)
-            totals.updates += 1
+            counters.begin_update(steps)
+            counters.updates += 1
             updates += 1
-            totals.update_seconds += update_seconds
-            totals.watch.at_loaded = False
+            counters.update_seconds_total += update_seconds
             loaded = 2 / gain + noise.gauss(0, 0.05)
-            totals.watch.evidence.add([2.0] * 16, [loaded] * 16)
+            lead.add(blocks([2.0] * 16, [loaded] * 16), 16)
     return updates, rounds
 
 
 def test_what_earns_nothing_is_let_be() -> None:
     """A credit of so many rounds' time, and then a share of the time that nobody misses."""
-    every, totals = policy("earned", rounds=8, credit_rounds=40, explore_share=0.005), Totals()
-    assert served(totals, 2.0, 1.0, every, 0.1)[0] == 8  # 40 rounds of 0.02 s
-    updates, _ = served(totals, 200.0, 1.0, every, 0.1)
+    every, counters = policy("earned", rounds=8, credit_rounds=40, explore_share=0.005), Counters()
+    assert served(counters, 2.0, 1.0, every, 0.1)[0] == 8  # 40 rounds of 0.02 s
+    updates, _ = served(counters, 200.0, 1.0, every, 0.1)
     assert updates * 0.1 <= 0.006 * 202
     assert updates >= 9
-    dearer = Totals()
+    dearer = Counters()
     assert served(dearer, 2.0, 1.0, every, 0.2)[0] == 4
-    dearest = Totals()
+    dearest = Counters()
     assert served(dearest, 2.0, 1.0, every, 0.9)[0] <= 1
 
 
 def test_what_earns_goes_on_at_full_cadence() -> None:
-    every, totals = policy("earned", rounds=8, credit_rounds=128), Totals()
-    served(totals, 10.0, 1.5, every, 0.01)
-    updates, rounds = served(totals, 20.0, 1.5, every, 0.01)
+    every, counters = policy("earned", rounds=8, credit_rounds=128), Counters()
+    served(counters, 10.0, 1.5, every, 0.01)
+    updates, rounds = served(counters, 20.0, 1.5, every, 0.01)
     assert updates == rounds // 8
 
 
@@ -290,28 +290,34 @@ def test_what_earns_goes_on_at_full_cadence() -> None:
 @pytest.mark.parametrize("cost", [0.01, 0.1, 1.0])
 def test_learning_costs_no_more_than_it_brings(gain: float, cost: float) -> None:
     """Beyond the credit and the small share, however dear updates are and whatever they bring."""
-    every, totals = policy("earned", rounds=8, credit_rounds=100, explore_share=0.005), Totals()
-    served(totals, 60.0, gain, every, cost)
+    every, counters = policy("earned", rounds=8, credit_rounds=100, explore_share=0.005), Counters()
+    served(counters, 60.0, gain, every, cost)
     saved = max(0.0, gain - 1) * 60
-    assert totals.update_seconds <= 100 * 0.02 + cost + 0.005 * 61 + 0.5 * saved * 1.05
+    assert counters.update_seconds_total <= 100 * 0.02 + cost + 0.005 * 61 + 0.5 * saved * 1.05
 
 
 def test_nothing_is_earned_without_evidence() -> None:
     """A score that could be chance buys no update; nor does a draft that has gone back."""
-    totals = Totals()
-    totals.watch.at_loaded = False
+    counters, monitor = Counters(), Monitor()
+    settings, seen = ShadowSettings(), counters.snapshot(1, 7, 0)
+    seen = msgspec.structs.replace(seen, serves_loaded=False)
+
+    def look(score: float) -> Verdict:
+        return monitor.look(Scores([1 + score] * 16, loaded=[1.0] * 16), settings, seen)
+
     for _ in range(4):
-        totals.watch.evidence.add([2.0] * 16, [1.0] * 16)
-    totals.observe(round_of([3], seconds=1.0))
-    assert totals.earned_seconds == 0
+        look(1.0)
+    counters.observe(round_of([3], seconds=1.0), monitor.standing.lead_tokens)
+    assert counters.earned_seconds == 0
     for score in (0.9, 1.1) * 8:
-        totals.watch.evidence.add([1 + score] * 16, [1.0] * 16)
-    totals.observe(round_of([3], seconds=1.0))
-    earned = totals.earned_seconds
+        look(score)
+    counters.observe(round_of([3], seconds=1.0), monitor.standing.lead_tokens)
+    earned = counters.earned_seconds
     assert 0.45 < earned < 0.5  # a token of the three, which the draft as loaded would not have had
-    totals.watch.went_back(0)
-    totals.observe(round_of([2], seconds=1.0))
-    assert totals.earned_seconds == earned
+    while look(-1.0).to is None:
+        pass
+    counters.observe(round_of([2], seconds=1.0), monitor.standing.lead_tokens)
+    assert counters.earned_seconds == earned
 
 
 # --- goodput -------------------------------------------------------------------------------
@@ -359,33 +365,33 @@ def test_goodput_explores_first_and_later_seldom() -> None:
 
 def test_what_is_left_of_a_text_is_estimated() -> None:
     """As much as has been seen; then committed over finished; never more than is allowed."""
-    totals = Totals()
+    counters = Counters()
 
     def left(num_running: int = 2) -> float:
-        return totals.snapshot(num_running, 0, 0).expected_tokens_left
+        return counters.snapshot(num_running, 0, 0).expected_tokens_left
 
     assert left() == 0
-    totals.observe(round_of([3, 3]))
+    counters.observe(round_of([3, 3]))
     assert left() == 6
-    totals.observe(round_of([3, 3], finished=("0", "1", "2")))
+    counters.observe(round_of([3, 3], finished=("0", "1", "2")))
     assert left() == 4
-    totals.observe(round_of([3, 3], tokens_left=5))
+    counters.observe(round_of([3, 3], tokens_left=5))
     assert left() == 2.5
     assert left(num_running=0) == 0
 
 
 def test_costs_and_gains_are_learnt_from_updates() -> None:
     """The first update warms up and is left out; later ones count by the micro-step."""
-    totals = Totals()
+    counters = Counters()
     for number, (cost, length) in enumerate([(9.0, 2), (0.4, 2), (0.4, 3), (0.4, 3)]):
         for _ in range(200):
-            totals.observe(round_of([length]))
-        totals.begin_update(num_steps=2)
-        totals.update_seconds += cost
-        totals.publish_seconds += 0.1
-        totals.updates += 1
-        seen = totals.snapshot(1, 0, 0)
-        assert seen.update_seconds == pytest.approx(cost + 0.1)
+            counters.observe(round_of([length]))
+        counters.begin_update(num_steps=2)
+        counters.update_seconds_total += cost
+        counters.publish_seconds += 0.1
+        counters.updates += 1
+        seen = counters.snapshot(1, 0, 0)
+        assert seen.last_update_seconds == pytest.approx(cost + 0.1)
         assert seen.serving_seconds_since_update == 0
         assert seen.micro_step_seconds == pytest.approx(0.2 if number > 1 else 0.0)
         # From 2 to 3 tokens in one of the updates, with a weight of 0.1; then one without a gain.
@@ -395,12 +401,12 @@ def test_costs_and_gains_are_learnt_from_updates() -> None:
 
 def test_a_reset_forgets_the_text_and_not_the_bill() -> None:
     """State per request: the next text is not compared with the last, its updates still cost."""
-    totals = Totals(updates=3, step_seconds=0.2, shortfall=20.0, recent_at_update=2.0)
-    totals.update_seconds = 4.0
-    totals.start_anew()
-    seen = totals.snapshot(1, 0, 0)
+    counters = Counters(updates=3, step_seconds=0.2, shortfall=20.0, recent_at_update=2.0)
+    counters.update_seconds_total = 4.0
+    counters.start_anew()
+    seen = counters.snapshot(1, 0, 0)
     assert (seen.acceptance_shortfall, seen.rounds_since_update) == (0, 0)
-    assert (seen.update_seconds, seen.micro_step_seconds) == (4.0, 0.2)
+    assert (seen.update_seconds_total, seen.micro_step_seconds) == (4.0, 0.2)
 
 
 # --- the cap -------------------------------------------------------------------------------
@@ -484,7 +490,7 @@ def test_the_cap_holds_for_every_policy_that_is_built(kind: str, target: Target)
     )
     built = build_coscheduler(config, target, make_drafter(target), None, None, NoEvents())
     would = {**PAYS, "rounds_since_update": 100, "tokens_since_update": 1000}
-    would |= {"acceptance_shortfall": 1000, "update_seconds": 1.0, "requests_since_update": 100}
+    would |= {"acceptance_shortfall": 1000, "last_update_seconds": 1.0, "requests_since_update": 100}
     would |= {"seconds_earned": 1000.0}
     script = [{"serving_seconds_since_update": s} for s in (0.0, 2.9, 3.1)]
     decided = steps(built._policy, script, **would)

@@ -13,7 +13,7 @@ from cosched.errors import ConfigError
 from cosched.experiment import Experiment
 from cosched.registry import defaults_for
 from cosched.telemetry.run_folder import RunFolder
-from cosched.watch import ShadowSettings
+from cosched.protocols import ShadowSettings
 from cosched.workload import load_requests
 from schedulers.earned import EarnedSettings
 from tests.test_run import run_cli

@@ -25,7 +25,7 @@ from cosched.experiment import TURN_TOKENS, Experiment
 from cosched.resume import ArmProgress, Progress, load, save
 from cosched.telemetry.metrics import Turn
 from cosched.telemetry.run_folder import RunFolder
-from cosched.totals import Totals
+from cosched.loop.counters import Counters
 
 ROOT = Path(__file__).parent.parent
 
@@ -522,8 +522,8 @@ def test_progress_with_a_loss_that_was_not_finite_is_readable(tmp_path: Path) ->
     """JSON has no NaN: a skipped step must not make an interrupted run unreadable."""
     folder = RunFolder(tmp_path / "run")
     folder.create()
-    totals = Totals(losses=[0.5, None], skipped_steps=1)
-    arm = ArmProgress([], 1.0, EngineSeconds(), totals, 1, [Turn(1, 32, 0.5)])
+    counters = Counters(losses=[0.5, None], skipped_steps=1)
+    arm = ArmProgress([], 1.0, EngineSeconds(), counters, 1, [Turn(1, 32, 0.5)])
     save(folder, Progress(1, 0, {"adapted": arm}), {"adapted": {}})
     assert load(folder)[0].arms["adapted"] == arm
 

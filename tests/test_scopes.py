@@ -32,7 +32,7 @@ from cosched.registry import DRAFTERS
 from cosched.telemetry.run_folder import NoEvents, RunFolder
 from cosched.testing.harness import collected, decode, make_engine, make_requests, serve
 from cosched.testing.specimen import Feeder, make_texts
-from cosched.totals import Totals
+from cosched.loop.counters import Counters
 from cosched.training.lora import MergingTrainer, find_layers, placed
 from cosched.training.scope import lora_of, scope_of
 from cosched.workload import check_texts
@@ -294,7 +294,7 @@ def test_lora_serves_per_request_without_loss(target: Target, configure: Configu
         observer = build_coscheduler(settings, target, drafter, publisher, None, NoEvents())
         done = list(make_engine(target, drafter, order, observer=observer).generate(order))
         assert all(list(one.tokens) == plain[one.request.id] for one in done)
-        assert observer.totals.updates > 5
+        assert observer.counters.updates > 5
         runs[len(order)] = [row.num_accepted for row in done[-1].rounds]
         assert same({n: p.detach() for n, p in network.named_parameters()}, first)  # reset
     assert runs[2] == runs[1]
@@ -398,10 +398,10 @@ def test_tenants_learn_apart_and_lose_nothing(target: Target, per_tenant: Config
     assert same({n: p.detach() for n, p in drafter.network().named_parameters()}, base)
     assert [part.version > 3 for part in pool._parts] == [True, True, False]
     assert pool.version == sum(part.version for part in pool._parts)
-    assert pool.totals.updates == pool.version
+    assert pool.counters.updates == pool.version
     rows = [row for one in done.values() for row in one.rounds]
-    assert pool.totals.committed == sum(row.num_committed for row in rows)
-    assert pool.totals.accepted == sum(row.num_accepted for row in rows)
+    assert pool.counters.committed == sum(row.num_committed for row in rows)
+    assert pool.counters.accepted == sum(row.num_accepted for row in rows)
 
 
 def test_training_one_tenant_changes_no_draft_of_another(
@@ -469,7 +469,7 @@ def test_requests_of_a_batch_learn_apart_and_are_forgotten(
     first = serving(pool)
     done = run_pool(target, drafter, pool, requests)
     assert {name: list(one.tokens) for name, one in done.items()} == plain
-    assert all(part.totals.updates > 3 for part in pool._parts)
+    assert all(part.counters.updates > 3 for part in pool._parts)
     assert all(same(now, was) for now, was in zip(serving(pool), first, strict=True))
 
 
@@ -500,7 +500,7 @@ def test_an_update_under_way_when_its_request_ends_serves_nobody(
     under_way, taught = observer.busy, copied(trainer.weights())
     may_end.set()
     assert not under_way
-    assert observer.totals.updates == 0
+    assert observer.counters.updates == 0
     assert same(taught, first)
 
 
@@ -514,7 +514,7 @@ def test_a_lent_adapter_comes_back_as_it_was(target: Target, configure: Configur
         pool = make_pool(config, target, drafter)
         if before:
             run_pool(target, drafter, pool, before)
-            assert pool._parts[0].totals.updates > 3
+            assert pool._parts[0].counters.updates > 3
         done = run_pool(target, drafter, pool, requests[1:])
         rounds.append([row.num_accepted for row in done["r1"].rounds])
     assert rounds[0] == rounds[1]
@@ -530,11 +530,11 @@ def test_a_pool_counts_what_guards_did(target: Target, configure: Configure) -> 
     pool = make_pool(config, target, drafter)
     requests = make_requests(target, count=2, prompt=8, new=90)
     done = run_pool(target, drafter, pool, requests)
-    totals, parts = pool.totals, [part.totals for part in pool._parts]
-    assert totals.watch.refused == sum(part.watch.refused for part in parts) > 0
-    assert totals.watch.rolled_back == sum(part.watch.rolled_back for part in parts)
-    assert 0 < totals.guard_seconds < totals.update_seconds
-    assert totals.rounds == max(len(one.rounds) for one in done.values())
+    counters, parts = pool.counters, [part.counters for part in pool._parts]
+    assert counters.watch.refused == sum(part.watch.refused for part in parts) > 0
+    assert counters.watch.rolled_back == sum(part.watch.rolled_back for part in parts)
+    assert 0 < counters.guard_seconds < counters.update_seconds_total
+    assert counters.rounds == max(len(one.rounds) for one in done.values())
 
 
 @pytest.mark.slow
@@ -544,18 +544,18 @@ def test_a_pool_goes_on_exactly(target: Target, per_tenant: Config) -> None:
     whole, cut = make_drafter(target), make_drafter(target)
     pool = make_pool(per_tenant, target, whole)
     run_pool(target, whole, pool, requests[:2])
-    totals, version, tensors = pool.state()
+    counters, version, tensors = pool.state()
     tensors = copied(tensors)
-    totals = msgspec.json.decode(msgspec.json.encode(totals), type=Totals)
+    counters = msgspec.json.decode(msgspec.json.encode(counters), type=Counters)
     expected = run_pool(target, whole, pool, requests[2:])
     second = make_pool(per_tenant, target, cut)
-    second.restore(totals, version, tensors)
+    second.restore(counters, version, tensors)
     assert second.version == version > 2
     found = run_pool(target, cut, second, requests[2:])
     assert [one.rounds for one in found.values()] == [one.rounds for one in expected.values()]
     assert all(same(*pair) for pair in zip(serving(pool), serving(second), strict=True))
     assert second.version == pool.version
-    assert second.totals.committed == pool.totals.committed
+    assert second.counters.committed == pool.counters.committed
 
 
 def test_a_draft_that_serves_no_adapters_is_refused(target: Target, per_tenant: Config) -> None:

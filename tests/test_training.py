@@ -355,7 +355,7 @@ def test_per_request_state_starts_from_the_loaded_draft(target: Target) -> None:
         observer = make_coscheduler(target, drafter, every=8, lr=3e-3, reset=True)
         engine = make_engine(target, drafter, order, observer=observer)
         runs[len(order)] = {f.request.id: f.rounds for f in engine.generate(order)}
-        assert observer.totals.updates > 5
+        assert observer.counters.updates > 5
     accepted = [[row.num_accepted for row in runs[n]["r1"]] for n in (2, 1)]
     assert accepted[0] == accepted[1]
 

@@ -13,7 +13,7 @@ from cosched.engines.embedded.judges import GreedyJudge, Judge
 from cosched.engines.embedded.request import GenerationRequest
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.target import Target
-from cosched.guard import FiniteGuard
+from cosched.guard.guard import FiniteGuard
 from cosched.protocols import Drafter, Loss, LossSettings
 from cosched.publish import InPlacePublisher
 from cosched.records import Decision, Rows, Snapshot, VerifyRound

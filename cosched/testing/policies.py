@@ -118,7 +118,7 @@ def random_snapshot(seed: int, num_experts: int = 2) -> Snapshot:
         recent_round_seconds=draw.uniform(0.001, 1) if rounds else 0.0,
         reference_acceptance_length=draw.uniform(1, 5) if rounds else 0.0,
         acceptance_shortfall=draw.choice([0.0, draw.uniform(0, 100)]) if rounds else 0.0,
-        update_seconds=draw.uniform(0, 2) if updates else 0.0,
+        last_update_seconds=draw.uniform(0, 2) if updates else 0.0,
         serving_seconds_since_update=draw.uniform(0, 100),
         micro_step_seconds=draw.uniform(0, 0.5) if updates > 2 else 0.0,
         update_gain=draw.uniform(0.8, 1.3) if updates > 1 else 1.0,
@@ -129,6 +129,8 @@ def random_snapshot(seed: int, num_experts: int = 2) -> Snapshot:
         requests_since_update=draw.randint(0, finished),
         tokens_since_loaded=draw.randint(0, committed),
         updates_since_trial=draw.randint(0, updates),
+        serves_loaded=draw.random() < 0.5,
+        pause_rounds=draw.choice([0, 0, draw.randrange(512)]),
         num_trials=trials,
         trials=tuple(
             tuple(draw.gauss(0, 0.1) for _ in range(num_experts)) for _ in range(min(trials, 64))

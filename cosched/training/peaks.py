@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cosched.guard.scorer import AcceptanceScorer
 from cosched.live_memory import LivePeak
 from cosched.training.micro_step import BatchLoss
-from cosched.training.shadow import Shadow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,13 +76,13 @@ def scores_peak(
     copy = sketch.clone(torch.float32)
     network = copy.network()
     assert network is not None
-    shadow = Shadow(copy, teacher_head, teacher_form, served_as, chunk_rows=chunk_rows)
+    scorer = AcceptanceScorer(copy, teacher_head, teacher_form, served_as, chunk_rows=chunk_rows)
     weights = {name: p for name, p in network.named_parameters() if name in scored}
     num_rows = _enough(num_rows, chunk_rows)
     states_MH = torch.empty(num_rows, copy.state_width, device="meta")
     teacher_MX = teacher_0X.new_empty(num_rows, teacher_0X.shape[-1])
     with LivePeak() as live:
-        shadow.kept(lambda: states_MH, shadow.teacher(teacher_MX), weights)
+        scorer.kept(lambda: states_MH, scorer.teacher(teacher_MX), weights)
     return live.peak
 
 

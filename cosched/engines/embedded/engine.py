@@ -170,7 +170,8 @@ class EmbeddedEngine:
             self._paths([slot], 0),
         )
         self._commit(slot, outcome.next_B)
-        segment = self._segment(index, rows, self._teacher(rows), 0, 0, num_prompt)
+        self._observe(index, rows, 0, 0, num_prompt)
+        segment = self._segment(slot, rows, self._teacher(rows), 0, 0, num_prompt)
         self.seconds.prefill += self._now() - started
         self._report((segment,), (), 0.0, 0.0)
 
@@ -221,7 +222,8 @@ class EmbeddedEngine:
             new = torch.cat((proposal.tokens_BK[index, :count], outcome.next_B[index : index + 1]))
             committed = self._commit(slot, new)
             count = min(count, committed)  # drafts past the end of the text were not asked for
-            segments.append(self._segment(index, rows, teacher, index, start, committed))
+            self._observe(index, rows, index, start, committed)
+            segments.append(self._segment(slot, rows, teacher, index, start, committed))
             if num_drafted:
                 judges = None if teacher is None else teacher[index, :num_drafted]
                 blocks.append(
@@ -274,31 +276,35 @@ class EmbeddedEngine:
         slot.length += len(tokens_R)
         return len(tokens_R)
 
+    def _observe(
+        self, slot_index: int, rows: TargetRows, row_index: int, start: int, count: int
+    ) -> None:
+        """Show the draft, and who records, the rows that were committed."""
+        slot = self._slots[slot_index]
+        if self._drafter:
+            tokens_R1 = slot.text[start : start + count + 1]
+            features_RF = _features(rows, row_index, count)
+            self._drafter.observe(self._state, slot_index, tokens_R1, features_RF)
+        if self._recorder:
+            self._recorder(slot.request, rows, row_index, start, count)
+
     def _segment(
         self,
-        slot_index: int,
+        slot: _Slot,
         rows: TargetRows,
         teacher: Tensor | None,
         row_index: int,
         start: int,
         count: int,
     ) -> Segment:
-        """Tell the draft about committed rows, record them, and make them a segment."""
-        slot = self._slots[slot_index]
-        tokens_R1 = slot.text[start : start + count + 1]
-        features = rows.features_BTF
-        features_RF = None if features is None else features[row_index, :count]
-        if self._drafter:
-            self._drafter.observe(self._state, slot_index, tokens_R1, features_RF)
-        if self._recorder:
-            self._recorder(slot.request, rows, row_index, start, count)
+        """The rows that were committed, for who learns from them."""
         if teacher is not None and teacher.shape[1] < count:
             teacher = None  # a prompt has logits for its last row only
         return Segment(
             slot.request.id,
             start,
-            tokens_R1,
-            features_RF,
+            slot.text[start : start + count + 1],
+            _features(rows, row_index, count),
             None if teacher is None else teacher[row_index, :count],
         )
 
@@ -345,3 +351,8 @@ class EmbeddedEngine:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # host waits for the device
         return self._clock()
+
+
+def _features(rows: TargetRows, row_index: int, count: int) -> Tensor | None:
+    features = rows.features_BTF
+    return None if features is None else features[row_index, :count]

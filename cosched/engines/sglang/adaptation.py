@@ -189,31 +189,27 @@ class Adaptation:
 
     @_never_raises
     def step(self) -> None:
-        """Learn from what is complete, and do what the operator asked for."""
+        """Do what the operator asked for, and tell the co-scheduler of rounds that are complete."""
         ready, self._ready = self._ready, []
-        self._collect(ready)
         with torch.inference_mode(False), torch.no_grad():
-            if self._meet() and ready:
-                self._coscheduler.learn(ready[-1].num_running)
+            well = self._meet()
+            self._tell(ready)
+            if well and ready:
                 self._look_after()
 
     @_never_raises
     def idle(self) -> None:
-        """Nothing is running: the policy may train all the same."""
+        """Nothing is running: the policy may train all the same, and requests may have finished."""
         self.step()
-        self._collect(self._collector.farewells())
-        if self._failure is None and self._adapting:
-            updates = self._coscheduler.totals.updates
-            with torch.inference_mode(False), torch.no_grad():
-                self._coscheduler.learn(num_running=0)
-            if self._coscheduler.totals.updates > updates:
-                self._look_after()
-
-    @_never_raises
-    def _collect(self, ready: Iterable[VerifyRound]) -> None:
+        updates = self._coscheduler.counters.updates
         with torch.inference_mode(False), torch.no_grad():
-            for round_ in ready:
-                self._coscheduler.collect(round_)
+            self._tell([self._collector.idle()])
+        if self._coscheduler.counters.updates > updates:
+            self._look_after()
+
+    def _tell(self, rounds: Iterable[VerifyRound]) -> None:
+        for round_ in rounds:
+            self._coscheduler.on_round(round_)
 
     def _meet(self) -> bool:
         """Bring all ranks to the same mind; whether they may go on learning."""
@@ -242,7 +238,7 @@ class Adaptation:
         self._operator.show(self.status())
 
     def _look_after(self) -> None:
-        starved = self._coscheduler.totals.starved
+        starved = self._coscheduler.counters.starved
         if starved == STARVED_AFTER:
             self._warning = f"the replay buffer had nothing to train on {starved} times in a row"
             logger.warning("cosched: %s", self._warning)
@@ -292,28 +288,30 @@ class Adaptation:
 
     def status(self) -> Status:
         """How it stands now."""
-        totals = self._coscheduler.totals
-        blocks = totals.committed - totals.accepted  # each verified block commits one token more
-        losses = totals.losses
+        counters = self._coscheduler.counters
+        blocks = (
+            counters.committed - counters.accepted
+        )  # each verified block commits one token more
+        losses = counters.losses
         return Status(
             algorithm=self._algorithm,
             adapting=self.watching,
             failure=self._failure,
             warning=self._warning,
             draft_version=self._coscheduler.version,
-            rounds=totals.rounds,
-            acceptance_length=totals.committed / blocks if blocks else None,
-            recent_acceptance_length=totals.recent,
-            updates=totals.updates,
-            skipped_steps=totals.skipped_steps,
-            starved_decisions=totals.starved,
-            update_seconds=totals.update_seconds,
-            background_seconds=totals.background_seconds,
-            publish_seconds=totals.publish_seconds,
-            draft_seconds=totals.draft_seconds,
-            verify_seconds=totals.verify_seconds,
+            rounds=counters.rounds,
+            acceptance_length=counters.committed / blocks if blocks else None,
+            recent_acceptance_length=counters.recent,
+            updates=counters.updates,
+            skipped_steps=counters.skipped_steps,
+            starved_decisions=counters.starved,
+            update_seconds=counters.update_seconds_total,
+            background_seconds=counters.background_seconds,
+            publish_seconds=counters.publish_seconds,
+            draft_seconds=counters.draft_seconds,
+            verify_seconds=counters.verify_seconds,
             last_loss=losses[-1] if losses else None,
-            refused_updates=totals.watch.refused,
-            rollbacks=totals.watch.rolled_back,
-            guard_seconds=totals.guard_seconds,
+            refused_updates=counters.refused,
+            rollbacks=counters.rolled_back,
+            guard_seconds=counters.guard_seconds,
         )

@@ -13,8 +13,8 @@ import msgspec
 from cosched.engines.embedded.engine import EngineSeconds
 from cosched.engines.embedded.request import FinishedRequest, GenerationRequest
 from cosched.engines.sglang.launch import start_engine
+from cosched.loop.counters import Counters
 from cosched.records import RoundRow
-from cosched.totals import Totals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class ServedEngine:
     """Decodes groups of requests; between ``running`` and its end the engine is up.
 
-    ``totals`` and ``version`` are what the scheduler process reports of the draft. ``sink``
+    ``counters`` and ``version`` are what the scheduler process reports of the draft. ``sink``
     gets its events (decisions, updates, publications); rounds come with the finished requests.
     """
 
@@ -40,7 +40,7 @@ class ServedEngine:
         on_tokens: Callable[[int], None],
     ) -> None:
         self.seconds = EngineSeconds()
-        self.totals = Totals()
+        self.counters = Counters()
         self.version = 0
         self._config = config
         self._speculation: Speculation = speculation
@@ -124,7 +124,7 @@ class ServedEngine:
                 rows.append(msgspec.convert(event["row"], RoundRow))
                 continue
             if kind == "update":
-                self.totals.losses.append(event["result"]["losses"][-1])
+                self.counters.losses.append(event["result"]["losses"][-1])
             self._sink.emit(kind, **event)
         return rows
 
@@ -135,12 +135,12 @@ class ServedEngine:
         status = self._engine.cosched.status()
         self.seconds.draft, self.seconds.verify = status.draft_seconds, status.verify_seconds
         self.version = status.draft_version
-        self.totals.updates, self.totals.skipped_steps = status.updates, status.skipped_steps
-        self.totals.update_seconds = status.update_seconds
-        self.totals.publish_seconds = status.publish_seconds
-        self.totals.guard_seconds = status.guard_seconds
-        watch = self.totals.watch
-        watch.refused, watch.rolled_back = status.refused_updates, status.rollbacks
+        self.counters.updates, self.counters.skipped_steps = status.updates, status.skipped_steps
+        self.counters.update_seconds_total = status.update_seconds
+        self.counters.publish_seconds = status.publish_seconds
+        self.counters.guard_seconds = status.guard_seconds
+        self.counters.refused = status.refused_updates
+        self.counters.rolled_back = status.rollbacks
 
 
 def _of_plain(request_id: str, num_tokens: int) -> tuple[RoundRow, ...]:

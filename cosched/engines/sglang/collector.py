@@ -114,10 +114,9 @@ class RoundCollector:
             else:
                 self.prefilled(tuple(prompt for prompt in one if prompt.request_id != request_id))
 
-    def farewells(self) -> Iterator[VerifyRound]:
-        """A round that only says who has finished, where nothing runs that would say it."""
-        if self._finished:
-            yield self._make(0, (), (), (0.0, 0.0), [])
+    def idle(self) -> VerifyRound:
+        """A tick in which nothing runs; it says who has finished, which no other round would."""
+        return self._make(0, (), (), (0.0, 0.0), [])
 
     def counted(self, num_accepted: list[int]) -> Iterator[VerifyRound]:
         """Rounds up to the oldest verification that waits, whose counts these are."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from cosched.engines.sglang.adaptation import Adaptation
+    from cosched.records import Acceptance
 
 _GRAPH_ROWS = 4096  # rows of a verification that CUDA graphs may be captured for, at most
 
@@ -38,6 +39,7 @@ class WorkerParts:
 
     ``check`` refuses what cannot be watched. ``serve(names)`` gives the tensors of the serving draft
     by the names of the drafter's network; ``refresh`` makes anew what SGLang derived from them.
+    ``acceptance`` is how SGLang accepts a drafted token of a request that samples.
     """
 
     check: Callable[[], None]
@@ -47,6 +49,7 @@ class WorkerParts:
     num_draft_tokens: int
     serve: Callable[[Iterable[str]], ServedDraft]
     refresh: Callable[[], None]
+    acceptance: Acceptance
 
 
 class AdaptedWorker:
@@ -72,6 +75,7 @@ class AdaptedWorker:
                 num_draft_tokens=self.speculative_num_draft_tokens - 1,
                 serve=lambda names: ServedDraft(model, names),
                 refresh=self._refresh,
+                acceptance=_acceptance(device),
             )
         )
         if self.adaptation.watching:
@@ -178,6 +182,14 @@ class AdaptedWorker:
 
         if not batch.forward_mode.is_idle():
             self.adaptation.verified(verified)
+
+
+def _acceptance(device: torch.device) -> Acceptance:
+    """The draft's best token is drafted, and the target draws it or not; a CPU has no kernel for that."""
+    if device.type == "cpu":
+        return "greedy"
+    rejection = getattr(compat.get_spec(), "speculative_use_rejection_sampling", False)
+    return "sampled" if rejection else "target_only"
 
 
 def is_prefill(batch: Any) -> bool:

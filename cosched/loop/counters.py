@@ -5,24 +5,25 @@ Nothing here depends on a policy: thresholds are its own, the statistics are eve
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cosched.records import Snapshot
-from cosched.watch import Watch
 
 if TYPE_CHECKING:
-    from cosched.records import Verdict, VerifyRound
+    from cosched.records import UpdateResult, Verdict, VerifyRound
 
 RECENT_WEIGHT = 0.05  # of the newest round in the moving acceptance length
 REFERENCE_WEIGHT = 0.0002  # of the newest round in the length that acceptance is measured against
 SHORTFALL_TOLERANCE = 0.1  # tokens a round below the reference that are no fall
+LOSSES_KEPT = 100_000  # a server runs for months
 TRIALS_KEPT = 64  # comparisons of objectives: text moves on, what an older one said is of no use
 UPDATE_WEIGHT = 0.1  # of the newest update in what updates cost and bring
 
 
 @dataclass(slots=True)
-class Totals:
+class Counters:
     """Running sums and moving means; numbers only, so that a run can be resumed from them."""
 
     rounds: int = 0
@@ -38,7 +39,7 @@ class Totals:
     finished_at_update: int = 0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
-    update_seconds: float = 0.0  # that the engine waited for
+    update_seconds_total: float = 0.0  # that the engine waited for
     background_seconds: float = 0.0  # of updates beside it
     publish_seconds: float = 0.0
     skipped_steps: int = 0
@@ -64,9 +65,11 @@ class Totals:
     num_trials: int = 0
     updates_at_trial: int = 0
     trials: list[tuple[float, ...]] = field(default_factory=list)  # what each objective brought
-    watch: Watch = field(default_factory=Watch)
+    serves_loaded: bool = True  # whether what serves is the draft as loaded
+    refused: int = 0  # candidates that were scored and did not serve
+    rolled_back: int = 0  # publications that the guard has undone
     # Where several adapters learn: the counters of each, and to go on from them the versions.
-    parts: list[Totals] = field(default_factory=list)
+    parts: list[Counters] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
 
     @property
@@ -75,10 +78,10 @@ class Totals:
 
     @property
     def _training_seconds(self) -> float:
-        return self.update_seconds + self.publish_seconds
+        return self.update_seconds_total + self.publish_seconds
 
-    def observe(self, round_: VerifyRound) -> None:
-        """Count a round."""
+    def observe(self, round_: VerifyRound, lead_tokens: float = 0.0) -> None:
+        """Count a round, in which what serves was so much better than the draft as loaded."""
         committed = round_.num_committed
         seconds = round_.draft_seconds + round_.verify_seconds
         self.draft_seconds += round_.draft_seconds
@@ -87,22 +90,13 @@ class Totals:
             self._observe_length(committed / len(round_.blocks))
             weight = RECENT_WEIGHT if self.rounds > 1 else 1.0
             self.round_seconds += weight * (seconds - self.round_seconds)
-            self.earned_seconds += seconds * self._proven_gain
+            self.earned_seconds += seconds * lead_tokens / max(1.0, self.recent - lead_tokens)
         self.committed += committed
         self.drafted += sum(len(block.path_K) for block in round_.blocks)
         self.accepted += sum(block.num_accepted for block in round_.blocks)
         self.finished += len(round_.finished)
         self.tokens_left = round_.tokens_left
         self.queued = round_.num_queued
-
-    @property
-    def _proven_gain(self) -> float:
-        """Share by which what serves is better than the draft as loaded, less a standard error."""
-        evidence = self.watch.evidence
-        if self.watch.at_loaded or evidence.z <= 1:
-            return 0.0
-        loaded = max(1.0, self.recent - evidence.mean)
-        return evidence.mean * (1 - 1 / evidence.z) / loaded
 
     def _observe_length(self, length: float) -> None:
         """The acceptance length of one more round.
@@ -112,7 +106,6 @@ class Totals:
         hide in its noise, and starts again once the recent length is back within the tolerance.
         """
         self.rounds += 1
-        self.watch.observe(length)
         first = self.rounds == 1
         self.recent += (1.0 if first else RECENT_WEIGHT) * (length - self.recent)
         self.shortfall += self.reference - length - SHORTFALL_TOLERANCE
@@ -143,34 +136,54 @@ class Totals:
         so that noise, which makes one too high and the next too low, leaves no gain behind.
         """
         if self.updates > 1:
-            seconds = (self.update_seconds - self.update_seconds_at_update) / self.steps_of_update
+            seconds = (
+                self.update_seconds_total - self.update_seconds_at_update
+            ) / self.steps_of_update
             weight = UPDATE_WEIGHT if self.step_seconds else 1.0
             self.step_seconds += weight * (seconds - self.step_seconds)
         if self.recent_at_update and not self.scored:
             self.gain *= (self.recent / self.recent_at_update / self.gain) ** UPDATE_WEIGHT
+        self.starved = 0
         self.round_of_update = self.rounds
         self.committed_at_update = self.committed
         self.finished_at_update = self.finished
         self.steps_of_update = num_steps
-        self.update_seconds_at_update = self.update_seconds
+        self.update_seconds_at_update = self.update_seconds_total
         self.training_seconds_at_update = self._training_seconds
         self.serving_seconds_at_update = self._serving_seconds
         self.recent_at_update = self.recent
 
-    def note_scores(self, verdict: Verdict) -> None:
-        """What an update brought, by scores: of the same rows, so without the noise of the text.
+    def note_update(self, result: UpdateResult, in_background: bool) -> None:
+        """One more update is done."""
+        self.updates += 1
+        self.skipped_steps += result.num_skipped
+        self.background_seconds += result.seconds * in_background
+        if result.trial:
+            self.note_trial(result.trial)
+        self.losses.append(result.losses[-1] if math.isfinite(result.losses[-1]) else None)
+        del self.losses[:-LOSSES_KEPT]
 
-        A candidate may be several updates ahead of what serves: each brought its root.
+    def note_verdict(self, verdict: Verdict, seconds: float, serving: int) -> None:
+        """What a guard says, in so many seconds for which the engine waited, and what updates brought.
+
+        Version ``serving`` serves. Scores are of the same rows, so without the noise of the text. A
+        candidate may be several updates ahead of what serves: each brought its root.
         """
-        if not verdict.serving_score:
-            return
-        if verdict.candidate_score:
+        self.guard_seconds += seconds
+        self.update_seconds_total += seconds
+        if verdict.candidate_score and verdict.serving_score:
+            self.refused += verdict.action != "publish"
             self.scored = True
             ahead = max(1, self.updates - self.updates_at_served)
             brought = (verdict.candidate_score / verdict.serving_score) ** (1 / ahead)
             self.gain *= (brought / self.gain) ** UPDATE_WEIGHT
-        if verdict.back_to is not None and self.watch.at_loaded:
-            self._as_loaded()
+        if verdict.action == "roll_back":
+            self.rolled_back += verdict.to != serving
+
+    def published(self) -> None:
+        """The candidate serves."""
+        self.serves_loaded = False
+        self.updates_at_served = self.updates
 
     def note_trial(self, gains: tuple[float, ...]) -> None:
         """What one update with each of the objectives brought, or would have."""
@@ -179,31 +192,38 @@ class Totals:
         self.trials.append(gains)
         del self.trials[:-TRIALS_KEPT]
 
-    def went_back(self, version: int) -> None:
-        """An earlier version serves again because somebody asked for it."""
-        self.watch.went_back(version)
-        if version == 0:
-            self._as_loaded()
+    def went_back(self, version: int, serving: int) -> None:
+        """Training has started again from a version, which serves, as ``serving`` did before."""
+        self.updates_at_served = self.updates
+        if version != serving:
+            self.serves_loaded = version == 0
+        if self.serves_loaded:
+            self.committed_at_loaded = self.committed
 
-    def _as_loaded(self) -> None:
-        """The draft that was loaded serves again."""
-        self.committed_at_loaded = self.committed
-
-    def start_anew(self) -> None:
+    def start_anew(self) -> bool:
         """The draft is again the one that was loaded; what its updates cost is not forgotten.
 
-        Nor is which objective was good: that is about the traffic, more than about one request.
+        Nor is which objective was good: that is about the traffic, more than about one request. Returns
+        whether there had been any updates since it was that before.
         """
         self.round_of_update = self.rounds
         self.committed_at_update = self.committed
         self.finished_at_update = self.finished
         self.shortfall = 0.0
         self.recent_at_update = 0.0
-        self._as_loaded()
-        self.watch = Watch(refused=self.watch.refused, rolled_back=self.watch.rolled_back)
+        self.committed_at_loaded = self.committed
+        self.serves_loaded = True
+        learnt, self.updates_at_reset = self.updates > self.updates_at_reset, self.updates
+        return learnt
 
-    def snapshot(self, num_running: int, draft_version: int, buffered_tokens: int) -> Snapshot:
-        """What a policy may know of this."""
+    def snapshot(
+        self,
+        num_running: int,
+        draft_version: int,
+        buffered_tokens: int,
+        resumes_at: int = 0,
+    ) -> Snapshot:
+        """What a policy may know of this; the guard would have nothing trained before a round."""
         return Snapshot(
             round_index=self.rounds,
             num_running=num_running,
@@ -218,12 +238,12 @@ class Totals:
             buffered_tokens=buffered_tokens,
             seconds_drafting=self.draft_seconds,
             seconds_verifying=self.verify_seconds,
-            seconds_updating=self.update_seconds,
+            seconds_updating=self.update_seconds_total,
             seconds_publishing=self.publish_seconds,
             recent_round_seconds=self.round_seconds,
             reference_acceptance_length=self.reference,
             acceptance_shortfall=self.shortfall,
-            update_seconds=self._training_seconds - self.training_seconds_at_update,
+            last_update_seconds=self._training_seconds - self.training_seconds_at_update,
             serving_seconds_since_update=self._serving_seconds - self.serving_seconds_at_update,
             micro_step_seconds=self.step_seconds,
             update_gain=self.gain,
@@ -236,4 +256,6 @@ class Totals:
             updates_since_trial=self.updates - self.updates_at_trial,
             num_trials=self.num_trials,
             trials=tuple(self.trials),
+            serves_loaded=self.serves_loaded,
+            pause_rounds=max(0, resumes_at - self.rounds),
         )

@@ -26,27 +26,32 @@ if TYPE_CHECKING:
 
     from cosched.engines.sglang.ranks import Ranks
     from cosched.protocols import Drafter
-    from cosched.records import SignalBatch, TeacherForm
+    from cosched.records import Acceptance, SignalBatch, TeacherForm
 
 Teacher = Callable[[slice], Tensor]
 """``teacher(rows)``: what the target says in those rows, over the draft's vocabulary ``[M, D]``."""
 
 
-class Shadow:
+class AcceptanceScorer:
     """Scores weights on the network of the trainer's copy, into which they are put for the while.
 
     So it needs no second draft, and must not be asked while the trainer is at work; what does not
     serve in float32 is there in float32 for the while, the weights of one candidate at a time. A
     score is the expected acceptance length of an anchor, the bonus token included,
 
-        1 + sum_k prod_{j <= k} a_j,    a_j = sum_v min(p_jv, q_jv)
+        1 + sum_k prod_{j <= k} a_j
 
-    with the target's p and the draft's q at the ``temperature`` of the requests: a_j is the chance
-    that speculative sampling keeps a token drawn from q (Leviathan et al., arXiv 2211.17192). The
-    path is committed text, whose tokens are p's and not min(p, q)'s, so the product is a proxy, the
-    same for all weights. Mass outside of the draft's vocabulary is never accepted: p is not
-    renormalised over it. At temperature 0, p is certain of its best token and q is taken as at
-    temperature 1: a_j is what q gives to that token, which moves before the draft's best one does.
+    where a_j is the chance that drafted token j is accepted, as this engine accepts (``Acceptance``),
+    with the target's p and the draft's q at the ``temperature`` of the requests:
+
+        sampled       sum_v min(p_v, q_v): a token drawn from q is kept by speculative sampling
+                      (Leviathan et al., arXiv 2211.17192)
+        target_only   p of the draft's best token: that one is drafted, and kept if p draws it
+        greedy        1 where the draft's best token is the target's, else 0
+
+    The path is committed text, whose tokens are p's and not those that were drafted and kept, so the
+    product is a proxy, the same for all weights. Mass outside of the draft's vocabulary is never
+    accepted: p is not renormalised over it.
 
     Weights are rounded to ``served_as``, the type in which they would serve. Of several ``ranks``
     each scores its share of the anchors, and all get the same scores. Logits, of the teacher and the
@@ -59,6 +64,7 @@ class Shadow:
         teacher_head: nn.Module,
         teacher_form: TeacherForm,
         served_as: torch.dtype,
+        acceptance: Acceptance = "sampled",
         temperature: float = 1.0,
         ranks: Ranks | None = None,
         chunk_rows: int | None = None,
@@ -71,6 +77,7 @@ class Shadow:
         self._teacher_head = teacher_head
         self._teacher_form: TeacherForm = teacher_form
         self._served_as = served_as
+        self._acceptance: Acceptance = acceptance
         self._temperature = temperature
         self._ranks = ranks
         self._chunk_rows = chunk_rows
@@ -119,7 +126,7 @@ class Shadow:
 
     def _recalled(self, rows_MX: Tensor) -> Tensor:
         logits = recall(rows_MX, self._teacher_form, self._teacher_head)
-        if self._temperature == 0:
+        if self._acceptance == "greedy":
             best = logits.argmax(-1, keepdim=True)
             p_MV = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best, 1)
         else:
@@ -129,19 +136,20 @@ class Shadow:
     def kept(
         self, states: Callable[[], Tensor], teacher: Teacher, weights: Mapping[str, Tensor]
     ) -> Tensor:
-        """The chance a of each row's token to be kept ``[M]``.
+        """The chance a of each row's drafted token to be accepted ``[M]``.
 
         ``states`` gives what the head is put to ``[M, H]``; it is called with the weights in the
         network.
         """
 
-        def overlap(rows: slice, states_MH: Tensor) -> Tensor:
-            p_MD = teacher(rows)
-            q_MD = self._probabilities(self._copy.project(states_MH))
-            return torch.minimum(p_MD, q_MD).sum(-1)
+        def chances(rows: slice, states_MH: Tensor) -> Tensor:
+            p_MD, logits_MD = teacher(rows), self._copy.project(states_MH)
+            if self._acceptance != "sampled":
+                return p_MD.gather(-1, logits_MD.argmax(-1, keepdim=True))[..., 0]
+            return torch.minimum(p_MD, self._probabilities(logits_MD)).sum(-1)
 
         def kept() -> Tensor:
-            return in_chunks(overlap, states(), (), self._chunk_rows)
+            return in_chunks(chances, states(), (), self._chunk_rows)
 
         served = {
             f"network.{name}": weight.to(self._served_as).float()
@@ -150,13 +158,13 @@ class Shadow:
         return functional_call(self._exchanging, served, (kept,))
 
     def _probabilities(self, logits: Tensor) -> Tensor:
-        return (logits.float() / (self._temperature or 1.0)).softmax(-1)
+        return (logits.float() / self._temperature).softmax(-1)
 
 
 def _in_order(parts: Sequence[Sequence[Sequence[float]]]) -> list[float]:
     """Scores of all requests in the order of their anchors, of which each rank has every n-th.
 
-    Evidence takes neighbours for one observation, so they must stay neighbours.
+    A block is one of neighbours, so they must stay neighbours.
     """
     return [
         score

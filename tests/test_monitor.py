@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cosched.evidence import EVIDENCE_ROWS, MEMORY, PIECE, Evidence
 from cosched.records import Verdict
-from cosched.totals import Totals
+from cosched.loop.counters import Counters
 from cosched.watch import (
     BEGINNING,
     FALL_TOLERANCE,
@@ -23,7 +23,7 @@ from cosched.watch import (
     Scores,
     Watch,
 )
-from cosched.watch import ShadowSettings as Settings
+from cosched.protocols import ShadowSettings as Settings
 
 SETTINGS = Settings(
     anchors=PIECE,
@@ -510,30 +510,30 @@ def test_a_fall_waits_for_rows() -> None:
 
 
 def test_the_memory_survives_a_file() -> None:
-    """Encoded and decoded among the totals it is the same, so a resumed run decides the same."""
-    totals = Totals(watch=fallen())
-    totals.watch.evidence.add(lengths(0.5), lengths(0.0))
-    again = msgspec.json.decode(msgspec.json.encode(totals), type=Totals)
-    assert again == totals
+    """Encoded and decoded among the counters it is the same, so a resumed run decides the same."""
+    counters = Counters(watch=fallen())
+    counters.watch.evidence.add(lengths(0.5), lengths(0.0))
+    again = msgspec.json.decode(msgspec.json.encode(counters), type=Counters)
+    assert again == counters
     again.start_anew()  # state per request
     assert again.watch == Watch()
 
 
 def test_gains_are_those_of_scores_where_there_are_scores() -> None:
     """A moving mean of candidate over serving; the noisy one is off."""
-    before = Totals().gain
-    totals = Totals(recent=2.0, recent_at_update=1.0, updates=5, updates_at_served=4)
+    before = Counters().gain
+    counters = Counters(recent=2.0, recent_at_update=1.0, updates=5, updates_at_served=4)
     for _ in range(100):
-        totals.note_scores(Verdict(True, "", None, 8, 2.2, 2.0, 1.6))
-        totals.begin_update(1)
-    seen = totals.snapshot(1, 0, 0)
+        counters.note_scores(Verdict(True, "", None, 8, 2.2, 2.0, 1.6))
+        counters.begin_update(1)
+    seen = counters.snapshot(1, 0, 0)
     assert before == 1
     assert seen.update_gain == pytest.approx(1.1, rel=1e-4)
     for _ in range(200):  # each candidate two updates ahead of what serves
-        totals.updates, totals.updates_at_served = 7, 5
-        totals.note_scores(Verdict(False, "", None, 8, 2.42, 2.0, 1.6))
-    assert totals.gain == pytest.approx(1.1, rel=1e-4)
-    unscored = Totals(recent=2.0, recent_at_update=1.0, updates=5)
+        counters.updates, counters.updates_at_served = 7, 5
+        counters.note_scores(Verdict(False, "", None, 8, 2.42, 2.0, 1.6))
+    assert counters.gain == pytest.approx(1.1, rel=1e-4)
+    unscored = Counters(recent=2.0, recent_at_update=1.0, updates=5)
     unscored.note_scores(Verdict(True, "finite"))
     unscored.begin_update(1)
     assert unscored.snapshot(1, 0, 0).update_gain == pytest.approx(2**0.1)

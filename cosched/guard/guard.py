@@ -1,0 +1,124 @@
+"""Whether a candidate may serve, and whether what serves may stay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+
+from cosched.guard.monitor import Monitor, Scores
+from cosched.records import Standing, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from cosched.protocols import Buffer, Publisher, Scorer, ShadowSettings
+    from cosched.records import SignalBatch, Snapshot, UpdateResult, VerifyRound
+
+LOOKED_AT = 4  # times ``anchors``: rows of a look, at most
+KEEP = Verdict("keep")
+STATE = "guard.monitor"
+
+
+class FiniteGuard:
+    """Refuses an update none of whose steps was taken; DeepSpeed has skipped the non-finite ones.
+
+    It remembers nothing.
+    """
+
+    standing = Standing()
+
+    def observe(self, round_: VerifyRound, serves_loaded: bool) -> None:
+        """What serves is not watched."""
+
+    def judge(
+        self,
+        result: UpdateResult | None,
+        seen: Snapshot,  # noqa: ARG002  the role's signature
+        candidate: Callable[[], Mapping[str, Tensor]],  # noqa: ARG002
+    ) -> Verdict:
+        if result is None:
+            return KEEP
+        if result.num_skipped == result.num_steps:
+            return Verdict("wait", "every step was non-finite and skipped")
+        return Verdict("publish", "finite")
+
+    def start_anew(self, round_: int) -> None:
+        """There is nothing to forget."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """There is nothing to remember."""
+
+
+class ShadowGuard:
+    """Scores candidates, and what serves, on rows that no update has had; ``Monitor`` concludes.
+
+    It looks after each update, ``check_rounds`` after the last look, and as soon as the acceptance
+    length of a trained draft has fallen far. Without rows to look at (the request has just ended) a
+    candidate waits. Ranks that score together conclude alike, because nothing here goes by a clock.
+    """
+
+    def __init__(
+        self, settings: ShadowSettings, scorer: Scorer, buffer: Buffer, publisher: Publisher
+    ) -> None:
+        self._settings = settings
+        self._scorer = scorer
+        self._buffer = buffer
+        self._publisher = publisher
+        self._monitor = Monitor()
+
+    @property
+    def standing(self) -> Standing:
+        return self._monitor.standing
+
+    def observe(self, round_: VerifyRound, serves_loaded: bool) -> None:
+        if round_.blocks:
+            length = round_.num_committed / len(round_.blocks)
+            self._monitor.fall.observe(length, counts=not serves_loaded)
+
+    def judge(
+        self,
+        result: UpdateResult | None,
+        seen: Snapshot,
+        candidate: Callable[[], Mapping[str, Tensor]],
+    ) -> Verdict:
+        if result is not None:
+            if result.num_skipped == result.num_steps:
+                return FiniteGuard().judge(result, seen, candidate)
+            self._monitor.waits = True
+        elif not self._monitor.overdue(self._settings, seen):
+            return KEEP
+        rows = self._buffer.held_out(LOOKED_AT * self._settings.anchors, once=True)
+        if rows is None:
+            return Verdict("wait", "no held-out rows to score it on") if result else KEEP
+        scores = self._scores(rows, seen, candidate() if self._monitor.waits else None)
+        return self._monitor.look(scores, self._settings, seen)
+
+    def _scores(
+        self, rows: SignalBatch, seen: Snapshot, candidate: Mapping[str, Tensor] | None
+    ) -> Scores:
+        """On the same rows: what serves, the candidate, and what there was before anything was learnt."""
+        asked = {"serving": self._publisher.weights_of(seen.draft_version)}
+        if candidate is not None:
+            asked["candidate"] = candidate
+        if not seen.serves_loaded:
+            asked["loaded"] = self._publisher.weights_of(0)
+        found = self._scorer.scores(rows, list(asked.values()))
+        return Scores(**dict(zip(asked, found, strict=True)))
+
+    def start_anew(self, round_: int) -> None:
+        self._monitor = Monitor(looked_at=round_)
+
+    def state(self) -> Mapping[str, Tensor]:
+        """All that it remembers, as bytes: numbers keep their last bit."""
+        remembered = bytearray(msgspec.msgpack.encode(self._monitor))
+        return {STATE: torch.frombuffer(remembered, dtype=torch.uint8)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self._monitor = msgspec.msgpack.decode(bytes(tensors[STATE].tolist()), type=Monitor)
