@@ -21,7 +21,7 @@ from msgspec.inspect import (
 from cosched.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 Step = str | int
 """A key, or the place in a list."""
@@ -117,11 +117,18 @@ def _allowed(message: str, kind: Any, steps: Sequence[Step], raw: Any) -> str:
     if "unknown field" in message:
         one = next(one for one in structs if _is_meant(one, raw))
         here = f"with kind {one.tag}" if one.tag else "here"
-        return _listed(here, [field.name for field in one.fields])
+        return _replaced(one, message) + _listed(here, [field.name for field in one.fields])
     if message.startswith("Invalid enum value"):
         literals = [one for one in alternatives if isinstance(one, LiteralType)]
         return _listed("here", [value for one in literals for value in one.values])
     return ""
+
+
+def _replaced(struct: StructType, message: str) -> str:
+    """What to use in the place of a key that there was once: ``replaced`` of its section says it."""
+    replaced: Mapping[str, str] = getattr(struct.cls, "replaced", {})
+    found = [new for old, new in replaced.items() if f"`{old}`" in message]
+    return "".join(f"; use {new} instead" for new in found)
 
 
 def _listed(where: str, names: Sequence[Any]) -> str:

@@ -7,7 +7,7 @@ M = R * N * K student rows of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import msgspec
 from msgspec import Meta
@@ -140,6 +140,19 @@ class ShadowSettings(
     something is published, but never for more than 32 times as many.
     """
 
+    replaced: ClassVar[dict[str, str]] = {
+        "every": "anchors (each update is judged)",
+        "tolerance": "false_publish",
+        "patience": "false_rollback",
+        "alarm_tokens": "check_rounds",
+        "check_every": "check_rounds",
+        "confidence": "false_publish",
+        "doubt": "false_rollback",
+        "trials": "adapt.policy (what to spend on a candidate)",
+        "prospect_rows": "adapt.policy (what to spend on a candidate)",
+        "cooldown_rounds": "check_rounds",
+        "prove_first": "kind: finite (to serve at once)",
+    }
     anchors: Annotated[int, Meta(ge=1)] = 32
     check_rounds: Annotated[int, Meta(ge=1)] = 256
     false_publish: Rate = 0.05

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +19,13 @@ from cosched.config import load_config
 from cosched.errors import ConfigError, PublicationError
 from cosched.experiment import Experiment
 from cosched.footprint import footprint, sketch
-from cosched.guard import LOOKED_INTO, ShadowGuard
+from cosched.guard.guard import LOOKED_AT, FiniteGuard, ShadowGuard
+from cosched.guard.monitor import Monitor
+from cosched.guard.scorer import AcceptanceScorer
+from cosched.guard.statistics import BLOCK, Evidence
+from cosched.protocols import ShadowSettings
 from cosched.publish import InPlacePublisher, checksum
-from cosched.records import SignalBatch
+from cosched.records import Acceptance, SignalBatch, UpdateResult, Verdict
 from cosched.replay import ReplayBuffer, ReplayLimits
 from cosched.telemetry.run_folder import RunFolder
 from cosched.testing.harness import (
@@ -29,14 +34,11 @@ from cosched.testing.harness import (
     make_target,
     serve,
 )
-from cosched.loop.counters import Counters
-from cosched.guard.scorer import AcceptanceScorer
-from cosched.protocols import ShadowSettings, Watch
 from tests.conftest import make_drafter
-from tests.test_core import ROW, _round
+from tests.test_core import ROW, _round, snapshot
 
 SAMPLED = Path("configs/sampled.yaml")
-LEARNT = 16  # versions: before, even random labels of far text teach which words it has
+LEARNT = 3  # versions: before, even random labels of far text teach which words it has
 POISONED = 40  # rounds
 UNDONE_WITHIN = 64  # rounds from the publication of a draft that loses a token a round
 
@@ -127,16 +129,21 @@ def scene() -> tuple[Any, Any, SignalBatch]:
     return target, drafter, batch
 
 
-def shadow_of(target, drafter, dtype=torch.float32, temperature=1.0, ranks=None) -> Shadow:
+def scorer_of(target, drafter, dtype=torch.float32, ranks=None) -> AcceptanceScorer:
     copy = drafter.clone(torch.float32)
-    return Shadow(copy, target.head, "hidden", dtype, temperature, ranks)
+    return AcceptanceScorer(copy, target.head, "hidden", dtype, ranks=ranks)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize(
+    ("acceptance", "temperature"),
+    [("greedy", 1.0), ("target_only", 0.7), ("sampled", 0.7), ("sampled", 1.0)],
+)
 @pytest.mark.parametrize("reduced", [False, True])
-def test_scores_are_the_chained_overlap(scene, temperature: float, reduced: bool) -> None:
-    """Of other weights than the network has, anchor by anchor, against loops in float64; p is not
-    renormalised over a reduced vocabulary, and afterwards the network is what it was."""
+def test_scores_are_the_chained_acceptance(
+    scene, acceptance: Acceptance, temperature: float, reduced: bool
+) -> None:
+    """As the engine accepts: of other weights than the network has, anchor by anchor, against loops in
+    float64; p is not renormalised over a reduced vocabulary, and afterwards the network is what it was."""
     target, drafter, batch = scene
     other = drafter.clone(torch.float32)
     ids = torch.arange(0, target.vocab_size, 2) if reduced else None
@@ -151,8 +158,8 @@ def test_scores_are_the_chained_overlap(scene, temperature: float, reduced: bool
         whole, project = q_logits, copy.project
         q_logits, copy.project = whole[..., ids], lambda states: project(states)[..., ids]
     before = checksum(dict(copy.network().named_parameters()))
-    shadow = Shadow(copy, target.head, "hidden", torch.float32, temperature)
-    found = shadow.scores(batch, [weights])[0]
+    scorer = AcceptanceScorer(copy, target.head, "hidden", torch.float32, acceptance, temperature)
+    found = scorer.scores(batch, [weights])[0]
     assert checksum(dict(copy.network().named_parameters())) == before
 
     p_logits = target.head(batch.teacher_RNKX).double()
@@ -161,14 +168,15 @@ def test_scores_are_the_chained_overlap(scene, temperature: float, reduced: bool
         length, reached = 1.0, 1.0
         for k in range(drafter.num_draft_tokens):
             p, q = p_logits[r, n, k], q_logits[r, n, k]
-            if temperature:
+            best = int(q.argmax()) if ids is None else int(ids[q.argmax()])
+            if acceptance == "greedy":
+                reached *= best == int(p.argmax())
+            elif acceptance == "target_only":
+                reached *= float((p / temperature).softmax(-1)[best])
+            else:
                 p, q = (p / temperature).softmax(-1), (q / temperature).softmax(-1)
                 pairs = zip(p if ids is None else p[ids], q, strict=True)
                 reached *= sum(min(float(a), float(b)) for a, b in pairs)
-            else:
-                best = int(p.argmax()) if ids is None else int(p.argmax()) // 2
-                known = ids is None or int(ids[best]) == int(p.argmax())
-                reached *= float(q.softmax(-1)[best]) if known else 0.0
             length += reached
         expected.append(length)
     assert found == pytest.approx(expected, rel=1e-4)  # the network and the head are float32
@@ -179,8 +187,8 @@ def test_what_would_be_served_is_scored(scene) -> None:
     target, drafter, batch = scene
     weights = {name: p.detach() for name, p in drafter.network().named_parameters()}
     rounded = {name: p.bfloat16().float() for name, p in weights.items()}
-    plain = shadow_of(target, drafter).scores(batch, [weights, rounded])
-    as_served = shadow_of(target, drafter, torch.bfloat16).scores(batch, [weights, rounded])
+    plain = scorer_of(target, drafter).scores(batch, [weights, rounded])
+    as_served = scorer_of(target, drafter, torch.bfloat16).scores(batch, [weights, rounded])
     assert as_served[0] == as_served[1] == plain[1] != plain[0]
 
 
@@ -200,12 +208,12 @@ def test_ranks_share_the_work_and_have_the_same_scores(scene) -> None:
             parts[self.rank] = mine
             return [parts.get(0, mine), parts.get(1, mine)]
 
-    shadows = [shadow_of(target, drafter, ranks=Rank(rank)) for rank in (0, 1)]
-    for shadow in shadows:
-        shadow.scores(batch, [weights, weights])
-    first, second = (shadow.scores(batch, [weights, weights]) for shadow in shadows)
+    scorers = [scorer_of(target, drafter, ranks=Rank(rank)) for rank in (0, 1)]
+    for scorer in scorers:
+        scorer.scores(batch, [weights, weights])
+    first, second = (scorer.scores(batch, [weights, weights]) for scorer in scorers)
     assert first == second
-    alone = shadow_of(target, drafter).scores(batch, [weights])[0]
+    alone = scorer_of(target, drafter).scores(batch, [weights])[0]
     assert first[1] == pytest.approx(alone, rel=1e-5)
     assert 0 < len(parts[0][0]) < len(alone)
 
@@ -213,76 +221,85 @@ def test_ranks_share_the_work_and_have_the_same_scores(scene) -> None:
 # --- versions ------------------------------------------------------------------------------
 
 
-def test_a_pinned_version_stays_whatever_comes_after_it() -> None:
-    """Beside the newest ``keep``; unpinned it goes with the next publication."""
+def test_the_version_that_serves_survives_a_file() -> None:
+    """The newest ``keep`` are kept; what serves goes into the state, under its number."""
     target = make_target(seed=3)
     network = make_drafter(target).network()
     publisher = InPlacePublisher.of_modules(network, target.model, keep=2)
-    for version in range(1, 7):
+    for _ in range(6):
         publisher.publish({"norm.weight": network.norm.weight + 1})
-        if version == 2:
-            publisher.pin(2)
-            kept = publisher.weights_of(2)["norm.weight"].clone()
-    assert sorted(publisher._kept) == [2, 5, 6]
-    assert torch.equal(publisher.weights_of(2)["norm.weight"], kept)
+    assert sorted(publisher._kept) == [5, 6]
     state = publisher.state()
     again = InPlacePublisher.of_modules(make_drafter(target).network(), target.model)
-    again.restore(state, 6, pinned=2)
+    again.restore(state, 6)
     assert again.version == 6
-    for version in (2, 6):
-        expected = publisher.weights_of(version)["norm.weight"]
-        assert torch.equal(again.weights_of(version)["norm.weight"], expected)
+    expected = publisher.weights_of(6)["norm.weight"]
+    assert torch.equal(again.weights_of(6)["norm.weight"], expected)
     with pytest.raises(PublicationError, match="no weights of version 5"):
-        again.restore(state, 5, pinned=2)
-    publisher.pin(0)
-    publisher.publish({"norm.weight": network.norm.weight + 1})
-    assert sorted(publisher._kept) == [6, 7]
+        again.restore(state, 5)
+    again.publish({"norm.weight": network.norm.weight + 1})
+    assert sorted(again._kept) == [7]
 
 
 # --- what is looked at ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("alarm", "num_new", "asked", "evidence"),
+    ("alarm", "num_new", "trained"),
     [
-        (False, 3, [(True, 1)], 3),  # a look takes what there is, and only once
-        (True, 64, [(True, 32)], 64),  # after a fall too, where it is enough
-        (True, 31, [(True, 32), (False, 1)], 0),  # else all that no update has had, as no evidence
-        (False, 0, [(True, 1)], 0),
+        (False, 3, False),  # a look takes what there is, and only once
+        (True, 64, False),  # after a fall at once
+        (True, 0, False),  # if there is anything new
+        (False, 0, False),
+        (False, 20, True),  # an update is judged
+        (False, 0, True),  # on what comes
     ],
 )
-def test_what_is_looked_at(
-    alarm: bool, num_new: int, asked: list[tuple[bool, int]], evidence: int
-) -> None:
-    """Rows count as evidence once; a fall is looked into all the same. 100 rows are untaught."""
-    seen: list[tuple[bool, int]] = []
+def test_what_is_looked_at(alarm: bool, num_new: int, trained: bool) -> None:
+    """Rows count as evidence once: only such are asked for as were never given. What serves, the
+    candidate if one waits, and the draft as loaded are scored on the same ones."""
+    seen: list[tuple[int, bool]] = []
+    asked: list[list[Any]] = []
 
     def held_out(most: int, once: bool = False, at_least: int = 1) -> Any:
-        assert most == 128
-        seen.append((once, at_least))
-        number = num_new if once else 100
-        return SimpleNamespace(number=number) if number >= at_least else None
+        seen.append((most, once))
+        return SimpleNamespace(number=num_new) if num_new >= at_least else None
 
     def scores(batch: Any, weights: list[Any]) -> list[list[float]]:
+        asked.append(weights)
         return [[2.0 - 0.1 * i] * batch.number for i in range(len(weights))]
 
     guard = ShadowGuard(
         ShadowSettings(),
         SimpleNamespace(scores=scores),
         SimpleNamespace(held_out=held_out),
-        SimpleNamespace(version=5, weights_of=lambda version: version, pin=lambda _: None),
+        SimpleNamespace(version=5, weights_of=lambda version: version),
     )
-    counters = Counters(rounds=1000, watch=Watch(at_loaded=False, good=0, looked_at=1000))
-    if alarm:
-        counters.watch.fall, counters.watch.falling = 20.0, 20
-    else:
-        counters.watch.looked_at = 0
-    verdict = guard.watch(counters, candidate=lambda: pytest.fail("no candidate waits"))
-    assert seen == asked
-    assert counters.watch.evidence.weight == evidence
-    assert (verdict is None) == (not alarm and num_new == 0)
-    assert counters.watch.fall == 0
-    assert guard.watch(counters, candidate=dict) is None or not evidence
+    monitor = guard._monitor
+    monitor.looked_at, monitor.fall.tokens = (1000, 20.0) if alarm else (1000 * trained, 0.0)
+    at = snapshot(round_index=1000, draft_version=5, serves_loaded=False)
+    result = UpdateResult(1, 0, (1.0,), 1, 0.1) if trained else None
+    verdict = guard.judge(result, at, candidate=lambda: "new")
+    assert seen == [(128, True)]
+    assert asked == ([[5, "new", 0] if trained else [5, 0]] if num_new else [])
+    blocks = max(1, num_new // BLOCK) if num_new else 0
+    assert monitor.harm.num_blocks == blocks
+    assert monitor.better.num_blocks == (blocks if trained else 0)
+    assert verdict.action == ("wait" if trained else "keep")
+    assert monitor.fall.alarmed == (alarm and not num_new)  # it waits for rows
+    again = guard.judge(None, at, candidate=lambda: "new")
+    assert again == Verdict("keep")
+    assert len(seen) == (1 if num_new or trained else 2)
+
+
+def test_an_update_without_a_finite_step_is_no_candidate() -> None:
+    """Nothing is scored for it, and what was known of the candidate stands."""
+    guard = ShadowGuard(ShadowSettings(), None, None, None)
+    for one in (guard, FiniteGuard()):
+        result = UpdateResult(2, 2, (math.nan, math.nan), 1, 0.1)
+        verdict = one.judge(result, snapshot(), candidate=lambda: pytest.fail("not asked for"))
+        assert (verdict.action, verdict.num_rows) == ("wait", None)
+    assert guard._monitor == Monitor()
 
 
 # --- in a run ------------------------------------------------------------------------------
@@ -305,7 +322,15 @@ class Events:
         return [event["verdict"] for event in self.of("verdict")]
 
 
-EACH = "adapt.guard={kind: shadow, anchors: 16, every: 1, prove_first: false}"
+SOON = "adapt.guard={kind: shadow, anchors: 16, false_publish: 0.5}"  # tests are short
+FAR = (
+    "workload.prompts=null",
+    "workload.documents=tinyworld/documents/translated.jsonl",
+    "adapt.loss.kind=jensen_shannon",
+    "adapt.trainer.lr=1e-3",
+    "adapt.policy.num_steps=4",
+)
+"""Text of which there is much to learn."""
 
 
 def world_of(*overrides: str, domain: str = "code", tokens: int = 256, prompts: int = 1) -> World:
@@ -322,7 +347,7 @@ def world_of(*overrides: str, domain: str = "code", tokens: int = 256, prompts: 
                 "workload.temperature=0",
                 "adapt.replay.window=128",
                 "adapt.policy.rounds=4",
-                *(() if guarded else (EACH,)),
+                *(() if guarded else (SOON,)),
                 *overrides,
             ],
         )
@@ -353,36 +378,44 @@ def moments(trainer: Any) -> float:
 
 @pytest.mark.slow
 def test_a_poisoned_update_is_caught_before_it_serves(monkeypatch) -> None:
-    """Random labels from the 5th update to the 8th: no version of theirs is published, the fourth
-    refusal starts again from what serves with an empty optimizer, and what follows serves."""
-    world, events = world_of("adapt.policy.num_steps=4", "adapt.trainer.lr=1e-3"), Events()
+    """Random labels once a draft serves, until the guard has seen that they make it worse: no version of
+    theirs is published, training starts again from what serves with an empty optimizer, and what
+    follows serves."""
+    world, events = world_of(*FAR, tokens=600), Events()
     arm = build_arm(world, "adapted", events)
     assert arm.coscheduler is not None
     coscheduler: Any = arm.coscheduler
     buffer, trainer = coscheduler._buffer, coscheduler._trainer
     honest, load, loaded = buffer.sample, trainer.load, []
+    begun: list[tuple[int, int]] = []  # how many events there were, which version served
 
     def sample() -> SignalBatch | None:
         clean = honest()
-        return poisoned(clean) if 4 <= coscheduler.counters.updates < 8 else clean
+        if clean is None or coscheduler.version < 2 or loaded:
+            return clean
+        begun.append((len(events.all), coscheduler.version))
+        return poisoned(clean)
 
     def load_and_look(weights: Any) -> None:
         load(weights)
         served = dict(arm.drafter.network().named_parameters())
         same = all(torch.equal(w, served[n]) for n, w in trainer.weights().items())
-        loaded.append((coscheduler.counters.updates, same, moments(trainer)))
+        loaded.append((len(events.all), same, moments(trainer)))
 
     monkeypatch.setattr(buffer, "sample", sample)
     monkeypatch.setattr(trainer, "load", load_and_look)
     tokens = decode(world, arm)
-    verdicts = events.verdicts
-    before = sum(v.publish for v in verdicts[:4])
-    assert before >= 2
-    assert [v.publish for v in verdicts[4:9]] == [False] * 4 + [True]
-    assert all(v.candidate_score < v.serving_score - 0.5 for v in verdicts[4:8])
-    assert (verdicts[7].back_to, verdicts[7].num_rows) == (before, 16)
-    assert loaded[0] == (8, True, 0.0)
-    assert coscheduler.version == sum(v.publish for v in verdicts)
+    (first, version), (last, same, left) = begun[0], loaded[0]
+    assert (same, left) == (True, 0.0)
+    during = events.all[first:last]
+    assert [kind for kind, _ in during if kind in {"publication", "rollback"}] == []
+    verdicts = [fields["verdict"] for kind, fields in during if kind == "verdict"]
+    scored = [one for one in verdicts if one.num_rows is not None]
+    assert [one.action for one in scored] == ["wait"] * (len(scored) - 1) + ["roll_back"]
+    assert scored[-1].to == version
+    assert 2 <= len(scored) <= 16
+    assert all(one.candidate_score < one.serving_score for one in scored[1:])
+    assert [kind for kind, _ in events.all[last:] if kind == "publication"]
     assert not events.of("rollback")
     assert tokens == decode(world, build_arm(world, "plain", Events()))
 
@@ -395,8 +428,7 @@ def test_poison_that_serves_is_undone(monkeypatch) -> None:
     world = world_of(
         "adapt.policy.num_steps=4",
         "adapt.trainer.lr=1e-3",
-        "adapt.guard={kind: shadow, tolerance: 1000, check_every: 1000, cooldown_rounds: 24,"
-        " prove_first: false, check_rounds: 100000}",
+        "adapt.guard={kind: shadow, check_rounds: 24}",
         tokens=384,
     )
     events = Events()
@@ -405,6 +437,7 @@ def test_poison_that_serves_is_undone(monkeypatch) -> None:
     trainer, publisher = coscheduler._trainer, coscheduler._publisher
     loaded = checksum(publisher.weights_of(0))
     honest, load = coscheduler._buffer.sample, trainer.load
+    rejects, always = Evidence.rejects, ShadowSettings().false_publish
     poisoned_at: list[int] = []
     clean: list[bool] = []
 
@@ -418,6 +451,9 @@ def test_poison_that_serves_is_undone(monkeypatch) -> None:
         load(weights)
         clean.append(moments(trainer) == 0)
 
+    monkeypatch.setattr(
+        Evidence, "rejects", lambda self, rate: rate == always or rejects(self, rate)
+    )
     monkeypatch.setattr(coscheduler._buffer, "sample", sample)
     monkeypatch.setattr(trainer, "load", load_and_look)
     tokens = decode(world, arm)
@@ -436,21 +472,10 @@ def test_poison_that_serves_is_undone(monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_the_default_guard_serves_no_poison(monkeypatch) -> None:
-    """On far text, where drafts serve once learning has shown that it pays: updates on random labels
-    for 40 rounds are all refused, the fourth refusal starts again from what serves, and what is
-    taught after them may serve."""
-    world, events = (
-        world_of(
-            "workload.prompts=null",
-            "workload.documents=tinyworld/documents/translated.jsonl",
-            "adapt.loss.kind=jensen_shannon",
-            "adapt.trainer.lr=1e-3",
-            "adapt.policy.num_steps=4",
-            "adapt.guard={kind: shadow, cooldown_rounds: 16}",  # tries again soon
-            tokens=600,
-        ),
-        Events(),
-    )
+    """On far text, where drafts serve once learning has shown that it pays: of updates on random labels
+    for 40 rounds none serves, training starts again from what serves, nothing that serves is undone,
+    and what is trained after them may serve."""
+    world, events = world_of(*FAR, "adapt.guard={kind: shadow}", tokens=1000), Events()
     arm = build_arm(world, "adapted", events)
     coscheduler: Any = arm.coscheduler
     honest = coscheduler._buffer.sample
@@ -473,35 +498,37 @@ def test_the_default_guard_serves_no_poison(monkeypatch) -> None:
     assert after
     verdicts = [e["verdict"] for e in events.of("verdict") if start < e["round"] < start + POISONED]
     judged = [v for v in verdicts if v.candidate_score is not None]
-    assert [v.back_to for v in judged[:4]] == [None, None, None, version]
+    assert version in {v.to for v in judged}
 
 
 @pytest.mark.slow
 def test_nothing_is_undone_where_learning_pays() -> None:
-    """On foreign text: most updates serve, none is rolled back, and scores say what they bring."""
-    world, events = (
-        world_of("workload.temperature=1", domain="translated", tokens=224),
-        Events(),
-    )
+    """On foreign text: drafts serve, none is rolled back, and scores say what they bring."""
+    world, events = world_of(*FAR, "adapt.guard={kind: shadow}", tokens=600), Events()
     arm = build_arm(world, "adapted", events)
     decode(world, arm)
     assert arm.coscheduler is not None
     counters = arm.coscheduler.counters
     assert counters.updates > 25
-    assert arm.coscheduler.version > 0.9 * counters.updates
+    assert arm.coscheduler.version == len(events.of("publication")) >= 2
     assert not events.of("rollback")
-    assert counters.watch.evidence.mean > 0
+    coscheduler: Any = arm.coscheduler
+    assert coscheduler._guard.standing.lead_tokens > 0
+    assert counters.earned_seconds > 0
     assert 0 < counters.guard_seconds < counters.update_seconds_total
 
 
-def test_every_second_update_is_judged_with_the_one_before() -> None:
-    world, events = world_of("adapt.guard.every=2", tokens=128), Events()
+def test_each_update_is_judged() -> None:
+    """On what has come since the last one was, however little that is."""
+    world, events = world_of(tokens=128), Events()
     arm = build_arm(world, "adapted", events)
     decode(world, arm)
-    scored = [v.num_rows is not None for v in events.verdicts if v.candidate_score or v.publish < 1]
-    assert scored[:6] == [False, True] * 3
-    assert arm.coscheduler is not None
-    assert arm.coscheduler.version <= arm.coscheduler.counters.updates / 2
+    kinds = [kind for kind, _ in events.all if kind in {"update", "verdict"}]
+    assert len(kinds) > 10
+    assert kinds == ["update", "verdict"] * (len(kinds) // 2)
+    rows = [verdict.num_rows for verdict in events.verdicts]
+    assert all(rows)
+    assert sum(rows) < 128  # none of them twice
 
 
 @pytest.mark.slow
@@ -513,7 +540,7 @@ def test_updates_in_the_background_are_judged() -> None:
     scored = [v for v in events.verdicts if v.num_rows is not None]
     assert scored
     assert len(scored) >= len(events.verdicts) - 2  # the request may have ended meanwhile
-    assert len(events.of("publication")) == sum(v.publish for v in scored)
+    assert len(events.of("publication")) == sum(v.action == "publish" for v in scored)
 
 
 @pytest.mark.slow
@@ -529,19 +556,19 @@ def test_state_per_request_forgets_what_was_watched() -> None:
             world.requests.pop(0)
         arm = build_arm(world, "adapted", events)
         decode(world, arm)
-        resets = [i for i, (kind, _) in enumerate(events.all) if kind == "reset"]
+        resets = [i for i, (kind, _) in enumerate(events.all) if kind == "rollback"]
         begin = resets[0] if order == "both" else 0
         verdicts[order] = [f["verdict"] for k, f in events.all[begin:] if k == "verdict"]
     assert len(verdicts["second"]) > 5
-    assert [(v.publish, v.candidate_score) for v in verdicts["both"]] == [
+    assert [(v.action, v.candidate_score) for v in verdicts["both"]] == [
         (v.publish, v.candidate_score) for v in verdicts["second"]
     ]
 
 
 @pytest.mark.slow
 def test_an_interrupted_run_is_guarded_the_same(tmp_path: Path) -> None:
-    """With a last good version, refusals and evidence behind it, a resumed run has the same figures
-    and the same verdicts, to the bit."""
+    """With a trained version, refusals and evidence behind it, a resumed run has the same figures and
+    the same verdicts, to the bit."""
 
     def config(name: str) -> Any:
         return load_config(
@@ -553,8 +580,8 @@ def test_an_interrupted_run_is_guarded_the_same(tmp_path: Path) -> None:
                 "workload.max_new_tokens=160",
                 "workload.max_prompts=2",
                 "adapt.policy.rounds=4",
-                EACH,
-                "adapt.guard={tolerance: 0.005, check_every: 2, patience: 2}",
+                SOON,
+                "adapt.guard.false_publish=0.9",
             ],
         )
 
@@ -583,11 +610,11 @@ def test_an_interrupted_run_is_guarded_the_same(tmp_path: Path) -> None:
         assert getattr(found, field) == getattr(expected, field), field
 
 
-def test_the_last_good_version_is_in_the_footprint() -> None:
-    """One version more is kept than ``adapt.publish.keep`` says."""
+def test_a_guard_keeps_no_weights_of_its_own() -> None:
+    """It compares with what serves and with what was loaded, which are kept in any case."""
     configs = [load_config(SAMPLED, [f"adapt.guard.kind={kind}"]) for kind in ("finite", "shadow")]
     finite, shadow = (footprint(config, *sketch(config)) for config in configs)
-    assert shadow.last_good - finite.last_good == 4 * shadow.num_trained > 0
+    assert shadow.last_good == finite.last_good > 0
 
 
 def test_scores_are_in_the_footprint() -> None:
@@ -601,7 +628,7 @@ def test_scores_are_in_the_footprint() -> None:
     found = sized()
     target, drafter = sketch(load_config(SAMPLED))
     row = drafter.num_draft_tokens * target.vocab_size * 4
-    assert found.scores == pytest.approx(4 * LOOKED_INTO * 8 * row, rel=0.01)
+    assert found.scores == pytest.approx(4 * LOOKED_AT * 8 * row, rel=0.01)
     for loss, larger in ((0, found.scores), (found.scores + 1, found.scores + 1)):
         assert replace(found, loss=loss).added == replace(found, loss=0, scores=0).added + larger
 
@@ -629,11 +656,23 @@ def test_the_guard_scores_in_the_chunks_of_the_loss() -> None:
         ("adapt.guard.kind=sentinel", r"adapt\.guard\.kind: .*'sentinel'; .*finite, shadow"),
         ("adapt.guard.anchors=0", r"adapt\.guard.*anchors|adapt\.guard\.anchors"),
         (
-            "adapt.guard={kind: finite, every: 3}",
-            r"adapt\.guard: .*every.*kind finite: nothing else",
+            "adapt.guard={kind: finite, anchors: 3}",
+            r"adapt\.guard: .*anchors.*kind finite: nothing else",
         ),
-        ("adapt.guard.tolerance=-1", r"adapt\.guard\.tolerance.*-1"),
-        ("adapt.guard.patient=3", r"adapt\.guard: .*patient.*allowed with kind shadow: .*patience"),
+        ("adapt.guard.false_publish=-1", r"adapt\.guard\.false_publish.*-1"),
+        ("adapt.guard.false_rollback=1", r"adapt\.guard\.false_rollback.*1"),
+        ("adapt.guard.anchor=3", r"adapt\.guard: .*`anchor`; allowed with kind shadow: anchors, "),
+        ("adapt.guard.tolerance=0.1", r"`tolerance`; use false_publish instead; allowed"),
+        ("adapt.guard.confidence=2", r"`confidence`; use false_publish instead; allowed"),
+        ("adapt.guard.doubt=2", r"`doubt`; use false_rollback instead; allowed"),
+        ("adapt.guard.patience=3", r"`patience`; use false_rollback instead; allowed"),
+        ("adapt.guard.every=2", r"`every`; use anchors .*each update is judged.* instead; allowed"),
+        ("adapt.guard.alarm_tokens=2", r"`alarm_tokens`; use check_rounds instead; allowed"),
+        ("adapt.guard.check_every=2", r"`check_every`; use check_rounds instead; allowed"),
+        ("adapt.guard.cooldown_rounds=2", r"`cooldown_rounds`; use check_rounds instead; allowed"),
+        ("adapt.guard.trials=2", r"`trials`; use adapt\.policy .* instead; allowed"),
+        ("adapt.guard.prospect_rows=2", r"`prospect_rows`; use adapt\.policy .* instead; allowed"),
+        ("adapt.guard.prove_first=false", r"`prove_first`; use kind: finite .* instead; allowed"),
         ("adapt.guard.anchors=2000", r"adapt\.guard\.anchors: 2000.*window = 1024.*at most 1018"),
         (
             "adapt={policy: {kind: earned}, guard: {kind: finite}}",

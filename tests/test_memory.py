@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from cosched.engines.embedded.target import Target
+from cosched.guard.scorer import AcceptanceScorer
 from cosched.live_memory import LivePeak
-from cosched.records import Decision, SignalBatch
+from cosched.records import Acceptance, Decision, SignalBatch
 from cosched.registry import DRAFTERS, LOSSES
 from cosched.testing.harness import make_target, make_trainer
 from cosched.testing.specimen import MetaTarget, as_batch, make_texts
 from cosched.training.micro_step import BatchLoss
 from cosched.training.peaks import loss_peak, scores_peak
-from cosched.guard.scorer import AcceptanceScorer
 
 VOCAB, CHUNK, PATH = 20_000, 8, 4
 QWEN3_VOCAB = 151_936
@@ -240,16 +240,16 @@ def test_a_single_chunk_is_computed_once() -> None:
 # --- what a guard scores -------------------------------------------------------------------
 
 
-def make_shadow(
+def make_scorer(
     target: Target,
     drafter: Any,
     chunk_rows: int | None,
     served_as: torch.dtype = torch.float32,
-    temperature: float = 1.0,
-) -> Shadow:
+    acceptance: Acceptance = "sampled",
+) -> AcceptanceScorer:
     copy = drafter.clone(torch.float32)
-    return Shadow(
-        copy, target.head, "hidden", served_as, temperature=temperature, chunk_rows=chunk_rows
+    return AcceptanceScorer(
+        copy, target.head, "hidden", served_as, acceptance, temperature=0.7, chunk_rows=chunk_rows
     )
 
 
@@ -263,9 +263,11 @@ def two_of(drafter: Any) -> list[dict[str, Tensor]]:
     ]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("acceptance", ["greedy", "target_only", "sampled"])
 @pytest.mark.parametrize(("kind", "example"), DRAFTERS_TO_TEST)
-def test_scores_in_chunks_equal_the_plain_form(kind: str, example: str, temperature: float) -> None:
+def test_scores_in_chunks_equal_the_plain_form(
+    kind: str, example: str, acceptance: Acceptance
+) -> None:
     """Of every candidate and anchor; chunks cut through anchors, and the last one is short.
 
     A product of fewer rows may add up in another order: a logit of about 10 is then off by up to
@@ -277,7 +279,7 @@ def test_scores_in_chunks_equal_the_plain_form(kind: str, example: str, temperat
     batch.weights_RNK[0, 1] = 0
     weights = two_of(drafter)
     whole, *chunked = (
-        make_shadow(target, drafter, chunk_rows, torch.bfloat16, temperature).scores(batch, weights)
+        make_scorer(target, drafter, chunk_rows, torch.bfloat16, acceptance).scores(batch, weights)
         for chunk_rows in (None, 7, 1)
     )
     assert [len(scores) for scores in whole] == [9, 9]
@@ -298,9 +300,9 @@ def test_scores_hold_logits_of_one_chunk(kind: str, example: str) -> None:
 
     def peak(num_anchors: int, chunk_rows: int | None, counts: Any) -> float:
         batch = make_batch(target, drafter, num_anchors, num_texts=1)
-        shadow = make_shadow(target, drafter, chunk_rows)
+        scorer = make_scorer(target, drafter, chunk_rows)
         with LivePeak(counts) as live:
-            shadow.scores(batch, two_of(drafter))
+            scorer.scores(batch, two_of(drafter))
         return live.peak / (4 * VOCAB * CHUNK)
 
     for counts, most in ((is_logits, 1), (is_as_wide, MOST)):
@@ -318,7 +320,7 @@ def test_without_chunks_the_teacher_is_recalled_once() -> None:
     hook = target.head.register_forward_hook(lambda *call: rows.append(len(call[-1])))
     for chunk_rows, expected in ((None, [64]), (CHUNK, [CHUNK] * 8 * 2)):
         rows.clear()
-        make_shadow(target, drafter, chunk_rows).scores(batch, two_of(drafter))
+        make_scorer(target, drafter, chunk_rows).scores(batch, two_of(drafter))
         assert rows == expected
     hook.remove()
 
@@ -335,11 +337,11 @@ def test_at_a_real_vocabulary_two_chunks_of_logits_are_held() -> None:
     trainer = make_trainer(target, drafter, loss=make_loss("jensen_shannon", chunk_rows))
     with LivePeak(is_logits) as stepping:
         trainer.update(batch, Decision(1))
-    shadow = Shadow(
+    scorer = AcceptanceScorer(
         trainer._batch_loss._drafter, target.head, "hidden", torch.bfloat16, chunk_rows=chunk_rows
     )
     with LivePeak(is_logits) as scoring:
-        serving, candidate = shadow.scores(batch, two_of(drafter))
+        serving, candidate = scorer.scores(batch, two_of(drafter))
     assert len(serving) == len(candidate) == 512 // PATH
     chunk = 4 * QWEN3_VOCAB * chunk_rows
     assert chunk <= stepping.peak <= 2 * chunk
@@ -395,10 +397,10 @@ def test_the_peak_of_sizes_is_that_of_scores(
     target = large_target()
     drafter = make_drafter(target, kind, example, torch.float32)
     batch = make_batch(target, drafter, 16, num_texts=1)
-    shadow = make_shadow(target, drafter, chunk_rows, served_as)
+    scorer = make_scorer(target, drafter, chunk_rows, served_as)
     weights = two_of(drafter)
     with LivePeak() as live:
-        shadow.scores(batch, weights)
+        scorer.scores(batch, weights)
     sketch, sizes = drafter.clone(torch.float32), MetaTarget(target)
     sketch.network().to("meta")
     sketch._target = sizes

@@ -23,7 +23,8 @@ from cosched.config import Config, load_config, to_yaml
 from cosched.errors import ConfigError
 from cosched.experiment import Experiment
 from cosched.footprint import footprint, sketch
-from cosched.protocols import Expert, LossSettings
+from cosched.loop.counters import TRIALS_KEPT, Counters
+from cosched.protocols import Expert, FiniteSettings, LossSettings, ShadowSettings
 from cosched.records import Decision, Snapshot, Verdict
 from cosched.registry import DRAFTERS, LOSSES, OBJECTIVES, defaults_for
 from cosched.telemetry.run_folder import RunFolder
@@ -35,12 +36,10 @@ from cosched.testing.harness import (
     make_trainer,
     serve,
 )
-from cosched.loop.counters import TRIALS_KEPT, Counters
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
 from cosched.training.scope import parameters_of
 from cosched.trials import TryingTrainer, WithObjective
-from cosched.protocols import FiniteSettings, ShadowSettings
 from schedulers.defaults import TABLE
 from tests.conftest import make_drafter
 from tests.test_core import snapshot

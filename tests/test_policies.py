@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -16,18 +17,22 @@ from cosched.coscheduler import Coscheduler
 from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError
 from cosched.guard.guard import FiniteGuard
+from cosched.guard.monitor import Monitor, Scores
+from cosched.guard.statistics import Lead, blocks
 from cosched.loop.budget import WithinTimeShare
+from cosched.loop.counters import Counters
+from cosched.protocols import ShadowSettings
 from cosched.records import (
     Decision,
     ServedBlock,
     Snapshot,
     UpdateResult,
+    Verdict,
     VerifyRound,
     WeightVersion,
 )
 from cosched.registry import POLICIES
 from cosched.testing.harness import NoEvents
-from cosched.loop.counters import Counters
 from tests.conftest import make_drafter
 from tests.test_core import snapshot
 
@@ -406,7 +411,7 @@ def test_a_reset_forgets_the_text_and_not_the_bill() -> None:
     counters.start_anew()
     seen = counters.snapshot(1, 0, 0)
     assert (seen.acceptance_shortfall, seen.rounds_since_update) == (0, 0)
-    assert (seen.update_seconds_total, seen.micro_step_seconds) == (4.0, 0.2)
+    assert (seen.last_update_seconds, seen.micro_step_seconds) == (4.0, 0.2)
 
 
 # --- the cap -------------------------------------------------------------------------------
@@ -490,7 +495,11 @@ def test_the_cap_holds_for_every_policy_that_is_built(kind: str, target: Target)
     )
     built = build_coscheduler(config, target, make_drafter(target), None, None, NoEvents())
     would = {**PAYS, "rounds_since_update": 100, "tokens_since_update": 1000}
-    would |= {"acceptance_shortfall": 1000, "last_update_seconds": 1.0, "requests_since_update": 100}
+    would |= {
+        "acceptance_shortfall": 1000,
+        "last_update_seconds": 1.0,
+        "requests_since_update": 100,
+    }
     would |= {"seconds_earned": 1000.0}
     script = [{"serving_seconds_since_update": s} for s in (0.0, 2.9, 3.1)]
     decided = steps(built._policy, script, **would)

@@ -11,9 +11,9 @@ from cosched.config import Config, load_config
 from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError
 from cosched.experiment import Experiment
+from cosched.protocols import ShadowSettings
 from cosched.registry import defaults_for
 from cosched.telemetry.run_folder import RunFolder
-from cosched.protocols import ShadowSettings
 from cosched.workload import load_requests
 from schedulers.earned import EarnedSettings
 from tests.test_run import run_cli

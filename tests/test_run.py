@@ -22,10 +22,10 @@ from cosched.config import Config, load_config, to_yaml
 from cosched.engines.embedded.engine import EngineSeconds
 from cosched.errors import ConfigError, CoschedError, RunFolderError
 from cosched.experiment import TURN_TOKENS, Experiment
+from cosched.loop.counters import Counters
 from cosched.resume import ArmProgress, Progress, load, save
 from cosched.telemetry.metrics import Turn
 from cosched.telemetry.run_folder import RunFolder
-from cosched.loop.counters import Counters
 
 ROOT = Path(__file__).parent.parent
 

@@ -25,6 +25,7 @@ from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError, WorkloadError
 from cosched.experiment import Experiment
 from cosched.footprint import footprint, sketch
+from cosched.loop.counters import Counters
 from cosched.pool import CoschedulerPool
 from cosched.publish import InPlacePublisher
 from cosched.records import Decision, SignalBatch
@@ -32,7 +33,6 @@ from cosched.registry import DRAFTERS
 from cosched.telemetry.run_folder import NoEvents, RunFolder
 from cosched.testing.harness import collected, decode, make_engine, make_requests, serve
 from cosched.testing.specimen import Feeder, make_texts
-from cosched.loop.counters import Counters
 from cosched.training.lora import MergingTrainer, find_layers, placed
 from cosched.training.scope import lora_of, scope_of
 from cosched.workload import check_texts

@@ -114,7 +114,8 @@ class Evidence:
             for number, gain in enumerate(GAINS, 1):
                 counted = min(1.0, max(-LOSSES, difference / gain))
                 won = self.wealths[number] + NEW * math.log1p(STAKE * counted)
-                self.wealths[number] = _log_sum([won, given])
+                high, low = max(won, given), min(won, given)
+                self.wealths[number] = high + math.log1p(math.exp(low - high))
 
     @property
     def log_wealth(self) -> float:
