@@ -37,7 +37,7 @@ LEAST = LEAD_ROWS // BLOCK  # blocks of which something is said
 MEMORY_BLOCKS = MEMORY // BLOCK
 
 
-# --- evidence: streams as long as 4,000 rows of text -----------------------------------------
+# --- evidence -----------------------------------------
 
 
 def streams(number: int, num_blocks: int, correlation: float, mean: float, seed: int) -> np.ndarray:
@@ -103,7 +103,7 @@ def test_streams_are_bet_on_as_one() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("correlation", [0.2, 0.36])
 def test_error_rates_are_what_the_settings_say(correlation: float) -> None:
-    """A candidate that is no better, looked at after each block of 4,000 rows: 10,000 streams each,
+    """A candidate that is no better, looked at after each block of 2,000 rows: 10,000 streams each,
     so that a rate of 0.05 has a standard error of 0.002. The two are the same test at two rates."""
     publish, rollback = rejected_at(streams(10_000, 500, correlation, 0.0, 1), (PUBLISH, ROLLBACK))
     published, rolled_back = np.isfinite(publish).mean(), np.isfinite(rollback).mean()
@@ -123,22 +123,22 @@ def test_what_mostly_gains_a_little_and_seldom_loses_much_is_no_better() -> None
 
 @pytest.mark.slow
 def test_power() -> None:
-    """How many rows it takes to see what is true: a tenth of a token a round within 12,000 rows nearly
-    always, a twentieth mostly not. Printed, for rows whose deviation is a whole token."""
+    """How many rows it takes to see what is true: within 12,000 rows a tenth of a token a round nearly
+    always, a twentieth more often than not, a fiftieth seldom. Printed, for rows whose deviation is a whole token."""
     seen = {}
     for mean in (0.02, 0.05, 0.1, 0.3, 1.0):
-        found = rejected_at(streams(1_000, 1_500, 0.2, mean, 3), (PUBLISH, ROLLBACK))
+        found = rejected_at(streams(1_000, 3_000, 0.2, mean, 3), (PUBLISH, ROLLBACK))
         for rate, when in zip((PUBLISH, ROLLBACK), found, strict=True):
             power, rows = np.isfinite(when).mean(), BLOCK * np.median(when)
             seen[mean, rate] = power, rows
             print(  # noqa: T201  for who runs it with -s
                 f"{mean} tokens a round, rate {rate}: seen in {power:.3f}, median rows {rows:.0f}"
             )
-    assert seen[0.02, PUBLISH][0] > 2 * PUBLISH
+    assert seen[0.02, PUBLISH][0] > PUBLISH
     assert seen[0.05, PUBLISH][0] > 0.4
     assert seen[0.1, PUBLISH][0] > 0.95
     assert seen[0.3, PUBLISH][1] <= 400
-    assert seen[1.0, ROLLBACK][1] <= 72
+    assert seen[1.0, ROLLBACK][1] <= 40
 
 
 def test_scale_is_no_matter() -> None:
@@ -152,8 +152,8 @@ def test_scale_is_no_matter() -> None:
 
 
 def test_what_was_good_for_long_is_not_for_ever() -> None:
-    """After 8,000 rows on which the loaded draft was 0.2 tokens worse it is 0.5 better: to be seen
-    within 1,600 rows. All that is bet is lost by then, so it takes the reserve."""
+    """After 4,000 rows on which the loaded draft was 0.2 tokens worse it is 0.5 better: to be seen
+    within 800 rows. All that is bet is lost by then, so it takes the reserve."""
     found = np.concatenate(
         [streams(200, 1000, 0.2, -0.2, 5), streams(200, 200, 0.2, 0.5, 6)], axis=1
     )
@@ -185,13 +185,14 @@ def test_wealth_is_what_was_won(differences: list[float]) -> None:
 
 @given(st.lists(st.floats(-4, 4), min_size=1, max_size=200))
 def test_every_row_is_in_one_block(rows: list[float]) -> None:
-    """Of neighbours, of 8 rows or, where they do not go into eights, a few more; few rows are one."""
+    """Of neighbours, of four rows or, where they do not go into fours, a few more; few rows are one."""
     found = blocks(rows, [0.0] * len(rows))
     sizes = [len(part) for part in np.array_split(rows, len(found))]
     assert len(found) == max(1, len(rows) // BLOCK)
     assert max(sizes) < 2 * BLOCK
     assert statistics.fmean(found) == pytest.approx(statistics.fmean(rows), abs=4 / BLOCK)
-    assert blocks([2.0] * 16 + [1.0] * 8, [1.0] * 24) == [1.0, 1.0, 0.0]
+    two, one = [2.0] * 2 * BLOCK, [1.0] * BLOCK
+    assert blocks(two + one, [1.0] * 3 * BLOCK) == [1.0, 1.0, 0.0]
 
 
 def test_scores_that_are_no_numbers_speak_against_a_draft() -> None:

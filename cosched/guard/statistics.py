@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-BLOCK = 8  # rows
+BLOCK = 4  # rows
 GAINS = tuple(0.0125 * 2**n for n in range(9))  # tokens above which a bet counts no more
 LOSSES = 1.5  # times as much below which it counts no less
 STAKE = 0.6  # of a bet's wealth that a whole gain adds to it
