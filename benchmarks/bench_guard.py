@@ -6,7 +6,7 @@ Usage: python benchmarks/bench_guard.py [--drafters eagle3 dflash pard] [--domai
 Records texts as bench_never_worse.py does (the same ``--work`` shares them) and trains on each from
 the draft as it was loaded, every 16 rounds, with the default guard. For each text the table says
 what became of the first candidate: ``+n``, it served after n rows that no update had had, or
-``-n``, it was given up after so many.
+``-n``, it was seen to be worse after so many; nothing, if neither was known at the end of the text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def main() -> None:
     options = parsed(__doc__)
     console = Console(width=120)
-    table = Table("drafter", "text", "served", "given up", "first candidate of each text")
+    table = Table("drafter", "text", "served", "worse", "first candidate of each text")
     for domain in options.domains:
         for text in options.texts:
             trace = record(
@@ -45,9 +45,9 @@ def main() -> None:
                     ]
                 )  # fmt: skip
                 found = list(outcomes(ROOT / options.work / name / "events.jsonl"))
-                served, given_up = (sum(sign * n > 0 for n in found) for sign in (1, -1))
+                served, worse = (sum(sign * n > 0 for n in found) for sign in (1, -1))
                 table.add_row(
-                    drafter, f"{domain}, {text}", str(served), str(given_up),
+                    drafter, f"{domain}, {text}", str(served), str(worse),
                     " ".join(f"{number:+d}" for number in found),
                 )  # fmt: skip
                 console.print(drafter, domain, text, found)
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def outcomes(events: Path) -> Iterator[int]:
-    """Rows on which each request's first candidate was judged: negative if it was given up."""
+    """Rows on which each request's first candidate was judged: negative if it was seen to be worse."""
     judged, open_ = 0, True
     for line in events.read_text(encoding="utf-8").splitlines():
         event = json.loads(line)
@@ -65,9 +65,9 @@ def outcomes(events: Path) -> Iterator[int]:
         if not open_ or verdict is None or verdict["candidate_score"] is None:
             continue
         judged += verdict["num_rows"]
-        if verdict["publish"] or verdict["back_to"] is not None:
+        if verdict["action"] != "wait":
             open_ = False
-            yield judged if verdict["publish"] else -judged
+            yield judged if verdict["action"] == "publish" else -judged
 
 
 if __name__ == "__main__":

@@ -203,7 +203,10 @@ class Coscheduler:
         """State per request: the next one starts from the draft as it was loaded, and anew."""
         learnt = self.counters.start_anew() or self.busy
         self._guard.start_anew(self.counters.rounds)
-        return Verdict("roll_back", "its request has ended", to=0) if learnt else KEEP
+        if not learnt:
+            return KEEP
+        self._sink.emit("reset", round=self.counters.rounds)
+        return Verdict("roll_back", "its request has ended", to=0)
 
     def _go_back(self, version: int, reason: str) -> None:
         assert self._trainer is not None

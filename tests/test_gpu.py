@@ -38,11 +38,11 @@ from tests.test_memory import (
 WORLD = Path(__file__).parent.parent / "tinyworld"
 DEVICE = "cuda"
 OFTEN = ("adapt.policy.kind=every_n_rounds", "adapt.policy.rounds=4")
-GUARDED = (*OFTEN, "adapt.guard={kind: shadow, prove_first: false, anchors: 8, every: 1}")
+GUARDED = (*OFTEN, "adapt.guard={kind: shadow, anchors: 8, false_publish: 0.5}")
 LEARNT = (*OFTEN, "adapt.guard.kind=finite")
 WAYS = {
     "as a file gets it that says nothing, but sooner": (
-        "adapt.policy.rounds=4", "adapt.guard={every: 1, anchors: 8}",
+        "adapt.policy.rounds=4", "adapt.guard={anchors: 8}",
     ),
     "guarded": GUARDED,
     "hedge": (*GUARDED, "adapt.objective={kind: hedge, experts: [{}, {lr: 1.0e-3}]}"),

@@ -556,12 +556,12 @@ def test_state_per_request_forgets_what_was_watched() -> None:
             world.requests.pop(0)
         arm = build_arm(world, "adapted", events)
         decode(world, arm)
-        resets = [i for i, (kind, _) in enumerate(events.all) if kind == "rollback"]
+        resets = [i for i, (kind, _) in enumerate(events.all) if kind == "reset"]
         begin = resets[0] if order == "both" else 0
         verdicts[order] = [f["verdict"] for k, f in events.all[begin:] if k == "verdict"]
     assert len(verdicts["second"]) > 5
     assert [(v.action, v.candidate_score) for v in verdicts["both"]] == [
-        (v.publish, v.candidate_score) for v in verdicts["second"]
+        (v.action, v.candidate_score) for v in verdicts["second"]
     ]
 
 

@@ -25,7 +25,7 @@ from cosched.experiment import Experiment
 from cosched.footprint import footprint, sketch
 from cosched.loop.counters import TRIALS_KEPT, Counters
 from cosched.protocols import Expert, FiniteSettings, LossSettings, ShadowSettings
-from cosched.records import Decision, Snapshot, Verdict
+from cosched.records import Decision, Snapshot
 from cosched.registry import DRAFTERS, LOSSES, OBJECTIVES, defaults_for
 from cosched.telemetry.run_folder import RunFolder
 from cosched.testing.harness import (
@@ -203,12 +203,13 @@ def test_tokens_are_counted_from_the_loaded_draft() -> None:
     assert [seen(), seen()] == [3, 6]
     counters.start_anew()
     assert seen() == 3
-    for version in (4, None, 0):
-        counters.note_scores(Verdict(publish=False, reason="", back_to=version, serving_score=2.0))
+    counters.went_back(0, serving=0)  # a candidate was given up, and the loaded draft served
     assert seen() == 3
-    counters.went_back(2)
+    counters.published()
+    counters.went_back(4, serving=4)
+    counters.went_back(2, serving=4)
     assert seen() == 6
-    counters.went_back(0)
+    counters.went_back(0, serving=5)
     assert seen() == 3
 
 
@@ -328,7 +329,9 @@ GOOD, ABSURD = "{lr: 3.0e-4}", "{lr: 30.0}"
 
 
 def run(*overrides: str, tokens: int = 192, prompts: int = 1) -> tuple[Any, Events, Any]:
-    world, events = world_of(*overrides, tokens=tokens, prompts=prompts), Events()
+    lenient = "adapt.guard={kind: shadow, anchors: 16, false_publish: 0.999}"
+    world = world_of(lenient, *overrides, domain="translated", tokens=tokens, prompts=prompts)
+    events = Events()
     arm = build_arm(world, "adapted", events)
     return decode(world, arm), events, arm
 
@@ -568,7 +571,7 @@ def test_what_a_file_leaves_out_goes_by_the_drafter(
         "loss": {"kind": "top_k_cross_entropy", "k": 5},
         "trainer": {"lr": 0.125},
         "replay": {"anchors": 9},
-        "guard": {"kind": "shadow", "trials": 2},
+        "guard": {"kind": "shadow", "check_rounds": 2},
     }
     for kind in set(TABLE) - {"none"}:
         mine = kind == DRAFTERS.get(drafter).draft_type
@@ -578,14 +581,14 @@ def test_what_a_file_leaves_out_goes_by_the_drafter(
     assert (config.adapt.trainer.lr, config.adapt.replay.anchors) == (0.125, 9)
     assert yaml.safe_load(to_yaml(config))["adapt"]["policy"]["tokens"] == 7
     said = (
-        "{policy: {num_steps: 3}, loss: {kind: reverse_kl}, guard: {every: 7}, "
+        "{policy: {num_steps: 3}, loss: {kind: reverse_kl}, guard: {anchors: 7}, "
         "trainer: {zero_stage: 0}, replay: {window: 99}}"
     )
     config = load_config(bare(tmp_path, drafter, said), ["adapt.replay.anchors=3"])
     policy, guard = config.policy_settings, config.adapt.guard
     assert (policy.kind, policy.tokens, policy.num_steps) == ("every_n_tokens", 7, 3)
     assert config.loss_settings == LossSettings(kind="reverse_kl")
-    assert guard == ShadowSettings(every=7, trials=2)
+    assert guard == ShadowSettings(anchors=7, check_rounds=2)
     assert (config.adapt.trainer.lr, config.adapt.trainer.zero_stage) == (0.125, 0)
     assert (config.adapt.replay.anchors, config.adapt.replay.window) == (3, 99)
     changed = ["adapt.policy.kind=every_n_rounds", "adapt.guard.kind=finite"]

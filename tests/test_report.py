@@ -92,7 +92,7 @@ def _request(arm: str, name: str, log: EventLines) -> RequestLog:
 
 def _update(log: EventLines, arm: str, version: int, loss: float) -> None:
     log.emit("update", arm=arm, round=10 * version, result={"losses": [loss, loss / 2]})
-    log.emit("verdict", arm=arm, round=10 * version, verdict={"publish": True, "reason": ""})
+    log.emit("verdict", arm=arm, round=10 * version, verdict={"action": "publish", "reason": ""})
     log.emit("publication", arm=arm, round=10 * version, version={"version": version})
 
 
