@@ -283,7 +283,8 @@ def test_scores_in_chunks_equal_the_plain_form(
         for chunk_rows in (None, 7, 1)
     )
     assert [len(scores) for scores in whole] == [9, 9]
-    assert whole[0] != whole[1]
+    # Of random drafts the target's best token is hardly ever the draft's, whatever their weights.
+    assert acceptance == "greedy" or whole[0] != whole[1]
     for scores in chunked:
         for found, expected in zip(scores, whole, strict=True):
             assert found == pytest.approx(expected, rel=1e-5)
