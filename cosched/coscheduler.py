@@ -1,7 +1,4 @@
-"""The walk of a round: six steps, in this order. Read ``Coscheduler.on_round`` first.
-
-The engine drives: it calls ``on_round`` after every round and every prefill, and when it idles.
-"""
+"""The walk of a round, which the engine drives: read ``Coscheduler.on_round`` first."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import TYPE_CHECKING
 from cosched.errors import PublicationError
 from cosched.loop.counters import Counters
 from cosched.loop.meter import Meter
-from cosched.records import Decision, Verdict
+from cosched.records import KEEP, NOTHING, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -20,17 +17,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cosched.protocols import Buffer, Guard, Policy, Publisher, Sink, Trainer
-    from cosched.records import Snapshot, UpdateResult, VerifyRound
-
-NOTHING = Decision(num_steps=0)
-KEEP = Verdict("keep")
+    from cosched.records import Decision, Snapshot, UpdateResult, VerifyRound
 
 
 class Coscheduler:
     """Turns verification rounds into better drafts, and never touches the target.
 
-    Without a trainer the draft learns by itself: rounds are counted, the policy is not asked and
-    nothing is kept of them.
+    Without a trainer the draft learns by itself: rounds are counted, and that is all.
     """
 
     def __init__(
@@ -65,62 +58,54 @@ class Coscheduler:
         self.publish(verdict)
 
     def collect(self, round_: VerifyRound) -> None:
-        """Keep the rows of a round; who has finished is known also while nothing is kept."""
+        """Keep its rows; who has finished is known also while nothing is learnt."""
         if self._trainer is not None:
-            kept = round_ if self._learns else replace(round_, segments=(), blocks=())
+            kept = round_ if self._learner else replace(round_, segments=(), blocks=())
             self._buffer.collect(kept)
 
     def observe(self, round_: VerifyRound) -> Snapshot:
-        """Count it; all that policies may know, in numbers."""
+        """Count it: all that a policy may know, in numbers."""
         standing = self._guard.standing
         self.counters.observe(round_, standing.lead_tokens)
         self._guard.observe(round_, self.counters.serves_loaded)
-        return self.counters.snapshot(
-            round_.num_running, self.version, self._buffer.num_tokens, standing.resumes_at
-        )
+        running, kept = round_.num_running, self._buffer.num_tokens
+        return self.counters.snapshot(running, self.version, kept, standing.resumes_at)
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        """Whether to train now, and how: the policy's word, where one can be carried out."""
-        if not self._learns or self.busy:
+        """Whether to train now, and how: the policy's word, where it can be followed."""
+        if self._learner is None or self._learner.busy:
             return NOTHING
         with self._meter:
             return self._policy.decide(snapshot)
 
     def update(self, decision: Decision) -> UpdateResult | None:
-        """Micro-steps on the trainer's own copy; None while there is nothing new, or not yet.
+        """Micro-steps on the trainer's own copy; None while none is done.
 
-        What is charged is what updates took, deciding included. To be asked and to decline costs
-        the learner nothing: an idle server asks for hours, and would spend on it what it may spend
-        on learning.
+        To be asked and to decline is free: an idle server, which asks for hours, would pay for it.
         """
-        if not self._learns:
+        if self._learner is None:
             return None
         under_way = self.busy
         with self._meter:
-            result = self._trained(decision)
+            result = self._learner.finished() if under_way else self._begin(self._learner, decision)
         seconds = self._meter.take()
-        if result or (self.busy and not under_way):
+        if result or self.busy > under_way:
             self.counters.update_seconds_total += seconds
         if result:
             self.counters.note_update(result, in_background=under_way)
             self._sink.emit("update", round=self.counters.rounds, result=result)
         return result
 
-    def judge(
-        self, round_: VerifyRound, snapshot: Snapshot, result: UpdateResult | None
-    ) -> Verdict:
-        """What is to become of the candidate and of what serves: the guard's word.
-
-        State per request ends with it. While the trainer's copy is in use nothing is judged.
-        """
-        if not self._learns:
+    def judge(self, round_: VerifyRound, seen: Snapshot, result: UpdateResult | None) -> Verdict:
+        """What is to become of the candidate and of what serves: the guard's word."""
+        if self._learner is None:
             return KEEP
         if self._reset_when_finished and round_.finished:
             return self._forget()
-        if self._trainer is None or self._trainer.busy:
-            return KEEP
+        if self._learner.busy:
+            return KEEP  # the copy is in use
         with self._meter:
-            verdict = self._guard.judge(result, snapshot, self._trainer.weights)
+            verdict = self._guard.judge(result, seen, self._learner.weights)
         seconds = self._meter.take()
         if verdict.reason:
             self.counters.note_verdict(verdict, seconds, self.version)
@@ -128,12 +113,11 @@ class Coscheduler:
         return verdict
 
     def publish(self, verdict: Verdict) -> None:
-        """Carry a verdict out. Here alone weights go into the serving draft, or training goes back."""
+        """Do it: here alone weights begin to serve, and here alone training goes back."""
         if verdict.action == "publish":
             self.counters.published()
             self._serve()
-        elif verdict.action == "roll_back":
-            assert verdict.to is not None
+        elif verdict.to is not None:
             self._go_back(verdict.to, verdict.reason)
 
     def roll_back(self, version: int) -> int:
@@ -147,7 +131,7 @@ class Coscheduler:
         serving = self.version
         self.publish(Verdict("roll_back", "asked for", to=version))
         if self.version == serving:
-            self._serve()  # again, for who asked sees by the number that it was done
+            self._serve()  # again: who asked sees by the number that it was done
         self._guard.start_anew(self.counters.rounds)
         return self.version
 
@@ -157,22 +141,18 @@ class Coscheduler:
 
     @property
     def busy(self) -> bool:
-        """Whether an update goes on in the background, or waits to be judged."""
         return self._trainer is not None and self._trainer.busy
 
     @property
-    def _learns(self) -> bool:
-        return self._trainer is not None and self.learning
+    def _learner(self) -> Trainer | None:
+        return self._trainer if self.learning else None
 
     def state(self) -> tuple[Counters, int, Mapping[str, Tensor]]:
-        """Counters, draft version, trainer, versions and guard: what a later run goes on from.
-
-        Valid while no request runs; what the replay buffer holds of a running one is not kept.
-        """
+        """What a later run goes on from; valid while no request runs, whose rows are not kept."""
         if self._trainer is None or self._publisher is None:
             return self.counters, self.version, {}
-        parts = self._trainer.state(), self._publisher.state(), self._guard.state()
-        return self.counters, self.version, {k: t for part in parts for k, t in part.items()}
+        kept = {**self._trainer.state(), **self._publisher.state(), **self._guard.state()}
+        return self.counters, self.version, kept
 
     def restore(self, counters: Counters, version: int, tensors: Mapping[str, Tensor]) -> None:
         """Go on from an earlier run's ``state()``."""
@@ -182,29 +162,20 @@ class Coscheduler:
             self._publisher.restore(tensors, version)
             self._guard.restore(tensors)
 
-    # --- how the steps are done ----------------------------------------------------------------
-
-    def _trained(self, decision: Decision) -> UpdateResult | None:
-        """The result of what was decided, or of the update that goes on in the background."""
-        assert self._trainer is not None
-        if self._trainer.busy:
-            return self._trainer.finished()
-        if not decision.num_steps:
-            return None
-        batch = self._buffer.sample()
+    def _begin(self, trainer: Trainer, decision: Decision) -> UpdateResult | None:
+        batch = self._buffer.sample() if decision.num_steps else None
         if batch is None:
-            self.counters.starved += 1
+            self.counters.starved += decision.num_steps > 0
             return None
         self.counters.begin_update(decision.num_steps)
         self._sink.emit("decision", round=self.counters.rounds, decision=decision)
-        return self._trainer.update(batch, decision)  # None: it goes on in the background
+        return trainer.update(batch, decision)  # None: it goes on in the background
 
     def _forget(self) -> Verdict:
         """State per request: the next one starts from the draft as it was loaded, and anew."""
-        learnt = self.counters.start_anew() or self.busy
         self._guard.start_anew(self.counters.rounds)
-        if not learnt:
-            return KEEP
+        if not (self.counters.start_anew() or self.busy):
+            return KEEP  # it has learnt nothing
         self._sink.emit("reset", round=self.counters.rounds)
         return Verdict("roll_back", "its request has ended", to=0)
 

@@ -246,6 +246,10 @@ class Decision(msgspec.Struct, frozen=True):
     trial: bool = False
 
 
+NOTHING = Decision(num_steps=0)
+"""Not now."""
+
+
 class Choice(msgspec.Struct, frozen=True):
     """Which objective the next update takes, and whether it tries all of them instead."""
 
@@ -296,6 +300,10 @@ class Verdict(msgspec.Struct, frozen=True):
     candidate_score: float | None = None
     serving_score: float | None = None
     loaded_score: float | None = None
+
+
+KEEP = Verdict("keep")
+"""There was nothing to look at."""
 
 
 class WeightVersion(msgspec.Struct, frozen=True):

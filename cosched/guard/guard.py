@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from cosched.guard.monitor import Monitor, Scores
-from cosched.records import Standing, Verdict
+from cosched.records import KEEP, Standing, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from cosched.records import SignalBatch, Snapshot, UpdateResult, VerifyRound
 
 LOOKED_AT = 4  # times ``anchors``: rows of a look, at most
-KEEP = Verdict("keep")
 STATE = "guard.monitor"
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, Protocol
 import msgspec
 import torch
 
+from cosched.engines.sglang.ranks import PartedError
 from cosched.errors import ConfigError, CoschedError
 from cosched.telemetry.run_folder import explained
 
@@ -102,7 +103,9 @@ def _never_raises(
             method(self, *args, **kwargs)
         except Exception as error:
             logger.exception("cosched stops training; the server goes on with the last good draft")
-            self.fail(f"{type(error).__name__}: {error}")
+            self.fail(
+                str(error) if isinstance(error, PartedError) else f"{type(error).__name__}: {error}"
+            )
 
     return safe
 
@@ -139,7 +142,6 @@ class Adaptation:
         self._failure: str | None = None
         self._warning: str | None = None
         self._adapting = True
-        self._told = False  # whether the other ranks know that training stopped
 
     @property
     def watching(self) -> bool:
@@ -209,11 +211,15 @@ class Adaptation:
 
     def _tell(self, rounds: Iterable[VerifyRound]) -> None:
         for round_ in rounds:
-            self._coscheduler.on_round(round_)
+            try:
+                self._coscheduler.on_round(round_)
+            except Exception:
+                self._ranks.part()  # first of all: others may wait for what this one has to say
+                raise
 
     def _meet(self) -> bool:
         """Bring all ranks to the same mind; whether they may go on learning."""
-        if self._told:
+        if self._ranks.parted:
             self._answer_alone(self._operator.asked())
             return False
         commands = self._operator.asked()
@@ -222,10 +228,8 @@ class Adaptation:
             verbs = self._ranks.from_first([command for command, _ in commands])
             answers = [answer for _, answer in commands] or [lambda _answer: None] * len(verbs)
             self._obey(list(zip(verbs, answers, strict=True)))
-        if not well:
-            self._told = True
-            if self._failure is None:
-                self.fail("another rank stopped training")
+        if not well and self._failure is None:
+            self.fail("another rank stopped training")
         return well
 
     def fail(self, reason: str) -> None:

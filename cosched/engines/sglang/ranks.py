@@ -6,12 +6,15 @@ hit one of them alone. What could differ is exchanged here, over the CPU group.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
 import torch.distributed as dist
+
+from cosched.errors import TrainingError
 
 if TYPE_CHECKING:
     from cosched.protocols import Policy
@@ -20,16 +23,22 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(seconds=60)  # after which a rank that waits for a lost one stops training
 
 
+class PartedError(TrainingError):
+    """Another rank has stopped training, so this one cannot go on."""
+
+
 class Ranks:
     """The ranks of a tensor-parallel group, with process groups of their own.
 
     SGLang's own group is left alone: a rank that failed goes on serving in it, and what it sends
-    there must never meet what another rank still sends to train.
+    there must never meet what another rank still sends to train. ``parted`` says that one of them is
+    known to have stopped: from then on they do not meet.
     """
 
     def __init__(self, rank: int, members: list[int], device: torch.device) -> None:
         self.rank = rank
         self.size = len(members)
+        self.parted = False
         self._first = members[0]
         self._group: Any = None
         self.together: Any = None  # groups of torch.distributed to train in: of all ranks,
@@ -43,11 +52,19 @@ class Ranks:
 
     def meet(self, well: bool, asked: bool) -> tuple[bool, bool]:
         """Whether every rank is well, and whether any was asked for something."""
-        if self._group is None:
-            return well, asked
-        flags = torch.tensor([well, not asked], dtype=torch.int32)
-        dist.all_reduce(flags, dist.ReduceOp.MIN, group=self._group)
-        return bool(flags[0]), not flags[1]
+        if self._group is not None:
+            flags = torch.tensor([well, not asked], dtype=torch.int32)
+            dist.all_reduce(flags, dist.ReduceOp.MIN, group=self._group)
+            well, asked = bool(flags[0]), not flags[1]
+        self.parted = not well
+        return well, asked
+
+    def part(self) -> None:
+        """This rank stops training. The others learn of it when they meet next, wherever that is."""
+        if not self.parted:
+            self.parted = True
+            with suppress(RuntimeError):  # they wait for something else, and not for ever
+                self.meet(well=False, asked=False)
 
     def agree(self, text: str) -> bool:
         """Whether every rank has the same text."""
@@ -73,7 +90,8 @@ class Ranks:
 class SamePolicy:
     """A policy whose decision is rank 0's: costs in the snapshot are those of one clock.
 
-    What the update is made with goes by counts and scores, of which all ranks have the same.
+    What the update is made with goes by counts and scores, of which all ranks have the same. Before
+    anything is decided they meet: one that could not keep a round is not waited for.
     """
 
     def __init__(self, policy: Policy, ranks: Ranks) -> None:
@@ -84,5 +102,7 @@ class SamePolicy:
         decision = self._policy.decide(snapshot)
         if self._ranks.size == 1:
             return decision
+        if not self._ranks.meet(well=True, asked=False)[0]:
+            raise PartedError("another rank stopped training")
         steps, rate = self._ranks.from_first((decision.num_steps, decision.learning_rate))
         return msgspec.structs.replace(decision, num_steps=steps, learning_rate=rate)
