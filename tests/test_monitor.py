@@ -188,7 +188,7 @@ def test_what_a_candidate_has_shown_is_its_lead() -> None:
     monitor, draw = Monitor(), random.Random(6)
     while candidate(monitor, draw.gauss(0.2, 0.05), seen(loaded=True)).action != "publish":
         assert monitor.standing.lead_tokens == 0
-    for _ in range(16):  # to have as many rows as it takes to say anything
+    for _ in range(20):  # to have as many rows as it takes to say anything
         check(monitor, draw.gauss(-0.2, 0.05), seen())
     lead = monitor.lead
     assert lead.mean == pytest.approx(0.2, abs=0.05)

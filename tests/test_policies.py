@@ -18,7 +18,7 @@ from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError
 from cosched.guard.guard import FiniteGuard
 from cosched.guard.monitor import Monitor, Scores
-from cosched.guard.statistics import Lead, blocks
+from cosched.guard.statistics import BLOCK, Lead
 from cosched.loop.budget import WithinTimeShare
 from cosched.loop.counters import Counters
 from cosched.protocols import ShadowSettings
@@ -266,8 +266,8 @@ def served(
             counters.updates += 1
             updates += 1
             counters.update_seconds_total += update_seconds
-            loaded = 2 / gain + noise.gauss(0, 0.05)
-            lead.add(blocks([2.0] * 16, [loaded] * 16), 16)
+            # Of 16 rows the mean has a noise of 0.05.
+            lead.add([2 - 2 / gain + noise.gauss(0, 0.1) for _ in range(16 // BLOCK)], 16)
     return updates, rounds
 
 

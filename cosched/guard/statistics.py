@@ -156,7 +156,7 @@ class Lead:
 
     @property
     def error(self) -> float:
-        """The standard error of the mean; infinite where there are too few rows to say."""
+        """The standard error of the mean, as of independent blocks; infinite of too few rows."""
         if self.weight < LEAD_ROWS:
             return math.inf
         number = self.weight**2 / self.squared_weights
@@ -164,8 +164,11 @@ class Lead:
 
     @property
     def proven(self) -> float:
-        """Tokens a round: the mean less its standard error, and never less than nothing."""
-        return max(0.0, self.mean - self.error)
+        """Tokens a round: the mean less its standard error, and never less than nothing.
+
+        The error is that of blocks of which ``NEW`` is no repetition of their neighbours.
+        """
+        return max(0.0, self.mean - self.error / math.sqrt(NEW))
 
 
 @dataclass(slots=True)
