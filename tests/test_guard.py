@@ -38,8 +38,8 @@ from tests.conftest import make_drafter
 from tests.test_core import ROW, _round, snapshot
 
 SAMPLED = Path("configs/sampled.yaml")
-LEARNT = 3  # versions: before, even random labels of far text teach which words it has
-POISONED = 40  # rounds
+LEARNT = 1  # version: before, even random labels of far text teach which words it has
+POISONED = 100  # rounds
 UNDONE_WITHIN = 64  # rounds from the publication of a draft that loses a token a round
 
 
@@ -414,7 +414,8 @@ def test_a_poisoned_update_is_caught_before_it_serves(monkeypatch) -> None:
     assert [one.action for one in scored] == ["wait"] * (len(scored) - 1) + ["roll_back"]
     assert scored[-1].to == version
     assert 2 <= len(scored) <= 16
-    assert all(one.candidate_score < one.serving_score for one in scored[1:])
+    worse = [one.serving_score - one.candidate_score for one in scored]
+    assert sum(worse[-4:]) > 4 * 0.3, worse
     assert [kind for kind, _ in events.all[last:] if kind == "publication"]
     assert not events.of("rollback")
     assert tokens == decode(world, build_arm(world, "plain", Events()))
@@ -473,9 +474,9 @@ def test_poison_that_serves_is_undone(monkeypatch) -> None:
 @pytest.mark.slow
 def test_the_default_guard_serves_no_poison(monkeypatch) -> None:
     """On far text, where drafts serve once learning has shown that it pays: of updates on random labels
-    for 40 rounds none serves, training starts again from what serves, nothing that serves is undone,
+    for 100 rounds none serves, training starts again from what serves, nothing that serves is undone,
     and what is trained after them may serve."""
-    world, events = world_of(*FAR, "adapt.guard={kind: shadow}", tokens=1000), Events()
+    world, events = world_of(*FAR, "adapt.guard={kind: shadow}", tokens=1200), Events()
     arm = build_arm(world, "adapted", events)
     coscheduler: Any = arm.coscheduler
     honest = coscheduler._buffer.sample
@@ -510,7 +511,7 @@ def test_nothing_is_undone_where_learning_pays() -> None:
     assert arm.coscheduler is not None
     counters = arm.coscheduler.counters
     assert counters.updates > 25
-    assert arm.coscheduler.version == len(events.of("publication")) >= 2
+    assert arm.coscheduler.version == len(events.of("publication")) >= 1
     assert not events.of("rollback")
     coscheduler: Any = arm.coscheduler
     assert coscheduler._guard.standing.lead_tokens > 0
