@@ -200,7 +200,7 @@ class Fall:
         return self.tokens > FALL_TOKENS
 
     def begin(self) -> None:
-        """It has been looked into: measure anew, from the level of what comes."""
+        """Drafts have been rescored: measure anew, from the level of what comes."""
         self.tokens, self.lengths = 0.0, 0
 
 
