@@ -23,7 +23,7 @@ DraftType = Literal["chain", "block", "parallel", "none"]
 (DFlash); all tokens in parallel behind its own text (PARD); or it learns by itself."""
 TeacherForm = Literal["hidden", "logits", "top_k"]
 """How a teacher row is kept: the target's last hidden state, its logits, or the best of them
-(``cosched.teacher``)."""
+(``cosched.loop.teacher_rows``)."""
 
 Acceptance = Literal["sampled", "target_only", "greedy"]
 """How an engine accepts a drafted token (``cosched.guard.scorer``): it was drawn from the draft's

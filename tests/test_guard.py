@@ -14,19 +14,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosched.build import Arm, World, build_arm, build_world
-from cosched.config import load_config
+from cosched.build.embedded import Arm, World, build_arm, build_world
 from cosched.errors import ConfigError, PublicationError
-from cosched.experiment import Experiment
-from cosched.footprint import footprint, sketch
 from cosched.guard.guard import LOOKED_AT, FiniteGuard, ShadowGuard
 from cosched.guard.monitor import Monitor
 from cosched.guard.scorer import AcceptanceScorer
 from cosched.guard.statistics import BLOCK, Evidence
+from cosched.loop.publish import InPlacePublisher, checksum
+from cosched.loop.replay import ReplayBuffer, ReplayLimits
+from cosched.memory.footprint import footprint, sketch
 from cosched.protocols import ShadowSettings
-from cosched.publish import InPlacePublisher, checksum
 from cosched.records import Acceptance, SignalBatch, UpdateResult, Verdict
-from cosched.replay import ReplayBuffer, ReplayLimits
+from cosched.runs.experiment import Experiment
+from cosched.settings.schema import load_config
 from cosched.telemetry.run_folder import RunFolder
 from cosched.testing.harness import (
     collected,

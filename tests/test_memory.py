@@ -16,13 +16,13 @@ from torch import Tensor
 
 from cosched.engines.embedded.target import Target
 from cosched.guard.scorer import AcceptanceScorer
-from cosched.live_memory import LivePeak
+from cosched.memory.live import LivePeak
+from cosched.memory.peaks import loss_peak, scores_peak
 from cosched.records import Acceptance, Decision, SignalBatch
 from cosched.registry import DRAFTERS, LOSSES
 from cosched.testing.harness import make_target, make_trainer
 from cosched.testing.specimen import MetaTarget, as_batch, make_texts
 from cosched.training.micro_step import BatchLoss
-from cosched.training.peaks import loss_peak, scores_peak
 
 VOCAB, CHUNK, PATH = 20_000, 8, 4
 QWEN3_VOCAB = 151_936

@@ -11,8 +11,7 @@ import msgspec
 import pytest
 import torch
 
-from cosched.build_coscheduler import build_coscheduler
-from cosched.config import load_config
+from cosched.build.coscheduler import build_coscheduler
 from cosched.coscheduler import Coscheduler
 from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError
@@ -32,6 +31,7 @@ from cosched.records import (
     WeightVersion,
 )
 from cosched.registry import POLICIES
+from cosched.settings.schema import load_config
 from cosched.testing.harness import NoEvents
 from tests.conftest import make_drafter
 from tests.test_core import snapshot

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cosched.teacher import recall
+from cosched.loop.teacher_rows import recall
 from cosched.training.chunks import in_chunks
 from cosched.training.lora import placed
 from cosched.training.micro_step import share_of
@@ -24,9 +24,9 @@ from cosched.training.micro_step import share_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from cosched.engines.sglang.ranks import Ranks
     from cosched.protocols import Drafter
     from cosched.records import Acceptance, SignalBatch, TeacherForm
+    from cosched.training.ranks import Ranks
 
 Teacher = Callable[[slice], Tensor]
 """``teacher(rows)``: what the target says in those rows, over the draft's vocabulary ``[M, D]``."""
