@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cosched.errors import PublicationError
-from cosched.totals import Totals
+from cosched.loop.counters import Totals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

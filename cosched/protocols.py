@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from cosched.totals import Totals
+    from cosched.loop.counters import Totals
 
 
 class PolicySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``adapt.policy``: a policy adds its own fields in a subclass.
 
     ``max_time_share`` caps the share of the engine's time that updates take, whatever the policy
-    says (``cosched.guard``); 1 is no cap, and the only value with which a cadence counted in rounds
+    says (``cosched.guard.guard``); 1 is no cap, and the only value with which a cadence counted in rounds
     or tokens repeats exactly. To spend no time, take the policy ``never``.
     """
 

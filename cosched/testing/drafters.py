@@ -12,8 +12,8 @@ import torch
 
 from cosched.engines.embedded.judges import SamplingJudge
 from cosched.engines.embedded.verification import SamplingParams
+from cosched.loop.publish import InPlacePublisher
 from cosched.protocols import ServesAdapters
-from cosched.publish import InPlacePublisher
 from cosched.records import Decision
 from cosched.registry import DRAFTERS
 from cosched.testing.harness import make_coscheduler, make_target, make_trainer

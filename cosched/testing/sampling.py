@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cosched.engines.embedded.request import GenerationRequest
 from cosched.engines.embedded.verification import SamplingParams, probabilities
+from cosched.engines.request import GenerationRequest
 from cosched.testing.harness import decode, make_engine, make_target
 
 if TYPE_CHECKING:

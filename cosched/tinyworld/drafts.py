@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cosched.loop.publish import checksum
 from cosched.protocols import LossSettings
-from cosched.publish import checksum
 from cosched.tinyworld.corpus import DOMAINS
 from cosched.tinyworld.distill import DistillPlan, acceptance_by_step, distill
 from cosched.tinyworld.tokens import load_tokens

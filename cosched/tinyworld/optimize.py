@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cosched.packing import has_bfloat16
+from cosched.engines.embedded.packing import has_bfloat16
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -9,8 +9,8 @@ from cosched.records import LORA, Scope
 from cosched.training.lora import Lora, find_layers
 
 if TYPE_CHECKING:
-    from cosched.config import ScopeSettings
     from cosched.protocols import Drafter
+    from cosched.settings.schema import ScopeSettings
 
 
 def lora_of(drafter: Drafter, settings: ScopeSettings) -> Lora | None:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from cosched.engines.embedded.request import FinishedRequest, GenerationRequest
 from cosched.engines.embedded.target import TargetRows
 from cosched.engines.embedded.verification import RandomStream
+from cosched.engines.request import FinishedRequest, GenerationRequest
+from cosched.loop.teacher_rows import pack_best
 from cosched.records import Proposal, RoundRow, Segment, ServedBlock, TeacherForm, VerifyRound
-from cosched.teacher import pack_best
 
 if TYPE_CHECKING:
     from cosched.engines.embedded.judges import Judge

@@ -1,0 +1,1 @@
+"""What the co-scheduler works with: replay buffer, teacher rows, counters, time share, publication."""
