@@ -60,7 +60,9 @@ def _trainer(
     adapt = config.adapt
     losses = [loss for loss, _ in config.experts] or [config.loss_settings]
     loss, *others = [LOSSES.get(settings.kind)(settings) for settings in losses]
-    batch_loss = BatchLoss(copy, loss, target.head, adapt.replay.teacher, others)
+    batch_loss = BatchLoss(
+        copy, loss, target.head, adapt.replay.teacher, others, adapt.trainer.precision
+    )
     group = None
     if ranks and ranks.size > 1:
         group = TrainingGroup(ranks.rank, ranks.size, ranks.together, ranks.alone)

@@ -214,6 +214,8 @@ class TrainerSettings(Section, frozen=True):
     there is one, 0 takes the same steps and spares it copies of all weights and gradients.
     ``background`` trains beside the decoding, in a thread (on a GPU on a stream of its own) and
     publishes when it is done; off, the engine waits for each update, and runs repeat exactly.
+    ``precision`` is that of matrix products; ``auto`` is bfloat16 where the device multiplies it
+    faster, so that results differ from one machine to another.
     """
 
     kind: Literal["deepspeed"] = "deepspeed"
@@ -222,6 +224,7 @@ class TrainerSettings(Section, frozen=True):
     max_grad_norm: Annotated[float, Meta(gt=0)] = 1.0
     weight_decay: NotNegative = 0.0
     background: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
 
 
 class PublishSettings(Section, frozen=True):

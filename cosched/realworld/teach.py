@@ -86,7 +86,7 @@ def teach(
     student = recipe.begin(target, classroom, words_V)
     settings = LossSettings(kind="forward_kl", position_decay=recipe.position_decay)
     head = classroom.head if recipe.borrows_head else target.head
-    batch_loss = BatchLoss(student, ForwardKL(settings), head, "hidden")
+    batch_loss = BatchLoss(student, ForwardKL(settings), head, "hidden", precision="auto")
     network = batch_loss.network.train()
     taught = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(taught, betas=BETAS, weight_decay=0.01, fused=True)

@@ -1,0 +1,23 @@
+"""In what the matrix products of an update are computed; weights and the optimizer stay float32."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from cosched.packing import has_bfloat16
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def computing_in(precision: Precision, device: torch.device) -> torch.autocast:
+    """A context for the forward pass, to be entered as often as one likes.
+
+    ``auto`` is bfloat16 where the device multiplies it faster than float32: on GPUs, and on
+    processors with instructions for it. On others its products take many times as long.
+    """
+    if precision == "auto":
+        fast = device.type == "cuda" or (device.type == "cpu" and has_bfloat16())
+        precision = "bfloat16" if fast else "float32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
