@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from cosched.realworld.recipes import Recipe
 
-SHARDS = 7  # of 192 answers each: some 370,000 tokens
-TEXT_SHARDS = 2  # of 192 texts: some 150,000 tokens
+SHARDS = 6  # of 192 answers each: some 325,000 tokens
+TEXT_SHARDS = 6  # of 192 texts: some 440,000 tokens
 
 
 @dataclass(frozen=True, slots=True)
