@@ -21,10 +21,11 @@ from cosched.guard.scorer import Shadow
 from cosched.loop.counters import Totals
 from cosched.loop.publish import InPlacePublisher, checksum
 from cosched.loop.replay import ReplayBuffer, ReplayLimits
-from cosched.memory.footprint import footprint, sketch
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.records import SignalBatch
 from cosched.runs.experiment import Experiment
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 from cosched.telemetry.run_folder import RunFolder
 from cosched.testing.harness import (
     collected,

@@ -14,7 +14,8 @@ from cosched.build.coscheduler import build_coscheduler
 from cosched.coscheduler import Coscheduler
 from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError
-from cosched.guard.guard import FiniteGuard, WithinTimeShare
+from cosched.guard.guard import FiniteGuard
+from cosched.loop.budget import WithinTimeShare
 from cosched.loop.counters import Totals
 from cosched.records import (
     Decision,
@@ -25,7 +26,7 @@ from cosched.records import (
     WeightVersion,
 )
 from cosched.registry import POLICIES
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 from cosched.testing.harness import NoEvents
 from tests.conftest import make_drafter
 from tests.test_core import snapshot

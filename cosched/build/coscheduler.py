@@ -9,9 +9,10 @@ import torch
 from cosched.build.trainer import build_adapter_trainer, build_trainer
 from cosched.coscheduler import Coscheduler
 from cosched.errors import ConfigError
-from cosched.guard.guard import FiniteGuard, ShadowGuard, WithinTimeShare
+from cosched.guard.guard import FiniteGuard, ShadowGuard
 from cosched.guard.monitor import ShadowSettings
 from cosched.guard.scorer import Shadow
+from cosched.loop.budget import WithinTimeShare
 from cosched.loop.per_adapter import CoschedulerPool
 from cosched.loop.publish import InPlacePublisher, Serving
 from cosched.loop.replay import ReplayBuffer
@@ -25,7 +26,8 @@ from cosched.training.trying import TryingTrainer, WithObjective
 
 if TYPE_CHECKING:
     from cosched.engines.embedded.target import Target
-    from cosched.protocols import Drafter, Guard, Publisher, Sink, TargetInfo, Trainer
+    from cosched.loop.roles import Guard, Publisher, Sink, Trainer
+    from cosched.protocols import Drafter, TargetInfo
     from cosched.settings.schema import Config
     from cosched.training.ranks import Ranks
 

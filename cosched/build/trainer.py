@@ -16,7 +16,8 @@ from cosched.training.scope import lora_of, parameters_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cosched.protocols import Drafter, TargetInfo, Trainer
+    from cosched.loop.roles import Trainer
+    from cosched.protocols import Drafter, TargetInfo
     from cosched.settings.schema import Config
     from cosched.training.lora import Lora
     from cosched.training.ranks import Ranks

@@ -1,11 +1,11 @@
-"""Whether an update may begin, whether its candidate may serve, and whether what serves may stay."""
+"""Whether a candidate may serve, and whether what serves may stay."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from cosched.guard.monitor import LEAST_ROWS, Scores
-from cosched.records import Decision, UpdateResult, Verdict
+from cosched.records import UpdateResult, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -14,37 +14,10 @@ if TYPE_CHECKING:
 
     from cosched.guard.monitor import ShadowSettings
     from cosched.loop.counters import Totals
-    from cosched.protocols import Buffer, Policy, Publisher, Scorer
-    from cosched.records import SignalBatch, Snapshot
+    from cosched.loop.roles import Buffer, Publisher, Scorer
+    from cosched.records import SignalBatch
 
 LOOKED_INTO = 4  # times as many anchors as judge an update say whether what serves may go on
-
-
-class WithinTimeShare:
-    """Any policy, which has to wait until its last update has been paid for.
-
-    An update may begin when (1 - s) u <= s v: u seconds that the engine waited for the last one,
-    publication included, v seconds of drafting and verifying since then, s the share. From the
-    beginning of one update to that of any later one, updates then take at most the share s of the
-    time, so a long quiet stretch saves nothing up for a burst. While no request is running nobody
-    waits, and the policy is free.
-
-    Memory needs no cap here, for it does not grow with time. Weights, moments, gradients and
-    versions are a fixed number of times the draft. ``adapt.replay.max_tokens`` and ``max_bytes``
-    bound what is collected, and ``window`` what is drawn of a request. The paths of an update are
-    ``adapt.replay.anchors`` at most, those of scores ``LOOKED_INTO * adapt.guard.anchors``; logits
-    are held of all their rows (of scores, of one request's), or of ``adapt.loss.chunk_rows``.
-    """
-
-    def __init__(self, policy: Policy, max_time_share: float) -> None:
-        self._policy = policy
-        self._share = max_time_share
-
-    def decide(self, snapshot: Snapshot) -> Decision:
-        owed = (1 - self._share) * snapshot.update_seconds
-        if snapshot.num_running and owed > self._share * snapshot.serving_seconds_since_update:
-            return Decision(num_steps=0)
-        return self._policy.decide(snapshot)
 
 
 class FiniteGuard:

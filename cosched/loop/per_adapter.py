@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cosched.coscheduler import Coscheduler
-    from cosched.protocols import Sink
+    from cosched.loop.roles import Sink
     from cosched.records import VerifyRound
 
 
@@ -33,6 +32,26 @@ class Request(Protocol):
 
     @property
     def tenant(self) -> str | None: ...
+
+
+class Part(Protocol):
+    """The co-scheduler of one adapter."""
+
+    totals: Totals
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def busy(self) -> bool: ...
+
+    def on_round(self, round_: VerifyRound) -> None: ...
+
+    def learn(self, num_running: int) -> None: ...
+
+    def state(self) -> tuple[Totals, int, Mapping[str, Tensor]]: ...
+
+    def restore(self, totals: Totals, version: int, tensors: Mapping[str, Tensor]) -> None: ...
 
 
 class CoschedulerPool:
@@ -50,7 +69,7 @@ class CoschedulerPool:
         self,
         count: int,
         tenants: Sequence[str],
-        make: Callable[[int, Sink], Coscheduler],
+        make: Callable[[int, Sink], Part],
         sink: Sink,
     ) -> None:
         self._tenants = tuple(tenants)

@@ -21,7 +21,7 @@ from cosched.telemetry.run_folder import explained
 if TYPE_CHECKING:
     from cosched.coscheduler import Coscheduler
     from cosched.engines.sglang.worker.collector import Prefill, RoundCollector, Verified
-    from cosched.protocols import Sink
+    from cosched.loop.roles import Sink
     from cosched.records import VerifyRound
     from cosched.training.ranks import Ranks
 
