@@ -1,1 +1,1 @@
-"""What the co-scheduler works with: replay buffer, teacher rows, counters, time share, publication."""
+"""What the walk of a round works with: buffer, teacher rows, counters, budget, publication."""
