@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from cosched.build import build_world, load_drafter
-from cosched.config import load_config
+from cosched.build.embedded import build_world, load_drafter
 from cosched.engines.embedded.target import Target
 from cosched.protocols import Drafter
+from cosched.settings.load import load_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from cosched.build import World, build_arm, build_world
-from cosched.config import load_config
+from cosched.build.embedded import World, build_arm, build_world
+from cosched.settings.load import load_config
 
 ROOT = Path(__file__).parent.parent
 

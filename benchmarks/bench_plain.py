@@ -19,10 +19,10 @@ from bench_cost_ratio import target_step
 
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
 from cosched.engines.embedded.judges import GreedyJudge
-from cosched.engines.embedded.request import GenerationRequest
+from cosched.engines.embedded.packing import pack
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.target import Target
-from cosched.packing import pack
+from cosched.engines.request import GenerationRequest
 
 
 def ours(target: Target, prompts_BP: torch.Tensor, tokens: int) -> float:

@@ -99,7 +99,7 @@ def _ratio(ours: list[TextFigures], theirs: list[TextFigures] | None) -> str:
         [part for one in ours for part in one.parts],
         [part for one in theirs for part in one.parts],
     )
-    return f"{ratio.value:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
+    return f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
 if __name__ == "__main__":

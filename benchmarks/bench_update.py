@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from bench_cost_ratio import target_step
 
+from cosched.engines.embedded.packing import PackedLinear, pack
 from cosched.engines.embedded.target import Target
-from cosched.packing import PackedLinear, pack
+from cosched.loop.publish import InPlacePublisher
 from cosched.protocols import Drafter, LossSettings
-from cosched.publish import InPlacePublisher
 from cosched.records import Decision
 from cosched.tinyworld.distill import crops_to_batch
 from cosched.tinyworld.drafts import layer_of

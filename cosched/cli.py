@@ -79,7 +79,7 @@ def run(
     ] = False,
 ) -> None:
     """Run the arms of an experiment and write its folder: figures, events, report."""
-    from cosched.config import check_paths, load_config, to_yaml
+    from cosched.settings.load import check_paths, load_config, to_yaml
     from cosched.telemetry.run_folder import RunFolder
 
     loaded = load_config(config, overrides or ())
@@ -92,7 +92,7 @@ def run(
     else:
         folder.check_free(overwrite)
     with console.status("loading the target and the drafts"):
-        from cosched.experiment import Experiment
+        from cosched.runs.experiment import Experiment
 
         experiment = Experiment(loaded, record)
     for key, problems in experiment.not_for_sglang.items():
@@ -198,13 +198,14 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Nothing is loaded: sizes come from the ``config.json`` files.
     """
-    from cosched.config import check_paths, load_config, to_yaml
+    from cosched.settings.load import check_paths, load_config, to_yaml
 
     loaded = load_config(config, overrides or ())
     check_paths(loaded)
-    from cosched.footprint import footprint, sketch, sketch_draft
+    from cosched.memory.footprint import footprint
+    from cosched.memory.sketch import sketch, sketch_draft
     from cosched.report.memory import footprint_table
-    from cosched.workload import check_texts
+    from cosched.workload.requests import check_texts
 
     check_texts(loaded)
     target, drafter = sketch(loaded)
@@ -232,8 +233,8 @@ def serve(
 
     The server is SGLang's own, with its port, API and arguments; it stops like SGLang's, on SIGTERM.
     """
-    from cosched.config import load_config
-    from cosched.engines.sglang.launch import serve as run_server
+    from cosched.engines.sglang.launcher.launch import serve as run_server
+    from cosched.settings.load import load_config
 
     words = words or []
     first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
@@ -251,7 +252,7 @@ def control(
 
     [bold]save[/] writes the draft that serves into the server's run folder, as checkpoints/NAME.
     """
-    from cosched.engines.sglang.routes import call, request_body
+    from cosched.engines.sglang.operators.routes import call, request_body
 
     answer = call(url, verb, request_body(verb, what), api_key)
     for name, value in answer.items():
@@ -268,8 +269,8 @@ def doctor(
     api_key: ApiKey = None,
 ) -> None:
     """Say what is installed, whether it fits together, and what to do where it does not."""
-    from cosched.config import load_config
     from cosched.doctor import examine
+    from cosched.settings.load import load_config
 
     marks = {"ok": "[green]ok[/]  ", "note": "[yellow]note[/]", "bad": "[bold red]BAD[/] "}
     worst = 0
@@ -296,7 +297,7 @@ def convert(
     ] = None,
 ) -> None:
     """Write a draft checkpoint in another public format, bit by bit the same weights."""
-    from cosched.convert import convert as convert_checkpoint
+    from cosched.convert_checkpoint import convert as convert_checkpoint
 
     family, problems = convert_checkpoint(source, destination, form, kind, overrides or ())
     console.print(f"{family}: {source} -> [bold]{destination}[/] ({form})", soft_wrap=True)

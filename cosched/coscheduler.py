@@ -17,14 +17,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cosched.errors import PublicationError
-from cosched.totals import Totals
+from cosched.loop.counters import Totals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
-    from cosched.protocols import Buffer, Guard, Policy, Publisher, Sink, Trainer
+    from cosched.loop.roles import Buffer, Guard, Publisher, Sink, Trainer
+    from cosched.protocols import Policy
     from cosched.records import (
         Decision,
         SignalBatch,

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cosched.engines.sglang import CONFIG
 from cosched.engines.sglang.cpu.environment import STAND_INS, environment
-from cosched.engines.sglang.launch import check_servable
-from cosched.engines.sglang.routes import call, status_of
-from cosched.engines.sglang.run_directory import version_of
+from cosched.engines.sglang.launcher.launch import check_servable
+from cosched.engines.sglang.launcher.run_directory import version_of
+from cosched.engines.sglang.operators.routes import call, status_of
 from cosched.errors import CoschedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cosched.config import Config
+    from cosched.settings.schema import Config
 
 # Oldest that is supported, and the first that is not; pyproject.toml says the same.
 SUPPORTED: dict[str, tuple[str, str | None]] = {
@@ -133,7 +133,7 @@ def plugin() -> Iterator[Finding]:
 
     extra = {} if torch.cuda.is_available() else environment()
     process = subprocess.run(
-        [sys.executable, "-m", "cosched.engines.sglang.probe"],
+        [sys.executable, "-m", "cosched.engines.sglang.launcher.probe"],
         env={**os.environ, **extra, CONFIG: os.devnull},
         capture_output=True,
         text=True,

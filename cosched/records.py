@@ -23,7 +23,7 @@ DraftType = Literal["chain", "block", "parallel", "none"]
 (DFlash); all tokens in parallel behind its own text (PARD); or it learns by itself."""
 TeacherForm = Literal["hidden", "logits", "top_k"]
 """How a teacher row is kept: the target's last hidden state, its logits, or the best of them
-(``cosched.teacher``)."""
+(``cosched.loop.teacher_rows``)."""
 
 
 # --- data records: tensors -----------------------------------------------------------------
@@ -161,15 +161,15 @@ class Snapshot(msgspec.Struct, frozen=True):
     ``seconds_updating`` and ``seconds_publishing`` are those that the engine waited for. The mean
     behind ``reference_acceptance_length`` is slow (5,000 rounds), that behind the recent one fast
     (20). ``acceptance_shortfall`` is how many tokens a request has lost against the reference since
-    acceptance began to fall (``cosched.totals``). ``update_seconds`` is what the newest
+    acceptance began to fall (``cosched.loop.counters``). ``update_seconds`` is what the newest
     update has cost since it began, publication included; ``serving_seconds_since_update`` what
     drafting and verifying took since then. ``micro_step_seconds`` is 0 until it has been measured.
     ``update_gain`` is the acceptance length after an update over the one before it, a geometric
     moving mean that starts at 1; where a guard scores candidates it is theirs over the serving
     draft's, on the same rows. ``seconds_earned`` is what drafting and verifying would have taken
     longer with the draft as loaded, by the guard's mean difference less its standard error.
-    ``expected_tokens_left`` is per running request (``cosched.totals``). ``num_finished`` counts
-    requests that are done.
+    ``expected_tokens_left`` is per running request (``cosched.loop.counters``). ``num_finished``
+    counts requests that are done.
     ``tokens_since_loaded`` were committed since the draft was last as it was loaded. ``trials`` are the
     newest comparisons of objectives, the oldest first: what one update with each of them, from the same
     weights, would have brought over the serving draft, in tokens; ``num_trials`` counts all there were.

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING
 from cosched.engines.sglang import CONFIG, EVENTS
 
 if TYPE_CHECKING:
-    from cosched.config import Config
-    from cosched.engines.sglang.adaptation import Adaptation, Operator
-    from cosched.engines.sglang.run_directory import RunDirectory
-    from cosched.engines.sglang.worker import WorkerParts
-    from cosched.protocols import Sink
+    from cosched.engines.sglang.launcher.run_directory import RunDirectory
+    from cosched.engines.sglang.worker.adaptation import Adaptation, Operator
+    from cosched.engines.sglang.worker.adapted import WorkerParts
+    from cosched.loop.roles import Sink
+    from cosched.settings.schema import Config
 
 
 def install() -> None:
     """Register our algorithms with SGLang, if a configuration asks for them."""
     if not os.environ.get(CONFIG):
         return
-    from cosched.engines.sglang.algorithms import register
-    from cosched.engines.sglang.scheduler import watch_scheduler
-    from cosched.engines.sglang.server_info import show_in_server_info
+    from cosched.engines.sglang.operators.server_info import show_in_server_info
+    from cosched.engines.sglang.worker.algorithms import register
+    from cosched.engines.sglang.worker.scheduler import watch_scheduler
 
     register(_build)
     watch_scheduler()
@@ -39,7 +39,7 @@ def _build(parts: WorkerParts) -> Adaptation:
     """The adaptation of a worker; says to the launcher whether it stands."""
     import logging
 
-    from cosched.engines.sglang.run_directory import RunDirectory
+    from cosched.engines.sglang.launcher.run_directory import RunDirectory
     from cosched.errors import CoschedError
 
     directory = RunDirectory.current()
@@ -61,8 +61,8 @@ def _build(parts: WorkerParts) -> Adaptation:
 def _adaptation(parts: WorkerParts, directory: RunDirectory | None) -> Adaptation:
     from pathlib import Path
 
-    from cosched.build_served import build_adaptation
-    from cosched.config import load_config
+    from cosched.build.adaptation import build_adaptation
+    from cosched.settings.load import load_config
 
     config = load_config(Path(os.environ[CONFIG]))
     first = parts.ranks.rank == 0
@@ -74,9 +74,9 @@ def _adaptation(parts: WorkerParts, directory: RunDirectory | None) -> Adaptatio
 
 def _operator(config: Config, directory: RunDirectory | None) -> Operator:
     from cosched.engines.sglang import compat
-    from cosched.engines.sglang.adaptation import Nobody
-    from cosched.engines.sglang.control import SocketOperator
-    from cosched.engines.sglang.metrics import Metrics
+    from cosched.engines.sglang.operators.control import SocketOperator
+    from cosched.engines.sglang.operators.metrics import Metrics
+    from cosched.engines.sglang.worker.adaptation import Nobody
 
     if directory is None:
         return Nobody()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from cosched.engines.sglang.collector import Prompt, RoundCollector, Verified
+from cosched.engines.sglang.worker.collector import Prompt, RoundCollector, Verified
 from cosched.records import RoundRow, Segment, VerifyRound
 
 K, WIDTH = 3, 2

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cosched.errors import PluginError, PublicationError
-from cosched.publish import InPlacePublisher, _folds, checksum
+from cosched.loop.publish import InPlacePublisher, _folds, checksum
+from cosched.loop.replay import ReplayBuffer, ReplayLimits
 from cosched.records import Segment, ServedBlock, Snapshot, VerifyRound
 from cosched.registry import DRAFTERS, LOSSES, POLICIES, Registry
-from cosched.replay import ReplayBuffer, ReplayLimits
 from cosched.testing.harness import (
     decode,
     make_coscheduler,
@@ -291,8 +291,8 @@ def _install_plugin(folder, name: str, source: str) -> None:
 
 def test_another_package_brings_a_policy(tmp_path, monkeypatch) -> None:
     """An installed package's entry point is found, its settings are checked like ours."""
-    from cosched.config import load_config
     from cosched.errors import ConfigError
+    from cosched.settings.load import load_config
 
     _install_plugin(
         tmp_path,

@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cosched.arms import adapts, beside, control_of, draft_of, split_arm
-from cosched.build_served import ServedWorld, build_served_arm
-from cosched.config import Config, check_paths, load_config, resolved, to_yaml
+from cosched.build.served_arm import ServedWorld, build_served_arm
 from cosched.engines.embedded.verification import SamplingParams
-from cosched.engines.sglang.launch import check_servable
+from cosched.engines.sglang.launcher.launch import check_servable
 from cosched.errors import ConfigError, CoschedError
-from cosched.experiment import Experiment
-from cosched.footprint import footprint, sketch
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.report.html import write_report
 from cosched.report.svg import arm_colour_name
 from cosched.report.table import arm_cells, load_summary, speed_ratio, times
+from cosched.runs.experiment import Experiment
+from cosched.settings.arms import adapts, beside, control_of, draft_of, split_arm
+from cosched.settings.load import check_paths, load_config, resolved, to_yaml
+from cosched.settings.schema import Config
 from cosched.sweep.plan import load_plan
 from cosched.telemetry.run_folder import NoEvents, RunFolder
 from schedulers import defaults

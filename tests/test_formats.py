@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from cosched.convert import convert, family_of
+from cosched.convert_checkpoint import convert, family_of
 from cosched.engines.embedded.target import Target
 from cosched.errors import CheckpointError, ConfigError
 from cosched.registry import DRAFTERS

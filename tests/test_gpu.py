@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cosched.config import load_config
-from cosched.engines.embedded.request import GenerationRequest
 from cosched.engines.embedded.target import Target
-from cosched.experiment import Experiment
+from cosched.engines.request import GenerationRequest
 from cosched.records import SignalBatch
 from cosched.registry import DRAFTERS
+from cosched.runs.experiment import Experiment
+from cosched.settings.load import load_config
 from cosched.telemetry.run_folder import RunFolder
 from cosched.testing.harness import (
     decode,

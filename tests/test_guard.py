@@ -13,15 +13,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosched.build import Arm, World, build_arm, build_world
-from cosched.config import load_config
+from cosched.build.embedded import Arm, World, build_arm, build_world
 from cosched.errors import ConfigError, PublicationError
-from cosched.experiment import Experiment
-from cosched.footprint import footprint, sketch
-from cosched.guard import LOOKED_INTO, ShadowGuard
-from cosched.publish import InPlacePublisher, checksum
+from cosched.guard.guard import LOOKED_INTO, ShadowGuard
+from cosched.guard.monitor import ShadowSettings, Watch
+from cosched.guard.scorer import Shadow
+from cosched.loop.counters import Totals
+from cosched.loop.publish import InPlacePublisher, checksum
+from cosched.loop.replay import ReplayBuffer, ReplayLimits
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.records import SignalBatch
-from cosched.replay import ReplayBuffer, ReplayLimits
+from cosched.runs.experiment import Experiment
+from cosched.settings.load import load_config
 from cosched.telemetry.run_folder import RunFolder
 from cosched.testing.harness import (
     collected,
@@ -29,9 +33,6 @@ from cosched.testing.harness import (
     make_target,
     serve,
 )
-from cosched.totals import Totals
-from cosched.training.shadow import Shadow
-from cosched.watch import ShadowSettings, Watch
 from tests.conftest import make_drafter
 from tests.test_core import ROW, _round
 

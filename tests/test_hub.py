@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cosched.config import check_paths, load_config
-from cosched.engines.sglang.arguments import command_line, keyword_arguments
-from cosched.engines.sglang.launch import check_servable
+from cosched.engines.sglang.launcher.arguments import command_line, keyword_arguments
+from cosched.engines.sglang.launcher.launch import check_servable
 from cosched.errors import ConfigError
-from cosched.footprint import sketch
+from cosched.memory.sketch import sketch
+from cosched.settings.load import check_paths, load_config
 from tests.conftest import TINYWORLD
 from tests.test_run import run_cli
 from tests.test_serve import sglang_parser
@@ -159,7 +159,7 @@ def test_sizes_and_serving_find_the_model(
 ) -> None:
     """``check``, ``doctor`` and ``serve`` all ask the same place."""
     cache(home)
-    monkeypatch.setattr("cosched.engines.sglang.launch.version_of", lambda _name: "0.5.20")
+    monkeypatch.setattr("cosched.engines.sglang.launcher.launch.version_of", lambda _name: "0.5.20")
     config = load_config(experiment(tmp_path, kind="sglang", device="cpu"))
     check_servable(config)
     assert sketch(config)[0].num_parameters() > 6_000_000

@@ -10,13 +10,13 @@ import torch
 
 from cosched.coscheduler import Coscheduler
 from cosched.engines.sglang import compat
-from cosched.engines.sglang.adaptation import Adaptation, Nobody
-from cosched.engines.sglang.collector import RoundCollector
-from cosched.engines.sglang.ranks import Ranks
-from cosched.guard import FiniteGuard
+from cosched.engines.sglang.worker.adaptation import Adaptation, Nobody
+from cosched.engines.sglang.worker.collector import RoundCollector
+from cosched.guard.guard import FiniteGuard
+from cosched.loop.replay import ReplayBuffer, ReplayLimits
 from cosched.records import Decision, Snapshot, UpdateResult
-from cosched.replay import ReplayBuffer, ReplayLimits
 from cosched.testing.harness import Every, NoEvents
+from cosched.training.ranks import Ranks
 from tests.test_collector import K, prompt, verified
 from tests.test_policies import Costly, policy, round_of
 

@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cosched.config import Config, load_config, to_yaml
 from cosched.errors import ConfigError
 from cosched.registry import LOSSES
+from cosched.settings.load import load_config, to_yaml
+from cosched.settings.schema import Config
 from losses.divergence import kl
 from losses.reduction import RowLoss, acceptance, hardest, reached
 

@@ -9,7 +9,6 @@ import torch
 from scipy.stats import chisquare
 
 from cosched.engines.embedded.judges import SamplingJudge
-from cosched.engines.embedded.request import GenerationRequest
 from cosched.engines.embedded.verification import (
     Outcome,
     RandomStream,
@@ -17,6 +16,7 @@ from cosched.engines.embedded.verification import (
     draw,
     probabilities,
 )
+from cosched.engines.request import GenerationRequest
 from cosched.testing.harness import (
     decode,
     make_coscheduler,
@@ -38,8 +38,8 @@ def test_greedy_equals_plain_on_the_tiny_world(tiny_target: Target, tinyworld, m
     """The same on trained models, where drafts are accepted often."""
     from transformers import AutoTokenizer
 
-    from cosched.prompt_files import read_lines
     from cosched.protocols import DrafterSettings
+    from cosched.workload.prompt_files import read_lines
     from drafters.eagle3 import Eagle3Drafter
 
     tokenizer = AutoTokenizer.from_pretrained(tinyworld / "target")

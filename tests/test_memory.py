@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from cosched.engines.embedded.target import Target
-from cosched.live_memory import LivePeak
+from cosched.guard.scorer import Shadow
+from cosched.memory.live import LivePeak
+from cosched.memory.peaks import loss_peak, scores_peak
 from cosched.records import Decision, SignalBatch
 from cosched.registry import DRAFTERS, LOSSES
 from cosched.testing.harness import make_target, make_trainer
 from cosched.testing.specimen import MetaTarget, as_batch, make_texts
 from cosched.training.micro_step import BatchLoss
-from cosched.training.peaks import loss_peak, scores_peak
-from cosched.training.shadow import Shadow
 
 VOCAB, CHUNK, PATH = 20_000, 8, 4
 QWEN3_VOCAB = 151_936

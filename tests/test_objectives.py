@@ -18,14 +18,18 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosched.build import build_arm
-from cosched.config import Config, load_config, to_yaml
+from cosched.build.embedded import build_arm
 from cosched.errors import ConfigError
-from cosched.experiment import Experiment
-from cosched.footprint import footprint, sketch
+from cosched.guard.monitor import FiniteSettings, ShadowSettings
+from cosched.loop.counters import TRIALS_KEPT, Totals
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.protocols import Expert, LossSettings
 from cosched.records import Decision, Snapshot, Verdict
 from cosched.registry import DRAFTERS, LOSSES, OBJECTIVES, defaults_for
+from cosched.runs.experiment import Experiment
+from cosched.settings.load import load_config, to_yaml
+from cosched.settings.schema import Config
 from cosched.telemetry.run_folder import RunFolder
 from cosched.testing.harness import (
     Every,
@@ -35,12 +39,10 @@ from cosched.testing.harness import (
     make_trainer,
     serve,
 )
-from cosched.totals import TRIALS_KEPT, Totals
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
 from cosched.training.scope import parameters_of
-from cosched.trials import TryingTrainer, WithObjective
-from cosched.watch import FiniteSettings, ShadowSettings
+from cosched.training.trying import TryingTrainer, WithObjective
 from schedulers.defaults import TABLE
 from tests.conftest import make_drafter
 from tests.test_core import snapshot

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cosched.config import load_config
 from cosched.engines.embedded.attention import grouped_attention
+from cosched.engines.embedded.packing import PackedLinear, layout_of, pack, rows_are_alike
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError
-from cosched.packing import PackedLinear, layout_of, pack, rows_are_alike
+from cosched.settings.load import load_config
 
 TARGET = str(Path(__file__).parent.parent / "tinyworld" / "target")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums of 64 products in another order

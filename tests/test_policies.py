@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from cosched.build_coscheduler import build_coscheduler
-from cosched.config import load_config
+from cosched.build.coscheduler import build_coscheduler
 from cosched.coscheduler import Coscheduler
 from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError
-from cosched.guard import FiniteGuard, WithinTimeShare
+from cosched.guard.guard import FiniteGuard
+from cosched.loop.budget import WithinTimeShare
+from cosched.loop.counters import Totals
 from cosched.records import (
     Decision,
     ServedBlock,
@@ -25,8 +26,8 @@ from cosched.records import (
     WeightVersion,
 )
 from cosched.registry import POLICIES
+from cosched.settings.load import load_config
 from cosched.testing.harness import NoEvents
-from cosched.totals import Totals
 from tests.conftest import make_drafter
 from tests.test_core import snapshot
 

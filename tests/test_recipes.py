@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from cosched.config import Config, load_config
 from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError
-from cosched.experiment import Experiment
+from cosched.guard.monitor import ShadowSettings
 from cosched.registry import defaults_for
+from cosched.runs.experiment import Experiment
+from cosched.settings.load import load_config
+from cosched.settings.schema import Config
 from cosched.telemetry.run_folder import RunFolder
-from cosched.watch import ShadowSettings
-from cosched.workload import load_requests
+from cosched.workload.requests import load_requests
 from schedulers.earned import EarnedSettings
 from tests.test_run import run_cli
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from cosched.build import build_world, load_drafter
-from cosched.build_coscheduler import build_coscheduler
-from cosched.config import load_config
+from cosched.build.coscheduler import build_coscheduler
+from cosched.build.embedded import build_world, load_drafter
 from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError
-from cosched.experiment import Experiment
+from cosched.loop.replay import ReplayBuffer, ReplayLimits
 from cosched.records import Rows, Segment, ServedBlock, VerifyRound
 from cosched.registry import DRAFTERS
-from cosched.replay import ReplayBuffer, ReplayLimits
+from cosched.runs.experiment import Experiment
+from cosched.settings.load import load_config
 from cosched.telemetry.run_folder import NoEvents
 from cosched.testing.harness import make_buffer, make_requests, serve
 

@@ -18,14 +18,15 @@ import pytest
 import yaml
 
 from cosched import cli
-from cosched.config import Config, load_config, to_yaml
 from cosched.engines.embedded.engine import EngineSeconds
 from cosched.errors import ConfigError, CoschedError, RunFolderError
-from cosched.experiment import TURN_TOKENS, Experiment
-from cosched.resume import ArmProgress, Progress, load, save
+from cosched.loop.counters import Totals
+from cosched.runs.experiment import TURN_TOKENS, Experiment
+from cosched.runs.resume import ArmProgress, Progress, load, save
+from cosched.settings.load import load_config, to_yaml
+from cosched.settings.schema import Config
 from cosched.telemetry.metrics import Turn
 from cosched.telemetry.run_folder import RunFolder
-from cosched.totals import Totals
 
 ROOT = Path(__file__).parent.parent
 

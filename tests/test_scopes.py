@@ -16,26 +16,28 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import functional_call
 
-from cosched.build import build_world
-from cosched.build_coscheduler import build_coscheduler, build_pool
-from cosched.build_trainer import build_trainer
-from cosched.config import Config, load_config
-from cosched.engines.embedded.request import FinishedRequest, GenerationRequest
+from cosched.build.coscheduler import build_coscheduler, build_pool
+from cosched.build.embedded import build_world
+from cosched.build.trainer import build_trainer
 from cosched.engines.embedded.target import Target
+from cosched.engines.request import FinishedRequest, GenerationRequest
 from cosched.errors import ConfigError, WorkloadError
-from cosched.experiment import Experiment
-from cosched.footprint import footprint, sketch
-from cosched.pool import CoschedulerPool
-from cosched.publish import InPlacePublisher
+from cosched.loop.counters import Totals
+from cosched.loop.per_adapter import CoschedulerPool
+from cosched.loop.publish import InPlacePublisher
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.records import Decision, SignalBatch
 from cosched.registry import DRAFTERS
+from cosched.runs.experiment import Experiment
+from cosched.settings.load import load_config
+from cosched.settings.schema import Config
 from cosched.telemetry.run_folder import NoEvents, RunFolder
 from cosched.testing.harness import collected, decode, make_engine, make_requests, serve
 from cosched.testing.specimen import Feeder, make_texts
-from cosched.totals import Totals
 from cosched.training.lora import MergingTrainer, find_layers, placed
 from cosched.training.scope import lora_of, scope_of
-from cosched.workload import check_texts
+from cosched.workload.requests import check_texts
 from tests.conftest import make_drafter
 
 FAMILIES = ("eagle3", "dflash", "pard")

@@ -20,15 +20,21 @@ import pytest
 from typer.testing import CliRunner
 
 from cosched import cli
-from cosched.config import Config, load_config
-from cosched.convert import convert
-from cosched.engines.sglang import launch, routes
-from cosched.engines.sglang.adaptation import Command, Status
-from cosched.engines.sglang.arguments import command_line, fixed_arguments, keyword_arguments
-from cosched.engines.sglang.control import Client, SocketOperator, check
-from cosched.engines.sglang.launch import check_servable
-from cosched.engines.sglang.run_directory import RunDirectory
+from cosched.convert_checkpoint import convert
+from cosched.engines.sglang.launcher import launch
+from cosched.engines.sglang.launcher.arguments import (
+    command_line,
+    fixed_arguments,
+    keyword_arguments,
+)
+from cosched.engines.sglang.launcher.launch import check_servable
+from cosched.engines.sglang.launcher.run_directory import RunDirectory
+from cosched.engines.sglang.operators import routes
+from cosched.engines.sglang.operators.control import Client, SocketOperator, check
+from cosched.engines.sglang.worker.adaptation import Command, Status
 from cosched.errors import ConfigError, ControlError
+from cosched.settings.load import load_config
+from cosched.settings.schema import Config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("serve_*.yaml"))

@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from cosched.config import load_config
-from cosched.footprint import TargetSketch, footprint
-from cosched.footprint import sketch as sketch_of
-from cosched.live_memory import LivePeak
+from cosched.memory.footprint import footprint
+from cosched.memory.live import LivePeak
+from cosched.memory.sketch import TargetSketch
+from cosched.memory.sketch import sketch as sketch_of
 from cosched.records import SignalBatch
 from cosched.registry import DRAFTERS
+from cosched.settings.load import load_config
 from cosched.testing.harness import make_target, make_trainer
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from tests.conftest import make_drafter
 
 if TYPE_CHECKING:
-    from cosched.config import Config
     from cosched.protocols import Drafter
+    from cosched.settings.schema import Config
 
 QWEN3_8B = {
     "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288,

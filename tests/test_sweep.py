@@ -13,8 +13,8 @@ import msgspec
 import pytest
 import yaml
 
-from cosched.config import AdaptSettings
 from cosched.errors import CoschedError
+from cosched.settings.sections import AdaptSettings
 from cosched.sweep.plan import AxisInfo, Plan, load_plan
 from cosched.sweep.pool import Event, Pool
 from cosched.sweep.results import CellResult, SweepSummary, effects, named, points

@@ -12,16 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from cosched.config import load_config
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
 from cosched.engines.embedded.judges import GreedyJudge
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.target import Target
-from cosched.engines.sglang.launch import check_servable
+from cosched.engines.sglang.launcher.launch import check_servable
 from cosched.errors import ConfigError
-from cosched.footprint import footprint, sketch
+from cosched.loop.teacher_rows import pack_best, record_width, unpack_best
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.records import SignalBatch, TeacherForm, VerifyRound
-from cosched.teacher import pack_best, record_width, unpack_best
+from cosched.settings.load import load_config
 from cosched.testing.harness import Watcher, collected, decode, make_requests
 from cosched.training.micro_step import BatchLoss
 from losses.divergence import kl

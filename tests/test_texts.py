@@ -9,16 +9,17 @@ import pytest
 import torch
 import yaml
 
-from cosched.config import WorkloadSettings, check_paths, load_config, resolved
 from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError, WorkloadError
-from cosched.experiment import Experiment
 from cosched.report.by_text import figures_by_text, text_rows
 from cosched.report.html import write_report
 from cosched.report.table import load_summary
+from cosched.runs.experiment import Experiment
+from cosched.settings.load import check_paths, load_config, resolved
+from cosched.settings.sections import WorkloadSettings
 from cosched.telemetry.metrics import RequestLog, Turn
 from cosched.telemetry.run_folder import RunFolder
-from cosched.workload import load_requests
+from cosched.workload.requests import load_requests
 from tests.test_run import run_cli
 
 WORLD = Path(__file__).parent.parent / "tinyworld"

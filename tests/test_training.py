@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosched.engines.embedded.target import Target
+from cosched.loop.teacher_rows import Teacher
 from cosched.protocols import LossSettings
 from cosched.records import Decision, SignalBatch, UpdateResult
-from cosched.teacher import Teacher
 from cosched.testing.harness import (
     Every,
     collected,

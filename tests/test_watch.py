@@ -12,10 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosched.evidence import EVIDENCE_ROWS, MEMORY, PIECE, Evidence
-from cosched.records import Verdict
-from cosched.totals import Totals
-from cosched.watch import (
+from cosched.guard.monitor import (
     BEGINNING,
     FALL_TOLERANCE,
     LEAST_ROWS,
@@ -23,7 +20,10 @@ from cosched.watch import (
     Scores,
     Watch,
 )
-from cosched.watch import ShadowSettings as Settings
+from cosched.guard.monitor import ShadowSettings as Settings
+from cosched.guard.statistics import EVIDENCE_ROWS, MEMORY, PIECE, Evidence
+from cosched.loop.counters import Totals
+from cosched.records import Verdict
 
 SETTINGS = Settings(
     anchors=PIECE,

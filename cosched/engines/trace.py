@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cosched.engines.embedded.judges import ForcedKind
-from cosched.engines.embedded.request import GenerationRequest
 from cosched.engines.embedded.target import Target, TargetRows
+from cosched.engines.request import GenerationRequest
 from cosched.errors import CheckpointError, WorkloadError
 
 if TYPE_CHECKING:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cosched.chat import Chat
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
 from cosched.engines.embedded.judges import SamplingJudge
-from cosched.engines.embedded.request import FinishedRequest, GenerationRequest
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.verification import SamplingParams
+from cosched.engines.request import FinishedRequest, GenerationRequest
 from cosched.realworld.folders import new_folder
 from cosched.realworld.recorded import FEATURE_LAYERS, KEPT, Recorded, write
+from cosched.workload.chat import Chat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

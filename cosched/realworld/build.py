@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
+from cosched.engines.embedded.packing import pack as pack_weights
 from cosched.engines.embedded.target import Target
 from cosched.errors import RealWorldError
-from cosched.packing import pack as pack_weights
 from cosched.realworld.answers import AnswerPlan, generate
 from cosched.realworld.card import Facts, write_card
 from cosched.realworld.documents import TEMPERATURE, WANTED, read_documents, record

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from cosched.chat import Chat
-from cosched.engines.embedded.request import GenerationRequest
-from cosched.prompt_files import read_lines
+from cosched.engines.request import GenerationRequest
 from cosched.realworld.answers import sampler
 from cosched.realworld.folders import new_file
 from cosched.realworld.recorded import compute
+from cosched.workload.chat import Chat
+from cosched.workload.prompt_files import read_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -11,9 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from cosched.arms import FROZEN, WINDOW_SUFFIX, adapts, beside, control_of, draft_of, split_arm
 from cosched.report.intervals import MIN_PARTS, MIN_TURNS
 from cosched.report.table import arm_seconds, percent, speed_ratio, times
+from cosched.settings.arms import (
+    FROZEN,
+    WINDOW_SUFFIX,
+    adapts,
+    beside,
+    control_of,
+    draft_of,
+    split_arm,
+)
 
 if TYPE_CHECKING:
     from cosched.records import RoundRow

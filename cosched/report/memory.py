@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from cosched.footprint import Footprint
+    from cosched.memory.footprint import Footprint
 
 DASH = "\u2013"  # an en dash
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from cosched.arms import beside, split_arm
+from cosched.settings.arms import beside, split_arm
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType

@@ -10,9 +10,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from cosched.arms import FROZEN, PLAIN, adapts, beside
 from cosched.errors import RunFolderError
 from cosched.report.intervals import Ratio, paired_ratio
+from cosched.settings.arms import FROZEN, PLAIN, adapts, beside
 from cosched.telemetry.metrics import ArmSummary, RunSummary, TextFigures
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cosched.arms import control_of
 from cosched.report.plots import WIDTH, arm_colour, line_style, styled
 from cosched.report.svg import new_figure, to_svg
+from cosched.settings.arms import control_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from cosched.arms import FROZEN, WINDOW_SUFFIX
 from cosched.errors import RunFolderError
 from cosched.report.table import load_summary
+from cosched.settings.arms import FROZEN, WINDOW_SUFFIX
 from cosched.sweep.plan import AxisInfo
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from omegaconf import DictConfig, OmegaConf
 
-from cosched.config import typed
 from cosched.errors import CoschedError
-from cosched.experiment import Experiment
+from cosched.runs.experiment import Experiment
+from cosched.settings.load import typed
 from cosched.telemetry.run_folder import RunFolder
 
 if TYPE_CHECKING:

@@ -10,15 +10,15 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from cosched.coscheduler import Coscheduler
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
 from cosched.engines.embedded.judges import GreedyJudge, Judge
-from cosched.engines.embedded.request import GenerationRequest
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.target import Target
-from cosched.guard import FiniteGuard
+from cosched.engines.request import GenerationRequest
+from cosched.guard.guard import FiniteGuard
+from cosched.loop.publish import InPlacePublisher
+from cosched.loop.replay import ReplayBuffer, ReplayLimits
 from cosched.protocols import Drafter, Loss, LossSettings
-from cosched.publish import InPlacePublisher
 from cosched.records import Decision, Rows, Snapshot, VerifyRound
 from cosched.registry import LOSSES
-from cosched.replay import ReplayBuffer, ReplayLimits
 from cosched.telemetry.run_folder import NoEvents
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cosched.engines.embedded.engine import Admit
-    from cosched.protocols import RoundObserver
+    from cosched.loop.roles import RoundObserver
     from cosched.records import SignalBatch
 
 

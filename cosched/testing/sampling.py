@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cosched.engines.embedded.request import GenerationRequest
 from cosched.engines.embedded.verification import SamplingParams, probabilities
+from cosched.engines.request import GenerationRequest
 from cosched.testing.harness import decode, make_engine, make_target
 
 if TYPE_CHECKING:
     from cosched.engines.embedded.judges import Judge
     from cosched.engines.embedded.target import Target
-    from cosched.protocols import Drafter, RoundObserver
+    from cosched.loop.roles import RoundObserver
+    from cosched.protocols import Drafter
 
 FALSE_ALARM = 1e-3
 VOCABULARY = 6

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cosched.protocols import Trainer
+    from cosched.loop.roles import Trainer
     from cosched.records import Decision, SignalBatch, UpdateResult
 
 

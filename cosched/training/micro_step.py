@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosched.teacher import Teacher, wide
+from cosched.loop.teacher_rows import Teacher, wide
 from cosched.training.chunks import in_chunks
 from cosched.training.precision import computing_in
 from cosched.training.reference import DraftBefore

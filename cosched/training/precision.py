@@ -6,8 +6,6 @@ from typing import Literal
 
 import torch
 
-from cosched.packing import has_bfloat16
-
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -21,3 +19,9 @@ def computing_in(precision: Precision, device: torch.device) -> torch.autocast:
         fast = device.type == "cuda" or (device.type == "cpu" and has_bfloat16())
         precision = "bfloat16" if fast else "float32"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies matrices in bfloat16."""
+    mkldnn = torch.backends.mkldnn
+    return mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 from typer.main import get_command
 
 from cosched.cli import app
-from cosched.engines.sglang.metrics import COUNTERS, GAUGES
+from cosched.engines.sglang.operators.metrics import COUNTERS, GAUGES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,9 +15,9 @@ from msgspec import NODEFAULT
 from msgspec import inspect as types
 from omegaconf import OmegaConf
 
-from cosched.config import Config
 from cosched.protocols import DrafterSettings, LossSettings, ObjectiveSettings, PolicySettings
 from cosched.registry import DRAFTERS, LOSSES, OBJECTIVES, POLICIES, Registry
+from cosched.settings.schema import Config
 from cosched.sweep.plan import SweepFile
 from schedulers.defaults import TABLE
 

@@ -49,14 +49,14 @@ def _gradient_is_nan() -> None:
 
 def _nothing_to_train_on() -> None:
     """The replay buffer never has a row."""
-    from cosched.replay import ReplayBuffer
+    from cosched.loop.replay import ReplayBuffer
 
     ReplayBuffer.sample = lambda _self: None
 
 
 def _wrong_checksum() -> None:
     """At the third publication the draft's bits are not those that were published."""
-    from cosched import publish
+    from cosched.loop import publish
 
     prove, calls = publish.InPlacePublisher._prove, count(1)
 
@@ -71,7 +71,7 @@ def _wrong_checksum() -> None:
 
 def _worker_looks_wrong() -> None:
     """What a worker takes off a verification raises, from the tenth on."""
-    from cosched.engines.sglang.collector import RoundCollector
+    from cosched.engines.sglang.worker.collector import RoundCollector
 
     verified, calls = RoundCollector.verified, count(1)
 
@@ -105,7 +105,7 @@ def _one_rank_breaks() -> None:
     """Rank 1 fails on its own, between two updates."""
     import torch.distributed as dist
 
-    from cosched.replay import ReplayBuffer
+    from cosched.loop.replay import ReplayBuffer
 
     collect, calls = ReplayBuffer.collect, count(1)
 

@@ -6,10 +6,11 @@ from typing import Any
 
 
 def register() -> None:
-    from cosched.engines.sglang import compat, pard_algorithm
+    from cosched.engines.sglang import compat
+    from cosched.engines.sglang.worker import pard_algorithm
 
     def worker(_server_args: Any) -> type:
-        from cosched.engines.sglang.pard import PardWorker
+        from cosched.engines.sglang.worker.pard import PardWorker
 
         return PardWorker
 

@@ -102,8 +102,9 @@ def dflash_on_a_cpu() -> str | None:
 def main() -> None:
     import sglang
 
-    from cosched.engines.sglang import algorithms, compat
+    from cosched.engines.sglang import compat
     from cosched.engines.sglang.cpu import compat as cpu
+    from cosched.engines.sglang.worker import algorithms
 
     answer: dict[str, Any] = {
         "version": sglang.__version__,
@@ -116,7 +117,7 @@ def main() -> None:
         algorithm = compat.SpeculativeAlgorithm.from_string(name)
         worker = algorithm.create_worker(SimpleNamespace(disable_overlap_schedule=False))
         answer["workers"][name] = looked_at(worker, READ[name] + READ_BY_ALL)
-    from cosched.engines.sglang.pard import PardDraftWorker
+    from cosched.engines.sglang.worker.pard import PardDraftWorker
 
     answer["workers"]["draft of PARD"] = looked_at(PardDraftWorker, READ_BY_PARD_DRAFT)
     answer["dflash_refused"] = dflash_on_a_cpu()

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
 from cosched.engines.embedded.judges import GreedyJudge
-from cosched.engines.embedded.request import FinishedRequest, GenerationRequest
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.target import Target
+from cosched.engines.request import FinishedRequest, GenerationRequest
 from cosched.protocols import DrafterSettings
 from cosched.registry import DRAFTERS
 

@@ -14,8 +14,8 @@ import msgspec
 import pytest
 from transformers import AutoTokenizer
 
-from cosched.config import load_config, to_yaml
 from cosched.records import RoundRow
+from cosched.settings.load import load_config, to_yaml
 from cosched.telemetry.metrics import RequestLog, RoundFigures, round_figures
 from tests.sglang.serving import ROOT, WORLD, Answers, Decode, rounds, tokens
 

@@ -20,8 +20,8 @@ CODE = """
 import sys
 from pathlib import Path
 if __name__ == "__main__":
-    from cosched.config import load_config
-    from cosched.experiment import Experiment
+    from cosched.settings.load import load_config
+    from cosched.runs.experiment import Experiment
     from cosched.telemetry.run_folder import RunFolder
     config = load_config(Path("configs/sglang_tiny_cpu.yaml"), sys.argv[1:])
     folder = RunFolder(config.run_folder)

@@ -34,7 +34,7 @@ def test_an_adapted_algorithm_answers_every_question_like_the_built_in_one(built
     """SGLang's class for registered algorithms says no, or (0.5.20) lacks the method."""
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from cosched.engines.sglang.algorithms import adapted_algorithm
+    from cosched.engines.sglang.worker.as_builtin import adapted_algorithm
 
     member = SpeculativeAlgorithm[builtin]
     ours = adapted_algorithm(builtin)(name="OURS", factory=lambda _: None, supports_overlap=True)
@@ -75,7 +75,7 @@ class Runner:
 
 
 def draft_worker(device: str) -> Any:
-    from cosched.engines.sglang.pard import PardDraftWorker
+    from cosched.engines.sglang.worker.pard import PardDraftWorker
 
     worker = object.__new__(PardDraftWorker)
     worker.device, worker.speculative_num_steps = device, K
@@ -161,7 +161,7 @@ def test_overlapped_scheduling_relays_what_a_round_committed(
 )
 def test_other_drafts_are_refused(config: dict[str, Any], message: str) -> None:
     """PARD-2 without its features, or masks that are ordinary tokens, would draft nonsense."""
-    from cosched.engines.sglang.pard_algorithm import mask_token
+    from cosched.engines.sglang.worker.pard_algorithm import mask_token
 
     with pytest.raises(ConfigError, match=message):
         mask_token(SimpleNamespace(vocab_size=DRAFT_VOCABULARY, **config), "draft")
@@ -179,7 +179,7 @@ def test_other_drafts_are_refused(config: dict[str, Any], message: str) -> None:
 )
 def test_other_arguments_are_refused(settings: dict[str, Any], message: str) -> None:
     """SGLang checks some of them by STANDALONE's name, which ours is not."""
-    from cosched.engines.sglang.pard_algorithm import settle_arguments
+    from cosched.engines.sglang.worker.pard_algorithm import settle_arguments
 
     arguments = {
         "speculative_draft_model_path": "draft",
@@ -194,7 +194,7 @@ def test_other_arguments_are_refused(settings: dict[str, Any], message: str) -> 
 
 def test_a_draft_of_another_vocabulary_is_refused() -> None:
     """A mask token of the draft's own is no harm; a token under another id is."""
-    from cosched.engines.sglang.pard import check_vocabularies
+    from cosched.engines.sglang.worker.pard import check_vocabularies
 
     check_vocabularies({"a": 0, "b": 1, "<mask>": 2}, {"a": 0, "b": 1, "c": 2}, "draft")
     check_vocabularies(None, {"a": 0}, "draft")

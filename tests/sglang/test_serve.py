@@ -20,13 +20,13 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
-from cosched.config import load_config
 from cosched.engines.sglang import compat
-from cosched.engines.sglang.adaptation import Status
-from cosched.engines.sglang.arguments import command_line
-from cosched.engines.sglang.control import Client, SocketOperator
-from cosched.engines.sglang.routes import add_routes
+from cosched.engines.sglang.launcher.arguments import command_line
+from cosched.engines.sglang.operators.control import Client, SocketOperator
+from cosched.engines.sglang.operators.routes import add_routes
+from cosched.engines.sglang.worker.adaptation import Status
 from cosched.errors import ConfigError
+from cosched.settings.load import load_config
 from tests.sglang.server import CONFIG, PATIENCE, Server, Start
 from tests.sglang.serving import ROOT, WORLD, Decode
 from tests.test_serve import STATUS
@@ -292,7 +292,7 @@ def test_a_draft_is_saved_below_the_run_folder_only(server: Server, saved: Path)
 
 ENGINE = """
 import json, sys
-from cosched.engines.sglang.launch import engine
+from cosched.engines.sglang.launcher.launch import engine
 if __name__ == "__main__":
     draft, folder, prompt = sys.argv[1:]
     made = engine("configs/serve_tiny_cpu.yaml", [f"drafter.path={draft}"], log_level="error")
@@ -392,7 +392,7 @@ BROKEN = """
 import sys
 from pathlib import Path
 from cosched import cli
-from cosched.engines.sglang.run_directory import RunDirectory
+from cosched.engines.sglang.launcher.run_directory import RunDirectory
 {patch}
 if __name__ == "__main__":
     sys.argv = ["cosched", "serve", "-c", "configs/serve_tiny_cpu.yaml", *sys.argv[1:]]

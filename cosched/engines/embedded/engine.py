@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from cosched.engines.embedded.request import FinishedRequest, GenerationRequest
 from cosched.engines.embedded.target import TargetRows
 from cosched.engines.embedded.verification import RandomStream
+from cosched.engines.request import FinishedRequest, GenerationRequest
+from cosched.loop.teacher_rows import pack_best
 from cosched.records import Proposal, RoundRow, Segment, ServedBlock, TeacherForm, VerifyRound
-from cosched.teacher import pack_best
 
 if TYPE_CHECKING:
     from cosched.engines.embedded.judges import Judge
     from cosched.engines.embedded.rows import RowSource
-    from cosched.protocols import Drafter, RoundObserver, ServesAdapters
+    from cosched.loop.roles import RoundObserver
+    from cosched.protocols import Drafter, ServesAdapters
 
 Admit = Callable[[GenerationRequest], int]
 """``admit(request)``: the adapter that serves a request from its prefill to its end."""

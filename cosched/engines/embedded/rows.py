@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from cosched.engines.embedded.request import GenerationRequest
     from cosched.engines.embedded.target import Target, TargetRows
+    from cosched.engines.request import GenerationRequest
 
 
 class RowSource(Protocol):

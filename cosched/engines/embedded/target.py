@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from cosched.engines.embedded import attention
 from cosched.engines.embedded.kv_cache import SlotCache
 from cosched.errors import CheckpointError, ConfigError
-from cosched.publish import checksum
+from cosched.loop.publish import checksum
 
 if TYPE_CHECKING:
     from collections.abc import Generator

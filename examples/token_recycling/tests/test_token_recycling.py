@@ -9,11 +9,12 @@ import pytest
 import torch
 from token_recycling.drafter import TokenRecycling, TokenRecyclingSettings
 
-from cosched.config import load_config
 from cosched.errors import CheckpointError
-from cosched.experiment import Experiment
-from cosched.footprint import footprint, sketch
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.report.html import write_report
+from cosched.runs.experiment import Experiment
+from cosched.settings.load import load_config
 from cosched.telemetry.run_folder import RunFolder
 from cosched.testing.harness import make_requests, make_target, serve
 

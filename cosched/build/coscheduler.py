@@ -1,0 +1,153 @@
+"""From a configuration to what adapts a draft: buffer, policy, trainer, guard, publisher."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from cosched.build.trainer import build_adapter_trainer, build_trainer
+from cosched.coscheduler import Coscheduler
+from cosched.errors import ConfigError
+from cosched.guard.guard import FiniteGuard, ShadowGuard
+from cosched.guard.monitor import ShadowSettings
+from cosched.guard.scorer import Shadow
+from cosched.loop.budget import WithinTimeShare
+from cosched.loop.per_adapter import CoschedulerPool
+from cosched.loop.publish import InPlacePublisher, Serving
+from cosched.loop.replay import ReplayBuffer
+from cosched.memory.footprint import replay_limits
+from cosched.protocols import ServesAdapters
+from cosched.registry import OBJECTIVES, POLICIES
+from cosched.training.lora import on_base_of, weight_names
+from cosched.training.ranks import SamePolicy
+from cosched.training.scope import lora_of
+from cosched.training.trying import TryingTrainer, WithObjective
+
+if TYPE_CHECKING:
+    from cosched.engines.embedded.target import Target
+    from cosched.loop.roles import Guard, Publisher, Sink, Trainer
+    from cosched.protocols import Drafter, TargetInfo
+    from cosched.settings.schema import Config
+    from cosched.training.ranks import Ranks
+
+
+def build_coscheduler(
+    config: Config,
+    target: TargetInfo,
+    drafter: Drafter,
+    publisher: Publisher | None,
+    window: int | None,
+    sink: Sink,
+    ranks: Ranks | None = None,
+    temperature: float = 1.0,
+    learner: tuple[Drafter, Trainer] | None = None,
+) -> Coscheduler:
+    """All that adapts a serving draft; ``ranks`` where several train it.
+
+    ``temperature`` is that of the requests, by which a guard scores; where requests differ, 1: drafts
+    whose distributions overlap more are accepted more often at any temperature, as a rule. Without a
+    ``learner``, a copy of the draft and what trains it, one is made if anything is published.
+    """
+    adapt, loss, settings = config.adapt, config.loss_settings, config.policy_settings
+    chosen, rates = config.objective_settings, [rate for _, rate in config.experts]
+    policy = WithObjective(
+        WithinTimeShare(POLICIES.get(settings.kind)(settings), settings.max_time_share),
+        OBJECTIVES.get(chosen.kind)(chosen),
+        rates,
+        chosen.warm_tokens,
+    )
+    # A chain's rows behind a refusal stand on the very path that it drafted: they teach like others.
+    refused_weight = 1.0 if drafter.signal.conditioning == "chain" else loss.refused_weight
+    shadow = adapt.guard if isinstance(adapt.guard, ShadowSettings) else None
+    buffer = ReplayBuffer(
+        replay_limits(config, target, drafter),
+        loss.rows,
+        window,
+        refused_weight,
+        adapt.replay.keep_finished,
+        fresh=adapt.replay.fresh,
+        held_out=shadow.anchors if shadow else 0,
+    )
+    guard: Guard = FiniteGuard()
+    if publisher is not None:
+        if learner is None:
+            copy = drafter.clone(torch.float32)
+            learner = copy, build_trainer(config, target, copy, ranks)
+        if shadow is not None:
+            dtype = target.embedding.weight.dtype
+            form = adapt.replay.teacher
+            scorer = Shadow(
+                learner[0], target.head, form, dtype, temperature, ranks, loss.chunk_rows
+            )
+            guard = ShadowGuard(shadow, scorer, buffer, publisher)
+            if rates:
+                copy, trainer = learner
+                tried = TryingTrainer(trainer, rates, scorer, buffer, publisher, shadow.anchors)
+                learner = copy, tried
+    return Coscheduler(
+        buffer=buffer,
+        policy=policy if ranks is None else SamePolicy(policy, ranks),
+        trainer=None if learner is None else learner[1],
+        guard=guard,
+        publisher=publisher,
+        sink=sink,
+        reset_when_finished=adapt.scope.state == "per_request",
+    )
+
+
+def build_pool(
+    config: Config,
+    target: Target,
+    drafter: Drafter,
+    window: int | None,
+    sink: Sink,
+    temperature: float = 1.0,
+) -> CoschedulerPool:
+    """A co-scheduler for each adapter: their trainers stand on one frozen copy of the draft.
+
+    Raises:
+        ConfigError: the drafter cannot serve several adapters.
+    """
+    lora, network, count = (
+        lora_of(drafter, config.adapt.scope),
+        drafter.network(),
+        config.num_adapters,
+    )
+    if not isinstance(drafter, ServesAdapters) or lora is None or network is None or not count:
+        raise ConfigError(
+            f"adapt.scope.state: {config.adapt.scope.state} needs a draft with an adapter for each "
+            f"request, and this drafter serves one draft to all; use shared"
+        )
+    base = drafter.clone(torch.float32)
+    copies = [on_base_of(drafter.clone(torch.float32), base) for _ in range(count)]
+    served = drafter.adapt(lora.layers, count, lora.rank, lora.scale)
+    unchanging = dict(target.model.state_dict())
+    unchanging |= {f"draft.{name}": p for name, p in network.named_parameters()}
+
+    def make(index: int, events: Sink) -> Coscheduler:
+        trainer = build_adapter_trainer(config, target, copies[index], lora)
+        storage = {
+            name: tensor
+            for layer, tensors in served[index].items()
+            for name, tensor in zip(weight_names(layer), tensors, strict=True)
+        }
+        for name, weight in trainer.weights().items():
+            storage[name].copy_(weight)
+        first = {name: tensor.clone() for name, tensor in storage.items()}
+        publish = config.adapt.publish
+        publisher = InPlacePublisher(
+            Serving(storage, unchanging), first, publish.target_check_every, publish.keep
+        )
+        return build_coscheduler(
+            config,
+            target,
+            drafter,
+            publisher,
+            window,
+            events,
+            temperature=temperature,
+            learner=(copies[index], trainer),
+        )
+
+    return CoschedulerPool(count, config.adapt.scope.tenants, make, sink)

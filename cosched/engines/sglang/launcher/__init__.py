@@ -1,0 +1,1 @@
+"""SGLang started so that the draft adapts: its arguments, its processes, its end."""

@@ -1,0 +1,198 @@
+"""From our settings to SGLang's arguments; imports nothing of SGLang's.
+
+``fixed`` arguments are what our settings mean, and nothing may say otherwise. ``engine.arguments``
+are the user's, and so are the words of the command line, which win over them as everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from cosched.engines.sglang.worker.algorithms import ALGORITHM_OF
+from cosched.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    from cosched.settings.schema import Config
+
+CPU = {"device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True}
+
+UNSUPPORTED: dict[str, tuple[Any, str]] = {  # the value that it must have, and why
+    "dp_size": (1, "each replica would learn a draft of its own"),
+    "pp_size": (1, "the draft is trained beside the target's last layer and its embedding"),
+    "nnodes": (1, "the launcher watches the processes of one machine"),
+    "tokenizer_worker_num": (1, "SGLang checks no key then, and /cosched/ would be open"),
+    "use_ray": (False, "the launcher watches the processes that SGLang itself starts"),
+    "encoder_only": (False, "nothing is drafted there"),
+    "grpc_mode": (False, "the launcher serves HTTP"),
+    "smg_grpc_mode": (False, "the launcher serves HTTP"),
+}
+
+
+class Fixed(NamedTuple):
+    """An argument of SGLang's that one of our settings decides."""
+
+    value: Any
+    key: str
+
+
+Speculation = Literal["adapted", "stock", "plain"]
+"""With our worker; with SGLang's own, as without cosched; without a draft."""
+STOCK = {"eagle3": "EAGLE3", "dflash": "DFLASH"}
+
+
+def fixed_arguments(config: Config, speculation: Speculation = "adapted") -> dict[str, Fixed]:
+    """What our settings mean to SGLang, by its names.
+
+    Raises:
+        ConfigError: SGLang does not run this drafter, or these settings are not for it.
+    """
+    if config.engine.kind != "sglang":
+        raise ConfigError(
+            f"engine.kind: to serve it must be sglang, got {config.engine.kind!r}; say "
+            f"engine.kind=sglang"
+        )
+    drafter = config.drafter_settings
+    if drafter.kind not in ALGORITHM_OF:
+        raise ConfigError(
+            f"drafter.kind: SGLang serves {', '.join(ALGORITHM_OF)}, got {drafter.kind!r}"
+        )
+    number = drafter.num_draft_tokens
+    fixed = {
+        "model_path": Fixed(config.target.folder, "target.path"),
+        "dtype": Fixed(config.engine.dtype, "engine.dtype"),
+        "max_running_requests": Fixed(config.engine.max_batch, "engine.max_batch"),
+        "random_seed": Fixed(config.run.seed, "run.seed"),
+        "speculative_algorithm": Fixed(ALGORITHM_OF[drafter.kind], "drafter.kind"),
+        "speculative_draft_model_path": Fixed(drafter.path, "drafter.path"),
+        # SGLang counts the anchor, which it verifies together with the drafts.
+        "speculative_num_draft_tokens": Fixed(number + 1, "drafter.num_draft_tokens"),
+    }
+    if drafter.kind != "dflash":
+        fixed["speculative_num_steps"] = Fixed(number, "drafter.num_draft_tokens")
+        fixed["speculative_eagle_topk"] = Fixed(1, "drafter.kind")
+    if drafter.window is not None:
+        fixed["speculative_draft_window_size"] = Fixed(drafter.window, "drafter.window")
+    if speculation == "stock" and drafter.kind not in STOCK:
+        raise ConfigError(f"drafter.kind: SGLang itself has no {drafter.kind}; it has {STOCK}")
+    if speculation == "stock":
+        fixed["speculative_algorithm"] = Fixed(STOCK[drafter.kind], "drafter.kind")
+    if speculation == "plain":
+        fixed = {n: setting for n, setting in fixed.items() if not n.startswith("speculative_")}
+    device, _, index = config.engine.device.partition(":")
+    if device == "cpu":
+        fixed |= {name: Fixed(value, "engine.device") for name, value in CPU.items()}
+    elif device != "auto":
+        fixed["device"] = Fixed(device, "engine.device")
+        if index:
+            fixed["base_gpu_id"] = Fixed(_index(index, config.engine.device), "engine.device")
+    return fixed
+
+
+def _defaults(config: Config) -> dict[str, Any]:
+    """What is as it were without us, unless the user says otherwise: a model's name is its own."""
+    target = config.target
+    return {} if target.folder == target.path else {"served_model_name": target.path}
+
+
+def _index(text: str, device: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"engine.device: {device!r} is no device; auto, cpu, cuda, cuda:0 …")
+    return int(text)
+
+
+def keyword_arguments(
+    config: Config,
+    given: Mapping[str, Any],
+    allowed: Collection[str],
+    speculation: Speculation = "adapted",
+) -> dict[str, Any]:
+    """For ``sglang.Engine``: ours, the file's, and the caller's ``given``.
+
+    Raises:
+        ConfigError: one contradicts another or is none of SGLang's.
+    """
+    fixed = fixed_arguments(config, speculation)
+    _check(config.engine.arguments, fixed, allowed, lambda name: f"engine.arguments.{name}")
+    _check(given, fixed, allowed, lambda name: name)
+    ours = {name: setting.value for name, setting in fixed.items()}
+    return {**_defaults(config), **config.engine.arguments, **given, **ours}
+
+
+def command_line(
+    config: Config, words: Sequence[str], parser: argparse.ArgumentParser
+) -> list[str]:
+    """For ``sglang serve``: the words that SGLang's ``parser`` is to read, the user's last.
+
+    Raises:
+        ConfigError: as ``keyword_arguments``.
+    """
+    options = {action.dest: action for action in parser._actions if action.option_strings}
+    fixed = fixed_arguments(config)
+    _check(config.engine.arguments, fixed, options, lambda name: f"engine.arguments.{name}")
+    given = _given(parser, words)
+    _check(given, fixed, options, lambda name: options[name].option_strings[0])
+    ours = {name: setting.value for name, setting in fixed.items()}
+    theirs = {**_defaults(config), **config.engine.arguments}
+    free = {name: value for name, value in theirs.items() if name not in given}
+    line: list[str] = []
+    for name, value in {**ours, **free}.items():
+        line += _words(options, name, value)
+    return [*line, *words]
+
+
+def _check(
+    given: Mapping[str, Any],
+    fixed: Mapping[str, Fixed],
+    allowed: Collection[str],
+    called: Callable[[str], str],
+) -> None:
+    for name, value in given.items():
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, n=3, cutoff=0.5)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ConfigError(f"{called(name)}: SGLang has no argument {name!r}{hint}")
+        if name in fixed and value != fixed[name].value:
+            setting = fixed[name]
+            raise ConfigError(
+                f"{called(name)}: {value!r} contradicts {setting.key}, which means "
+                f"{setting.value!r}; say it there"
+            )
+        must, reason = UNSUPPORTED.get(name, (value, ""))
+        if value != must:
+            raise ConfigError(
+                f"{called(name)}: cosched serves with {must!r} only, got {value!r}: {reason}"
+            )
+
+
+def _given(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
+    """What the words set, by SGLang's names: its parser reads them, but fills in nothing."""
+    kept = [(action, action.default, action.required) for action in parser._actions]
+    for action, _, _ in kept:
+        action.default, action.required = argparse.SUPPRESS, False
+    try:
+        return vars(parser.parse_args(words))
+    finally:
+        for action, default, required in kept:
+            action.default, action.required = default, required
+
+
+def _words(options: Mapping[str, argparse.Action], name: str, value: Any) -> list[str]:
+    option = options[name]
+    flag = option.option_strings[0]
+    if option.nargs == 0:
+        opposite = [word for word in option.option_strings if word.startswith("--no-")]
+        if value is True:
+            return [flag]
+        if value is False and (opposite or not option.default):
+            return opposite
+        raise ConfigError(f"engine.arguments.{name}: {flag} is true or left out, got {value!r}")
+    if isinstance(value, dict):
+        return [flag, json.dumps(value)]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [flag, str(value)]

@@ -1,0 +1,286 @@
+"""SGLang's own server, or its ``Engine``, started so that the draft adapts.
+
+``serve`` runs SGLang's launcher in this process, as ``sglang serve`` does. Nothing of SGLang is
+imported before the settings are known to be right and, for a CPU, the environment is set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import os
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cosched.engines.sglang import CONFIG, EVENTS, RUN, compat
+from cosched.engines.sglang.cpu.environment import environment, install_stand_ins
+from cosched.engines.sglang.launcher.arguments import (
+    command_line,
+    fixed_arguments,
+    keyword_arguments,
+)
+from cosched.engines.sglang.launcher.run_directory import RunDirectory, version_of
+from cosched.engines.sglang.operators.control import Client
+from cosched.engines.sglang.operators.routes import add_routes
+from cosched.engines.sglang.worker.algorithms import ALGORITHM_OF, has_worker
+from cosched.errors import ConfigError, RunFolderError
+from cosched.memory.sketch import sketch
+from cosched.registry import DRAFTERS
+from cosched.settings.load import check_paths, load_config, to_yaml
+from cosched.telemetry.run_folder import RunFolder, explained
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping, Sequence
+
+    from cosched.engines.sglang.launcher.arguments import Speculation
+    from cosched.settings.schema import Config
+
+OWN_WORKERS = {"pard"}  # drafters that stock SGLang has no worker for, and we do
+
+
+def serve(config: Config, words: Sequence[str] = ()) -> None:
+    """Serve until the server is told to stop; ``words`` are SGLang's own arguments.
+
+    What this start was made with, and the checkpoints that it saves, go into a folder of its own
+    below the run folder: a server is restarted with the same command.
+
+    Raises:
+        CoschedError: a setting or argument is wrong, the draft cannot be served, or SGLang came up
+            without our workers.
+    """
+    check_servable(config)
+    _prepare_environment(config)
+    directory = RunDirectory.create(to_yaml(config))
+    try:
+        with _variables({CONFIG: str(directory.config), RUN: str(directory.path)}):
+            _run(config, words, directory)
+    finally:
+        directory.remove()
+
+
+def engine(config_file: Path | str, overrides: Sequence[str] = (), **sglang_arguments: Any) -> Any:
+    """An ``sglang.Engine`` whose draft adapts; ``engine.cosched`` is its ``control.Client``.
+
+    ``sglang_arguments`` are those of ``sglang.Engine``, beside what the file says.
+
+    Raises:
+        CoschedError: as ``serve``.
+    """
+    return start_engine(load_config(Path(config_file), overrides), arguments=sglang_arguments)
+
+
+def start_engine(
+    config: Config,
+    speculation: Speculation = "adapted",
+    arguments: Mapping[str, Any] | None = None,
+    events: Path | None = None,
+) -> Any:
+    """As ``engine``, for settings that are read; ``events`` is a file that gets every event.
+
+    ``plain`` decodes without a draft and ``stock`` with SGLang's own algorithm: neither has a
+    ``cosched``.
+
+    Raises:
+        CoschedError: as ``serve``.
+    """
+    check_servable(config)
+    _prepare_environment(config)
+    fields: set[str] = set(compat.ServerArgs.__struct_fields__)
+    words = keyword_arguments(config, arguments or {}, fields, speculation)
+    _bind_ranks(config, words.get("tp_size", 1))
+    directory = RunDirectory.create(to_yaml(config))
+    variables = {CONFIG: str(directory.config)}
+    if events is not None:
+        variables[EVENTS] = str(events)
+    if speculation == "adapted":
+        variables[RUN] = str(directory.path)
+    try:
+        with _variables(variables):
+            _load_plugins(config)
+            _watch_launch()
+            started: Any = compat.Engine(**words)
+    except BaseException:
+        directory.remove()
+        raise
+    atexit.register(directory.remove)
+    if speculation == "adapted":
+        started.cosched = Client(directory.socket)
+    return started
+
+
+def check_servable(config: Config) -> None:
+    """Make sure, without loading anything, that SGLang can serve this.
+
+    Raises:
+        CoschedError: SGLang is missing, a folder is missing, stock SGLang cannot run the draft, or
+            there are several.
+    """
+    if config.drafts:
+        raise ConfigError(
+            f"drafts: a server has one draft for all requests, got {', '.join(config.drafts)}; leave "
+            f"drafts out and name that one in drafter (cosched run compares several)"
+        )
+    check_draft_servable(config)
+
+
+def check_draft_servable(config: Config) -> None:
+    """The same of the draft of one arm, whichever others there are."""
+    fixed_arguments(config)
+    settings = config.drafter_settings
+    if (form := config.adapt.replay.teacher) != "hidden":
+        raise ConfigError(
+            f"adapt.replay.teacher: {form!r} is for the embedded engine; from SGLang, which changes "
+            f"its logits in place, cosched takes the last hidden states: use 'hidden'"
+        )
+    if not has_worker(ALGORITHM_OF[settings.kind]):
+        raise ConfigError(
+            f"drafter.kind: this version of cosched has no worker in SGLang for {settings.kind!r}"
+        )
+    check_paths(config)
+    _, drafter = sketch(config)
+    problems = [] if settings.kind in OWN_WORKERS else drafter.not_for_sglang()
+    if problems:
+        raise ConfigError(
+            f"drafter.path: stock SGLang cannot run the draft in {settings.path}: "
+            f"{'; '.join(problems)}. No other format changes that; use another draft"
+        )
+    _, form, _ = DRAFTERS.get(settings.kind).formats.read_shape(Path(settings.path), settings)
+    if form == "speculators":
+        raise ConfigError(
+            f"drafter.path: {settings.path} is in a format that SGLang does not read "
+            f"(speculators); write it anew and serve that: cosched convert {settings.path} "
+            f"{settings.path.rstrip('/')}-sglang --format sglang"
+        )
+    if version_of("sglang") is None:
+        raise ConfigError(
+            "SGLang is not installed: pip install '.[sglang]' in cosched's folder; without a GPU, "
+            "make serve-venv there, and run .venv-parity/bin/cosched"
+        )
+
+
+def _prepare_environment(config: Config) -> None:
+    """Before SGLang is imported; what it spawns inherits it."""
+    if config.engine.device == "cpu":
+        os.environ.update(environment())
+        install_stand_ins()
+    if config.engine.num_threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(config.engine.num_threads)
+
+
+def _bind_ranks(config: Config, num_ranks: int) -> None:
+    """Give each rank on a CPU a core: SGLang wants a memory node for every rank unless told."""
+    if config.engine.device == "cpu" and num_ranks > 1:
+        cores = os.cpu_count() or 1
+        places = "|".join(str(rank % cores) for rank in range(num_ranks))
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", places)
+
+
+def _run(config: Config, words: Sequence[str], directory: RunDirectory) -> None:
+    parser = argparse.ArgumentParser(prog="cosched serve", allow_abbrev=True)
+    _load_plugins(config)  # first: they add choices
+    compat.ServerArgs.add_cli_args(parser)
+    if "--config" in words:
+        words = compat.ConfigArgumentMerger(parser).merge_config_with_args(list(words))
+    line = command_line(config, words, parser)
+    arguments = compat.prepare_server_args(line)
+    _bind_ranks(config, arguments.tp_size)
+    folder = _folder_of_start(config)
+    _watch_launch()
+    has_key = bool(arguments.api_key or arguments.admin_api_key)
+    add_routes(compat.http_app, Client(directory.socket), folder / "checkpoints", has_key)
+    try:
+        compat.run_server(arguments)
+    except Exception as error:
+        if failure := directory.failure():  # SGLang says that a process died; this is why
+            raise ConfigError(f"the server cannot start: {failure}") from error
+        raise
+    finally:
+        compat.kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _load_plugins(config: Config) -> None:
+    """Let SGLang find our plugin in this process, as it will in those that it starts.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    compat.load_plugins()
+    algorithm = ALGORITHM_OF[config.drafter_settings.kind]
+    try:
+        compat.SpeculativeAlgorithm.from_string(algorithm)
+    except ValueError as error:
+        raise ConfigError(
+            f"SGLang has not taken up cosched's plugin ({algorithm} is unknown to it): cosched is "
+            f"not installed as a package here, SGLANG_PLUGINS leaves it out, it failed (see the "
+            f"log above), or this process had loaded SGLang's plugins before. Run cosched doctor"
+        ) from error
+
+
+def _watch_launch() -> None:
+    """Let a launch fail with our reason where a worker cannot be set up or is not ours."""
+    hooks = {compat.LAUNCH: _launched, compat.PREPARE_LAUNCH: _signals_set}
+    for target, hook in hooks.items():
+        if target not in compat.HookRegistry._patched:
+            compat.HookRegistry.register(target, hook, compat.HookType.AFTER)
+    compat.HookRegistry.apply_hooks()
+    for target in hooks:
+        assert target in compat.HookRegistry._patched, f"SGLang has moved {target}"
+
+
+def _launched(_result: Any, *_args: Any, server_args: Any, **_kwargs: Any) -> None:
+    """All of SGLang's processes are up, and it is not answering anybody yet."""
+    if directory := RunDirectory.current():
+        directory.check_reports(server_args.tp_size)
+
+
+def _signals_set(*_args: Any, **_kwargs: Any) -> None:
+    """SGLang kills this very process when a child fails; where we know why, raise that instead."""
+    directory = RunDirectory.current()
+    if directory is None:
+        return
+
+    def child_failed(signum: int, frame: Any) -> None:
+        if failure := directory.failure():
+            raise ConfigError(f"the server cannot start: {failure}")
+        assert callable(theirs)
+        theirs(signum, frame)
+
+    theirs = signal.signal(signal.SIGQUIT, child_failed)
+
+
+def _folder_of_start(config: Config) -> Path:
+    """``runs/NAME/DATE-TIME``, with the settings in it; absolute, for other processes write there."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    starts = config.run_folder.absolute()
+    with explained(starts):
+        starts.mkdir(parents=True, exist_ok=True)
+    for suffix in ("", *(f"-{number}" for number in range(2, 100))):
+        folder = RunFolder(starts / f"{stamp}{suffix}")
+        try:
+            folder.create()
+        except RunFolderError:
+            if folder.path.exists():
+                continue
+            raise
+        (folder.path / "checkpoints").mkdir()
+        folder.write("config.yaml", to_yaml(config))
+        return folder.path
+    raise RunFolderError(f"{starts} has a hundred starts of this second")
+
+
+@contextmanager
+def _variables(values: dict[str, str]) -> Generator[None]:
+    """Set environment variables for what is started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,182 @@
+"""``/cosched/…`` beside SGLang's routes, and the client that calls them.
+
+Where the server has ``--api-key`` or ``--admin-api-key``, they need it as SGLang's own routes for
+operators do (with both, the admin key). Where it has none, only clients of the same machine are
+answered, and no web page: a browser says where a request comes from (``Origin``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import re
+import urllib.error
+import urllib.request
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from cosched.engines.sglang import compat
+from cosched.engines.sglang.operators.control import VERBS, Client, Reply, seconds_for
+from cosched.engines.sglang.worker.adaptation import Command, Status
+from cosched.errors import ControlError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a checkpoint
+
+
+class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a request may say: ``version`` for rollback, ``path`` for save."""
+
+    version: int | None = None
+    path: str | None = None
+
+
+def add_routes(app: Any, client: Client, checkpoints: Path, has_key: bool) -> None:
+    """Answer operators on SGLang's port; ``save`` writes into ``checkpoints`` only."""
+    assert checkpoints.is_absolute(), "it is written to by another process"
+    for verb in VERBS:
+        method = "GET" if verb == "status" else "POST"
+        endpoint = _endpoint(verb, client, checkpoints, has_key)
+        guarded = compat.auth_level(compat.AuthLevel.ADMIN_OPTIONAL)(endpoint)
+        app.add_route(f"/cosched/{verb}", guarded, methods=[method], include_in_schema=False)
+
+
+def _endpoint(
+    verb: str, client: Client, checkpoints: Path, has_key: bool
+) -> Callable[[Any], Awaitable[Any]]:
+    async def answer(request: Any) -> Any:
+        if not has_key and (refusal := refused(request.client, request.headers)):
+            return _response(403, Reply(error=refusal))
+        try:
+            command = command_of(verb, await request.body(), checkpoints)
+        except ControlError as error:
+            return _response(400, Reply(error=str(error)))
+        try:
+            reply = await asyncio.to_thread(client.reply, command)
+        except ControlError as error:
+            return _response(503, Reply(error=str(error)))
+        saved = {"path": command.path} if reply.status and command.path else {}
+        code = 200 if reply.status else 504 if reply.late else 409
+        return _response(code, reply, **saved)
+
+    return answer
+
+
+def _response(code: int, reply: Reply, **more: Any) -> Any:
+    from starlette.responses import JSONResponse  # pyright: ignore[reportMissingImports]
+
+    shown: dict[str, Any] = {"error": reply.error}
+    if reply.status is not None:
+        shown = {**msgspec.to_builtins(reply.status), **more}
+    return JSONResponse(shown, status_code=code)
+
+
+def refused(client: Any, headers: Any) -> str | None:
+    """Why a client of a server without a key is not answered; None where it is."""
+    host = getattr(client, "host", "")
+    try:
+        here = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        here = False
+    if not here:
+        return (
+            f"/cosched/ answers clients of its own machine only, not {host or 'unknown ones'}, "
+            f"because this server has no --api-key and no --admin-api-key"
+        )
+    if "origin" in headers:
+        return "/cosched/ answers no web pages on a server without --api-key"
+    return None
+
+
+def command_of(verb: str, raw: bytes, checkpoints: Path) -> Command:
+    """The command that a request means.
+
+    Raises:
+        ControlError: its body is not as documented.
+    """
+    try:
+        body = msgspec.json.decode(raw or b"{}", type=Body)
+    except msgspec.DecodeError as error:
+        raise ControlError(f"{verb}: the body is not as it must be: {error}") from error
+    if verb == "rollback":
+        if body.version is None or body.version < 0:
+            raise ControlError('rollback: say {"version": N}, a version of the draft, 0 or more')
+        return Command(verb=verb, version=body.version)
+    if verb == "save":
+        if body.path is None or not NAME.fullmatch(body.path):
+            raise ControlError(
+                f'save: say {{"path": NAME}}, got {body.path!r}; a NAME is letters, digits and '
+                f"._- only, and the draft goes to {checkpoints}/NAME"
+            )
+        return Command(verb=verb, path=str(checkpoints / body.path))
+    return Command(verb=verb)
+
+
+def request_body(verb: str, what: str | None) -> dict[str, Any]:
+    """What ``cosched control VERB WHAT`` sends.
+
+    Raises:
+        ControlError: the verb is unknown, or takes something else.
+    """
+    if verb not in VERBS:
+        raise ControlError(f"{verb!r} is no command; there are {', '.join(VERBS)}")
+    if verb == "rollback":
+        if what is None or not what.isdecimal():
+            raise ControlError(f"rollback: give a version, 0 or more, got {what!r}")
+        return {"version": int(what)}
+    if verb == "save":
+        if what is None:
+            raise ControlError("save: give a NAME for the checkpoint")
+        return {"path": what}
+    if what is not None:
+        raise ControlError(f"{verb} takes nothing behind it, got {what!r}")
+    return {}
+
+
+def call(url: str, verb: str, body: dict[str, Any], api_key: str | None = None) -> dict[str, Any]:
+    """Ask a running server; returns its status, with ``path`` where a checkpoint was saved.
+
+    Raises:
+        ControlError: nobody answers, or the server refuses.
+    """
+    where = f"{url.rstrip('/')}/cosched/{verb}"
+    if not where.startswith(("http://", "https://")):
+        raise ControlError(f"--url: {url!r} is no address; e.g. http://127.0.0.1:30000")
+    request = urllib.request.Request(
+        where,
+        data=None if verb == "status" else json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    if api_key:
+        request.add_header("Authorization", f"Bearer {api_key}")
+    try:
+        with urllib.request.urlopen(request, timeout=seconds_for(verb) + 5) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        raise ControlError(f"{where}: {_said(error)}") from error
+    except (OSError, ValueError) as error:
+        raise ControlError(f"{where} does not answer: {error}") from error
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    if error.code == 404:
+        return "there is no such route; was this server started with cosched serve?"
+    if error.code == 401:
+        return "the server wants its --api-key (or --admin-api-key): give --api-key"
+    try:
+        return str(json.loads(error.read())["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {error.code} {error.reason}"
+
+
+def status_of(answer: dict[str, Any]) -> Status:
+    """The status in what ``call`` returned."""
+    try:
+        return msgspec.convert(answer, Status)
+    except msgspec.ValidationError as error:
+        raise ControlError(f"the server's status is not one of this version: {error}") from error

@@ -1,0 +1,319 @@
+"""What a worker inside SGLang's scheduler calls: it never raises, and never waits for the device.
+
+An exception in a worker kills SGLang's whole engine. Ours stop the training instead: the server
+goes on with the last good draft, says so once in its log, and shows it in its status.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, Protocol
+
+import msgspec
+import torch
+
+from cosched.errors import ConfigError, CoschedError
+from cosched.telemetry.run_folder import explained
+
+if TYPE_CHECKING:
+    from cosched.coscheduler import Coscheduler
+    from cosched.engines.sglang.worker.collector import Prefill, RoundCollector, Verified
+    from cosched.loop.roles import Sink
+    from cosched.records import VerifyRound
+    from cosched.training.ranks import Ranks
+
+logger = logging.getLogger("cosched")
+
+STARVED_AFTER = 64  # decisions in a row that found nothing to train on, until it is reported
+
+P = ParamSpec("P")
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """How the adaptation stands: for ``/cosched/status``, ``/metrics`` and ``cosched doctor``.
+
+    ``failure`` says why training stopped for good, ``warning`` what is wrong without stopping it.
+    """
+
+    algorithm: str
+    adapting: bool
+    failure: str | None
+    warning: str | None
+    draft_version: int
+    rounds: int
+    acceptance_length: float | None
+    recent_acceptance_length: float
+    updates: int
+    skipped_steps: int
+    starved_decisions: int
+    update_seconds: float
+    background_seconds: float
+    publish_seconds: float
+    draft_seconds: float
+    verify_seconds: float
+    last_loss: float | None
+    refused_updates: int = 0
+    rollbacks: int = 0
+    guard_seconds: float = 0.0
+
+
+class Command(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator asked for; ``answer`` is called once, with a status or an error message."""
+
+    verb: str
+    version: int | None = None
+    path: str | None = None
+
+
+Answer = Callable[[Status | str], None]
+
+
+class Operator(Protocol):
+    """Who asks for things while the server runs, and is shown how it stands."""
+
+    def asked(self) -> list[tuple[Command, Answer]]:
+        """What has been asked for since; never waits. Ranks but the first are asked nothing."""
+        ...
+
+    def show(self, status: Status) -> None: ...
+
+
+class Nobody:
+    """No operator."""
+
+    def asked(self) -> list[tuple[Command, Answer]]:
+        return []
+
+    def show(self, status: Status) -> None:
+        pass
+
+
+def _never_raises(
+    method: Callable[Concatenate[Adaptation, P], None],
+) -> Callable[Concatenate[Adaptation, P], None]:
+    """Stop training where the method raises; after that do nothing."""
+
+    @functools.wraps(method)
+    def safe(self: Adaptation, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            logger.exception("cosched stops training; the server goes on with the last good draft")
+            self.fail(f"{type(error).__name__}: {error}")
+
+    return safe
+
+
+class Adaptation:
+    """The co-scheduler inside one scheduler process.
+
+    ``save`` writes the serving draft as a checkpoint. With ``watches`` off (a policy that never
+    trains) no rows are taken from the device and rounds are only counted.
+    """
+
+    def __init__(
+        self,
+        algorithm: str,
+        coscheduler: Coscheduler,
+        collector: RoundCollector,
+        ranks: Ranks,
+        watches: bool,
+        window: int,
+        save: Callable[[Path], None],
+        operator: Operator,
+        sink: Sink,
+    ) -> None:
+        self._algorithm = algorithm
+        self._coscheduler = coscheduler
+        self._collector = collector
+        self._ranks = ranks
+        self._watches = watches
+        self.window = window
+        self._save = save
+        self._operator = operator
+        self._sink = sink
+        self._ready: list[VerifyRound] = []
+        self._failure: str | None = None
+        self._warning: str | None = None
+        self._adapting = True
+        self._told = False  # whether the other ranks know that training stopped
+
+    @property
+    def watching(self) -> bool:
+        """Whether workers should hand over rows."""
+        return self._watches and self._adapting and self._failure is None
+
+    @property
+    def version(self) -> int:
+        return self._coscheduler.version
+
+    # --- what a worker saw -----------------------------------------------------------------
+
+    @_never_raises
+    def prefilled(self, look: Callable[[], Prefill]) -> None:
+        """A prefill was launched; ``look`` takes what is to be seen of it."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._collector.prefilled(look())
+
+    @_never_raises
+    def verified(self, look: Callable[[], Verified]) -> None:
+        """A verification was launched; its counts follow."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._collector.verified(look())
+
+    @_never_raises
+    def counted(self, num_accepted: list[int]) -> None:
+        """Accepted drafts of every request of the oldest verification whose counts are not known."""
+        self._ready.extend(self._collector.counted(num_accepted))
+
+    @_never_raises
+    def finished(self, request_id: str) -> None:
+        """The request is done or was aborted."""
+        self._collector.finish(request_id)
+
+    @_never_raises
+    def chose(self, num_queued: int, gone: Callable[[set[str]], set[str]]) -> None:
+        """A batch was put together, and so many requests found no place in it.
+
+        ``gone`` tells which of some requests the scheduler has no more: they have finished, also
+        where SGLang says nothing of it (at the end of a prompt).
+        """
+        self._collector.num_queued = num_queued
+        for request_id in sorted(gone(self._collector.requests)):  # alike on all ranks
+            self._collector.finish(request_id)
+
+    # --- between two forward passes --------------------------------------------------------
+
+    @_never_raises
+    def step(self) -> None:
+        """Learn from what is complete, and do what the operator asked for."""
+        ready, self._ready = self._ready, []
+        self._collect(ready)
+        with torch.inference_mode(False), torch.no_grad():
+            if self._meet() and ready:
+                self._coscheduler.learn(ready[-1].num_running)
+                self._look_after()
+
+    @_never_raises
+    def idle(self) -> None:
+        """Nothing is running: the policy may train all the same."""
+        self.step()
+        self._collect(self._collector.farewells())
+        if self._failure is None and self._adapting:
+            updates = self._coscheduler.totals.updates
+            with torch.inference_mode(False), torch.no_grad():
+                self._coscheduler.learn(num_running=0)
+            if self._coscheduler.totals.updates > updates:
+                self._look_after()
+
+    @_never_raises
+    def _collect(self, ready: Iterable[VerifyRound]) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for round_ in ready:
+                self._coscheduler.collect(round_)
+
+    def _meet(self) -> bool:
+        """Bring all ranks to the same mind; whether they may go on learning."""
+        if self._told:
+            self._answer_alone(self._operator.asked())
+            return False
+        commands = self._operator.asked()
+        well, asked = self._ranks.meet(self._failure is None, bool(commands))
+        if asked:
+            verbs = self._ranks.from_first([command for command, _ in commands])
+            answers = [answer for _, answer in commands] or [lambda _answer: None] * len(verbs)
+            self._obey(list(zip(verbs, answers, strict=True)))
+        if not well:
+            self._told = True
+            if self._failure is None:
+                self.fail("another rank stopped training")
+        return well
+
+    def fail(self, reason: str) -> None:
+        """Stop training for good, and say why."""
+        if self._failure is None:
+            self._failure = reason
+            self._sink.emit("failure", reason=reason)
+        self._coscheduler.learning = False
+        self._ready.clear()
+        self._operator.show(self.status())
+
+    def _look_after(self) -> None:
+        starved = self._coscheduler.totals.starved
+        if starved == STARVED_AFTER:
+            self._warning = f"the replay buffer had nothing to train on {starved} times in a row"
+            logger.warning("cosched: %s", self._warning)
+            self._sink.emit("warning", reason=self._warning)
+        elif self._warning and not starved:
+            self._warning = None
+        self._operator.show(self.status())
+
+    # --- for operators ---------------------------------------------------------------------
+
+    def _obey(self, commands: list[tuple[Command, Answer]]) -> None:
+        for command, answer in commands:
+            try:
+                self._do(command)
+            except CoschedError as error:
+                answer(str(error))
+            else:
+                answer(self.status())
+
+    def _answer_alone(self, commands: list[tuple[Command, Answer]]) -> None:
+        """Training has stopped: ranks no longer meet, so nothing may need more than one."""
+        for command, answer in commands:
+            if command.verb == "status" or self._ranks.size == 1:
+                self._obey([(command, answer)])
+            else:
+                answer(f"{command.verb}: training has stopped on {self._ranks.size} ranks, which "
+                       f"can only say their status: {self._failure}")  # fmt: skip
+
+    def _do(self, command: Command) -> None:
+        match command.verb:
+            case "status":
+                pass
+            case "on" | "off":
+                self._adapting = command.verb == "on"
+                self._coscheduler.learning = self._adapting and self._failure is None
+            case "rollback":
+                self._coscheduler.roll_back(command.version or 0)
+            case "save":
+                assert command.path is not None
+                if self._ranks.rank == 0:
+                    with explained(Path(command.path)):  # a full disk stops no training
+                        self._save(Path(command.path))
+            case other:
+                raise ConfigError(f"{other!r} is no command; status, on, off, rollback, save")
+        if command.verb != "status":
+            logger.info("cosched: %s", command)
+
+    def status(self) -> Status:
+        """How it stands now."""
+        totals = self._coscheduler.totals
+        blocks = totals.committed - totals.accepted  # each verified block commits one token more
+        losses = totals.losses
+        return Status(
+            algorithm=self._algorithm,
+            adapting=self.watching,
+            failure=self._failure,
+            warning=self._warning,
+            draft_version=self._coscheduler.version,
+            rounds=totals.rounds,
+            acceptance_length=totals.committed / blocks if blocks else None,
+            recent_acceptance_length=totals.recent,
+            updates=totals.updates,
+            skipped_steps=totals.skipped_steps,
+            starved_decisions=totals.starved,
+            update_seconds=totals.update_seconds,
+            background_seconds=totals.background_seconds,
+            publish_seconds=totals.publish_seconds,
+            draft_seconds=totals.draft_seconds,
+            verify_seconds=totals.verify_seconds,
+            last_loss=losses[-1] if losses else None,
+            refused_updates=totals.watch.refused,
+            rollbacks=totals.watch.rolled_back,
+            guard_seconds=totals.guard_seconds,
+        )

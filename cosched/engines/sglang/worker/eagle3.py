@@ -1,0 +1,42 @@
+"""EAGLE-3 in SGLang, watched: its verification has everything that teaches."""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportUntypedBaseClass=false
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cosched.engines.sglang import compat
+from cosched.engines.sglang.worker.adapted import AdaptedWorker, is_prefill
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class ChainWorker(AdaptedWorker):
+    """For workers that draft, verify with ``verify``, and catch up."""
+
+    def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        self.adaptation.step()
+        self._started = self._stopwatch.mark()
+        if not is_prefill(batch):
+            return super().forward_batch_generation(batch, *args, **kwargs)
+        tokens_T = batch.input_ids
+        output = super().forward_batch_generation(batch, *args, **kwargs)
+        self.saw_prefill(batch, tokens_T, output, output.logits_output.hidden_states)
+        return output
+
+    def verify(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        drafted = self._stopwatch.mark()
+        tokens = batch.spec_info.draft_token
+        output = super().verify(batch, *args, **kwargs)
+        marks = self._started, drafted, self._stopwatch.mark()
+        self.saw_verification(batch, tokens, output, output.logits_output.hidden_states, marks)
+        return output
+
+    def _draft_model(self) -> nn.Module:
+        return self.draft_worker.draft_runner.model
+
+
+class Eagle3Worker(ChainWorker, compat.EAGLEWorkerV2):
+    """SGLang's EAGLE3 worker."""

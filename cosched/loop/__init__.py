@@ -1,0 +1,1 @@
+"""What the walk of a round works with: buffer, teacher rows, counters, budget, publication."""

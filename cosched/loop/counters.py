@@ -1,0 +1,239 @@
+"""What the co-scheduler has counted: the memory behind every Snapshot.
+
+Nothing here depends on a policy: thresholds are its own, the statistics are everybody's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cosched.guard.monitor import Watch
+from cosched.records import Snapshot
+
+if TYPE_CHECKING:
+    from cosched.records import Verdict, VerifyRound
+
+RECENT_WEIGHT = 0.05  # of the newest round in the moving acceptance length
+REFERENCE_WEIGHT = 0.0002  # of the newest round in the length that acceptance is measured against
+SHORTFALL_TOLERANCE = 0.1  # tokens a round below the reference that are no fall
+TRIALS_KEPT = 64  # comparisons of objectives: text moves on, what an older one said is of no use
+UPDATE_WEIGHT = 0.1  # of the newest update in what updates cost and bring
+
+
+@dataclass(slots=True)
+class Totals:
+    """Running sums and moving means; numbers only, so that a run can be resumed from them."""
+
+    rounds: int = 0
+    committed: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    updates: int = 0
+    updates_at_reset: int = 0
+    updates_at_served: int = 0  # that are in what serves
+    starved: int = 0  # decisions to train in a row for which the buffer had no rows
+    round_of_update: int = 0
+    committed_at_update: int = 0
+    finished_at_update: int = 0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    update_seconds: float = 0.0  # that the engine waited for
+    background_seconds: float = 0.0  # of updates beside it
+    publish_seconds: float = 0.0
+    skipped_steps: int = 0
+    recent: float = 0.0
+    losses: list[float | None] = field(default_factory=list)
+    reference: float = 0.0
+    shortfall: float = 0.0
+    round_seconds: float = 0.0  # moving mean
+    finished: int = 0
+    tokens_left: int | None = None  # of the newest round
+    queued: int = 0
+    steps_of_update: int = 1
+    update_seconds_at_update: float = 0.0
+    training_seconds_at_update: float = 0.0  # publishing included
+    serving_seconds_at_update: float = 0.0
+    recent_at_update: float = 0.0  # 0: none to compare with
+    step_seconds: float = 0.0  # moving mean
+    gain: float = 1.0  # moving mean
+    scored: bool = False  # whether the gain is that of scores
+    earned_seconds: float = 0.0
+    guard_seconds: float = 0.0  # of the update seconds
+    committed_at_loaded: int = 0
+    num_trials: int = 0
+    updates_at_trial: int = 0
+    trials: list[tuple[float, ...]] = field(default_factory=list)  # what each objective brought
+    watch: Watch = field(default_factory=Watch)
+    # Where several adapters learn: the counters of each, and to go on from them the versions.
+    parts: list[Totals] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    @property
+    def _serving_seconds(self) -> float:
+        return self.draft_seconds + self.verify_seconds
+
+    @property
+    def _training_seconds(self) -> float:
+        return self.update_seconds + self.publish_seconds
+
+    def observe(self, round_: VerifyRound) -> None:
+        """Count a round."""
+        committed = round_.num_committed
+        seconds = round_.draft_seconds + round_.verify_seconds
+        self.draft_seconds += round_.draft_seconds
+        self.verify_seconds += round_.verify_seconds
+        if round_.blocks:
+            self._observe_length(committed / len(round_.blocks))
+            weight = RECENT_WEIGHT if self.rounds > 1 else 1.0
+            self.round_seconds += weight * (seconds - self.round_seconds)
+            self.earned_seconds += seconds * self._proven_gain
+        self.committed += committed
+        self.drafted += sum(len(block.path_K) for block in round_.blocks)
+        self.accepted += sum(block.num_accepted for block in round_.blocks)
+        self.finished += len(round_.finished)
+        self.tokens_left = round_.tokens_left
+        self.queued = round_.num_queued
+
+    @property
+    def _proven_gain(self) -> float:
+        """Share by which what serves is better than the draft as loaded, less a standard error."""
+        evidence = self.watch.evidence
+        if self.watch.at_loaded or evidence.z <= 1:
+            return 0.0
+        loaded = max(1.0, self.recent - evidence.mean)
+        return evidence.mean * (1 - 1 / evidence.z) / loaded
+
+    def _observe_length(self, length: float) -> None:
+        """The acceptance length of one more round.
+
+        The shortfall g is Page's one-sided CUSUM (Biometrika 41, 1954; equal to Page-Hinkley's
+        statistic): g <- max(0, g + reference - length - tolerance). It sums what a round alone would
+        hide in its noise, and starts again once the recent length is back within the tolerance.
+        """
+        self.rounds += 1
+        self.watch.observe(length)
+        first = self.rounds == 1
+        self.recent += (1.0 if first else RECENT_WEIGHT) * (length - self.recent)
+        self.shortfall += self.reference - length - SHORTFALL_TOLERANCE
+        self.reference += max(REFERENCE_WEIGHT, 1 / self.rounds) * (length - self.reference)
+        if first or self.recent >= self.reference - SHORTFALL_TOLERANCE:
+            self.shortfall = 0.0
+        self.shortfall = max(0.0, self.shortfall)
+
+    def _tokens_ahead(self, num_running: int) -> float:
+        """Tokens that a running request is expected to commit yet.
+
+        Answers are taken to end at a constant rate, whose estimate is finished / committed, running
+        requests included; what is left of one is then committed / finished, however long it is
+        already. Before the first has finished, as much is expected as has been seen. Never more
+        than the engine allows.
+        """
+        if not num_running:
+            return 0.0
+        expected = self.committed / max(1, self.finished)
+        if self.tokens_left is None:
+            return expected
+        return min(expected, self.tokens_left / num_running)
+
+    def begin_update(self, num_steps: int) -> None:
+        """An update begins; what the one before it cost and brought has been seen by now.
+
+        The first one's cost is left out: it warms up. Gains are averaged as the factors they are,
+        so that noise, which makes one too high and the next too low, leaves no gain behind.
+        """
+        if self.updates > 1:
+            seconds = (self.update_seconds - self.update_seconds_at_update) / self.steps_of_update
+            weight = UPDATE_WEIGHT if self.step_seconds else 1.0
+            self.step_seconds += weight * (seconds - self.step_seconds)
+        if self.recent_at_update and not self.scored:
+            self.gain *= (self.recent / self.recent_at_update / self.gain) ** UPDATE_WEIGHT
+        self.round_of_update = self.rounds
+        self.committed_at_update = self.committed
+        self.finished_at_update = self.finished
+        self.steps_of_update = num_steps
+        self.update_seconds_at_update = self.update_seconds
+        self.training_seconds_at_update = self._training_seconds
+        self.serving_seconds_at_update = self._serving_seconds
+        self.recent_at_update = self.recent
+
+    def note_scores(self, verdict: Verdict) -> None:
+        """What an update brought, by scores: of the same rows, so without the noise of the text.
+
+        A candidate may be several updates ahead of what serves: each brought its root.
+        """
+        if not verdict.serving_score:
+            return
+        if verdict.candidate_score:
+            self.scored = True
+            ahead = max(1, self.updates - self.updates_at_served)
+            brought = (verdict.candidate_score / verdict.serving_score) ** (1 / ahead)
+            self.gain *= (brought / self.gain) ** UPDATE_WEIGHT
+        if verdict.back_to is not None and self.watch.at_loaded:
+            self._as_loaded()
+
+    def note_trial(self, gains: tuple[float, ...]) -> None:
+        """What one update with each of the objectives brought, or would have."""
+        self.num_trials += 1
+        self.updates_at_trial = self.updates
+        self.trials.append(gains)
+        del self.trials[:-TRIALS_KEPT]
+
+    def went_back(self, version: int) -> None:
+        """An earlier version serves again because somebody asked for it."""
+        self.watch.went_back(version)
+        if version == 0:
+            self._as_loaded()
+
+    def _as_loaded(self) -> None:
+        """The draft that was loaded serves again."""
+        self.committed_at_loaded = self.committed
+
+    def start_anew(self) -> None:
+        """The draft is again the one that was loaded; what its updates cost is not forgotten.
+
+        Nor is which objective was good: that is about the traffic, more than about one request.
+        """
+        self.round_of_update = self.rounds
+        self.committed_at_update = self.committed
+        self.finished_at_update = self.finished
+        self.shortfall = 0.0
+        self.recent_at_update = 0.0
+        self._as_loaded()
+        self.watch = Watch(refused=self.watch.refused, rolled_back=self.watch.rolled_back)
+
+    def snapshot(self, num_running: int, draft_version: int, buffered_tokens: int) -> Snapshot:
+        """What a policy may know of this."""
+        return Snapshot(
+            round_index=self.rounds,
+            num_running=num_running,
+            num_committed=self.committed,
+            num_drafted=self.drafted,
+            num_accepted=self.accepted,
+            recent_acceptance_length=self.recent,
+            rounds_since_update=self.rounds - self.round_of_update,
+            tokens_since_update=self.committed - self.committed_at_update,
+            num_updates=self.updates,
+            draft_version=draft_version,
+            buffered_tokens=buffered_tokens,
+            seconds_drafting=self.draft_seconds,
+            seconds_verifying=self.verify_seconds,
+            seconds_updating=self.update_seconds,
+            seconds_publishing=self.publish_seconds,
+            recent_round_seconds=self.round_seconds,
+            reference_acceptance_length=self.reference,
+            acceptance_shortfall=self.shortfall,
+            update_seconds=self._training_seconds - self.training_seconds_at_update,
+            serving_seconds_since_update=self._serving_seconds - self.serving_seconds_at_update,
+            micro_step_seconds=self.step_seconds,
+            update_gain=self.gain,
+            expected_tokens_left=self._tokens_ahead(num_running),
+            num_queued=self.queued,
+            seconds_earned=self.earned_seconds,
+            num_finished=self.finished,
+            requests_since_update=self.finished - self.finished_at_update,
+            tokens_since_loaded=self.committed - self.committed_at_loaded,
+            updates_since_trial=self.updates - self.updates_at_trial,
+            num_trials=self.num_trials,
+            trials=tuple(self.trials),
+        )

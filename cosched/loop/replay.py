@@ -1,0 +1,203 @@
+"""The replay buffer: what the last rounds taught, bounded in tokens and in bytes.
+
+Letters: K drafted tokens, X teacher width (hidden or vocabulary).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+
+from cosched.loop.request_rows import Drawn, RequestRows, pad
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cosched.records import Rows, Segment, ServedBlock, SignalBatch, VerifyRound
+
+TOKEN_BYTES = torch.int64.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayLimits:
+    """What is kept and what is drawn.
+
+    ``window`` rows of context are kept of each request, ``anchors`` are drawn for a micro-step at
+    most, shared evenly by the requests (those heard of last, where they are more). ``max_tokens``
+    and ``max_bytes`` bound the whole buffer; ``feature_row_bytes`` and ``teacher_row_bytes`` are
+    what one row of each takes, so that a request's cost is known before it is let in.
+    """
+
+    window: int
+    anchors: int
+    path: int
+    max_tokens: int
+    max_bytes: int
+    feature_row_bytes: int
+    teacher_row_bytes: int
+
+    def request_bytes(self, keep_blocks: bool) -> int:
+        """Most bytes that one request takes: rows twice over, and a served block for each row."""
+        row = TOKEN_BYTES + self.feature_row_bytes + self.teacher_row_bytes
+        block = self.path * (TOKEN_BYTES + self.teacher_row_bytes) if keep_blocks else 0
+        return 2 * self.window * row + TOKEN_BYTES + self.window * block
+
+    def room(self, request_bytes: int) -> int:
+        """How many requests fit."""
+        return min(self.max_bytes // request_bytes, self.max_tokens // self.window)
+
+
+class ReplayBuffer:
+    """Committed rows and served blocks of the running requests.
+
+    A request costs its full reservation from its first segment on; when a new one does not fit,
+    the requests that have been silent longest are dropped, and counted in ``num_evicted``. One that
+    has finished is dropped at once, unless ``keep_finished``: then it is drawn from where no running
+    one has an anchor. ``fresh`` draws an anchor once at most: those that have come since the last
+    draw, of finished requests too, which have no more to come and go then.
+
+    Context that no anchor's window reaches is left out of a batch. A draft of several layers, whose
+    older rows have seen more than their window when it serves, loses a little by that.
+
+    With ``held_out`` a sample leaves out the newest rows of every request, enough for that many
+    anchors in all, and ``held_out()`` gives them: no row of theirs has been in a sample, only the
+    context before them. They are sampled later, when they are no longer the newest: training lags
+    behind the text by that many tokens and a path, which is what an honest score costs. What is
+    evidence is given once (``once``): the same rows again would seem to say more than they do.
+    """
+
+    def __init__(
+        self,
+        limits: ReplayLimits,
+        rows: Rows,
+        draft_window: int | None,
+        refused_weight: float = 1.0,
+        keep_finished: bool = False,
+        fresh: bool = False,
+        held_out: int = 0,
+    ) -> None:
+        self.limits = limits
+        self.rows: Rows = rows
+        self.draft_window = draft_window
+        self._keep_finished = keep_finished
+        self._fresh = fresh
+        self._held_out = held_out
+        # What rows behind the first refusal weigh: as set where they are kept, nothing where cut.
+        self._refused_weight = refused_weight if rows == "all" else 0.0
+        self.num_evicted = 0
+        self._keep_blocks = rows != "delayed"
+        self._request_bytes = limits.request_bytes(self._keep_blocks)
+        self._requests: OrderedDict[str, RequestRows] = OrderedDict()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(rows.count for rows in self._requests.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Reserved bytes: every request counts at its most from the start."""
+        return len(self._requests) * self._request_bytes
+
+    def collect(self, round_: VerifyRound) -> None:
+        """Take in a round: new rows, served blocks, and which requests are done."""
+        for segment in round_.segments:
+            if segment.request_id not in self._requests and not self._admit(segment):
+                continue
+            self._requests[segment.request_id].append(segment)
+            self._requests.move_to_end(segment.request_id)
+        if self._keep_blocks:
+            for block in round_.blocks:
+                if block.request_id in self._requests:
+                    self._requests[block.request_id].blocks.append(_owned(block))
+        for request_id in self._requests.keys() & set(round_.finished):
+            self._requests[request_id].finished = True
+            if not self._keep_finished:
+                del self._requests[request_id]
+
+    def _admit(self, segment: Segment) -> bool:
+        limits = self.limits
+        room = limits.room(self._request_bytes)
+        if room == 0:
+            self.num_evicted += 1
+            return False
+        while len(self._requests) >= room:
+            self._requests.popitem(last=False)
+            self.num_evicted += 1
+        self._requests[segment.request_id] = RequestRows(limits.window, segment, self.draft_window)
+        return True
+
+    def sample(self) -> SignalBatch | None:
+        """The newest anchors of the requests; None while none has one."""
+        path, refused_weight = self.limits.path, self._refused_weight
+        drawn = self._shared(
+            lambda one, share, spare: one.draw(self.rows, share, path, refused_weight, spare),
+            self.limits.anchors,
+        )
+        if self._fresh:
+            self._forget_drawn()
+        return pad(drawn[::-1], self.draft_window) if drawn else None
+
+    def held_out(
+        self, num_anchors: int, once: bool = False, at_least: int = 1
+    ) -> SignalBatch | None:
+        """The newest anchors, none of whose rows was in a sample, with the text that followed.
+
+        At most ``num_anchors``, shared as those of a sample; None while there are not ``at_least``
+        so many. Paths are committed text, whatever ``rows`` says. What was given ``once`` is not
+        given so again.
+        """
+        path, givers = self.limits.path, list[RequestRows]()
+
+        def draw(one: RequestRows, share: int, _spare: int) -> Drawn | None:
+            drawn = one.untaught(share, path, once)
+            if drawn is not None:
+                givers.append(one)
+            return drawn
+
+        drawn = self._shared(draw, num_anchors)
+        if sum(len(one.anchors_N) for one in drawn) < at_least:
+            return None
+        if once:
+            for one in givers:
+                one.give(path)
+        return pad(drawn, self.draft_window)
+
+    def _shared(
+        self, draw: Callable[[RequestRows, int, int], Drawn | None], num_anchors: int
+    ) -> list[Drawn]:
+        """What ``draw(request, anchors, rows to spare)`` finds, in at most so many requests."""
+        requests = list(reversed(self._requests.values()))  # those heard of last come first
+        running = [rows for rows in requests if not rows.finished]
+        finished = [rows for rows in requests if rows.finished]
+        for group in [running + finished] if self._fresh else [running, finished]:
+            share, spare = max(1, num_anchors // max(1, len(group))), self._spare(len(group))
+            found = (draw(rows, share, spare) for rows in group)
+            if drawn := list(islice((one for one in found if one is not None), num_anchors)):
+                return drawn
+        return []
+
+    def _spare(self, sharing: int) -> int:
+        """Newest rows of each of so many requests that no sample has."""
+        if not self._held_out:
+            return 0
+        return max(1, self._held_out // max(1, sharing)) + self.limits.path - 1
+
+    def _forget_drawn(self) -> None:
+        """Nothing that could be drawn now will be again."""
+        spare = self._spare(len(self._requests))
+        for rows in self._requests.values():
+            newest = rows.start + rows.newest(self.rows, self.limits.path, spare)
+            rows.fresh_from = max(rows.fresh_from, newest + 1)
+        done = [request_id for request_id, rows in self._requests.items() if rows.finished]
+        for request_id in done:
+            del self._requests[request_id]
+
+
+def _owned(block: ServedBlock) -> ServedBlock:
+    """The block in storage of its own: a view would keep the rows of the whole batch alive."""
+    assert block.teacher_KX is not None, "a block without its teacher's rows teaches nothing"
+    return replace(block, path_K=block.path_K.clone(), teacher_KX=block.teacher_KX.clone())

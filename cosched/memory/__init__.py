@@ -1,0 +1,1 @@
+"""What an experiment will take in memory, before it is run."""

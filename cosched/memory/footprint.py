@@ -1,0 +1,283 @@
+"""What an experiment will take in memory, from its settings and ``config.json`` files alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from cosched.errors import ConfigError
+from cosched.guard.guard import LOOKED_INTO
+from cosched.guard.monitor import ShadowSettings
+from cosched.loop.replay import ReplayLimits
+from cosched.loop.teacher_rows import record_width
+from cosched.memory.peaks import loss_peak, scores_peak
+from cosched.memory.sketch import sketch_draft
+from cosched.registry import LOSSES
+from cosched.settings.arms import adapts
+from cosched.settings.schema import own_keys
+from cosched.training.scope import lora_of, scope_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from cosched.memory.sketch import TargetSketch
+    from cosched.protocols import Drafter, Loss, TargetInfo
+    from cosched.settings.schema import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes by what they are for, and the rates behind them; None where the files do not say.
+
+    ``serving_adapters`` are those that serve beside one another. ``trainer_copy`` is the float32
+    draft that learns, once, with its adapters if it has any, and ``first_weights`` what a reset
+    goes back to; ``masters`` (ZeRO keeps its own), ``moments`` and ``gradients`` are DeepSpeed's.
+    ``merged`` are the weights with adapters merged in, which are there only while they are
+    published. ``last_good`` is what can be served again: the draft as loaded, and the versions
+    kept. ``reference`` is the copy of before the update, where the loss compares with it.
+    ``trials`` are the trainer's states between which an objective chooses. ``loss`` is the most
+    that logits take at once with all that is made of them, their gradients included, and that of a
+    head that is trained once more than in ``gradients``. ``scores`` is the most that a guard takes
+    at once which scores drafts: logits again, and the weights that it puts into the draft. It scores
+    between updates, so of ``loss`` and ``scores`` only the larger one adds. (Several adapters that
+    learn in the background may do both at once: each of them by itself is counted as said.)
+    """
+
+    num_target_parameters: int | None
+    num_draft_parameters: int
+    num_trained: int
+    target: int | None
+    draft: int
+    serving_adapters: int
+    trainer_copy: int
+    first_weights: int
+    merged: int
+    last_good: int
+    masters: int
+    moments: int
+    gradients: int
+    reference: int
+    trials: int
+    loss: int
+    scores: int
+    replay: int
+    draft_cache: int
+    target_cache: int
+    feature_bytes_per_token: int
+    teacher_bytes_per_row: int
+    cache_bytes_per_token: int
+
+    @property
+    def added(self) -> int:
+        """Everything but the target: what speculation and adaptation cost on top of it."""
+        return sum(
+            (
+                self.draft,
+                self.serving_adapters,
+                self.trainer_copy,
+                self.first_weights,
+                self.merged,
+                self.last_good,
+                self.masters,
+                self.moments,
+                self.gradients,
+                self.reference,
+                self.trials,
+                max(self.loss, self.scores),
+                self.replay,
+                self.draft_cache,
+            )
+        )
+
+    @property
+    def within_sglang(self) -> int:
+        """What SGLang's ``mem_fraction_static`` has to hold beside the target and its cache.
+
+        SGLang gives its caches what is left of that share when its workers stand
+        (``Scheduler.init_model_worker``, 0.5.17 to 0.5.21). So it holds not only what SGLang loads,
+        but what is made with our worker too: the draft as we load it, the one that learns with its
+        first weights, and the masters.
+        """
+        loaded = self.draft if self.num_trained else 0
+        made = loaded + self.trainer_copy + self.first_weights + self.masters
+        return self.draft + self.draft_cache + made
+
+    @property
+    def beside_sglang(self) -> int:
+        """What comes later, and has to find room outside of that share; activations not counted."""
+        return self.added - self.within_sglang
+
+
+def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> ReplayLimits:
+    """The replay buffer's bounds, with what a row of it takes.
+
+    Where several adapters learn each has a buffer, and an equal part of what all of them may hold.
+
+    Raises:
+        ConfigError: they hold no request, or keep more of a teacher row than it has.
+    """
+    replay, num_buffers = config.adapt.replay, config.num_adapters or 1
+    if replay.teacher == "top_k" and replay.teacher_top_k > target.vocab_size:
+        raise ConfigError(
+            f"{config.adapt_key}.replay.teacher_top_k: {replay.teacher_top_k} is more than the "
+            f"{target.vocab_size} tokens of the target's vocabulary"
+        )
+    hidden_bytes = target.hidden_size * target.embedding.weight.dtype.itemsize
+    limits = ReplayLimits(
+        window=replay.window,
+        anchors=replay.anchors,
+        path=drafter.num_draft_tokens,
+        max_tokens=replay.max_tokens // num_buffers,
+        max_bytes=replay.max_bytes // num_buffers,
+        feature_row_bytes=hidden_bytes * len(drafter.signal.feature_layers),
+        teacher_row_bytes={
+            "hidden": hidden_bytes,
+            "logits": target.vocab_size * torch.float32.itemsize,
+            "top_k": record_width(replay.teacher_top_k) * torch.float32.itemsize,
+        }[replay.teacher],
+    )
+    needed = limits.request_bytes(keep_blocks=config.loss_settings.rows != "delayed")
+    where = f"{config.adapt_key}.replay"
+    each = f" for each of {num_buffers} adapters" if num_buffers > 1 else ""
+    if needed > limits.max_bytes:
+        raise ConfigError(
+            f"{where}.max_bytes: {replay.max_bytes} holds no request{each}; one of "
+            f"{where}.window = {replay.window} rows takes {needed}"
+        )
+    if replay.window > limits.max_tokens:
+        raise ConfigError(
+            f"{where}.max_tokens: {replay.max_tokens} holds no request of "
+            f"{where}.window = {replay.window} rows{each}"
+        )
+    return limits
+
+
+def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footprint:
+    """Add up a run of these settings, for the arm that takes most.
+
+    ``drafter`` is that of these settings and may be a sketch; other ``drafts`` are sketched.
+
+    Raises:
+        CheckpointError: one of those cannot be read, or does not fit.
+        ConfigError: an arm's settings do not fit this target or its draft.
+    """
+    drafters = {config.drafter_key: drafter}
+    found: list[Footprint] = []
+    for arm in config.arms:
+        own = config.for_arm(arm)
+        if own.drafter_key not in drafters:
+            drafters[own.drafter_key] = sketch_draft(own, target)
+        with own_keys(own):
+            found.append(_footprint_of_arm(own, target, drafters[own.drafter_key]))
+    return max(found, key=lambda one: one.added)
+
+
+def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) -> Footprint:
+    network = drafter.network()
+    dtype: torch.dtype = getattr(torch, config.engine.dtype)
+    parameters = dict(network.named_parameters()) if network is not None else {}
+    held = sum(parameter.numel() for parameter in parameters.values())
+    scope, served = config.adapt.scope, config.num_adapters
+    pins = isinstance(config.adapt.guard, ShadowSettings)  # the last good version
+    keep = config.adapt.publish.keep + pins
+    adapters = trained = published = versions = 0
+    scored: Sequence[str] = ()
+    if network is not None and any(map(adapts, config.arms)):
+        names = scored = scope_of(drafter, scope).parameters
+        trained = published = sum(parameters[name].numel() for name in names)
+        versions = held + keep * published
+        if (lora := lora_of(drafter, scope)) is not None:
+            trained = adapters = (served or 1) * lora.num_parameters(network)
+        if served:
+            versions = (1 + keep) * adapters
+            scored = ()  # an adapter's own weights, next to nothing
+    limits = replay_limits(config, target, drafter)
+    experts = [own for own, _ in config.experts]
+    losses = [LOSSES.get(own.kind)(own) for own in experts or [config.loss_settings]]
+    rows = config.loss_settings.rows
+    one = limits.request_bytes(keep_blocks=rows != "delayed")
+    requests = (served or 1) * limits.room(one)
+    if not config.adapt.replay.keep_finished:
+        requests = min(config.engine.max_batch, requests)
+    target_parameters = target.num_parameters()
+    workload = config.workload
+    longest = workload.prompt_tokens + workload.turns * workload.max_new_tokens
+    cache = drafter.cache_bytes_per_token
+    return Footprint(
+        num_target_parameters=target_parameters,
+        num_draft_parameters=held,
+        num_trained=trained,
+        target=None if target_parameters is None else target_parameters * dtype.itemsize,
+        draft=held * dtype.itemsize,
+        trainer_copy=4 * (held + adapters) if trained else 0,
+        first_weights=4 * trained,
+        serving_adapters=dtype.itemsize * adapters if served else 0,
+        merged=4 * published if adapters and not served else 0,
+        last_good=dtype.itemsize * versions,
+        masters=4 * trained if config.adapt.trainer.zero_stage else 0,
+        moments=8 * trained,
+        gradients=4 * trained,
+        reference=4 * trained * any(loss.needs_reference for loss in losses),
+        trials=2 * (12 * trained + 4 * published * (adapters > 0)) if experts else 0,
+        loss=max(_loss_peak(config, target, drafter, loss, limits) for loss in losses)
+        if trained
+        else 0,
+        scores=_scores_peak(config, target, drafter, scored, limits) if trained else 0,
+        replay=requests * one if trained else 0,
+        draft_cache=cache * config.engine.max_batch * longest,
+        target_cache=target.cache_width * dtype.itemsize * config.engine.max_batch * longest,
+        feature_bytes_per_token=limits.feature_row_bytes,
+        teacher_bytes_per_row=limits.teacher_row_bytes,
+        cache_bytes_per_token=cache,
+    )
+
+
+def _loss_peak(
+    config: Config, target: TargetSketch, drafter: Drafter, loss: Loss, limits: ReplayLimits
+) -> int:
+    """Run the loss of a micro-step on the meta device, and count."""
+    return loss_peak(
+        drafter,
+        scope_of(drafter, config.adapt.scope).parameters,
+        loss,
+        target.head,
+        config.adapt.replay.teacher,
+        _no_teacher_rows(config, target, limits),
+        num_rows=limits.anchors * limits.path,
+    )
+
+
+def _scores_peak(
+    config: Config,
+    target: TargetSketch,
+    drafter: Drafter,
+    scored: Sequence[str],
+    limits: ReplayLimits,
+) -> int:
+    """Score as many rows as the guard asks for at most, all of one request, likewise."""
+    guard = config.adapt.guard
+    if not isinstance(guard, ShadowSettings):
+        return 0
+    num_anchors = min(LOOKED_INTO * guard.anchors, limits.window - limits.path)
+    return scores_peak(
+        drafter,
+        scored,
+        target.embedding.weight.dtype,
+        target.head,
+        config.adapt.replay.teacher,
+        _no_teacher_rows(config, target, limits),
+        num_rows=num_anchors * limits.path,
+        chunk_rows=config.loss_settings.chunk_rows,
+    )
+
+
+def _no_teacher_rows(config: Config, target: TargetSketch, limits: ReplayLimits) -> Tensor:
+    """Of the width and the type in which they are kept ``[0, X]``."""
+    hidden = config.adapt.replay.teacher == "hidden"
+    dtype = target.embedding.weight.dtype if hidden else torch.float32
+    width = limits.teacher_row_bytes // dtype.itemsize
+    return torch.empty(0, width, dtype=dtype, device="meta")

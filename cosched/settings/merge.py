@@ -1,0 +1,194 @@
+"""YAML files and dotted overrides, merged: what comes before anything has a type."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cosched.errors import ConfigError, PluginError
+from cosched.guard.monitor import FiniteSettings, ShadowSettings
+from cosched.records import LORA, OF_ADAPTERS
+from cosched.registry import DRAFTERS, LOSSES, OBJECTIVES, POLICIES, Registry, defaults_for
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+# Sections that a plugin types, and the kind where neither file nor defaults of the drafter name one.
+PLUGIN_SECTIONS: dict[str, tuple[Registry, str | None]] = {
+    "drafter": (DRAFTERS, None),
+    "adapt.policy": (POLICIES, "every_n_rounds"),
+    "adapt.loss": (LOSSES, "forward_kl"),
+    "adapt.objective": (OBJECTIVES, "fixed"),
+}
+GUARDS: dict[str, type[msgspec.Struct]] = {"finite": FiniteSettings, "shadow": ShadowSettings}
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: it cannot be read, or is none.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}")
+    try:
+        with explained(str(path)):
+            given = OmegaConf.load(path)
+    except Exception as error:  # PyYAML's errors share no base with OmegaConf's
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{path} is not YAML: {error}") from error
+        raise
+    if not isinstance(given, DictConfig):
+        raise ConfigError(f"{path}: expected sections, as in `run: {{name: …}}`")
+    return given
+
+
+def from_words(words: Sequence[str]) -> DictConfig:
+    """``["key.sub=value", …]`` as the command line gives them.
+
+    Raises:
+        ConfigError: a word has another form.
+    """
+    malformed = [word for word in words if "=" not in word]
+    if malformed:
+        raise ConfigError(f"an override has the form key.sub=value; got {malformed[0]!r}")
+    with explained("override"):
+        return OmegaConf.from_dotlist(list(words))
+
+
+def from_keys(changes: Mapping[str, Any], where: str) -> DictConfig:
+    """``{"key.sub": value, …}`` as a file gives them.
+
+    Raises:
+        ConfigError: a key leads through another key's value.
+    """
+    built = OmegaConf.create()
+    with explained(where):
+        for key, value in changes.items():
+            OmegaConf.update(built, key, value, force_add=True)
+    return built
+
+
+def merge(given: DictConfig, changes: DictConfig, where: str) -> DictConfig:
+    """``given`` with ``changes`` over it; neither is touched.
+
+    A change of a section's ``kind`` leaves behind the fields that only the old kind has, or where
+    none was named, that only others have.
+
+    Raises:
+        ConfigError: they do not fit, named by ``where`` they come from.
+    """
+    given = given.copy()
+    with explained(where):
+        for section, kinds in _sections().items():
+            for old, new in _places(section, given, changes):
+                _forget_other_kind(old, new, kinds)
+        for old, new in _places("adapt.scope", given, changes):
+            if OmegaConf.is_dict(old) and OmegaConf.is_dict(new) and new.get("kind", LORA) != LORA:
+                for key in OF_ADAPTERS:
+                    old.pop(key, None)
+        merged = OmegaConf.merge(given, changes)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def plain(config: DictConfig, where: str) -> dict[str, Any]:
+    """All references resolved, as plain data.
+
+    Raises:
+        ConfigError: one leads nowhere, or a value is missing.
+    """
+    with explained(where):
+        raw = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(raw, dict)
+    return {str(key): value for key, value in raw.items()}
+
+
+def over(adapt: Any, partial: Any, where: str) -> Any:
+    """The section ``adapt`` with a part of one over it, as plain data; ``where`` the part stands.
+
+    Raises:
+        ConfigError: it is no section, or does not fit.
+    """
+    if not isinstance(partial, dict):
+        raise ConfigError(f"{where}: expected a part of the section adapt, got {partial!r}")
+    if not isinstance(adapt, dict):
+        return adapt  # named when the section is checked
+    changes = OmegaConf.create({"adapt": partial})
+    return plain(merge(OmegaConf.create({"adapt": adapt}), changes, where), where)["adapt"]
+
+
+def with_defaults(drafter: Any, adapt: Any) -> Any:
+    """``adapt`` with what the file does not say of it, which goes by the drafter.
+
+    A section whose fields go with its kind is taken as it is where it names one.
+
+    Raises:
+        ConfigError: the drafter does not say how it drafts.
+    """
+    if not isinstance(drafter, dict) or not isinstance(adapt, dict):
+        return adapt  # named when the section is checked
+    try:
+        defaults = defaults_for(drafter["kind"])
+    except PluginError as error:
+        raise ConfigError(f"drafter.kind: {error}") from error
+    whole, sections = dict(adapt), _sections()
+    for section, values in defaults.items():
+        own = adapt.get(section, {})
+        if isinstance(own, dict) and not (f"adapt.{section}" in sections and "kind" in own):
+            whole[section] = {**values, **own}
+    return whole
+
+
+@contextmanager
+def explained(where: str) -> Generator[None]:
+    """Turn what OmegaConf or the file system says into one line that names the file."""
+    try:
+        yield
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+
+
+def _places(section: str, given: DictConfig, changes: DictConfig) -> Iterator[tuple[Any, Any]]:
+    """What both say where a section stands: one of ``adapt`` also in each variant and each draft."""
+    places = [section]
+    drafts = _names(given, "drafts")
+    if section == "drafter":
+        places += [f"drafts.{name}" for name in drafts]
+    elif section.startswith("adapt."):
+        for at in ("", *(f"drafts.{name}." for name in drafts)):
+            places += [f"{at}{section}"] if at else []
+            variants = _names(given, f"{at}variants")
+            places += [section.replace("adapt", f"{at}variants.{name}", 1) for name in variants]
+    for place in places:
+        yield OmegaConf.select(given, place), OmegaConf.select(changes, place)
+
+
+def _names(given: DictConfig, key: str) -> list[Any]:
+    found = OmegaConf.select(given, key)
+    return list(found) if isinstance(found, DictConfig) else []
+
+
+def _sections() -> dict[str, Mapping[str, type[msgspec.Struct]]]:
+    """Sections whose fields depend on their kind, and the fields of each."""
+    found: dict[str, Mapping[str, type[msgspec.Struct]]] = {
+        section: {one.name: one.cls.Settings for one in registry.plugins()}
+        for section, (registry, _) in PLUGIN_SECTIONS.items()
+    }
+    return found | {"adapt.guard": GUARDS}
+
+
+def _forget_other_kind(old: Any, new: Any, of_kind: Mapping[str, type[msgspec.Struct]]) -> None:
+    if not OmegaConf.is_dict(old) or not OmegaConf.is_dict(new) or "kind" not in new:
+        return
+    named = [old["kind"]] if "kind" in old else list(of_kind)
+    if any(kind not in of_kind for kind in (*named, new["kind"])):
+        return  # the unknown kind is named when the section is checked
+    fields = {kind: {f.name for f in msgspec.structs.fields(of_kind[kind])} for kind in of_kind}
+    for name in set().union(*(fields[kind] for kind in named)) - fields[new["kind"]]:
+        old.pop(name, None)

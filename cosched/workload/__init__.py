@@ -1,0 +1,1 @@
+"""Prompts and documents, read from files and made into requests."""
