@@ -89,9 +89,9 @@ def test_defaults_are_those_of_the_own_type(
     monkeypatch.setitem(defaults.TABLE, "parallel", parallel)
     config = load_config(file(tmp_path, ["adapted", "pard.adapted"], adapt=None))
     main, own = config.for_arm("adapted"), config.for_arm("pard.adapted")
-    assert (main.loss_settings.kind, main.adapt.trainer.lr) == ("jensen_shannon", 3e-4)
+    assert (main.loss_settings.kind, main.adapt.trainer.lr) == ("forward_kl", 3e-4)
     assert (own.loss_settings.kind, own.adapt.trainer.lr) == ("reverse_kl", 7e-4)
-    assert (main.adapt.replay.anchors, own.adapt.replay.anchors) == (64, 9)
+    assert (main.adapt.replay.anchors, own.adapt.replay.anchors) == (32, 9)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert to_yaml(load_config(tmp_path / "config.yaml")) == to_yaml(config)
 

@@ -73,8 +73,8 @@ def teach(
     seed: int,
     kept: Path,
     advance: Callable[[int, str], None],
-) -> AnyDrafter:
-    """A draft, taught as its recipe says; what ``kept`` has of an earlier attempt is gone on from.
+) -> tuple[AnyDrafter, float]:
+    """A draft, taught as its recipe says, and the seconds it took; what ``kept`` has of an earlier attempt is gone on from.
 
     The loss is forward KL while the learning rate is whole, and the negative log of the acceptance
     while it falls: what counts in the end, and of no use to a beginner (``losses/acceptance.py``).
@@ -98,10 +98,10 @@ def teach(
     network = batch_loss.network.train()
     taught = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(taught, betas=BETAS, weight_decay=0.01, fused=True)
-    done, steps = 0, recipe.steps
+    done, steps, spent = 0, recipe.steps, 0.0
     if kept.exists():
         state = torch.load(kept, weights_only=True)
-        done = state["steps"]
+        done, spent = state["steps"], state["seconds"]
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         advance(done, "gone on from where it was left")
@@ -120,12 +120,13 @@ def teach(
         rate = LEARNING_RATE * rate_share(step, step / steps, WARMUP_STEPS, DECAY_SHARE)
         take_step(loss, taught, (optimizer,), rate)
         seconds = time.perf_counter() - started
+        spent += seconds
         advance(1, f"{losses[falls].settings.kind} {loss.item():.3f}, {seconds:.1f} s a step")
         if (step + 1) % STEPS_KEPT == 0 and step + 1 < steps:
-            _keep(kept, step + 1, network, optimizer)
+            _keep(kept, step + 1, spent, network, optimizer)
     kept.unlink(missing_ok=True)
     network.eval()
-    return recipe.finish(student, target)
+    return recipe.finish(student, target), spent
 
 
 def _turn(number: int, batch: int, step: int, seed: int) -> list[int]:
@@ -143,11 +144,16 @@ def _some(places_N: Tensor, number: int, generator: torch.Generator) -> Tensor:
 
 
 def _keep(
-    path: Path, steps: int, network: torch.nn.Module, optimizer: torch.optim.Optimizer
+    path: Path,
+    steps: int,
+    seconds: float,
+    network: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     weights, moments = network.state_dict(), optimizer.state_dict()
+    kept = {"steps": steps, "seconds": seconds, "network": weights, "optimizer": moments}
     with new_file(path) as partial:
-        torch.save({"steps": steps, "network": weights, "optimizer": moments}, partial)
+        torch.save(kept, partial)
 
 
 @torch.no_grad()

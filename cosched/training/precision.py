@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Literal
 
 import torch
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
-def computing_in(precision: Precision, device: torch.device) -> torch.autocast:
+def computing_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """A context for the forward pass, to be entered as often as one likes.
 
     ``auto`` is bfloat16 where the device multiplies it faster than float32: on GPUs, and on
     processors with instructions for it. On others its products take many times as long.
     """
-    if precision == "auto":
-        fast = device.type == "cuda" or (device.type == "cpu" and has_bfloat16())
-        precision = "bfloat16" if fast else "float32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    fast = device.type == "cuda" or (device.type == "cpu" and has_bfloat16())
+    if precision == "float32" or (precision == "auto" and not fast):
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def has_bfloat16() -> bool:
