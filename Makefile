@@ -46,7 +46,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev,docs,realworld]'
 	@touch $@
 
-demo: $(STAMP)  ## Decode with a real chat model: no draft, a frozen one, a learning one (5 minutes on a CPU)
+demo: $(STAMP)  ## Decode with a real chat model: no draft, and three drafts, frozen and learning
 	$(BIN)/cosched realworld fetch
 	$(BIN)/cosched run -c configs/demo.yaml --overwrite
 

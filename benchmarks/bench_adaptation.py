@@ -21,9 +21,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cosched.memory.footprint import sketch
+from cosched.memory.sketch import sketch
 from cosched.runs.experiment import Experiment
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 from cosched.telemetry.metrics import ArmSummary, RunSummary
 from cosched.telemetry.run_folder import RunFolder
 

@@ -19,7 +19,7 @@ import torch
 from cosched.build.embedded import build_world, load_drafter
 from cosched.engines.embedded.target import Target
 from cosched.protocols import Drafter
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 
 ROOT = Path(__file__).parent.parent
 

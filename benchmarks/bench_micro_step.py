@@ -19,7 +19,7 @@ import torch
 from cosched.build.embedded import build_world, load_drafter
 from cosched.protocols import LossSettings
 from cosched.records import SignalBatch
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 from cosched.tinyworld.distill import crops_to_batch
 from cosched.training.deepspeed_trainer import BETAS, DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from cosched.build.embedded import World, build_arm, build_world
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -20,7 +20,7 @@ from cosched.build.embedded import build_world, load_drafter
 from cosched.build.trainer import build_trainer
 from cosched.loop.publish import InPlacePublisher
 from cosched.records import Decision
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 from cosched.testing.specimen import Feeder, make_texts
 from cosched.tinyworld.distill import crops_to_batch
 from cosched.training.lora import find_layers

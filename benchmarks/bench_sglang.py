@@ -63,7 +63,7 @@ async def decode(engine: Any, order: dict[str, Any]) -> dict[str, Any]:
 def serve_arm(name: str, config_file: str, overrides: list[str]) -> None:
     """Decode every order on standard input; one line of JSON each."""
     from cosched.engines.sglang.launcher.launch import start_engine
-    from cosched.settings.schema import load_config
+    from cosched.settings.load import load_config
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what SGLang prints is not an answer
@@ -240,7 +240,7 @@ def main() -> None:
     if options.serve_arm:
         serve_arm(options.serve_arm, options.config, options.overrides)
         return
-    from cosched.settings.schema import load_config
+    from cosched.settings.load import load_config
 
     config = load_config(ROOT / options.config, options.overrides)
     rows = table(run(options.arms or DEFAULT_ARMS, options, orders(config, options)))

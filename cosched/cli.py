@@ -79,7 +79,7 @@ def run(
     ] = False,
 ) -> None:
     """Run the arms of an experiment and write its folder: figures, events, report."""
-    from cosched.settings.schema import check_paths, load_config, to_yaml
+    from cosched.settings.load import check_paths, load_config, to_yaml
     from cosched.telemetry.run_folder import RunFolder
 
     loaded = load_config(config, overrides or ())
@@ -198,11 +198,12 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Nothing is loaded: sizes come from the ``config.json`` files.
     """
-    from cosched.settings.schema import check_paths, load_config, to_yaml
+    from cosched.settings.load import check_paths, load_config, to_yaml
 
     loaded = load_config(config, overrides or ())
     check_paths(loaded)
-    from cosched.memory.footprint import footprint, sketch, sketch_draft
+    from cosched.memory.footprint import footprint
+    from cosched.memory.sketch import sketch, sketch_draft
     from cosched.report.memory import footprint_table
     from cosched.workload.requests import check_texts
 
@@ -233,7 +234,7 @@ def serve(
     The server is SGLang's own, with its port, API and arguments; it stops like SGLang's, on SIGTERM.
     """
     from cosched.engines.sglang.launcher.launch import serve as run_server
-    from cosched.settings.schema import load_config
+    from cosched.settings.load import load_config
 
     words = words or []
     first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
@@ -269,7 +270,7 @@ def doctor(
 ) -> None:
     """Say what is installed, whether it fits together, and what to do where it does not."""
     from cosched.doctor import examine
-    from cosched.settings.schema import load_config
+    from cosched.settings.load import load_config
 
     marks = {"ok": "[green]ok[/]  ", "note": "[yellow]note[/]", "bad": "[bold red]BAD[/] "}
     worst = 0

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cosched.protocols import Buffer, Guard, Policy, Publisher, Sink, Trainer
+    from cosched.loop.roles import Buffer, Guard, Publisher, Sink, Trainer
+    from cosched.protocols import Policy
     from cosched.records import Decision, Snapshot, UpdateResult, VerifyRound
 
 

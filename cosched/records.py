@@ -175,8 +175,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     moving mean that starts at 1; where a guard scores candidates it is theirs over the serving
     draft's, on the same rows. ``seconds_earned`` is what drafting and verifying would have taken
     longer with the draft as loaded, by the guard's mean difference less its standard error.
-    ``expected_tokens_left`` is per running request (``cosched.loop.counters``). ``num_finished`` counts
-    requests that are done.
+    ``expected_tokens_left`` is per running request (``cosched.loop.counters``). ``num_finished``
+    counts requests that are done.
     ``tokens_since_loaded`` were committed since the draft was last as it was loaded. ``trials`` are the
     newest comparisons of objectives, the oldest first: what one update with each of them, from the same
     weights, would have brought over the serving draft, in tokens; ``num_trials`` counts all there were.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cosched.engines.sglang.launcher.run_directory import RunDirectory
     from cosched.engines.sglang.worker.adaptation import Adaptation, Operator
     from cosched.engines.sglang.worker.adapted import WorkerParts
-    from cosched.protocols import Sink
+    from cosched.loop.roles import Sink
     from cosched.settings.schema import Config
 
 
@@ -61,8 +61,8 @@ def _build(parts: WorkerParts) -> Adaptation:
 def _adaptation(parts: WorkerParts, directory: RunDirectory | None) -> Adaptation:
     from pathlib import Path
 
-    from cosched.build.served_arm import build_adaptation
-    from cosched.settings.schema import load_config
+    from cosched.build.adaptation import build_adaptation
+    from cosched.settings.load import load_config
 
     config = load_config(Path(os.environ[CONFIG]))
     first = parts.ranks.rank == 0

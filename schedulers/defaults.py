@@ -2,9 +2,9 @@
 
 A key at a time; but ``policy``, ``loss`` and ``guard`` have fields that go with their ``kind``, and
 where the file names one they are as the file says. ``config.yaml`` in the run folder shows what
-came of it. Loss, rate and anchors are those of the sweeps in ``configs/sweep_*.yaml``
-(``benchmarks/results/README.md``): what was best at the same cost on text of both kinds, which
-turned out to be the same for all three. The policy spends what learning earns:
+came of it. Loss, rate, steps and anchors are what did most on code and other languages with a real
+model, and took nothing from chat at home (``benchmarks/results/README.md``): four steps on 32 anchors
+are worth more than one on 128. The policy spends what learning earns:
 ``benchmarks/bench_never_worse.py`` shows what that costs where it earns nothing.
 """
 
@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cosched.records import DraftType
 
-_SWEPT: dict[str, dict[str, Any]] = {
-    "policy": {"kind": "earned"},
-    "loss": {"kind": "jensen_shannon", "position_decay": 0.85, "rows": "delayed"},
+_MEASURED: dict[str, dict[str, Any]] = {
+    "policy": {"kind": "earned", "num_steps": 4},
+    "loss": {"kind": "forward_kl", "position_decay": 0.85, "rows": "delayed"},
     "trainer": {"lr": 3e-4},
-    "replay": {"anchors": 64},
+    "replay": {"anchors": 32},
     "guard": {"kind": "shadow"},
 }
 TABLE: dict[DraftType, dict[str, dict[str, Any]]] = {
-    "chain": _SWEPT,  # EAGLE-3
-    "block": _SWEPT,  # DFlash
-    "parallel": _SWEPT,  # PARD
+    "chain": _MEASURED,  # EAGLE-3
+    "block": _MEASURED,  # DFlash
+    "parallel": _MEASURED,  # PARD
     "none": {"guard": {"kind": "shadow"}},  # nothing is trained
 }

@@ -49,9 +49,9 @@ class Hedge:
     .. math:: w_i \propto \exp(\eta S_i), \quad S_i = \sum_t \gamma^{T - t} g_{ti}
 
     g is the expected acceptance length after one update with expert i above that of the serving
-    draft, on held-out rows (``cosched.training.trying``). Every expert is scored in every trial, so nothing
-    has to be explored. With gamma = 1 and gains within B of one another, what the weights bring in T
-    trials falls behind the best single expert by at most ``ln(N) / eta + eta T B^2 / 8``, whatever
+    draft, on held-out rows (``cosched.training.trying``). Every expert is scored in every trial, so
+    nothing has to be explored. With gamma = 1 and gains within B of one another, what the weights
+    bring in T trials falls behind the best single expert by at most ``ln(N) / eta + eta T B^2 / 8``, whatever
     the text does (Freund and Schapire, J. Comput. Syst. Sci. 55, 1997; over learning rates of drafts:
     OnlineSPEC, arXiv 2603.12617). A gamma below 1 forgets, so that it follows text that moves on; of
     trials older than the 64 newest nothing is known.

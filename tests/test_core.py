@@ -292,7 +292,7 @@ def _install_plugin(folder, name: str, source: str) -> None:
 def test_another_package_brings_a_policy(tmp_path, monkeypatch) -> None:
     """An installed package's entry point is found, its settings are checked like ours."""
     from cosched.errors import ConfigError
-    from cosched.settings.schema import load_config
+    from cosched.settings.load import load_config
 
     _install_plugin(
         tmp_path,

@@ -12,13 +12,15 @@ from cosched.build.served_arm import ServedWorld, build_served_arm
 from cosched.engines.embedded.verification import SamplingParams
 from cosched.engines.sglang.launcher.launch import check_servable
 from cosched.errors import ConfigError, CoschedError
-from cosched.memory.footprint import footprint, sketch
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.report.html import write_report
 from cosched.report.svg import arm_colour_name
 from cosched.report.table import arm_cells, load_summary, speed_ratio, times
 from cosched.runs.experiment import Experiment
 from cosched.settings.arms import adapts, beside, control_of, draft_of, split_arm
-from cosched.settings.schema import Config, check_paths, load_config, resolved, to_yaml
+from cosched.settings.load import check_paths, load_config, resolved, to_yaml
+from cosched.settings.schema import Config
 from cosched.sweep.plan import load_plan
 from cosched.telemetry.run_folder import NoEvents, RunFolder
 from schedulers import defaults
@@ -87,9 +89,9 @@ def test_defaults_are_those_of_the_own_type(
     monkeypatch.setitem(defaults.TABLE, "parallel", parallel)
     config = load_config(file(tmp_path, ["adapted", "pard.adapted"], adapt=None))
     main, own = config.for_arm("adapted"), config.for_arm("pard.adapted")
-    assert (main.loss_settings.kind, main.adapt.trainer.lr) == ("jensen_shannon", 3e-4)
+    assert (main.loss_settings.kind, main.adapt.trainer.lr) == ("forward_kl", 3e-4)
     assert (own.loss_settings.kind, own.adapt.trainer.lr) == ("reverse_kl", 7e-4)
-    assert (main.adapt.replay.anchors, own.adapt.replay.anchors) == (64, 9)
+    assert (main.adapt.replay.anchors, own.adapt.replay.anchors) == (32, 9)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert to_yaml(load_config(tmp_path / "config.yaml")) == to_yaml(config)
 

@@ -15,7 +15,7 @@ from cosched.engines.request import GenerationRequest
 from cosched.records import SignalBatch
 from cosched.registry import DRAFTERS
 from cosched.runs.experiment import Experiment
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 from cosched.telemetry.run_folder import RunFolder
 from cosched.testing.harness import (
     decode,

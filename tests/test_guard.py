@@ -22,11 +22,12 @@ from cosched.guard.scorer import AcceptanceScorer
 from cosched.guard.statistics import BLOCK, Evidence
 from cosched.loop.publish import InPlacePublisher, checksum
 from cosched.loop.replay import ReplayBuffer, ReplayLimits
-from cosched.memory.footprint import footprint, sketch
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.protocols import ShadowSettings
 from cosched.records import Acceptance, SignalBatch, UpdateResult, Verdict
 from cosched.runs.experiment import Experiment
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 from cosched.telemetry.run_folder import RunFolder
 from cosched.testing.harness import (
     collected,

@@ -14,8 +14,8 @@ import yaml
 from cosched.engines.sglang.launcher.arguments import command_line, keyword_arguments
 from cosched.engines.sglang.launcher.launch import check_servable
 from cosched.errors import ConfigError
-from cosched.memory.footprint import sketch
-from cosched.settings.schema import check_paths, load_config
+from cosched.memory.sketch import sketch
+from cosched.settings.load import check_paths, load_config
 from tests.conftest import TINYWORLD
 from tests.test_run import run_cli
 from tests.test_serve import sglang_parser

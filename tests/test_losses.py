@@ -20,7 +20,8 @@ from torch import Tensor
 
 from cosched.errors import ConfigError
 from cosched.registry import LOSSES
-from cosched.settings.schema import Config, load_config, to_yaml
+from cosched.settings.load import load_config, to_yaml
+from cosched.settings.schema import Config
 from losses.divergence import kl
 from losses.reduction import RowLoss, acceptance, hardest, reached
 

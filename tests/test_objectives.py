@@ -21,12 +21,14 @@ from hypothesis import strategies as st
 from cosched.build.embedded import build_arm
 from cosched.errors import ConfigError
 from cosched.loop.counters import TRIALS_KEPT, Counters
-from cosched.memory.footprint import footprint, sketch
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.protocols import Expert, FiniteSettings, LossSettings, ShadowSettings
 from cosched.records import Decision, Snapshot
 from cosched.registry import DRAFTERS, LOSSES, OBJECTIVES, defaults_for
 from cosched.runs.experiment import Experiment
-from cosched.settings.schema import Config, load_config, to_yaml
+from cosched.settings.load import load_config, to_yaml
+from cosched.settings.schema import Config
 from cosched.telemetry.run_folder import RunFolder
 from cosched.testing.harness import (
     Every,

@@ -15,7 +15,7 @@ from cosched.engines.embedded.packing import PackedLinear, layout_of, pack, rows
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 
 TARGET = str(Path(__file__).parent.parent / "tinyworld" / "target")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums of 64 products in another order

@@ -31,7 +31,7 @@ from cosched.records import (
     WeightVersion,
 )
 from cosched.registry import POLICIES
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 from cosched.testing.harness import NoEvents
 from tests.conftest import make_drafter
 from tests.test_core import snapshot

@@ -17,7 +17,7 @@ from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError
 from cosched.records import Decision, SignalBatch
 from cosched.registry import LOSSES
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 from cosched.testing.harness import collected, make_requests, make_trainer, serve
 from cosched.training.deepspeed_trainer import BETAS, DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss

@@ -109,7 +109,7 @@ def test_a_draft_learns_what_its_target_says(deep: Target, tmp_path: Path, name:
             0,
             tmp_path / "kept",
             lambda *_: None,
-        )
+        )[0]
         for steps in (1, 40)
     )
     before, after = (
@@ -140,7 +140,7 @@ def test_what_was_interrupted_goes_on_to_the_same_draft(
                 raise KeyboardInterrupt
 
         kept = tmp_path / f"{killed_after > 5}"
-        return teach(deep, answers, words_V, recipe, 0, kept, advance).network().state_dict()
+        return teach(deep, answers, words_V, recipe, 0, kept, advance)[0].network().state_dict()
 
     with pytest.raises(KeyboardInterrupt):
         until(3)

@@ -12,7 +12,8 @@ from cosched.errors import ConfigError
 from cosched.protocols import ShadowSettings
 from cosched.registry import defaults_for
 from cosched.runs.experiment import Experiment
-from cosched.settings.schema import Config, load_config
+from cosched.settings.load import load_config
+from cosched.settings.schema import Config
 from cosched.telemetry.run_folder import RunFolder
 from cosched.workload.requests import load_requests
 from schedulers.earned import EarnedSettings

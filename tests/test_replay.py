@@ -17,7 +17,7 @@ from cosched.loop.replay import ReplayBuffer, ReplayLimits
 from cosched.records import Rows, Segment, ServedBlock, VerifyRound
 from cosched.registry import DRAFTERS
 from cosched.runs.experiment import Experiment
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 from cosched.telemetry.run_folder import NoEvents
 from cosched.testing.harness import make_buffer, make_requests, serve
 

@@ -23,7 +23,8 @@ from cosched.errors import ConfigError, CoschedError, RunFolderError
 from cosched.loop.counters import Counters
 from cosched.runs.experiment import TURN_TOKENS, Experiment
 from cosched.runs.resume import ArmProgress, Progress, load, save
-from cosched.settings.schema import Config, load_config, to_yaml
+from cosched.settings.load import load_config, to_yaml
+from cosched.settings.schema import Config
 from cosched.telemetry.metrics import Turn
 from cosched.telemetry.run_folder import RunFolder
 

@@ -25,11 +25,13 @@ from cosched.errors import ConfigError, WorkloadError
 from cosched.loop.counters import Counters
 from cosched.loop.per_adapter import CoschedulerPool
 from cosched.loop.publish import InPlacePublisher
-from cosched.memory.footprint import footprint, sketch
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.records import Decision, SignalBatch
 from cosched.registry import DRAFTERS
 from cosched.runs.experiment import Experiment
-from cosched.settings.schema import Config, load_config
+from cosched.settings.load import load_config
+from cosched.settings.schema import Config
 from cosched.telemetry.run_folder import NoEvents, RunFolder
 from cosched.testing.harness import collected, decode, make_engine, make_requests, serve
 from cosched.testing.specimen import Feeder, make_texts

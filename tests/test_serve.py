@@ -33,7 +33,8 @@ from cosched.engines.sglang.operators import routes
 from cosched.engines.sglang.operators.control import Client, SocketOperator, check
 from cosched.engines.sglang.worker.adaptation import Command, Status
 from cosched.errors import ConfigError, ControlError
-from cosched.settings.schema import Config, load_config
+from cosched.settings.load import load_config
+from cosched.settings.schema import Config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("serve_*.yaml"))

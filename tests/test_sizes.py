@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from cosched.memory.footprint import TargetSketch, footprint
-from cosched.memory.footprint import sketch as sketch_of
+from cosched.memory.footprint import footprint
 from cosched.memory.live import LivePeak
+from cosched.memory.sketch import TargetSketch
+from cosched.memory.sketch import sketch as sketch_of
 from cosched.records import SignalBatch
 from cosched.registry import DRAFTERS
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 from cosched.testing.harness import make_target, make_trainer
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from tests.conftest import make_drafter

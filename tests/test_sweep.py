@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from cosched.errors import CoschedError
-from cosched.settings.schema import AdaptSettings
+from cosched.settings.sections import AdaptSettings
 from cosched.sweep.plan import AxisInfo, Plan, load_plan
 from cosched.sweep.pool import Event, Pool
 from cosched.sweep.results import CellResult, SweepSummary, effects, named, points

@@ -19,9 +19,10 @@ from cosched.engines.embedded.target import Target
 from cosched.engines.sglang.launcher.launch import check_servable
 from cosched.errors import ConfigError
 from cosched.loop.teacher_rows import pack_best, record_width, unpack_best
-from cosched.memory.footprint import footprint, sketch
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.records import SignalBatch, TeacherForm, VerifyRound
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 from cosched.testing.harness import Watcher, collected, decode, make_requests
 from cosched.training.micro_step import BatchLoss
 from losses.divergence import kl

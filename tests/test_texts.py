@@ -15,7 +15,8 @@ from cosched.report.by_text import figures_by_text, text_rows
 from cosched.report.html import write_report
 from cosched.report.table import load_summary
 from cosched.runs.experiment import Experiment
-from cosched.settings.schema import WorkloadSettings, check_paths, load_config, resolved
+from cosched.settings.load import check_paths, load_config, resolved
+from cosched.settings.sections import WorkloadSettings
 from cosched.telemetry.metrics import RequestLog, Turn
 from cosched.telemetry.run_folder import RunFolder
 from cosched.workload.requests import load_requests

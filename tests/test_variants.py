@@ -13,12 +13,14 @@ from cosched.build.served_arm import ServedWorld, build_served_arm
 from cosched.engines.embedded.target import Target
 from cosched.engines.embedded.verification import SamplingParams
 from cosched.errors import ConfigError
-from cosched.memory.footprint import footprint, sketch
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.report.html import write_report
 from cosched.report.svg import arm_colour_name
 from cosched.runs.experiment import Experiment
 from cosched.settings.arms import adapts, control_of
-from cosched.settings.schema import Config, load_config, to_yaml
+from cosched.settings.load import load_config, to_yaml
+from cosched.settings.schema import Config
 from cosched.telemetry.run_folder import NoEvents, RunFolder
 
 ROOT = Path(__file__).parent.parent

@@ -16,9 +16,12 @@ from transformers import AutoTokenizer
 from cosched.engines.embedded.target import Target, load_end_tokens
 from cosched.engines.request import GenerationRequest
 from cosched.errors import ConfigError, WorkloadError
-from cosched.memory.footprint import footprint, sketch
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.runs.experiment import Experiment
-from cosched.settings.schema import Config, WorkloadSettings, load_config
+from cosched.settings.load import load_config
+from cosched.settings.schema import Config
+from cosched.settings.sections import WorkloadSettings
 from cosched.telemetry.run_folder import RunFolder
 from cosched.workload.chat import Chat
 from cosched.workload.requests import SPARE, check_texts, load_requests

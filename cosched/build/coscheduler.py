@@ -25,7 +25,8 @@ from cosched.training.trying import TryingTrainer, WithObjective
 
 if TYPE_CHECKING:
     from cosched.engines.embedded.target import Target
-    from cosched.protocols import Drafter, Guard, Publisher, Sink, TargetInfo, Trainer
+    from cosched.loop.roles import Guard, Publisher, Sink, Trainer
+    from cosched.protocols import Drafter, TargetInfo
     from cosched.records import Acceptance
     from cosched.settings.schema import Config
     from cosched.training.ranks import Ranks

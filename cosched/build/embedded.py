@@ -25,10 +25,11 @@ from cosched.engines.trace import RecordedRows, TraceMeta, TraceWriter, read_met
 from cosched.errors import ConfigError
 from cosched.loop.per_adapter import CoschedulerPool
 from cosched.loop.publish import InPlacePublisher
-from cosched.memory.footprint import footprint, sketch
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.registry import DRAFTERS
 from cosched.settings.arms import PLAIN, adapts, split_arm
-from cosched.settings.schema import Config, check_paths
+from cosched.settings.load import check_paths
 from cosched.workload.requests import check_owners, first_of_each, load_requests
 
 if TYPE_CHECKING:
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
 
     from cosched.coscheduler import Coscheduler
     from cosched.engines.request import GenerationRequest
-    from cosched.protocols import Drafter, Sink
+    from cosched.loop.roles import Sink
+    from cosched.protocols import Drafter
     from cosched.records import Acceptance
+    from cosched.settings.schema import Config
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from cosched.training.scope import lora_of, parameters_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cosched.protocols import Drafter, TargetInfo, Trainer
+    from cosched.loop.roles import Trainer
+    from cosched.protocols import Drafter, TargetInfo
     from cosched.settings.schema import Config
     from cosched.training.lora import Lora
     from cosched.training.ranks import Ranks
@@ -60,7 +61,9 @@ def _trainer(
     adapt = config.adapt
     losses = [loss for loss, _ in config.experts] or [config.loss_settings]
     loss, *others = [LOSSES.get(settings.kind)(settings) for settings in losses]
-    batch_loss = BatchLoss(copy, loss, target.head, adapt.replay.teacher, others)
+    batch_loss = BatchLoss(
+        copy, loss, target.head, adapt.replay.teacher, others, adapt.trainer.precision
+    )
     group = None
     if ranks and ranks.size > 1:
         group = TrainingGroup(ranks.rank, ranks.size, ranks.together, ranks.alone)

@@ -1,1 +1,1 @@
-"""What the walk of a round is made of: counters, the time each step takes, and the budget of updates."""
+"""What the walk of a round works with: buffer, teacher rows, counters, meter, budget, publication."""

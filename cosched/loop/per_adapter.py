@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cosched.coscheduler import Coscheduler
-    from cosched.protocols import Sink
+    from cosched.loop.roles import Sink
     from cosched.records import VerifyRound
 
 
@@ -32,6 +31,24 @@ class Request(Protocol):
 
     @property
     def tenant(self) -> str | None: ...
+
+
+class Part(Protocol):
+    """The co-scheduler of one adapter."""
+
+    counters: Counters
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def busy(self) -> bool: ...
+
+    def on_round(self, round_: VerifyRound) -> None: ...
+
+    def state(self) -> tuple[Counters, int, Mapping[str, Tensor]]: ...
+
+    def restore(self, counters: Counters, version: int, tensors: Mapping[str, Tensor]) -> None: ...
 
 
 class CoschedulerPool:
@@ -49,7 +66,7 @@ class CoschedulerPool:
         self,
         count: int,
         tenants: Sequence[str],
-        make: Callable[[int, Sink], Coscheduler],
+        make: Callable[[int, Sink], Part],
         sink: Sink,
     ) -> None:
         self._tenants = tuple(tenants)

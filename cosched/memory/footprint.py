@@ -2,114 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import struct
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from cosched.errors import CheckpointError, ConfigError
+from cosched.errors import ConfigError
 from cosched.guard.guard import LOOKED_AT
 from cosched.loop.replay import ReplayLimits
 from cosched.loop.teacher_rows import record_width
 from cosched.memory.peaks import loss_peak, scores_peak
+from cosched.memory.sketch import sketch_draft
 from cosched.protocols import ShadowSettings
-from cosched.registry import DRAFTERS, LOSSES
+from cosched.registry import LOSSES
 from cosched.settings.arms import adapts
+from cosched.settings.schema import own_keys
 from cosched.training.scope import lora_of, scope_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
+    from cosched.memory.sketch import TargetSketch
     from cosched.protocols import Drafter, Loss, TargetInfo
     from cosched.settings.schema import Config
-
-SAFETENSORS_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
-"""Bytes of an element by the name that a safetensors header gives its type; one where not listed."""
-
-
-@dataclass(slots=True)
-class TargetSketch:
-    """A ``TargetInfo`` of a ``config.json`` alone: embedding and head lie on the meta device."""
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    max_length: int
-    embedding: nn.Embedding
-    head: nn.Module
-    directory: Path
-    cache_width: int
-
-    @classmethod
-    def read(cls, path: str, dtype: torch.dtype) -> TargetSketch:
-        """Read the folder of a target.
-
-        Raises:
-            CheckpointError: no ``config.json``, or it lacks a size.
-        """
-        directory = Path(path)
-        try:
-            raw = json.loads((directory / "config.json").read_text())
-            text: dict[str, Any] = raw.get("text_config", raw)
-            vocab, hidden = int(text["vocab_size"]), int(text["hidden_size"])
-            layers = int(text["num_hidden_layers"])
-            longest = int(text.get("max_position_embeddings", 0))
-            heads = int(text["num_attention_heads"])
-            head_dim = int(text.get("head_dim") or hidden // heads)
-            cache_width = 2 * layers * int(text.get("num_key_value_heads") or heads) * head_dim
-        except OSError as error:
-            raise CheckpointError(
-                f"target.path: no Hugging Face model folder at {directory}"
-            ) from error
-        except (ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{directory / 'config.json'} is damaged: {error}") from error
-        except KeyError as error:
-            raise CheckpointError(f"{directory / 'config.json'} has no {error}") from error
-        with torch.device("meta"):
-            embedding = nn.Embedding(vocab, hidden, dtype=dtype)
-            head = nn.Linear(hidden, vocab, bias=False, dtype=dtype)
-        embedding.requires_grad_(False)
-        head.requires_grad_(False)
-        return cls(vocab, hidden, layers, longest, embedding, head, directory, cache_width)
-
-    def token_ids(self) -> Mapping[str, int] | None:
-        """The vocabulary of the folder's ``tokenizer.json``; None where it has none."""
-        path = self.directory / "tokenizer.json"
-        if not path.exists():
-            return None
-        from tokenizers import Tokenizer
-
-        try:
-            return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-        except Exception as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-    def num_parameters(self) -> int | None:
-        """Elements of the safetensors files, read from their headers; None where there are none."""
-        files = sorted(self.directory.glob("*.safetensors"))
-        return sum(map(_num_elements, files)) if files else None
-
-
-def _num_elements(path: Path) -> int:
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        return sum(
-            (entry["data_offsets"][1] - entry["data_offsets"][0])
-            // SAFETENSORS_BYTES.get(entry["dtype"], 1)
-            for entry in entries
-        )
-    except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,19 +176,6 @@ def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footpri
     return max(found, key=lambda one: one.added)
 
 
-@contextmanager
-def own_keys(config: Config) -> Generator[None]:
-    """What others call ``adapt`` and ``drafter`` is the arm's own section: by its key in the file."""
-    try:
-        yield
-    except ConfigError as error:
-        section, dot, rest = str(error).partition(".")
-        key = {"adapt": config.adapt_key, "drafter": config.drafter_key}.get(section, section)
-        if key == section:
-            raise
-        raise ConfigError(f"{key}{dot}{rest}") from error
-
-
 def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) -> Footprint:
     network = drafter.network()
     dtype: torch.dtype = getattr(torch, config.engine.dtype)
@@ -376,24 +280,3 @@ def _no_teacher_rows(config: Config, target: TargetSketch, limits: ReplayLimits)
     dtype = target.embedding.weight.dtype if hidden else torch.float32
     width = limits.teacher_row_bytes // dtype.itemsize
     return torch.empty(0, width, dtype=dtype, device="meta")
-
-
-def sketch(config: Config) -> tuple[TargetSketch, Drafter]:
-    """The target and the drafter of an experiment, without weights.
-
-    Raises:
-        CheckpointError: a folder is missing or damaged, or the two do not fit.
-    """
-    target = TargetSketch.read(config.target.folder, getattr(torch, config.engine.dtype))
-    return target, sketch_draft(config, target)
-
-
-def sketch_draft(config: Config, target: TargetSketch) -> Drafter:
-    """The drafter of these settings, without weights; errors as ``sketch``."""
-    settings = config.drafter_settings
-    with own_keys(config):
-        drafter = DRAFTERS.get(settings.kind).sketch(settings, target)
-    network = drafter.network()
-    if network is not None:
-        network.to(getattr(torch, config.engine.dtype))
-    return drafter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -34,8 +33,8 @@ if TYPE_CHECKING:
 
     from cosched.realworld.recipes import Recipe
 
-SHARDS = 7  # of 192 answers each: some 370,000 tokens
-TEXT_SHARDS = 2  # of 192 texts: some 150,000 tokens
+SHARDS = 6  # of 192 answers each: some 325,000 tokens
+TEXT_SHARDS = 6  # of 192 texts: some 440,000 tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +132,8 @@ def _taught(
     answers, texts = (list(read(work / what, recipe.layers)) for what in ("answers", "texts"))
     words_V = words_by_frequency(answers, target.vocab_size)
     tell = _task(progress, f"{name}: steps", recipe.steps)
-    started = time.perf_counter()
-    drafter = teach(target, [*answers, *texts], words_V, recipe, seed, work / f"{name}.kept", tell)
+    kept = work / f"{name}.kept"
+    drafter, seconds = teach(target, [*answers, *texts], words_V, recipe, seed, kept, tell)
     network = drafter.network()
     facts = Facts(
         parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
@@ -142,7 +141,7 @@ def _taught(
         tokens=sum(len(answer.tokens_T) - answer.num_prompt for answer in answers),
         text_tokens=sum(len(text.tokens_T) for text in texts),
         steps=recipe.steps,
-        minutes=(time.perf_counter() - started) / 60,
+        minutes=seconds / 60,
         threads=threads,
     )
     network.to(torch.bfloat16)

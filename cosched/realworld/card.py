@@ -51,8 +51,9 @@ def write_card(folder: Path, name: str, facts: Facts, acceptance: Mapping[str, T
         WHAT[name],
         "",
         f"For the weights that `{MODEL.name}` of the Python package {MODEL.package} {MODEL.version}",
-        f"holds, and no others. {facts.parameters:,} parameters were taught with forward KL, for "
-        f"{facts.steps:,} steps, on",
+        f"holds, and no others. {facts.parameters:,} parameters were taught for {facts.steps:,} steps, first "
+        "with forward KL and, while the",
+        "learning rate falls, with the negative log of the acceptance, on",
         f"{facts.answers:,} answers of the target ({facts.tokens:,} tokens, sampled at temperatures of 0.7 "
         "to 1.0) to the questions of",
         f"`cosched/realworld/questions.json` and on {facts.text_tokens:,} tokens of English manuals, in "

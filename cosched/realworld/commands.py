@@ -77,7 +77,7 @@ def realworld_build(
         ),
     ] = 1.0,
 ) -> None:
-    """Make the drafts again: the model's answers, training, cards (some five hours on two cores).
+    """Make the drafts again: the model's answers, training, cards (some three hours on two cores).
 
     An interrupted build goes on from where it was. Then fetch puts the drafts into models/drafts.
     """

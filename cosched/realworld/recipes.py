@@ -209,7 +209,7 @@ RECIPES: dict[str, Recipe] = {
         batch=8,
         anchors=24,
         position_decay=0.9,
-        steps=1_000,
+        steps=4_000,
         borrows_head=False,
     ),
     "dflash": Recipe(
@@ -220,7 +220,7 @@ RECIPES: dict[str, Recipe] = {
         batch=8,
         anchors=12,
         position_decay=0.8,
-        steps=800,
+        steps=3_000,
         borrows_head=True,
     ),
     "pard": Recipe(
@@ -231,7 +231,7 @@ RECIPES: dict[str, Recipe] = {
         batch=4,
         anchors=24,
         position_decay=0.8,
-        steps=500,
+        steps=1_500,
         borrows_head=True,
     ),
 }

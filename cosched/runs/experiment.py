@@ -3,59 +3,35 @@
 from __future__ import annotations
 
 import math
-import platform
-import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
-import torch
 
 from cosched.build.embedded import Arm, World, build_arm, build_recorder, build_world
 from cosched.build.served_arm import ServedArm, ServedWorld, build_served_arm, build_served_world
 from cosched.errors import ConfigError
 from cosched.protocols import ServesAdapters
-from cosched.report.by_text import figures_by_text
-from cosched.report.intervals import cut
 from cosched.runs import resume as resume_state
 from cosched.runs.resume import ArmProgress, Progress
-from cosched.settings.arms import adapts, draft_of
-from cosched.settings.schema import Config, to_yaml
-from cosched.telemetry.metrics import (
-    ArmSummary,
-    Part,
-    RequestLog,
-    RunSummary,
-    TextFigures,
-    Turn,
-    lossless_mismatches,
-    round_figures,
-)
+from cosched.runs.summary import Running, groups_of, run_summary
+from cosched.settings.arms import adapts
+from cosched.settings.load import to_yaml
+from cosched.telemetry.metrics import RequestLog, RunSummary, Turn
 from cosched.telemetry.run_folder import EventLog, RunFolder, explained
 
 if TYPE_CHECKING:
-    from cosched.engines.request import FinishedRequest, GenerationRequest
+    from cosched.engines.request import FinishedRequest
     from cosched.engines.trace import TraceWriter
+    from cosched.settings.schema import Config
 
 TURN_TOKENS = 32  # that an arm commits before it is the next one's turn: less than a second's drift
 
 OnTokens = Callable[[str, int], None]
 """``on_tokens(arm, n)``: an arm committed n more tokens."""
-
-
-@dataclass(slots=True)
-class _Running:
-    """An arm with what has been measured of it."""
-
-    arm: Arm | ServedArm
-    logs: list[RequestLog] = field(default_factory=list)
-    wall_seconds: float = 0.0
-    turns: list[Turn] = field(default_factory=list)
 
 
 class Experiment:
@@ -82,7 +58,7 @@ class Experiment:
             build_recorder(self.world) if record and isinstance(self.world, World) else None
         )
         self._arms = [
-            _Running(self._build(name, self._writer if index == 0 else None))
+            Running(self._build(name, self._writer if index == 0 else None))
             for index, name in enumerate(config.arms)
         ]
         self._on_tokens: OnTokens = lambda _arm, _n: None
@@ -122,7 +98,7 @@ class Experiment:
         groups_done = self._restore(folder) if resume else self._start(folder)
         self._on_tokens = on_tokens
         if groups_done:
-            on_tokens(self._arms[-1].arm.name, sum(_num_tokens(one) for one in self._arms))
+            on_tokens(self._arms[-1].arm.name, sum(one.num_tokens for one in self._arms))
         started = time.perf_counter()
         try:
             if self._served:
@@ -138,7 +114,14 @@ class Experiment:
             with explained(self._writer.directory):
                 self._writer.close()
         self._events.close()
-        summary = self._summary(time.perf_counter() - started)
+        summary = run_summary(
+            self.config,
+            self.world,
+            self._arms,
+            seconds=time.perf_counter() - started,
+            interrupted=self.interrupted,
+            recorded=self._writer is not None,
+        )
         folder.write("summary.json", msgspec.json.format(msgspec.json.encode(summary)))
         self._save_drafts(folder)
         if not self.interrupted:
@@ -147,7 +130,7 @@ class Experiment:
 
     def _run_in_turn(self, folder: RunFolder, groups_done: int) -> None:
         """Each group in every arm, by turns."""
-        groups = _groups(self.world.requests, self.config.engine.max_batch)
+        groups = groups_of(self.world.requests, self.config.engine.max_batch)
         for number, group in enumerate(groups, 1):
             if number <= groups_done:
                 continue
@@ -168,7 +151,7 @@ class Experiment:
             assert isinstance(one.arm, ServedArm)
             checkpoint = folder.path.absolute() / "checkpoints" / one.arm.name
             with one.arm.engine.running(checkpoint if adapts(one.arm.name) else None):
-                groups = _groups(self.world.requests, self.config.engine.max_batch)
+                groups = groups_of(self.world.requests, self.config.engine.max_batch)
                 for number, group in enumerate(groups, 1):
                     with self._timed(one, number) as finished:
                         finished.extend(one.arm.engine.generate(group))
@@ -230,7 +213,7 @@ class Experiment:
         self._tokens[name] += number
         self._on_tokens(name, number)
 
-    def _turn(self, one: _Running, rounds: Iterator[list[FinishedRequest]], group: int) -> bool:
+    def _turn(self, one: Running, rounds: Iterator[list[FinishedRequest]], group: int) -> bool:
         """Decode on in one arm; whether there is more to do."""
         until, more = self._tokens[one.arm.name] + self._turn_tokens, True
         with self._timed(one, group) as finished_requests:
@@ -241,7 +224,7 @@ class Experiment:
         return more
 
     @contextmanager
-    def _timed(self, one: _Running, group: int) -> Generator[list[FinishedRequest]]:
+    def _timed(self, one: Running, group: int) -> Generator[list[FinishedRequest]]:
         """A turn: its time counts, and what is in the list is kept, also when it is interrupted."""
         before, started = self._tokens[one.arm.name], time.perf_counter()
         finished_requests: list[FinishedRequest] = []
@@ -259,7 +242,7 @@ class Experiment:
                     with explained(self._writer.directory):
                         self._writer.finish(finished.request, finished.tokens)
 
-    def _keep(self, one: _Running, finished: FinishedRequest, complete: bool = True) -> None:
+    def _keep(self, one: Running, finished: FinishedRequest, complete: bool = True) -> None:
         prompt = finished.request.prompt_P.tolist()
         log = RequestLog(
             finished.request.id,
@@ -279,57 +262,6 @@ class Experiment:
             "request", arm=one.arm.name, id=log.request_id, text=text, cut=log.cut, **source
         )
 
-    def _summary(self, seconds: float) -> RunSummary:
-        running = self._arms
-        greedy = self.world.sampling.greedy or self.world.forced
-        reference = running[0].logs if greedy else None
-        turns = {one.arm.name: one.turns for one in running}
-        parts, parts_of = cut(turns)
-        groups = _groups(self.world.requests, self.config.engine.max_batch)
-        logs = {one.arm.name: one.logs for one in running}
-        by_text = figures_by_text(logs, turns, [group[0].source for group in groups])
-        return RunSummary(
-            run={
-                "name": self.config.run.name,
-                "interrupted": self.interrupted,
-                "seconds": seconds,
-                "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "engine": self.config.engine.kind,
-                "text": self.world.text_kind,
-                "temperature": self.world.sampling.temperature,
-                "lossless_reference": running[0].arm.name if greedy else None,
-                "max_batch": self.config.engine.max_batch,
-                "parts_of": parts_of,
-                "recorded": self._writer is not None,
-                **self._about_drafts(),
-                "device": self.world.device,
-                "num_threads": torch.get_num_threads(),
-                "python": platform.python_version(),
-                "torch": str(torch.__version__),
-                "machine": f"{platform.machine()} {platform.system()}",
-            },
-            arms={
-                one.arm.name: _arm_summary(
-                    one, reference, parts[one.arm.name], by_text[one.arm.name]
-                )
-                for one in running
-            },
-        )
-
-    def _about_drafts(self) -> dict[str, Any]:
-        """What drafted, and of each of ``drafts`` the same by its name."""
-        drafting = [one.arm for one in self._arms if one.arm.drafter is not None]
-        found: dict[str, Any] = _about(self.config) if self.config.drafter is not None else {}
-        found["learns_by_itself"] = bool(drafting) and all(map(_learns_by_itself, drafting))
-        if self.config.drafts:
-            named = {
-                draft: _about(self.config.for_arm(name))
-                for name in self.config.arms
-                if (draft := draft_of(name)) is not None
-            }
-            found["drafts"] = named
-        return found
-
     def _save_drafts(self, folder: RunFolder) -> None:
         """Adapted drafts as checkpoints, one of each tenant; none outlives a request of its own."""
         for one in self._arms:
@@ -345,75 +277,3 @@ class Experiment:
                         drafter.alone(index).save(directory / tenant)
                 else:
                     drafter.save(directory)
-
-
-def _groups(requests: list[GenerationRequest], size: int) -> Iterator[list[GenerationRequest]]:
-    """So many at a time, all of one file."""
-    for _, own in groupby(requests, key=lambda request: request.source):
-        while group := list(islice(own, size)):
-            yield group
-
-
-def _about(config: Config) -> dict[str, Any]:
-    settings = config.drafter_settings
-    return {
-        "num_draft_tokens": settings.num_draft_tokens,
-        "drafter": settings.kind,
-        "window": settings.window,
-    }
-
-
-def _learns_by_itself(arm: Arm | ServedArm) -> bool:
-    return arm.drafter is not None and arm.drafter.network() is None
-
-
-def _num_tokens(one: _Running) -> int:
-    return sum(len(log.generated) for log in one.logs)
-
-
-def _arm_summary(
-    one: _Running,
-    reference: list[RequestLog] | None,
-    parts: list[Part],
-    by_text: dict[str, TextFigures],
-) -> ArmSummary:
-    figures = round_figures(one.logs)
-    engine, coscheduler = one.arm.engine.seconds, one.arm.coscheduler
-    counters = coscheduler.counters if coscheduler else None
-    update = counters.update_seconds_total if counters else 0.0
-    publish = counters.publish_seconds if counters else 0.0
-    named = engine.prefill + engine.draft + engine.verify + update + publish
-    return ArmSummary(
-        **msgspec.structs.asdict(figures),
-        tokens_per_s=figures.tokens / one.wall_seconds if one.wall_seconds else 0.0,
-        seconds={
-            "prefill": engine.prefill,
-            "draft": engine.draft,
-            "verify": engine.verify,
-            "update": update,
-            "publish": publish,
-            "other": max(0.0, one.wall_seconds - named),
-            "wall": one.wall_seconds,
-        },
-        lossless_mismatches=(
-            None if reference is None else lossless_mismatches(reference, one.logs)
-        ),
-        versions=coscheduler.version if coscheduler else 0,
-        updates=counters.updates if counters else 0,
-        skipped_steps=counters.skipped_steps if counters else 0,
-        losses=list(counters.losses) if counters else [],
-        peak_bytes=_peak_bytes(),
-        refused_updates=counters.refused if counters else 0,
-        rollbacks=counters.rolled_back if counters else 0,
-        guard_seconds=counters.guard_seconds if counters else 0.0,
-        parts=parts,
-        cut_conversations=sum(log.cut for log in one.logs),
-        by_text=by_text,
-    )
-
-
-def _peak_bytes() -> int:
-    """Most memory this process has held so far: of the device if there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

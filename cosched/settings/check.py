@@ -22,7 +22,8 @@ from cosched.settings.arms import (
 
 if TYPE_CHECKING:
     from cosched.protocols import LossSettings
-    from cosched.settings.schema import Config, ScopeSettings
+    from cosched.settings.schema import Config
+    from cosched.settings.sections import ScopeSettings
 
 
 def check_together(config: Config) -> None:

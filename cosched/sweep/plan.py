@@ -18,14 +18,17 @@ from msgspec import Meta
 from omegaconf import DictConfig, OmegaConf
 
 from cosched.errors import ConfigError
-from cosched.memory.footprint import sketch
+from cosched.memory.sketch import sketch
 from cosched.settings.arms import ADAPTED, FROZEN, PLAIN, VARIANT_NAME, WINDOW_SUFFIX, adapts
 from cosched.settings.convert import convert
+from cosched.settings.load import check_paths, resolved, typed
 from cosched.settings.merge import from_keys, from_words, merge, read_yaml
-from cosched.settings.schema import AdaptSettings, Config, Section, check_paths, resolved, typed
+from cosched.settings.sections import AdaptSettings, Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+
+    from cosched.settings.schema import Config
 
 Changes = dict[str, Any]  # {"key.sub": value}
 # Values of one key, or named bundles of settings that change together.

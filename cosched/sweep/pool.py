@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from cosched.settings.schema import to_yaml
+from cosched.settings.load import to_yaml
 from cosched.telemetry.run_folder import explained
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cosched.errors import CoschedError
 from cosched.runs.experiment import Experiment
-from cosched.settings.schema import typed
+from cosched.settings.load import typed
 from cosched.telemetry.run_folder import RunFolder
 
 if TYPE_CHECKING:

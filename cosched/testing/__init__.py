@@ -16,7 +16,16 @@ import pytest
 pytest.register_assert_rewrite(
     *(
         f"{__name__}.{module}"
-        for module in ("drafters", "losses", "policies", "objectives", "sampling")
+        for module in (
+            "adapters",
+            "drafters",
+            "learning",
+            "losses",
+            "objectives",
+            "policies",
+            "sampling",
+            "serving",
+        )
     )
 )
 

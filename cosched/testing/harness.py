@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cosched.engines.embedded.engine import Admit
-    from cosched.protocols import RoundObserver
+    from cosched.loop.roles import RoundObserver
     from cosched.records import SignalBatch
 
 

@@ -20,7 +20,8 @@ from cosched.testing.harness import decode, make_engine, make_target
 if TYPE_CHECKING:
     from cosched.engines.embedded.judges import Judge
     from cosched.engines.embedded.target import Target
-    from cosched.protocols import Drafter, RoundObserver
+    from cosched.loop.roles import RoundObserver
+    from cosched.protocols import Drafter
 
 FALSE_ALARM = 1e-3
 VOCABULARY = 6

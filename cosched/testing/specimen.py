@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +38,17 @@ NUM_DRAFT_TOKENS = 3
 NUM_REQUESTS = 4
 PROMPT = 9
 NEW_TOKENS = 72
+WINDOW = 24
+
+SERVINGS = pytest.mark.parametrize(
+    ("max_batch", "window"),
+    [
+        (1, None),
+        (3, WINDOW),
+        pytest.param(3, None, marks=pytest.mark.slow),
+        pytest.param(1, WINDOW, marks=pytest.mark.slow),
+    ],
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,3 +282,9 @@ def as_batch(
 def close(one: Tensor, other: Tensor) -> bool:
     """Equal but for rounding: float32 sums in another order, at logits of about ten."""
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def needs_network(specimen: Specimen) -> None:
+    """Skip the test where the drafter has no weights to train."""
+    if specimen.make().network() is None:
+        pytest.skip(f"{specimen.plugin.name} has no network: it learns by itself")

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from cosched.records import SignalBatch
-from cosched.tinyworld.optimize import make_optimizers, mixed_precision, rate_share, take_step
+from cosched.tinyworld.optimize import make_optimizers, rate_share, take_step
+from cosched.training.precision import computing_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,7 +132,7 @@ def distill(
         rate = plan.learning_rate * rate_share(
             step, step / num_steps, plan.warmup_steps, plan.decay_share
         )
-        with mixed_precision():
+        with computing_in("auto", torch.device("cpu")):
             loss = batch_loss(random_batch(target, drafter, store, plan, generator))
         take_step(loss, network.parameters(), optimizers, rate)
         speed = step_tokens / (time.perf_counter() - started)

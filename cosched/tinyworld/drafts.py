@@ -111,7 +111,7 @@ def teach(
     if isinstance(drafter, DFlashDrafter):  # its blocks are no longer than what it drafts
         plan = replace(plan, path=NUM_DRAFT_TOKENS)
     settings = LossSettings(kind="forward_kl", position_decay=0.9)
-    batch_loss = BatchLoss(drafter, ForwardKL(settings), target.head, "hidden")
+    batch_loss = BatchLoss(drafter, ForwardKL(settings), target.head, "hidden", precision="auto")
     tokens = directory / "tokens"
     distill(target, drafter, batch_loss, load_tokens(tokens, "code", "train"), plan, seed, advance)
     drafter.network().to(torch.bfloat16)

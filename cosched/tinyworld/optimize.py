@@ -11,18 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cosched.engines.embedded.packing import has_bfloat16
+from cosched.training.precision import has_bfloat16
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 Optimizers = tuple[torch.optim.Optimizer, ...]
 BETAS = (0.9, 0.95)
-
-
-def mixed_precision() -> torch.autocast:
-    """For forward passes: bfloat16, or float32 where that is all there is."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16())
 
 
 def make_optimizers(network: nn.Module, weight_decay: float) -> Optimizers:

@@ -20,11 +20,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from cosched.tinyworld.optimize import (
     Optimizers,
     make_optimizers,
-    mixed_precision,
     rate_share,
     take_step,
 )
 from cosched.tinyworld.tokens import VOCAB_SIZE, TokenStore, load_tokens
+from cosched.training.precision import computing_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -136,7 +136,7 @@ def _step(
     optimizers: Optimizers,
     rate: float,
 ) -> float:
-    with mixed_precision():
+    with computing_in("auto", torch.device("cpu")):
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
     loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten())
     take_step(loss, model.parameters(), optimizers, rate)

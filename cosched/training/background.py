@@ -2,7 +2,9 @@
 
 The engine goes on with the draft that serves; a finished candidate is published at the next round.
 One update is under way at a time. PyTorch lets go of the interpreter inside its kernels, so both
-sides run, also on a CPU with a core to spare.
+sides run. On a CPU they share the threads that PyTorch has: half are the trainer's while it works, and
+the engine's again when it is done. With more threads than cores each side would wait for the other at
+the end of every kernel, many times as long as the kernel takes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cosched.protocols import Trainer
+    from cosched.loop.roles import Trainer
     from cosched.records import Decision, SignalBatch, UpdateResult
 
 
@@ -28,7 +30,14 @@ class BackgroundTrainer:
         self._trainer = trainer
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="cosched-trainer")
+        # What a thread sets is its own number: that of the others stays.
+        self._threads = torch.get_num_threads() if device.type == "cpu" else 1
+        self._thread = ThreadPoolExecutor(
+            1,
+            thread_name_prefix="cosched-trainer",
+            initializer=torch.set_num_threads,
+            initargs=(max(1, self._threads // 2),),
+        )
         self._under_way: Future[UpdateResult] | None = None
 
     def update(self, batch: SignalBatch, decision: Decision) -> None:
@@ -37,6 +46,12 @@ class BackgroundTrainer:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._under_way = self._thread.submit(self._run, batch, decision)
+        self._leave(self._threads // 2)
+
+    def _leave(self, number: int) -> None:
+        """The engine's thread works with all threads but that number."""
+        if self._threads > 1:
+            torch.set_num_threads(self._threads - number)
 
     def _run(self, batch: SignalBatch, decision: Decision) -> UpdateResult:
         if self._stream is None:
@@ -57,6 +72,7 @@ class BackgroundTrainer:
         if self._under_way is None or not self._under_way.done():
             return None
         done, self._under_way = self._under_way, None
+        self._leave(0)
         return done.result()
 
     @property
@@ -84,4 +100,5 @@ class BackgroundTrainer:
         if self._under_way is not None:
             self._under_way.result()  # host waits for the thread
             self._under_way = None
+            self._leave(0)
         return self._trainer

@@ -18,7 +18,8 @@ from cosched.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from cosched.protocols import Drafter, Trainer
+    from cosched.loop.roles import Trainer
+    from cosched.protocols import Drafter
     from cosched.records import Decision, SignalBatch, UpdateResult
 
 ADAPTER = "default"  # PEFT's name of the one adapter that it injects

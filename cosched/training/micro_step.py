@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cosched.loop.teacher_rows import Teacher, wide
 from cosched.training.chunks import in_chunks
+from cosched.training.precision import computing_in
 from cosched.training.reference import DraftBefore
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from cosched.protocols import Drafter, Loss
     from cosched.records import SignalBatch, TeacherForm
+    from cosched.training.precision import Precision
 
 ROWS_OF_LOST_MASS = 8  # each takes a product with the target's whole head
 
@@ -36,7 +38,8 @@ class BatchLoss(nn.Module):
     ``lost_mass`` is what the teacher of the update's batch says outside of the draft's vocabulary: a
     mean over ``ROWS_OF_LOST_MASS`` of its rows at most, evenly spread over those that count; None
     where the vocabularies are one. An update may be made with one of the ``others`` instead of the
-    ``loss``: they are objectives 1, 2, …, and it is objective 0.
+    ``loss``: they are objectives 1, 2, …, and it is objective 0. Matrix products are computed in
+    ``precision``, and parameters and their gradients stay as they are.
     """
 
     lost_mass: Tensor | None = None
@@ -48,6 +51,7 @@ class BatchLoss(nn.Module):
         teacher_head: nn.Module,
         teacher_form: TeacherForm,
         others: Sequence[Loss] = (),
+        precision: Precision = "float32",
     ) -> None:
         super().__init__()
         network = drafter.network()
@@ -61,6 +65,7 @@ class BatchLoss(nn.Module):
         compares = any(one.needs_reference for one in self._losses)
         self._before = DraftBefore(drafter) if compares else None
         self._reference_RNKH: Tensor | None = None
+        self._computing = computing_in(precision, next(network.parameters()).device)
 
     @torch.no_grad()
     def begin_update(self, batch: SignalBatch, objective: int = 0) -> None:
@@ -73,9 +78,14 @@ class BatchLoss(nn.Module):
 
     def forward(self, batch: SignalBatch) -> Tensor:
         """Scalar loss of a batch, in float32 or wider."""
-        weights_RNK, reference = batch.weights_RNK, self._reference_RNKH
+        reference = self._reference_RNKH
         begun = not self._loss.needs_reference or reference is not None
         assert begun, "an update has not begun"
+        with self._computing:
+            return self._loss_of(batch, reference)
+
+    def _loss_of(self, batch: SignalBatch, reference: Tensor | None) -> Tensor:
+        weights_RNK = batch.weights_RNK
         counts_M = weights_RNK.flatten().nonzero().squeeze(-1)  # host waits for the device
         states_MH = self._drafter.replay_states(batch).flatten(0, 2).index_select(0, counts_M)
         teacher_MX = batch.teacher_RNKX.flatten(0, 2).index_select(0, counts_M)

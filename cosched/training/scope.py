@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cosched.errors import ConfigError
 from cosched.records import LORA, Scope
 from cosched.training.lora import Lora, find_layers
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cosched.protocols import Drafter
-    from cosched.settings.schema import ScopeSettings
 
 
-def lora_of(drafter: Drafter, settings: ScopeSettings) -> Lora | None:
+class ScopeChoice(Protocol):
+    """What ``adapt.scope`` says of which parameters learn."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def alpha(self) -> float: ...
+
+    @property
+    def targets(self) -> Sequence[str] | None: ...
+
+
+def lora_of(drafter: Drafter, settings: ScopeChoice) -> Lora | None:
     """The adapters of ``adapt.scope``; None where it trains parameters themselves.
 
     Raises:
@@ -25,7 +42,7 @@ def lora_of(drafter: Drafter, settings: ScopeSettings) -> Lora | None:
     return Lora(find_layers(network, settings.targets), settings.rank, settings.alpha)
 
 
-def scope_of(drafter: Drafter, settings: ScopeSettings) -> Scope:
+def scope_of(drafter: Drafter, settings: ScopeChoice) -> Scope:
     """The parameters that publications change, and whether the draft's KV cache stays exact.
 
     With LoRA, those that its adapters are merged into: the cache does where no key is made of them.

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cosched.protocols import Buffer, Objective, Policy, Publisher, Scorer, Trainer
+    from cosched.loop.roles import Buffer, Publisher, Scorer, Trainer
+    from cosched.protocols import Objective, Policy
     from cosched.records import Decision, SignalBatch, Snapshot, UpdateResult
 
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cosched.loop.per_adapter import Request
-    from cosched.settings.schema import Config, WorkloadSettings
+    from cosched.settings.schema import Config
+    from cosched.settings.sections import WorkloadSettings
     from cosched.workload.prompt_files import Line, Messages
 
 SPARE = 8

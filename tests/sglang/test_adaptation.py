@@ -15,7 +15,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from cosched.records import RoundRow
-from cosched.settings.schema import load_config, to_yaml
+from cosched.settings.load import load_config, to_yaml
 from cosched.telemetry.metrics import RequestLog, RoundFigures, round_figures
 from tests.sglang.serving import ROOT, WORLD, Answers, Decode, rounds, tokens
 

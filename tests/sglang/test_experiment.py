@@ -20,7 +20,7 @@ CODE = """
 import sys
 from pathlib import Path
 if __name__ == "__main__":
-    from cosched.settings.schema import load_config
+    from cosched.settings.load import load_config
     from cosched.runs.experiment import Experiment
     from cosched.telemetry.run_folder import RunFolder
     config = load_config(Path("configs/sglang_tiny_cpu.yaml"), sys.argv[1:])

@@ -34,7 +34,7 @@ def test_an_adapted_algorithm_answers_every_question_like_the_built_in_one(built
     """SGLang's class for registered algorithms says no, or (0.5.20) lacks the method."""
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from cosched.engines.sglang.worker.algorithms import adapted_algorithm
+    from cosched.engines.sglang.worker.as_builtin import adapted_algorithm
 
     member = SpeculativeAlgorithm[builtin]
     ours = adapted_algorithm(builtin)(name="OURS", factory=lambda _: None, supports_overlap=True)

@@ -9,7 +9,7 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 from tests.sglang.server import Start
 from tests.sglang.serving import ROOT, Decode, tokens
 

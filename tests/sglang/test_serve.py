@@ -26,7 +26,7 @@ from cosched.engines.sglang.operators.control import Client, SocketOperator
 from cosched.engines.sglang.operators.routes import add_routes
 from cosched.engines.sglang.worker.adaptation import Status
 from cosched.errors import ConfigError
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 from tests.sglang.server import CONFIG, PATIENCE, Server, Start
 from tests.sglang.serving import ROOT, WORLD, Decode
 from tests.test_serve import STATUS

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cosched.settings.schema import load_config, to_yaml
+from cosched.settings.load import load_config, to_yaml
 from tests.sglang.serving import ROOT, Decode, accept_length, tokens
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]

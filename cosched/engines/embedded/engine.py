@@ -23,7 +23,8 @@ from cosched.records import Proposal, RoundRow, Segment, ServedBlock, TeacherFor
 if TYPE_CHECKING:
     from cosched.engines.embedded.judges import Judge
     from cosched.engines.embedded.rows import RowSource
-    from cosched.protocols import Drafter, RoundObserver, ServesAdapters
+    from cosched.loop.roles import RoundObserver
+    from cosched.protocols import Drafter, ServesAdapters
 
 Admit = Callable[[GenerationRequest], int]
 """``admit(request)``: the adapter that serves a request from its prefill to its end."""

@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cosched.training.precision import has_bfloat16
+
 Layout = Literal["half", "blocked"]
 Product = Callable[[Tensor], Tensor]
 LARGEST_HALF = torch.finfo(torch.float16).max
@@ -97,12 +99,6 @@ def rows_are_alike(module: nn.Module, num_rows: int) -> bool:
         if not torch.equal(product, product[:1].expand_as(product)):
             return False
     return True
-
-
-def has_bfloat16() -> bool:
-    """Whether this processor multiplies matrices in bfloat16."""
-    mkldnn = torch.backends.mkldnn
-    return mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def layout_of(weight_OI: Tensor, rounds: bool, alike: bool = False) -> Layout | None:

@@ -10,10 +10,11 @@ import torch
 from token_recycling.drafter import TokenRecycling, TokenRecyclingSettings
 
 from cosched.errors import CheckpointError
-from cosched.memory.footprint import footprint, sketch
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.report.html import write_report
 from cosched.runs.experiment import Experiment
-from cosched.settings.schema import load_config
+from cosched.settings.load import load_config
 from cosched.telemetry.run_folder import RunFolder
 from cosched.testing.harness import make_requests, make_target, serve
 

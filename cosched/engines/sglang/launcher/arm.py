@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from cosched.engines.sglang.launcher.arguments import Speculation
-    from cosched.protocols import Sink
+    from cosched.loop.roles import Sink
     from cosched.settings.schema import Config
 
 

@@ -27,9 +27,9 @@ from cosched.engines.sglang.operators.control import Client
 from cosched.engines.sglang.operators.routes import add_routes
 from cosched.engines.sglang.worker.algorithms import ALGORITHM_OF, has_worker
 from cosched.errors import ConfigError, RunFolderError
-from cosched.memory.footprint import sketch
+from cosched.memory.sketch import sketch
 from cosched.registry import DRAFTERS
-from cosched.settings.schema import check_paths, load_config, to_yaml
+from cosched.settings.load import check_paths, load_config, to_yaml
 from cosched.telemetry.run_folder import RunFolder, explained
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from cosched.training.ranks import PartedError
 if TYPE_CHECKING:
     from cosched.coscheduler import Coscheduler
     from cosched.engines.sglang.worker.collector import Prefill, RoundCollector, Verified
-    from cosched.protocols import Sink
+    from cosched.loop.roles import Sink
     from cosched.records import VerifyRound
     from cosched.training.ranks import Ranks
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 from typing import TYPE_CHECKING, Any
 
 from cosched.engines.sglang import compat
+from cosched.engines.sglang.worker import pard_algorithm
+from cosched.engines.sglang.worker.as_builtin import adapted_algorithm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,13 +26,9 @@ ALGORITHMS = {  # ours: the built-in one that SGLang is to take it for, our work
 ALGORITHM_OF = {"eagle3": "COSCHED_EAGLE3", "dflash": "COSCHED_DFLASH", "pard": "COSCHED_PARD"}
 """By drafter."""
 
-OWN = {"create_worker"}  # what SGLang's own class for registered algorithms does
-
 
 def register(build: Callable[[WorkerParts], Adaptation]) -> None:
     """Register all of them; ``build`` makes the adaptation of a worker once it has its models."""
-    from cosched.engines.sglang.worker import pard_algorithm
-
     with_arguments = {pard_algorithm.NAME: pard_algorithm.algorithm}
     for name, (builtin, worker) in ALGORITHMS.items():
         make = with_arguments.get(name, adapted_algorithm)
@@ -52,22 +49,3 @@ def _factory(path: str, build: Callable[[WorkerParts], Adaptation]) -> Callable[
         return type(name, (worker,), {"build": staticmethod(build)})
 
     return create
-
-
-def adapted_algorithm(builtin: str) -> type:
-    """A class of registered algorithms that answers every question as the built-in one does.
-
-    SGLang asks ``is_eagle()`` and the like all over; its class for registered algorithms says no to
-    all of them and lacks some.
-    """
-    member = compat.SpeculativeAlgorithm[builtin]
-
-    def answer(name: str) -> Callable[..., Any]:
-        return lambda _self, *args, **kwargs: getattr(member, name)(*args, **kwargs)
-
-    questions = {
-        name: answer(name)
-        for name, value in vars(type(member)).items()
-        if inspect.isfunction(value) and not name.startswith("_") and name not in OWN
-    }
-    return type(f"As{builtin.title()}", (compat.CustomSpecAlgo,), questions)

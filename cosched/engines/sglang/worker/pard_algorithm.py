@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from cosched.engines.sglang import compat
-from cosched.engines.sglang.worker.algorithms import adapted_algorithm
+from cosched.engines.sglang.worker.as_builtin import adapted_algorithm
 from cosched.errors import ConfigError
 
 NAME = "COSCHED_PARD"

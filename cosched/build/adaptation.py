@@ -1,0 +1,97 @@
+"""From a configuration to an adaptation inside SGLang's scheduler."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+
+from cosched.build.coscheduler import build_coscheduler
+from cosched.engines.sglang.worker.adaptation import Adaptation
+from cosched.engines.sglang.worker.collector import RoundCollector
+from cosched.errors import ConfigError
+from cosched.loop.publish import InPlacePublisher, Serving
+from cosched.registry import DRAFTERS, POLICIES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cosched.engines.sglang.worker.adaptation import Operator
+    from cosched.engines.sglang.worker.adapted import WorkerParts
+    from cosched.loop.roles import Sink
+    from cosched.protocols import Drafter
+    from cosched.records import RoundRow
+    from cosched.settings.schema import Config
+    from cosched.settings.sections import PublishSettings
+
+
+def build_adaptation(
+    config: Config, parts: WorkerParts, operator: Operator, sink: Sink, with_rounds: bool
+) -> Adaptation:
+    """The co-scheduler of a worker inside SGLang; ``with_rounds`` tells the sink every round.
+
+    Raises:
+        CoschedError: the draft cannot be trained there, or the settings do not fit it.
+    """
+    parts.check()
+    settings = msgspec.structs.replace(
+        config.drafter_settings, num_draft_tokens=parts.num_draft_tokens
+    )
+    with torch.random.fork_rng():  # what SGLang samples must not depend on us
+        drafter: Drafter = DRAFTERS.get(settings.kind).load(settings, parts.target)
+        trains = getattr(POLICIES.get(config.policy_settings.kind), "trains", True)
+        publisher = _publisher_into(parts, drafter, config.adapt.publish) if trains else None
+        coscheduler = build_coscheduler(
+            config,
+            parts.target,
+            drafter,
+            publisher,
+            settings.window,
+            sink,
+            parts.ranks,
+            parts.acceptance,
+        )
+
+    def save(directory: Path) -> None:
+        adapted = drafter.clone(parts.target.embedding.weight.dtype)
+        weights = publisher.weights_of(publisher.version) if publisher else {}
+        network = adapted.network()
+        assert network is not None
+        network.load_state_dict(weights, strict=False)
+        adapted.save(directory)
+
+    def on_row(row: RoundRow) -> None:
+        sink.emit("round", row=row)
+
+    return Adaptation(
+        algorithm=parts.algorithm,
+        coscheduler=coscheduler,
+        collector=RoundCollector(on_row if with_rounds else None),
+        ranks=parts.ranks,
+        watches=trains,
+        window=config.adapt.replay.window,
+        save=save,
+        operator=operator,
+        sink=sink,
+    )
+
+
+def _publisher_into(
+    parts: WorkerParts, drafter: Drafter, settings: PublishSettings
+) -> InPlacePublisher:
+    """Into SGLang's draft model, on all ranks alike."""
+    network = drafter.network()
+    if network is None:
+        raise ConfigError("drafter.kind: this drafter has no network that SGLang could serve")
+    first = {name: p.detach() for name, p in network.named_parameters()}
+    served = parts.serve(first)
+    ranks = parts.ranks
+    serving = Serving(
+        draft=served.tensors,
+        target=parts.target.tensors(),
+        share=served.share,
+        agree=ranks.agree if ranks.size > 1 else None,
+        refresh=parts.refresh,
+    )
+    return InPlacePublisher(serving, first, settings.target_check_every, settings.keep)

@@ -1,0 +1,229 @@
+"""The newest rows of one request, and what is drawn of them to train on.
+
+Letters: R requests, C context rows, N anchors, K drafted tokens, F fused feature width, X teacher
+width (hidden or vocabulary).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cosched.records import SignalBatch
+
+if TYPE_CHECKING:
+    from cosched.records import Rows, Segment, ServedBlock
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Context, anchors and paths of one request."""
+
+    start: int
+    tokens_C1: Tensor
+    features_CF: Tensor | None
+    anchors_N: Tensor
+    paths_NK: Tensor
+    teacher_NKX: Tensor
+    weights_NK: Tensor
+
+
+Found = tuple[int, Tensor, Tensor, Tensor, Tensor]
+"""The first anchor; anchors [N], oldest first, paths [N, K], their teacher and weights."""
+
+
+class RequestRows:
+    """The newest rows of one request, contiguous, in storage twice as long as what is kept.
+
+    Rows are appended; when the storage is full its newest half moves to the front, so appending
+    costs one copy of each row and now and then one more.
+    """
+
+    def __init__(self, window: int, first: Segment, draft_window: int | None) -> None:
+        self.capacity = window
+        self._draft_window = draft_window
+        size = 2 * self.capacity
+        self.start = first.start
+        self.begin = 0
+        self.count = 0
+        self.fresh_from = 0  # position of the first anchor that may be drawn
+        self.finished = False
+        self.teacher_from: int | None = None
+        self.taught_to = 0  # position behind the newest row that was in a sample
+        self.given_to = 0  # position behind the newest anchor that was given once
+        self.tokens = first.tokens_R1.new_zeros(size + 1)
+        features = first.features_RF
+        self.features = None if features is None else features.new_zeros(size, features.shape[-1])
+        self.teacher: Tensor | None = None
+        self.blocks: deque[ServedBlock] = deque(maxlen=window)
+
+    def append(self, segment: Segment) -> None:
+        skipped = max(0, len(segment.tokens_R1) - 1 - self.capacity)
+        new = len(segment.tokens_R1) - 1 - skipped
+        start = segment.start + skipped
+        if skipped or start != self.start + self.count:
+            self.start, self.begin, self.count = start, 0, 0  # a gap: older rows no longer connect
+            self.teacher_from = None
+            self.blocks.clear()
+        elif self.begin + self.count + new > 2 * self.capacity:
+            self._move_to_front(self.capacity - new)
+        end = self.begin + self.count
+        self.tokens[end : end + new + 1] = segment.tokens_R1[skipped:]
+        if self.features is not None:
+            assert segment.features_RF is not None
+            self.features[end : end + new] = segment.features_RF[skipped:]
+        if segment.teacher_RX is None:
+            self.teacher_from = None
+        else:
+            if self.teacher is None:
+                width = segment.teacher_RX.shape[-1]
+                self.teacher = segment.teacher_RX.new_zeros(2 * self.capacity, width)
+            self.teacher[end : end + new] = segment.teacher_RX[skipped:]
+            self.teacher_from = start if self.teacher_from is None else self.teacher_from
+        self.count += new
+        self._drop(max(0, self.count - self.capacity))
+
+    def _drop(self, number: int) -> None:
+        self.begin += number
+        self.start += number
+        self.count -= number
+
+    def _move_to_front(self, keep: int) -> None:
+        self._drop(max(0, self.count - keep))
+        source = slice(self.begin, self.begin + self.count)
+        self.tokens[: self.count + 1] = self.tokens[
+            self.begin : self.begin + self.count + 1
+        ].clone()
+        for storage in (self.features, self.teacher):
+            if storage is not None:
+                storage[: self.count] = storage[source].clone()
+        self.begin = 0
+
+    def draw(
+        self, rows: Rows, num_anchors: int, path: int, refused_weight: float, spare: int
+    ) -> Drawn | None:
+        """The newest anchors with their paths, less ``spare`` rows, or None while there is none."""
+        if self.teacher is None or self.teacher_from is None:
+            return None
+        if rows == "delayed":
+            found = self._committed_paths(num_anchors, path, 1, self.count - spare)
+        else:
+            newest = self.newest(rows, path, spare)
+            found = self._served_paths(num_anchors, rows == "refused", refused_weight, newest)
+        if found is None:
+            return None
+        self.taught_to = max(self.taught_to, self.start + self.count - spare)
+        return self._drawn(found)
+
+    def newest(self, rows: Rows, path: int, spare: int) -> int:
+        """The newest anchor that may be drawn; a served one has its rows with it."""
+        return self.count - path - spare if rows == "delayed" or spare else self.count - 1
+
+    def untaught(self, num_anchors: int, path: int, once: bool) -> Drawn | None:
+        """The newest anchors behind all rows that were in a sample, or None while there is none."""
+        if self.teacher is None or self.teacher_from is None:
+            return None
+        first = max(1, max(self.taught_to, self.given_to if once else 0) - self.start)
+        found = self._committed_paths(num_anchors, path, first, self.count)
+        return None if found is None else self._drawn(found)
+
+    def give(self, path: int) -> None:
+        """What is untaught now has been given once."""
+        self.given_to = self.start + self.count - path + 1
+
+    def _drawn(self, found: Found) -> Drawn:
+        """With what is kept as context, or of it what the window of the first anchor reaches."""
+        first, anchors, paths, teacher, weights = found
+        unseen = max(0, first - self._draft_window - 1) if self._draft_window else 0
+        begin, end = self.begin + unseen, self.begin + self.count
+        return Drawn(
+            start=self.start + unseen,
+            tokens_C1=self.tokens[begin : end + 1],
+            features_CF=None if self.features is None else self.features[begin:end],
+            anchors_N=anchors - unseen,
+            paths_NK=paths,
+            teacher_NKX=teacher,
+            weights_NK=weights,
+        )
+
+    def _committed_paths(self, num_anchors: int, path: int, first: int, end: int) -> Found | None:
+        """Anchors in the text with what the target went on to say; teacher rows are the text's.
+
+        The newest whose rows lie in ``first .. end - 1``.
+        """
+        assert self.teacher is not None
+        assert self.teacher_from is not None
+        last = end - path  # its path ends at the newest row
+        known = max(self.teacher_from, self.fresh_from) - self.start
+        first = max(first, known, last - num_anchors + 1)
+        if first > last:
+            return None
+        anchors = torch.arange(first, last + 1, device=self.tokens.device)
+        ahead = anchors[:, None] + torch.arange(path, device=anchors.device)
+        return (
+            first,
+            anchors,
+            self.tokens[self.begin + ahead + 1],
+            self.teacher[self.begin + ahead],
+            torch.ones(ahead.shape, device=anchors.device),
+        )
+
+    def _served_paths(
+        self, num_anchors: int, only_refused: bool, refused_weight: float, newest: int
+    ) -> Found | None:
+        """Anchors that were served with what was drafted, and the weight of rows after a refusal.
+
+        The row of the refused token itself stands on accepted text and counts in full; with
+        ``only_refused`` no other does.
+        """
+        oldest = max(1, self.fresh_from - self.start)
+        blocks = [b for b in self.blocks if oldest <= b.anchor - self.start <= newest]
+        if only_refused:  # a block that was accepted whole would be all zeros
+            blocks = [b for b in blocks if b.num_accepted < len(b.path_K)]
+        blocks = blocks[-num_anchors:]
+        if not blocks:
+            return None
+        device = self.tokens.device
+        anchors = torch.tensor([b.anchor - self.start for b in blocks], device=device)
+        paths = torch.stack([b.path_K for b in blocks])
+        weights = torch.ones(paths.shape, device=device)
+        accepted_N = torch.tensor([b.num_accepted for b in blocks], device=device)
+        k_K = torch.arange(paths.shape[1], device=device)
+        weights = weights.masked_fill(k_K > accepted_N[:, None], refused_weight)
+        if only_refused:
+            weights = weights.masked_fill(k_K < accepted_N[:, None], 0)
+        teacher = [b.teacher_KX for b in blocks if b.teacher_KX is not None]
+        return blocks[0].anchor - self.start, anchors, paths, torch.stack(teacher), weights
+
+
+def pad(drawn: list[Drawn], draft_window: int | None) -> SignalBatch:
+    """Stack requests of unequal length; padding has weight zero and anchor one."""
+    context = max(len(one.tokens_C1) for one in drawn) - 1
+    anchors = max(len(one.anchors_N) for one in drawn)
+
+    def stacked(tensors: list[Tensor], length: int, fill: int = 0) -> Tensor:
+        if all(len(tensor) == length for tensor in tensors):
+            return torch.stack(tensors)
+        shape = (len(tensors), length, *tensors[0].shape[1:])
+        out = tensors[0].new_full(shape, fill)
+        for row, tensor in zip(out, tensors, strict=True):
+            row[: len(tensor)] = tensor
+        return out
+
+    device = drawn[0].tokens_C1.device
+    features = [one.features_CF for one in drawn if one.features_CF is not None]
+    return SignalBatch(
+        starts_R=torch.tensor([one.start for one in drawn], device=device),
+        lengths_R=torch.tensor([len(one.tokens_C1) - 1 for one in drawn], device=device),
+        tokens_RC1=stacked([one.tokens_C1 for one in drawn], context + 1),
+        features_RCF=stacked(features, context) if features else None,
+        anchors_RN=stacked([one.anchors_N for one in drawn], anchors, fill=1),
+        paths_RNK=stacked([one.paths_NK for one in drawn], anchors),
+        teacher_RNKX=stacked([one.teacher_NKX for one in drawn], anchors),
+        weights_RNK=stacked([one.weights_NK for one in drawn], anchors),
+        window=draft_window,
+    )

@@ -1,0 +1,171 @@
+"""The roles of the loop. Whoever has these methods can play them; nobody has to inherit.
+
+What plugins play, drafters, losses, policies and objectives, is in ``cosched.protocols``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from cosched.records import (
+        Decision,
+        SignalBatch,
+        Snapshot,
+        Standing,
+        UpdateResult,
+        Verdict,
+        VerifyRound,
+        WeightVersion,
+    )
+
+
+class Buffer(Protocol):
+    """What has been collected of the rounds, bounded."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def collect(self, round_: VerifyRound) -> None: ...
+
+    def sample(self) -> SignalBatch | None:
+        """Rows to train on now; None while there are too few."""
+        ...
+
+    def held_out(
+        self, num_anchors: int, once: bool = False, at_least: int = 1
+    ) -> SignalBatch | None:
+        """The newest rows that no sample has had; None while there are not ``at_least`` so many.
+
+        What was given ``once`` is not given so again: evidence is made of new rows.
+        """
+        ...
+
+
+class Trainer(Protocol):
+    """Turns a batch into micro-steps on its own copy of the draft.
+
+    It may take its time: then ``update`` returns None, ``busy`` is true until the result has been
+    taken from ``finished``, and until then it is not given another batch.
+    """
+
+    @property
+    def busy(self) -> bool: ...
+
+    def update(self, batch: SignalBatch, decision: Decision) -> UpdateResult | None: ...
+
+    def finished(self) -> UpdateResult | None:
+        """The result of an update that took its time, once it is there."""
+        ...
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The candidate: current values of the trained parameters, by name."""
+        ...
+
+    def reset(self) -> None:
+        """Back to the first weights, with an empty optimizer, to the bit."""
+        ...
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Go on from these weights, with an empty optimizer."""
+        ...
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Everything that the next step depends on."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a ``state()``, to the bit."""
+        ...
+
+
+class Scorer(Protocol):
+    """Says of weights what acceptance length they would have, without serving them."""
+
+    def scores(
+        self, batch: SignalBatch, weights: Sequence[Mapping[str, Tensor]]
+    ) -> list[list[float]]:
+        """Expected acceptance length of each, anchor by anchor of the batch."""
+        ...
+
+
+class Guard(Protocol):
+    """Whether a candidate may serve, and whether what serves may stay; it remembers by itself."""
+
+    @property
+    def standing(self) -> Standing:
+        """What it knows, in numbers."""
+        ...
+
+    def observe(self, round_: VerifyRound, serves_loaded: bool) -> None:
+        """One more round, served by a trained draft or by the one that was loaded."""
+        ...
+
+    def judge(
+        self,
+        result: UpdateResult | None,
+        seen: Snapshot,
+        candidate: Callable[[], Mapping[str, Tensor]],
+    ) -> Verdict:
+        """Asked after every round in which nothing is being trained, of what was (None: nothing).
+
+        What it says is done. ``seen`` is of before the update; ``candidate`` gives the weights of the
+        newest one, which may be published still. Of several ranks all say the same.
+        """
+        ...
+
+    def start_anew(self, round_: int) -> None:
+        """An earlier version serves again that it did not ask for: what it has seen is of others."""
+        ...
+
+    def state(self) -> Mapping[str, Tensor]:
+        """All that it remembers."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a ``state()``."""
+        ...
+
+
+class Publisher(Protocol):
+    """Puts weights into the serving draft."""
+
+    version: int
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The weights that serve, where they are not those loaded."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Serve the weights of a ``state()`` under the version they had."""
+        ...
+
+    def publish(self, weights: Mapping[str, Tensor]) -> WeightVersion: ...
+
+    def weights_of(self, version: int) -> Mapping[str, Tensor]:
+        """The trained weights of a version that is still kept."""
+        ...
+
+
+class Sink(Protocol):
+    """Takes events, one at a time."""
+
+    def emit(self, kind: str, **fields: Any) -> None: ...
+
+
+class RoundObserver(Protocol):
+    """Who is called by the engine after every round: the co-scheduler."""
+
+    def on_round(self, round_: VerifyRound) -> None: ...
+
+
+class Engine(Protocol):
+    """Decodes requests and reports every round."""
+
+    def generate(self, requests: Iterable[Any]) -> Iterator[Any]:
+        """Yield each finished request."""
+        ...

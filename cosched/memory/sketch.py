@@ -1,0 +1,124 @@
+"""A target and its drafter without weights, from their ``config.json`` files alone."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cosched.errors import CheckpointError
+from cosched.registry import DRAFTERS
+from cosched.settings.schema import own_keys
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cosched.protocols import Drafter
+    from cosched.settings.schema import Config
+
+SAFETENSORS_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+"""Bytes of an element by the name that a safetensors header gives its type; one where not listed."""
+
+
+@dataclass(slots=True)
+class TargetSketch:
+    """A ``TargetInfo`` of a ``config.json`` alone: embedding and head lie on the meta device."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_length: int
+    embedding: nn.Embedding
+    head: nn.Module
+    directory: Path
+    cache_width: int
+
+    @classmethod
+    def read(cls, path: str, dtype: torch.dtype) -> TargetSketch:
+        """Read the folder of a target.
+
+        Raises:
+            CheckpointError: no ``config.json``, or it lacks a size.
+        """
+        directory = Path(path)
+        try:
+            raw = json.loads((directory / "config.json").read_text())
+            text: dict[str, Any] = raw.get("text_config", raw)
+            vocab, hidden = int(text["vocab_size"]), int(text["hidden_size"])
+            layers = int(text["num_hidden_layers"])
+            longest = int(text.get("max_position_embeddings", 0))
+            heads = int(text["num_attention_heads"])
+            head_dim = int(text.get("head_dim") or hidden // heads)
+            cache_width = 2 * layers * int(text.get("num_key_value_heads") or heads) * head_dim
+        except OSError as error:
+            raise CheckpointError(
+                f"target.path: no Hugging Face model folder at {directory}"
+            ) from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{directory / 'config.json'} is damaged: {error}") from error
+        except KeyError as error:
+            raise CheckpointError(f"{directory / 'config.json'} has no {error}") from error
+        with torch.device("meta"):
+            embedding = nn.Embedding(vocab, hidden, dtype=dtype)
+            head = nn.Linear(hidden, vocab, bias=False, dtype=dtype)
+        embedding.requires_grad_(False)
+        head.requires_grad_(False)
+        return cls(vocab, hidden, layers, longest, embedding, head, directory, cache_width)
+
+    def token_ids(self) -> Mapping[str, int] | None:
+        """The vocabulary of the folder's ``tokenizer.json``; None where it has none."""
+        path = self.directory / "tokenizer.json"
+        if not path.exists():
+            return None
+        from tokenizers import Tokenizer
+
+        try:
+            return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+        except Exception as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    def num_parameters(self) -> int | None:
+        """Elements of the safetensors files, read from their headers; None where there are none."""
+        files = sorted(self.directory.glob("*.safetensors"))
+        return sum(map(_num_elements, files)) if files else None
+
+
+def _num_elements(path: Path) -> int:
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        return sum(
+            (entry["data_offsets"][1] - entry["data_offsets"][0])
+            // SAFETENSORS_BYTES.get(entry["dtype"], 1)
+            for entry in entries
+        )
+    except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def sketch(config: Config) -> tuple[TargetSketch, Drafter]:
+    """The target and the drafter of an experiment, without weights.
+
+    Raises:
+        CheckpointError: a folder is missing or damaged, or the two do not fit.
+    """
+    target = TargetSketch.read(config.target.folder, getattr(torch, config.engine.dtype))
+    return target, sketch_draft(config, target)
+
+
+def sketch_draft(config: Config, target: TargetSketch) -> Drafter:
+    """The drafter of these settings, without weights; errors as ``sketch``."""
+    settings = config.drafter_settings
+    with own_keys(config):
+        drafter = DRAFTERS.get(settings.kind).sketch(settings, target)
+    network = drafter.network()
+    if network is not None:
+        network.to(getattr(torch, config.engine.dtype))
+    return drafter

@@ -1,0 +1,175 @@
+"""What was measured of the arms, as the summary of a run."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from cosched.report.by_text import figures_by_text
+from cosched.report.intervals import cut
+from cosched.settings.arms import draft_of
+from cosched.telemetry.metrics import (
+    ArmSummary,
+    Part,
+    RequestLog,
+    RunSummary,
+    TextFigures,
+    Turn,
+    lossless_mismatches,
+    round_figures,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cosched.build.embedded import Arm, World
+    from cosched.build.served_arm import ServedArm, ServedWorld
+    from cosched.engines.request import GenerationRequest
+    from cosched.settings.schema import Config
+
+
+@dataclass(slots=True)
+class Running:
+    """An arm with what has been measured of it."""
+
+    arm: Arm | ServedArm
+    logs: list[RequestLog] = field(default_factory=list)
+    wall_seconds: float = 0.0
+    turns: list[Turn] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(log.generated) for log in self.logs)
+
+
+def groups_of(requests: list[GenerationRequest], size: int) -> Iterator[list[GenerationRequest]]:
+    """So many at a time, all of one file."""
+    for _, own in groupby(requests, key=lambda request: request.source):
+        while group := list(islice(own, size)):
+            yield group
+
+
+def run_summary(
+    config: Config,
+    world: World | ServedWorld,
+    running: list[Running],
+    seconds: float,
+    interrupted: bool,
+    recorded: bool,
+) -> RunSummary:
+    """What ``summary.json`` says; the first arm's text is what greedy text is compared with."""
+    greedy = world.sampling.greedy or world.forced
+    reference = running[0].logs if greedy else None
+    turns = {one.arm.name: one.turns for one in running}
+    parts, parts_of = cut(turns)
+    groups = groups_of(world.requests, config.engine.max_batch)
+    logs = {one.arm.name: one.logs for one in running}
+    by_text = figures_by_text(logs, turns, [group[0].source for group in groups])
+    return RunSummary(
+        run={
+            "name": config.run.name,
+            "interrupted": interrupted,
+            "seconds": seconds,
+            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "engine": config.engine.kind,
+            "text": world.text_kind,
+            "temperature": world.sampling.temperature,
+            "lossless_reference": running[0].arm.name if greedy else None,
+            "max_batch": config.engine.max_batch,
+            "parts_of": parts_of,
+            "recorded": recorded,
+            **_about_drafts(config, running),
+            "device": world.device,
+            "num_threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "machine": f"{platform.machine()} {platform.system()}",
+        },
+        arms={
+            one.arm.name: _arm_summary(one, reference, parts[one.arm.name], by_text[one.arm.name])
+            for one in running
+        },
+    )
+
+
+def _about_drafts(config: Config, running: list[Running]) -> dict[str, Any]:
+    """What drafted, and of each of ``drafts`` the same by its name."""
+    drafting = [one.arm for one in running if one.arm.drafter is not None]
+    found: dict[str, Any] = _about(config) if config.drafter is not None else {}
+    found["learns_by_itself"] = bool(drafting) and all(map(_learns_by_itself, drafting))
+    if config.drafts:
+        named = {
+            draft: _about(config.for_arm(name))
+            for name in config.arms
+            if (draft := draft_of(name)) is not None
+        }
+        found["drafts"] = named
+    return found
+
+
+def _about(config: Config) -> dict[str, Any]:
+    settings = config.drafter_settings
+    return {
+        "num_draft_tokens": settings.num_draft_tokens,
+        "drafter": settings.kind,
+        "window": settings.window,
+    }
+
+
+def _learns_by_itself(arm: Arm | ServedArm) -> bool:
+    return arm.drafter is not None and arm.drafter.network() is None
+
+
+def _arm_summary(
+    one: Running,
+    reference: list[RequestLog] | None,
+    parts: list[Part],
+    by_text: dict[str, TextFigures],
+) -> ArmSummary:
+    figures = round_figures(one.logs)
+    engine, coscheduler = one.arm.engine.seconds, one.arm.coscheduler
+    counters = coscheduler.counters if coscheduler else None
+    update = counters.update_seconds_total if counters else 0.0
+    publish = counters.publish_seconds if counters else 0.0
+    named = engine.prefill + engine.draft + engine.verify + update + publish
+    return ArmSummary(
+        **msgspec.structs.asdict(figures),
+        tokens_per_s=figures.tokens / one.wall_seconds if one.wall_seconds else 0.0,
+        seconds={
+            "prefill": engine.prefill,
+            "draft": engine.draft,
+            "verify": engine.verify,
+            "update": update,
+            "publish": publish,
+            "other": max(0.0, one.wall_seconds - named),
+            "wall": one.wall_seconds,
+        },
+        lossless_mismatches=(
+            None if reference is None else lossless_mismatches(reference, one.logs)
+        ),
+        versions=coscheduler.version if coscheduler else 0,
+        updates=counters.updates if counters else 0,
+        skipped_steps=counters.skipped_steps if counters else 0,
+        losses=list(counters.losses) if counters else [],
+        peak_bytes=_peak_bytes(),
+        refused_updates=counters.refused if counters else 0,
+        rollbacks=counters.rolled_back if counters else 0,
+        guard_seconds=counters.guard_seconds if counters else 0.0,
+        parts=parts,
+        cut_conversations=sum(log.cut for log in one.logs),
+        by_text=by_text,
+    )
+
+
+def _peak_bytes() -> int:
+    """Most memory this process has held so far: of the device if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

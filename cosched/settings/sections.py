@@ -1,0 +1,241 @@
+"""The sections of a file, each with its keys, what they may be, and what they are where left out.
+
+Those whose fields depend on their ``kind`` (drafter, policy, loss, objective) are plain data here:
+``plugin_settings`` checks them against the ``Settings`` of the plugin of that name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from cosched.protocols import FiniteSettings, ShadowSettings
+from cosched.records import TeacherForm
+from cosched.settings.hub import model_folder
+
+Positive = Annotated[int, Meta(ge=1)]
+Name = Annotated[str, Meta(pattern=r"^\w[\w.@-]*$")]  # what may be a folder's name
+NotNegative = Annotated[float, Meta(ge=0)]
+Files = str | Annotated[tuple[str, ...], Meta(min_length=1)] | None  # one, or several
+
+
+class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A section of the file: unknown keys are refused, nothing changes after loading."""
+
+
+class RunSettings(Section, frozen=True):
+    """``run``: the folder ``name`` in ``dir`` gets the results; ``seed`` is that of all randomness."""
+
+    name: str
+    dir: str = "runs"
+    seed: int = 0
+
+
+class EngineSettings(Section, frozen=True):
+    """``engine``: what decodes. ``trace`` is the folder that ``kind: trace`` replays.
+
+    ``device`` is ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``; ``dtype`` is that of the
+    weights of target and draft; ``max_batch`` requests are decoded at once; ``num_threads`` are CPU
+    threads (null: what torch takes, and one where SGLang serves on a CPU).
+
+    A trace has the target's rows; ``live`` computes them all the same, which takes the time that
+    verification takes: to compare speeds on the same text.
+    With ``kind: sglang``, ``arguments`` are SGLang's own, as ``sglang.Engine`` names them.
+
+    ``pack`` lays out the weights of linear layers once for this CPU (``cosched.engines.embedded.packing``); it means
+    nothing on a GPU. A row's last digits depend on how many rows are computed with it, so that greedy
+    text may part from plain decoding where two tokens are as good as one another. ``exact`` computes
+    as many rows for the arm ``plain`` as a verification has, and lays weights out so that every row
+    is computed alike: greedy texts are then equal to the bit, one request at a time (attention of
+    several is not asked to be). It costs speed, of plain decoding most; where this processor cannot
+    do it, it is refused.
+    """
+
+    kind: Literal["embedded", "trace", "sglang"] = "embedded"
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_batch: Positive = 1
+    num_threads: Positive | None = None
+    trace: str | None = None
+    live: bool = False
+    pack: bool = True
+    exact: bool = False
+    arguments: dict[str, Any] = {}
+
+
+class TargetSettings(Section, frozen=True):
+    """``target``: ``path`` is a folder in Hugging Face format, or a cached model, ``owner/model``."""
+
+    path: str
+
+    @property
+    def folder(self) -> str:
+        """Where it is; ``path`` itself where it is nowhere, which ``check_paths`` refuses."""
+        return model_folder(self.path) or self.path
+
+
+class WorkloadSettings(Section, frozen=True):
+    """``workload``: ``prompts`` to answer, or ``documents`` whose text is forced.
+
+    A prompts file has one JSON object a line (or one array of them): ``{"text": …}`` as it is, or
+    chat, through the target's own template: OpenAI's ``{"messages": [{"role": …, "content": …}]}``
+    or ShareGPT's ``{"conversations": [{"from": …, "value": …}]}``; optionally with ``id``, and
+    ``tenant``, whose it is. An answer that ends a conversation is left out: it is no
+    question. ``turns`` answers the last so many questions of each, one after the other: before the
+    first is what the file has, between them the target's own answers. Each turn is a request, of
+    the id ``ID@2`` and so on; where one does not fit any more its conversation ends, and is counted.
+    A recording has every turn as a text of its own.
+    ``samples`` answers each prompt that many times, one round over all prompts after the other.
+    The first ``max_prompts`` lines are used (null: all).
+
+    An answer has at most ``max_new_tokens`` and ends at the end-of-text token, unless
+    ``stop_at_end_of_text`` is off. It is sampled at ``temperature`` (0: greedy) from the most likely
+    tokens that together have the probability ``top_p``.
+
+    ``prompts`` and ``documents`` may be lists of files. An id is then that of its file and of the
+    line, ``chat:ID`` for ``chat.jsonl``, ``max_prompts`` counts the lines of each file, and figures
+    are also told by file.
+
+    With ``documents`` text is forced: real text at real cost, judged by the chance that the target
+    would have accepted each draft. Of ``{"text": …}`` that is all after its first ``prompt_tokens``
+    tokens; of a chat its last answer, behind the prompt that asks for it.
+    """
+
+    prompts: Files = None
+    documents: Files = None
+    samples: Positive = 1
+    turns: Positive = 1
+    prompt_tokens: Positive = 64
+    max_new_tokens: Positive = 512
+    max_prompts: Positive | None = None
+    temperature: NotNegative = 0.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    stop_at_end_of_text: bool = True
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files of what is to be said or answered, by their keys; none where it names none."""
+        named = {"workload.documents": self.documents, "workload.prompts": self.prompts}
+        found = {key: path for key, path in named.items() if isinstance(path, str)}
+        for key, paths in named.items():
+            if isinstance(paths, tuple):
+                found |= {f"{key}[{place}]": path for place, path in enumerate(paths)}
+        return found
+
+
+class RecordSettings(Section, frozen=True):
+    """``record``: how ``--record`` stores a trace, in ``dtype`` (float32: exact).
+
+    A request that would take the folder above ``max_bytes`` is left out and counted.
+
+    ``feature_layers`` are stored beside those that the drafter needs, so that other drafters can be
+    judged on the same trace ("after that layer", 0-based).
+    """
+
+    feature_layers: tuple[Annotated[int, Meta(ge=0)], ...] = ()
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_bytes: Positive = 2147483648
+
+
+class ReplaySettings(Section, frozen=True):
+    """``adapt.replay``: rows kept of each request, and how many are trained on.
+
+    ``window`` rows of context are kept of each request, at most ``max_tokens`` rows and ``max_bytes``
+    of all; a micro-step trains on at most ``anchors`` of them. A draft learns to look as far back as ``window`` reaches: give it the length that it serves.
+    ``keep_finished`` keeps a request's rows until others need the room: to train when idle.
+    ``fresh`` trains on each anchor once at most, in the first update after it.
+    ``teacher`` is the form in which the target's rows wait: ``hidden``, its last hidden state, from
+    which its head gives the logits again; ``logits``, all of them; ``top_k``, the ``teacher_top_k``
+    best of them and the mass of the rest, which is taken to be shared evenly. The last two know no
+    more of a prompt than its last row.
+    """
+
+    window: Positive = 128
+    anchors: Positive = 64
+    max_tokens: Positive = 65536
+    max_bytes: Positive = 268435456
+    teacher: TeacherForm = "hidden"
+    teacher_top_k: Positive = 64
+    keep_finished: bool = False
+    fresh: bool = False
+
+
+class ScopeSettings(Section, frozen=True):
+    """``adapt.scope``: which parameters learn, and for how long they remember.
+
+    ``kind`` is ``full``, ``body`` (all but embedding and head), ``tail`` (only what committed keys and values
+    do not depend on) or ``lora``. ``state`` says whose they are: ``shared`` by all requests,
+    ``per_request`` (as loaded again when the request ends) or ``per_tenant``.
+    With ``kind: lora`` adapters of ``rank`` learn, scaled by ``alpha / rank``, on the linear layers
+    that ``targets`` name, by their whole names or the ends of them; null is all of them. State per
+    request in batches, and per tenant, needs adapters: one for each running request, or one for each
+    of ``tenants``, whose requests name them.
+    """
+
+    kind: str = "full"
+    state: Literal["per_request", "shared", "per_tenant"] = "shared"
+    rank: Positive = 8
+    alpha: Annotated[float, Meta(gt=0)] = 16.0
+    targets: Annotated[tuple[str, ...], Meta(min_length=1)] | None = None
+    tenants: tuple[Name, ...] = ()
+
+
+class TrainerSettings(Section, frozen=True):
+    """``adapt.trainer``: DeepSpeed ZeRO with AdamW on float32 masters.
+
+    ``lr`` is AdamW's learning rate and ``weight_decay`` its decay; gradients are clipped to the norm
+    ``max_grad_norm``.
+    ``zero_stage`` 1 and 2 divide what the optimizer holds among the ranks that train together. Where
+    there is one, 0 takes the same steps and spares it copies of all weights and gradients.
+    ``background`` trains beside the decoding, in a thread (on a GPU on a stream of its own) and
+    publishes when it is done; off, the engine waits for each update, and runs repeat exactly.
+    ``precision`` is that of matrix products; ``auto`` is bfloat16 where the device multiplies it
+    faster, so that results differ from one machine to another.
+    """
+
+    kind: Literal["deepspeed"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2] = 1
+    lr: Annotated[float, Meta(gt=0)] = 3e-4
+    max_grad_norm: Annotated[float, Meta(gt=0)] = 1.0
+    weight_decay: NotNegative = 0.0
+    background: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+
+
+class PublishSettings(Section, frozen=True):
+    """``adapt.publish``: every ``target_check_every``-th one checksums all of the target; 0: none.
+
+    ``keep`` is how many versions can be served again, beside the draft as it was loaded.
+    """
+
+    target_check_every: Annotated[int, Meta(ge=0)] = 16
+    keep: Positive = 1
+
+
+class AdaptSettings(Section, frozen=True):
+    """``adapt``: how the arm ``adapted`` learns, and what the variants begin from.
+
+    ``policy``, ``loss``, ``objective`` and ``guard`` have the fields of their ``kind``. What a file
+    leaves out, the kind of these or ``trainer.lr`` or ``replay.anchors``, is that of the drafter's
+    type (``schedulers/defaults.py``).
+    """
+
+    policy: dict[str, Any] = msgspec.field(default_factory=dict)
+    loss: dict[str, Any] = msgspec.field(default_factory=dict)
+    objective: dict[str, Any] = msgspec.field(default_factory=dict)
+    replay: ReplaySettings = ReplaySettings()
+    scope: ScopeSettings = ScopeSettings()
+    trainer: TrainerSettings = TrainerSettings()
+    guard: FiniteSettings | ShadowSettings = ShadowSettings()
+    publish: PublishSettings = PublishSettings()
+
+
+class Draft(Section, frozen=True):
+    """One of ``drafts``: what its arms have as ``drafter``, ``adapt`` and ``variants``, each whole."""
+
+    drafter: dict[str, Any]
+    adapt: AdaptSettings
+    variants: dict[str, AdaptSettings]

@@ -1,0 +1,126 @@
+"""What every drafter owes to the text that it must not change, and to who shares a batch with it.
+
+Letters: B slots, K drafted tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from cosched.engines.embedded.judges import SamplingJudge
+from cosched.engines.embedded.verification import SamplingParams
+from cosched.testing.harness import make_coscheduler
+from cosched.testing.sampling import FALSE_ALARM, p_values, sampling_target
+from cosched.testing.specimen import SERVINGS, WINDOW, Feeder, Specimen, close, make_texts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cosched.engines.embedded.target import Target
+    from cosched.records import ServedBlock, VerifyRound
+
+
+class ServingContract:
+    """Part of ``DrafterContract``: text, batches, slots and windows."""
+
+    def test_row_k_judges_draft_k(self, specimen: Specimen) -> None:
+        """Teacher row k is what the target says behind the anchor and drafts 0..k - 1.
+
+        The verdict follows: drafts agree with their rows up to the first refusal and not there.
+        Rows that are off by one place agree almost nowhere, so the statement can fail.
+        """
+        rounds = specimen.taught[1].rounds
+        blocks = [block for round_ in rounds for block in round_.blocks]
+        assert sum(block.num_accepted for block in blocks) >= 20, "too little was accepted to tell"
+        text = _text_of(rounds, "r0")
+        for block in [block for block in blocks if block.request_id == "r0"][::7]:
+            prefix = torch.cat((text[: block.anchor + 1], block.path_K))
+            logits = specimen.target.model(input_ids=prefix[None]).logits[0, block.anchor : -1]
+            assert torch.allclose(specimen.target.head(block.teacher_KX), logits, atol=1e-3)
+        accepted = [block for block in blocks if block.num_accepted]
+        assert all(_agrees(specimen.target, block, 0) for block in accepted)
+        shifted = sum(_agrees(specimen.target, block, 1) for block in accepted)
+        assert shifted < 0.5 * len(accepted)
+
+    @SERVINGS
+    def test_greedy_text_is_the_targets(
+        self, specimen: Specimen, max_batch: int, window: int | None
+    ) -> None:
+        """Served frozen, greedy text is plain decoding's, token for token."""
+        assert specimen.served(max_batch, window).texts == specimen.plain
+
+    def test_greedy_text_is_the_targets_while_it_learns(self, specimen: Specimen) -> None:
+        """The same in a batch of three, across many publications."""
+        drafter, served, teacher = specimen.taught
+        assert served.texts == specimen.plain
+        if drafter.network() is not None:
+            assert teacher.version >= 20
+
+    @pytest.mark.slow
+    def test_windowed_greedy_text_is_the_targets_while_it_learns(self, specimen: Specimen) -> None:
+        """The same with a window, one request at a time."""
+        drafter = specimen.make()
+        teacher = make_coscheduler(specimen.target, drafter, every=4, lr=3e-3, window=WINDOW)
+        assert specimen.decode(drafter, 1, WINDOW, teacher).texts == specimen.plain
+
+    @pytest.mark.parametrize(
+        ("taught", "num_draws"), [(True, 600), pytest.param(False, 2000, marks=pytest.mark.slow)]
+    )
+    def test_sampled_text_follows_the_target(
+        self, specimen: Specimen, taught: bool, num_draws: int
+    ) -> None:
+        """Sampled text has the target's exact distribution, frozen and while the draft changes."""
+        target = sampling_target()
+        drafter = specimen.make(target, num_draft_tokens=2)
+        observer = make_coscheduler(target, drafter, every=2, lr=3e-3) if taught else None
+        sampling = SamplingParams(1.0)
+        found = p_values(target, drafter, SamplingJudge(sampling), sampling, observer, num_draws)
+        assert min(found) > FALSE_ALARM
+
+    def test_a_batch_drafts_what_each_would_alone(self, specimen: Specimen) -> None:
+        """A request's proposals do not depend on what else is in the batch."""
+        drafter = specimen.make()
+        texts = make_texts(specimen.target, drafter, count=3, length=64)
+        together = Feeder(drafter, texts).run(12)
+        for place, text in enumerate(texts):
+            alone = Feeder(drafter, [text], first=place).run(12)
+            assert close(together[:, place : place + 1], alone)
+
+    def test_a_slot_that_moves_goes_on(self, specimen: Specimen) -> None:
+        """After ``move_slot`` the request drafts on in its new slot, and its old one is empty."""
+        drafter = specimen.make()
+        texts = make_texts(specimen.target, drafter, count=3, length=64)
+        feeder = Feeder(drafter, texts)
+        feeder.run(5)
+        feeder.move(2, 0)  # text 0 is done, text 2 takes its place
+        feeder.admit(texts[0])
+        lengths = [feeder.lengths[0] + 2, feeder.lengths[1] + 1, 9]
+        feeder.observe(lengths)
+        fresh = Feeder(drafter, [texts[2], texts[1], texts[0]])
+        fresh.observe(lengths)
+        assert close(feeder.propose(), fresh.propose())
+
+    def test_a_window_wider_than_the_text_changes_nothing(self, specimen: Specimen) -> None:
+        """A draft that may look 1000 tokens back at a text of 64 drafts what it drafts without."""
+        drafter = specimen.make()
+        texts = make_texts(specimen.target, drafter, count=2, length=64)
+        assert close(Feeder(drafter, texts, 1000).run(12), Feeder(drafter, texts).run(12))
+
+
+def _text_of(rounds: list[VerifyRound], request_id: str) -> Tensor:
+    """Tokens of a request from its segments."""
+    parts = [s for round_ in rounds for s in round_.segments if s.request_id == request_id]
+    return torch.cat([parts[0].tokens_R1, *(part.tokens_R1[1:] for part in parts[1:])])
+
+
+def _agrees(target: Target, block: ServedBlock, shift: int) -> bool:
+    says_K = target.head(block.teacher_KX).argmax(-1).roll(shift)
+    stands_K = says_K == block.path_K
+    # Drafts past the end of a request's text were not asked for.
+    accepted = min(block.num_accepted, len(stands_K))
+    ended = block.num_committed <= accepted
+    refused = accepted == len(stands_K) or ended or not stands_K[accepted]
+    return bool(stands_K[:accepted].all()) and bool(refused)
