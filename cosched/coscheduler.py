@@ -80,17 +80,14 @@ class Coscheduler:
             return self._policy.decide(snapshot)
 
     def update(self, decision: Decision) -> UpdateResult | None:
-        """Micro-steps on the trainer's own copy; None while none is done.
-
-        To be asked and to decline is free: an idle server, which asks for hours, would pay for it.
-        """
+        """Micro-steps on the trainer's own copy; None while none is done."""
         if self._learner is None:
             return None
         under_way = self.busy
         with self._meter:
             result = self._learner.finished() if under_way else self._begin(self._learner, decision)
         seconds = self._meter.take()
-        if result or self.busy > under_way:
+        if result or self.busy > under_way:  # to decline is free: an idle server asks for hours
             self.counters.update_seconds_total += seconds
         if result:
             self.counters.note_update(result, in_background=under_way)

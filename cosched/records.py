@@ -121,6 +121,11 @@ class VerifyRound:
         return sum(block.num_committed for block in self.blocks)
 
 
+def idle_tick(index: int, draft_version: int) -> VerifyRound:
+    """A round in which nothing ran and nothing is known to have finished."""
+    return VerifyRound(index, draft_version, (), (), (), 0.0, 0.0, num_running=0)
+
+
 @dataclass(frozen=True, slots=True)
 class SignalBatch:
     """Contexts, anchors and paths to train on, padded over R requests.

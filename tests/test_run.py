@@ -130,7 +130,7 @@ def test_a_run_leaves_its_folder(tmp_path: Path, settings: dict) -> None:
 
 @pytest.mark.parametrize("background", [False, True])
 def test_arms_take_turns(tmp_path: Path, settings: dict, background: bool) -> None:
-    """A few tokens at a time; a whole request where one trains on in the time of the others."""
+    """A few tokens at a time, and more where an update would go on in the time of the others."""
     settings["arms"] = ["frozen", "adapted"]
     settings["adapt"]["trainer"] = {"background": background}
     config, said = load_config(write(tmp_path, settings)), []
@@ -142,8 +142,8 @@ def test_arms_take_turns(tmp_path: Path, settings: dict, background: bool) -> No
     ]
     assert [arm for arm, _ in turns] == settings["arms"] * (len(turns) // 2)
     longest = config.drafter_settings.num_draft_tokens + TURN_TOKENS
-    assert all(number == 48 if background else number <= longest for _, number in turns)
-    assert len(turns) == (4 if background else 8)
+    assert all(number <= (48 if background else longest) for _, number in turns)
+    assert len(turns) <= 8 if background else len(turns) == 8
     kept = _turns(folder.path)
     assert [(turn["arm"], turn["tokens"]) for turn in kept] == turns
     assert [turn["group"] for turn in kept] == sorted([1, 2] * (len(turns) // 2))

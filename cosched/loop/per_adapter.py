@@ -86,6 +86,10 @@ class CoschedulerPool:
         return self._rounds
 
     @property
+    def busy(self) -> bool:
+        return any(part.busy for part in self._parts)
+
+    @property
     def counters(self) -> Counters:
         """Sums over the adapters, whose own counters are ``parts``; their moving means stay theirs."""
         parts = [part.counters for part in self._parts]

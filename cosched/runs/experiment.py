@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -15,6 +14,7 @@ from cosched.build.embedded import Arm, World, build_arm, build_recorder, build_
 from cosched.build.served_arm import ServedArm, ServedWorld, build_served_arm, build_served_world
 from cosched.errors import ConfigError
 from cosched.protocols import ServesAdapters
+from cosched.records import idle_tick
 from cosched.runs import resume as resume_state
 from cosched.runs.resume import ArmProgress, Progress
 from cosched.runs.summary import Running, groups_of, run_summary
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cosched.settings.schema import Config
 
 TURN_TOKENS = 32  # that an arm commits before it is the next one's turn: less than a second's drift
+IDLE_SECONDS = 0.001  # between two ticks
 
 OnTokens = Callable[[str, int], None]
 """``on_tokens(arm, n)``: an arm committed n more tokens."""
@@ -37,8 +38,8 @@ OnTokens = Callable[[str, int], None]
 class Experiment:
     """Runs the arms in turn, some tokens at a time, so that a machine's drift hits all of them.
 
-    Where one trains in the background, a turn is a whole group of requests: its training would go on
-    in the time of the next. Arms in SGLang run one after the other: an engine takes the memory that
+    A turn ends when no update is under way in the background: it would go on in the time of the next.
+    Arms in SGLang run one after the other: an engine takes the memory that
     there is.
 
     ``total_tokens`` is known before ``run`` and at most what the arms will commit.
@@ -63,9 +64,6 @@ class Experiment:
         ]
         self._on_tokens: OnTokens = lambda _arm, _n: None
         self._tokens = Counter[str]()
-        adapted = (config.for_arm(name) for name in config.arms if adapts(name))
-        background = any(one.adapt.trainer.background for one in adapted)
-        self._turn_tokens = math.inf if background else TURN_TOKENS
 
     @property
     def not_for_sglang(self) -> dict[str, list[str]]:
@@ -215,12 +213,16 @@ class Experiment:
 
     def _turn(self, one: Running, rounds: Iterator[list[FinishedRequest]], group: int) -> bool:
         """Decode on in one arm; whether there is more to do."""
-        until, more = self._tokens[one.arm.name] + self._turn_tokens, True
+        until, more = self._tokens[one.arm.name] + TURN_TOKENS, True
+        learner = one.arm.coscheduler if isinstance(one.arm, Arm) else None
         with self._timed(one, group) as finished_requests:
-            while more and self._tokens[one.arm.name] < until:
+            while more and (self._tokens[one.arm.name] < until or (learner and learner.busy)):
                 finished = next(rounds, None)
                 more = finished is not None
                 finished_requests += finished or []
+            while learner and learner.busy:  # no request runs any more
+                time.sleep(IDLE_SECONDS)
+                learner.on_round(idle_tick(learner.counters.rounds, learner.version))
         return more
 
     @contextmanager
