@@ -23,6 +23,10 @@ from tests.test_run import cosched_process, heed_ctrl_c, run_cli
 
 ROOT = Path(__file__).parent.parent
 WORLD = ROOT / "tinyworld"
+REAL_MODEL = (
+    pytest.mark.realworld,
+    pytest.mark.skipif(not (ROOT / "models").is_dir(), reason="cosched realworld fetch"),
+)
 SWEEPS = sorted((ROOT / "configs").glob("sweep_*.yaml"))
 EXPERIMENT = {
     "run": {"name": "grid"},
@@ -179,12 +183,18 @@ def test_bad_sweeps_are_named(tmp_path: Path, sections: dict, says: str) -> None
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=REAL_MODEL if path.stem == "sweep_real" else (), id=path.stem)
+        for path in SWEEPS
+    ],
+)
 def test_shipped_sweeps_are_valid(path: Path, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     plan = load_plan(path)
     assert plan.folder == Path("runs") / path.stem
-    assert len(plan.recordings) == (3 if path.stem == "sweep_when" else 2)
+    assert len(plan.recordings) == (3 if path.stem in {"sweep_when", "sweep_real"} else 2)
     assert len(plan.cells) == len(plan.recordings) * len(
         {named(cell.settings) for cell in plan.cells}
     )
