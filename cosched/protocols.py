@@ -132,7 +132,8 @@ class ShadowSettings(
 
     Each update leaves out the newest ``anchors``, which judge it; later ones are trained on them.
     Between updates the guard looks every ``check_rounds`` on all rows that no update has had, up to
-    four times ``anchors``, or sooner when the acceptance length has fallen. When the draft as loaded
+    four times ``anchors``, or sooner when the acceptance length has fallen; a quarter as often while
+    the draft as loaded serves, which can do no harm. When the draft as loaded
     serves again nothing is trained for ``check_rounds``, and for twice as many each time until
     something is published, but never for more than 32 times as many.
     """

@@ -8,7 +8,7 @@ import statistics
 import msgspec
 import pytest
 
-from cosched.guard.monitor import LONGEST_PAUSE, Monitor, Scores
+from cosched.guard.monitor import LONGEST_PAUSE, UNHURRIED, Monitor, Scores
 from cosched.guard.statistics import BLOCK, FALL_TOKENS, Evidence, Lead
 from cosched.loop.counters import Counters
 from cosched.protocols import ShadowSettings as Settings
@@ -216,10 +216,11 @@ def test_what_serves_is_looked_at_also_where_nothing_is_trained() -> None:
 
 
 def test_a_candidate_that_waits_is_looked_at_on_all_that_comes() -> None:
-    """A few updates, then none: it serves once that has shown it; never unseen."""
+    """A few updates, then none: it serves once that has shown it; never unseen. There is no hurry as long
+    as the loaded draft serves."""
     monitor, draw, looked = Monitor(), random.Random(5), []
     assert not monitor.overdue(SETTINGS, seen(1000, 0, loaded=True))  # there is no candidate
-    for round_ in range(1000, 4000):
+    for round_ in range(1000, 9000):
         at = seen(round_, 0, loaded=True)
         if round_ < 1004:
             candidate(monitor, draw.gauss(0.3, 0.2), at)
@@ -227,9 +228,9 @@ def test_a_candidate_that_waits_is_looked_at_on_all_that_comes() -> None:
             looked.append(round_)
             if candidate(monitor, draw.gauss(0.3, NOISE), at).action == "publish":
                 break
-    assert looked == [1003 + 100 * n for n in range(1, len(looked) + 1)]
+    assert looked == [1003 + 100 * UNHURRIED * n for n in range(1, len(looked) + 1)]
     assert 3 <= len(looked) <= 16
-    assert not monitor.overdue(SETTINGS, seen(9000, 0, loaded=True))
+    assert not monitor.overdue(SETTINGS, seen(99_000, 0, loaded=True))
 
 
 def fallen() -> Monitor:

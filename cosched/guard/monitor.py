@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cosched.protocols import ShadowSettings
     from cosched.records import Action, Snapshot
 
+UNHURRIED = 4  # times as long between looks while the loaded draft serves: nothing can do harm
 LONGEST_PAUSE = 32  # times ``check_rounds``: text may change, and then there is much to learn
 
 
@@ -68,8 +69,10 @@ class Monitor:
         """Whether to look now, between two updates, at a candidate that waits and at what serves."""
         if self.fall.alarmed and not seen.serves_loaded:
             return True
-        anything = self.waits or not seen.serves_loaded
-        return anything and seen.round_index - self.looked_at >= settings.check_rounds
+        quiet = seen.round_index - self.looked_at
+        if not seen.serves_loaded:
+            return quiet >= settings.check_rounds
+        return self.waits and quiet >= UNHURRIED * settings.check_rounds
 
     def look(self, scores: Scores, settings: ShadowSettings, seen: Snapshot) -> Verdict:
         """One look: may what serves stay, and is the candidate to take its place?"""
