@@ -74,11 +74,12 @@ def teach(
     kept: Path,
     advance: Callable[[int, str], None],
 ) -> tuple[AnyDrafter, float]:
-    """A draft, taught as its recipe says, and the seconds it took; what ``kept`` has of an earlier attempt is gone on from.
+    """A draft, taught as its recipe says, and the seconds it took.
 
-    The loss is forward KL while the learning rate is whole, and the negative log of the acceptance
-    while it falls: what counts in the end, and of no use to a beginner (``losses/acceptance.py``).
-    From the same draft, 80 steps of it brought the acceptance length on chat to 1.71, of KL to 1.68.
+    What ``kept`` has of an earlier attempt is gone on from, its seconds included. The loss is forward
+    KL while the learning rate is whole, and the negative log of the acceptance while it falls: what
+    counts in the end, and of no use to a beginner (``losses/acceptance.py``). From the same draft, 80
+    steps of it brought the acceptance length on chat to 1.71, of KL to 1.68.
     ``advance(steps, message)`` is called after every step. Answers and anchors of a step depend on
     its number and the seed alone.
 
@@ -88,14 +89,19 @@ def teach(
     torch.manual_seed(seed)
     classroom = Classroom(target, words_V, NUM_FREQUENT, NUM_OTHERS)
     student = recipe.begin(target, classroom, words_V)
-    decay = recipe.position_decay
     head = classroom.head if recipe.borrows_head else target.head
-    losses = (
-        ForwardKL(LossSettings(kind="forward_kl", position_decay=decay)),
-        NegativeLogAcceptance(LossSettings(kind="negative_log_acceptance", position_decay=decay)),
+    kinds = {"forward_kl": ForwardKL, "negative_log_acceptance": NegativeLogAcceptance}
+    whole, falling = (
+        BatchLoss(
+            student,
+            make(LossSettings(kind=kind, position_decay=recipe.position_decay)),
+            head,
+            "hidden",
+            precision="auto",
+        )
+        for kind, make in kinds.items()
     )
-    batch_loss = BatchLoss(student, losses[0], head, "hidden", losses[1:], precision="auto")
-    network = batch_loss.network.train()
+    network = whole.network.train()
     taught = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(taught, betas=BETAS, weight_decay=0.01, fused=True)
     done, steps, spent = 0, recipe.steps, 0.0
@@ -113,15 +119,13 @@ def teach(
         anchors = [
             _some(places(a, recipe.num_draft_tokens), recipe.anchors, generator) for a in chosen
         ]
-        batch = batch_of(chosen, anchors, recipe.num_draft_tokens)
-        falls = step / steps > 1 - DECAY_SHARE
-        batch_loss.begin_update(batch, objective=int(falls))
-        loss = batch_loss(batch)
+        batch_loss = falling if step / steps > 1 - DECAY_SHARE else whole
+        loss = batch_loss(batch_of(chosen, anchors, recipe.num_draft_tokens))
         rate = LEARNING_RATE * rate_share(step, step / steps, WARMUP_STEPS, DECAY_SHARE)
         take_step(loss, taught, (optimizer,), rate)
         seconds = time.perf_counter() - started
         spent += seconds
-        advance(1, f"{losses[falls].settings.kind} {loss.item():.3f}, {seconds:.1f} s a step")
+        advance(1, f"loss {loss.item():.3f}, {seconds:.1f} s a step")
         if (step + 1) % STEPS_KEPT == 0 and step + 1 < steps:
             _keep(kept, step + 1, spent, network, optimizer)
     kept.unlink(missing_ok=True)

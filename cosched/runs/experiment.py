@@ -39,8 +39,7 @@ class Experiment:
     """Runs the arms in turn, some tokens at a time, so that a machine's drift hits all of them.
 
     A turn ends when no update is under way in the background: it would go on in the time of the next.
-    Arms in SGLang run one after the other: an engine takes the memory that
-    there is.
+    Arms in SGLang run one after the other: an engine takes the memory that there is.
 
     ``total_tokens`` is known before ``run`` and at most what the arms will commit.
     """
