@@ -63,8 +63,8 @@ def test_a_publication_in_place_is_served_at_once():
     with torch.no_grad():
         layer.weight.copy_(layer.weight * 2)
     torch.testing.assert_close(
-        layer(inputs) - layer.bias, 2 * (before - layer.bias), rtol=1e-5, atol=1e-5
-    )
+        layer(inputs) - layer.bias, 2 * (before - layer.bias), rtol=0.02, atol=0.02
+    )  # weights that are rewritten may be rounded to bfloat16
 
 
 def test_gradients_go_through_the_weight_itself():

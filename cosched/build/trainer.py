@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
+import torch
+
 from cosched.errors import ConfigError
-from cosched.registry import LOSSES
+from cosched.loop.teacher_rows import record_width
+from cosched.records import Decision, SignalBatch
+from cosched.registry import DRAFTERS, LOSSES
 from cosched.training.background import BackgroundTrainer
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.group import TrainingGroup
 from cosched.training.lora import MergingTrainer
 from cosched.training.micro_step import BatchLoss
+from cosched.training.process import ProcessTrainer
 from cosched.training.scope import lora_of, parameters_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor, nn
 
     from cosched.loop.roles import Trainer
     from cosched.protocols import Drafter, TargetInfo
@@ -26,29 +36,46 @@ if TYPE_CHECKING:
 def build_trainer(
     config: Config, target: TargetInfo, copy: Drafter, ranks: Ranks | None = None
 ) -> Trainer:
-    """A DeepSpeed trainer over a float32 ``copy`` of the serving draft."""
+    """A DeepSpeed trainer over a float32 ``copy`` of the serving draft.
+
+    Raises:
+        ConfigError: it is to train in the background, and several ranks train together.
+    """
+    background = config.adapt.trainer.background
+    if background and ranks and ranks.size > 1:
+        raise ConfigError(
+            f"adapt.trainer.background: true needs one rank, and {ranks.size} train together; "
+            f"use false"
+        )
+    device = target.embedding.weight.device
+    if background and device.type == "cpu":
+        return ProcessTrainer(partial(_build_alone, config, *_sent(target, copy)))
     if (lora := lora_of(copy, config.adapt.scope)) is not None:
-        return build_adapter_trainer(config, target, copy, lora, ranks, merge=True)
-    trainable = parameters_of(copy, config.adapt.scope.kind)
-    return _beside(_trainer(config, target, copy, trainable, ranks), config, target, ranks)
+        network = copy.network()
+        assert network is not None, "adapters are of a network"
+        trainer = MergingTrainer(_adapters(config, target, copy, lora, ranks), network, lora)
+    else:
+        trainable = parameters_of(copy, config.adapt.scope.kind)
+        trainer = _trainer(config, target, copy, trainable, ranks)
+    return BackgroundTrainer(trainer, device) if background else trainer
 
 
 def build_adapter_trainer(
-    config: Config,
-    target: TargetInfo,
-    copy: Drafter,
-    lora: Lora,
-    ranks: Ranks | None = None,
-    merge: bool = False,
+    config: Config, target: TargetInfo, copy: Drafter, lora: Lora
 ) -> Trainer:
-    """A trainer of new adapters on a copy of the draft; ``merge`` gives weights that need none."""
+    """A trainer of new adapters on a copy of the draft: one of many, all in this process."""
+    trainer = _adapters(config, target, copy, lora)
+    if not config.adapt.trainer.background:
+        return trainer
+    return BackgroundTrainer(trainer, target.embedding.weight.device)
+
+
+def _adapters(
+    config: Config, target: TargetInfo, copy: Drafter, lora: Lora, ranks: Ranks | None = None
+) -> DeepSpeedTrainer:
     network = copy.network()
     assert network is not None, "adapters are of a network"
-    trainable = lora.inject(network, config.run.seed)
-    trainer: Trainer = _trainer(config, target, copy, trainable, ranks)
-    if merge:
-        trainer = MergingTrainer(trainer, network, lora)
-    return _beside(trainer, config, target, ranks)
+    return _trainer(config, target, copy, lora.inject(network, config.run.seed), ranks)
 
 
 def _trainer(
@@ -78,13 +105,76 @@ def _trainer(
     )
 
 
-def _beside(trainer: Trainer, config: Config, target: TargetInfo, ranks: Ranks | None) -> Trainer:
-    """The trainer in the background, where the settings want it there."""
-    if not config.adapt.trainer.background:
-        return trainer
-    if ranks and ranks.size > 1:
-        raise ConfigError(
-            f"adapt.trainer.background: true needs one rank, and {ranks.size} train together; "
-            f"use false"
-        )
-    return BackgroundTrainer(trainer, target.embedding.weight.device)
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """Of a target what training needs, to be sent to another process."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_length: int
+    embedding: nn.Embedding
+    head: nn.Module
+
+    def token_ids(self) -> None:
+        """The draft has been checked against them."""
+
+
+def _sent(target: TargetInfo, copy: Drafter) -> tuple[_Tables, int, Mapping[str, Tensor]]:
+    """What ``_build_alone`` makes the same trainer of."""
+    network = copy.network()
+    assert network is not None, "a drafter without a network has nothing to train"
+    tables = _Tables(
+        target.vocab_size,
+        target.hidden_size,
+        target.num_layers,
+        target.max_length,
+        target.embedding,
+        target.head,
+    )
+    return tables, copy.num_draft_tokens, network.state_dict()
+
+
+def _build_alone(
+    config: Config, target: _Tables, num_draft_tokens: int, weights: Mapping[str, Tensor]
+) -> Trainer:
+    """In a process that does nothing else."""
+    settings = msgspec.structs.replace(config.drafter_settings, num_draft_tokens=num_draft_tokens)
+    drafter = DRAFTERS.get(settings.kind).load(settings, target)
+    copy: Drafter = drafter.clone(torch.float32)
+    network = copy.network()
+    assert network is not None
+    network.load_state_dict(weights)
+    inline = msgspec.structs.replace(config.adapt.trainer, background=False)
+    adapt = msgspec.structs.replace(config.adapt, trainer=inline)
+    trainer = build_trainer(msgspec.structs.replace(config, adapt=adapt), target, copy)
+    trainer.update(_blank_batch(config, target, copy), Decision(1))  # the first one is slow
+    trainer.reset()
+    return trainer
+
+
+def _blank_batch(config: Config, target: TargetInfo, copy: Drafter) -> SignalBatch:
+    """As many rows of one request as an update has at most, with nothing in them."""
+    replay, path = config.adapt.replay, copy.num_draft_tokens
+    anchors = max(1, min(replay.anchors, replay.window - path))
+    teacher_width = {
+        "hidden": target.hidden_size,
+        "logits": target.vocab_size,
+        "top_k": record_width(replay.teacher_top_k),
+    }[replay.teacher]
+    layers, dtype = len(copy.signal.feature_layers), target.embedding.weight.dtype
+    return SignalBatch(
+        starts_R=torch.zeros(1, dtype=torch.int64),
+        lengths_R=torch.tensor([replay.window]),
+        tokens_RC1=torch.zeros(1, replay.window + 1, dtype=torch.int64),
+        features_RCF=torch.zeros(1, replay.window, layers * target.hidden_size, dtype=dtype)
+        if layers
+        else None,
+        anchors_RN=torch.arange(1, anchors + 1)[None],
+        paths_RNK=torch.zeros(1, anchors, path, dtype=torch.int64),
+        teacher_RNKX=torch.zeros(
+            1, anchors, path, teacher_width, dtype=dtype if replay.teacher == "hidden" else None
+        ),
+        weights_RNK=torch.ones(1, anchors, path),
+        window=config.drafter_settings.window,
+    )

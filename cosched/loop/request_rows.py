@@ -32,6 +32,8 @@ class Drawn:
     weights_NK: Tensor
 
 
+CONTEXT_STEP = 64  # rows
+
 Found = tuple[int, Tensor, Tensor, Tensor, Tensor]
 """The first anchor; anchors [N], oldest first, paths [N, K], their teacher and weights."""
 
@@ -201,8 +203,13 @@ class RequestRows:
 
 
 def pad(drawn: list[Drawn], draft_window: int | None) -> SignalBatch:
-    """Stack requests of unequal length; padding has weight zero and anchor one."""
-    context = max(len(one.tokens_C1) for one in drawn) - 1
+    """Stack requests of unequal length; padding has weight zero and anchor one.
+
+    Contexts are padded to whole multiples of ``CONTEXT_STEP``: some kernels are compiled for every
+    shape that comes, which takes longer than they run.
+    """
+    longest = max(len(one.tokens_C1) for one in drawn) - 1
+    context = -(-longest // CONTEXT_STEP) * CONTEXT_STEP
     anchors = max(len(one.anchors_N) for one in drawn)
 
     def stacked(tensors: list[Tensor], length: int, fill: int = 0) -> Tensor:
