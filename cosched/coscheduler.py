@@ -67,14 +67,14 @@ class Coscheduler:
     def observe(self, round_: VerifyRound) -> Snapshot:
         """Count it: all that a policy may know, in numbers."""
         standing = self._guard.standing
-        self.counters.observe(round_, standing.lead_tokens)
+        self.counters.observe(round_, standing.lead_tokens, beside=self.busy)
         self._guard.observe(round_, self.counters.serves_loaded)
         running, kept = round_.num_running, self._buffer.num_tokens
         return self.counters.snapshot(running, self.version, kept, standing.resumes_at)
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Whether to train now, and how: the policy's word, where it can be followed."""
-        if self._learner is None or self._learner.busy:
+        if self._learner is None or self.busy:
             return NOTHING
         with self._meter:
             return self._policy.decide(snapshot)
@@ -83,11 +83,11 @@ class Coscheduler:
         """Micro-steps on the trainer's own copy; None while none is done."""
         if self._learner is None:
             return None
-        under_way = self.busy
+        under_way = self._learner.busy
         with self._meter:
             result = self._learner.finished() if under_way else self._begin(self._learner, decision)
         seconds = self._meter.take()
-        if result or self.busy > under_way:  # to decline is free: an idle server asks for hours
+        if result or self._learner.busy > under_way:  # to decline is free: an idle server asks for hours
             self.counters.update_seconds_total += seconds
         if result:
             self.counters.note_update(result, in_background=under_way)
@@ -105,8 +105,10 @@ class Coscheduler:
         with self._meter:
             verdict = self._guard.judge(result, seen, self._learner.weights)
         seconds = self._meter.take()
+        if verdict.reason or self._guard.busy:
+            self.counters.note_look(seconds)
         if verdict.reason:
-            self.counters.note_verdict(verdict, seconds, self.version)
+            self.counters.note_verdict(verdict, self.version)
             self._sink.emit("verdict", round=self.counters.rounds, verdict=verdict)
         return verdict
 
@@ -139,7 +141,8 @@ class Coscheduler:
 
     @property
     def busy(self) -> bool:
-        return self._trainer is not None and self._trainer.busy
+        """Whether something goes on beside the decoding: an update, or a look at what came of one."""
+        return self._trainer is not None and (self._trainer.busy or self._guard.busy)
 
     @property
     def _learner(self) -> Trainer | None:
@@ -171,7 +174,7 @@ class Coscheduler:
 
     def _forget(self) -> Verdict:
         """State per request: the next one starts from the draft as it was loaded, and anew."""
-        self._guard.start_anew(self.counters.rounds)
+        self._guard.request_ended(self.counters.rounds)
         if not (self.counters.start_anew() or self.busy):
             return KEEP  # it has learnt nothing
         self._sink.emit("reset", round=self.counters.rounds)

@@ -123,19 +123,19 @@ class ShadowSettings(
 ):
     """``adapt.guard`` of ``kind: shadow``: drafts are scored on rows that no update has seen.
 
-    A candidate serves once there is evidence that it is better than what serves; ``false_publish`` is
-    the chance that one which is not better ever does. Training starts again from what serves once
-    there is evidence that the candidate is worse, and the draft as loaded serves again once there is
-    that what serves is worse than it; ``false_rollback`` is the chance that such evidence is wrong.
-    Both hold however often is looked (``cosched.guard.statistics``). To serve takes surer evidence
-    than to go back, because the draft as loaded is what users had before.
+    What is learnt serves, from update to update, once there is evidence that it is better than the
+    draft as loaded; ``false_publish`` is the chance that learning which is not better ever serves. The
+    draft as loaded serves again once there is evidence that what was learnt is worse than it;
+    ``false_rollback`` is the chance that such evidence is wrong. Both hold however often is looked
+    (``cosched.guard.statistics``). To serve takes surer evidence than to go back, because the draft as
+    loaded is what users had before. With state per request the evidence is of all requests.
 
     Each update leaves out the newest ``anchors``, which judge it; later ones are trained on them.
     Between updates the guard looks every ``check_rounds`` on all rows that no update has had, up to
     four times ``anchors``, or sooner when the acceptance length has fallen; a quarter as often while
     the draft as loaded serves, which can do no harm. When the draft as loaded
     serves again nothing is trained for ``check_rounds``, and for twice as many each time until
-    something is published, but never for more than 32 times as many.
+    learning has been shown to pay, but never for more than 32 times as many.
     """
 
     replaced: ClassVar[dict[str, str]] = {

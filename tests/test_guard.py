@@ -272,7 +272,7 @@ def test_what_is_looked_at(alarm: bool, num_new: int, trained: bool) -> None:
 
     guard = ShadowGuard(
         ShadowSettings(),
-        SimpleNamespace(scores=scores),
+        SimpleNamespace(scores=scores, busy=False),
         SimpleNamespace(held_out=held_out),
         SimpleNamespace(version=5, weights_of=lambda version: version),
     )
@@ -284,8 +284,7 @@ def test_what_is_looked_at(alarm: bool, num_new: int, trained: bool) -> None:
     assert seen == [(128, True)]
     assert asked == ([[5, "new", 0] if trained else [5, 0]] if num_new else [])
     blocks = max(1, num_new // BLOCK) if num_new else 0
-    assert monitor.harm.num_blocks == blocks
-    assert monitor.better.num_blocks == (blocks if trained else 0)
+    assert monitor.worse.num_blocks == monitor.better.num_blocks == blocks
     assert verdict.action == ("wait" if trained else "keep")
     assert monitor.fall.alarmed == (alarm and not num_new)  # it waits for rows
     again = guard.judge(None, at, candidate=lambda: "new")
@@ -295,7 +294,7 @@ def test_what_is_looked_at(alarm: bool, num_new: int, trained: bool) -> None:
 
 def test_an_update_without_a_finite_step_is_no_candidate() -> None:
     """Nothing is scored for it, and what was known of the candidate stands."""
-    guard = ShadowGuard(ShadowSettings(), None, None, None)
+    guard = ShadowGuard(ShadowSettings(), SimpleNamespace(busy=False), None, None)
     for one in (guard, FiniteGuard()):
         result = UpdateResult(2, 2, (math.nan, math.nan), 1, 0.1)
         verdict = one.judge(result, snapshot(), candidate=lambda: pytest.fail("not asked for"))

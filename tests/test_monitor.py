@@ -25,15 +25,29 @@ def seen(round_: int = 0, version: int = 1, loaded: bool = False) -> Snapshot:
     return snapshot(round_index=round_, draft_version=version, serves_loaded=loaded)
 
 
-def lengths(ahead: float) -> list[float]:
-    return [1.0 + ahead, 3.0 + ahead] * (ROWS // 2)
+def lengths(ahead: float, rows: int = ROWS) -> list[float]:
+    return [1.0 + ahead, 3.0 + ahead] * (rows // 2)
 
 
-def candidate(monitor: Monitor, ahead: float, at: Snapshot, loaded: float | None = None) -> Verdict:
-    """Look at a candidate that scores ``ahead`` of 2.0; the loaded draft scores ``loaded`` of it."""
+def candidate(
+    monitor: Monitor, ahead: float, at: Snapshot, loaded: float | None = None, wide: bool = False
+) -> Verdict:
+    """Look at a candidate that scores ``ahead`` of 2.0; the loaded draft scores ``loaded`` of it.
+
+    On the rows of one block, or of four that are alike where it is a ``wide`` look.
+    """
     monitor.waits = True
-    own = None if loaded is None else lengths(loaded)
-    return monitor.look(Scores(lengths(0.0), lengths(ahead), own), SETTINGS, at)
+    rows = 4 * ROWS if wide else ROWS
+    own = None if loaded is None else lengths(loaded, rows)
+    return monitor.look(Scores(lengths(0.0, rows), lengths(ahead, rows), own), SETTINGS, at)
+
+
+def trusted() -> Monitor:
+    """Learning has been shown to pay."""
+    monitor = Monitor()
+    while candidate(monitor, 0.2, seen(loaded=True), wide=True).action != "publish":
+        pass
+    return monitor
 
 
 def check(monitor: Monitor, loaded: float, at: Snapshot) -> Verdict:
@@ -41,62 +55,69 @@ def check(monitor: Monitor, loaded: float, at: Snapshot) -> Verdict:
     return monitor.look(Scores(lengths(0.0), loaded=lengths(loaded)), SETTINGS, at)
 
 
-# --- a candidate -----------------------------------------------------------------------------
+# --- whether learning pays -------------------------------------------------------------------
 
 
 def test_a_verdict_carries_its_scores() -> None:
-    """Means, and how many rows they are of; the reason says by how much the candidate is ahead."""
+    """Means, and how many rows they are of; the reason says by how much the learner is ahead."""
     verdict = candidate(Monitor(), 0.25, seen(), loaded=-0.5)
     assert (verdict.action, verdict.to) == ("wait", None)
     assert (verdict.serving_score, verdict.candidate_score) == (2.0, 2.25)
     assert (verdict.loaded_score, verdict.num_rows) == (1.5, ROWS)
-    assert "+0.250" in verdict.reason
+    assert "+0.750" in verdict.reason
 
 
-@pytest.mark.parametrize("loaded", [True, False])
-def test_a_candidate_serves_once_it_has_shown_that_it_is_better(loaded: bool) -> None:
-    """Than what serves, whether that is the draft as loaded or one that was trained. Then the next one
-    has to show it anew, from nothing: what was seen is of another comparison."""
-    monitor, draw, waited = Monitor(), random.Random(2), []
-    for _ in range(3):
-        looks = 1
-        while (
-            verdict := candidate(monitor, draw.gauss(0.2, 0.05), seen(loaded=loaded))
-        ).action != "publish":
-            assert verdict.action == "wait"
-            looks += 1
-        waited.append(looks)
-        assert (monitor.better, monitor.worse) == (Evidence(), Evidence())
-        assert not monitor.waits
-    assert all(9 <= looks <= 20 for looks in waited)
+def test_what_is_learnt_serves_once_learning_has_been_shown_to_pay() -> None:
+    """Each candidate is another one, and all are evidence of the same: that the learner, whatever its
+    weights are by now, is better than the draft as loaded. From then on they serve as they come."""
+    monitor, draw, waited = Monitor(), random.Random(2), 1
+    while (
+        verdict := candidate(monitor, draw.gauss(0.2, 0.05), seen(loaded=True), wide=True)
+    ).action != "publish":
+        assert verdict.action == "wait"
+        waited += 1
+    assert 4 <= waited <= 20
+    assert monitor.trusted
+    assert not monitor.waits
+    for _ in range(20):
+        found = candidate(monitor, 0.01, seen(loaded=False), loaded=-0.2, wide=True)
+        assert found.action == "publish"
 
 
-def test_a_candidate_that_brings_nothing_waits() -> None:
-    """It is not thrown away, which is a matter of money; and it does not serve, but for the error rate
+def test_learning_that_brings_nothing_never_serves() -> None:
+    """It is not given up, which is a matter of money; and nothing of it serves, but for the error rate
     of 0.05: of 60 streams of 1,200 rows (seeds fixed) at most 6, which by chance are more than that in
     3 % of cases where the rate is all used up."""
     served = dropped = 0
     for seed in range(60):
         monitor, draw = Monitor(), random.Random(seed)
-        found = {candidate(monitor, draw.gauss(0, NOISE), seen()).action for _ in range(150)}
+        at = seen(loaded=True)
+        found = {candidate(monitor, draw.gauss(0, NOISE), at).action for _ in range(150)}
         served += "publish" in found
         dropped += "roll_back" in found
     assert served <= 6
     assert dropped <= 18
 
 
-def test_training_starts_again_from_what_serves_once_it_has_made_it_worse() -> None:
-    """On evidence, not at the first bad look; and that is no rollback of anything that served."""
-    monitor, draw, found = Monitor(), random.Random(1), []
-    while not found or found[-1].action == "wait":
-        found.append(candidate(monitor, draw.gauss(-0.3, 0.1), seen(version=7)))
-    assert 3 <= len(found) <= 16
-    assert (found[-1].action, found[-1].to) == ("roll_back", 7)
-    assert (monitor.pause, monitor.waits, monitor.worse) == (0, False, Evidence())
-    counters = Counters()
-    for verdict in found:
-        counters.note_verdict(verdict, 0.1, serving=7)
-    assert (counters.refused, counters.rolled_back) == (len(found), 0)
+def test_a_bad_candidate_of_a_trusted_learner_does_not_serve() -> None:
+    """One update on wrong labels, or one that made NaN of the weights: the look at it keeps it out, and
+    one look alone is no reason to go back. Too few rows to say anything keep it out as well."""
+    for ahead in (-0.7, float("nan")):
+        monitor = trusted()
+        assert candidate(monitor, ahead, seen(), loaded=-0.2, wide=True).action == "wait"
+        assert monitor.trusted
+        assert candidate(monitor, 0.05, seen(), loaded=-0.2, wide=True).action == "publish"
+    monitor = trusted()
+    assert candidate(monitor, 0.05, seen(), loaded=-0.2).action == "wait"  # one block
+
+
+def test_poisoned_updates_never_serve() -> None:
+    """Trained on random labels a draft is worse at once: in 200 streams of 50 looks none is served."""
+    for seed in range(200):
+        monitor, draw = Monitor(), random.Random(seed)
+        for _ in range(50):
+            at = seen(loaded=True)
+            assert candidate(monitor, draw.gauss(-0.4, 0.3), at, wide=True).action != "publish"
 
 
 def test_fewer_rows_are_less_evidence() -> None:
@@ -106,18 +127,30 @@ def test_fewer_rows_are_less_evidence() -> None:
         draw, counts = random.Random(4), []
         for _ in range(20):
             monitor, number = Monitor(), 0
-            while True:
+            while not monitor.trusted:
                 number += 1
                 own = [draw.gauss(0, 0.5) for _ in range(rows)]
+                monitor.waits = True
                 scores = Scores([2.0] * rows, [2.2 + one for one in own])
-                if monitor.look(scores, SETTINGS, seen()).action == "publish":
-                    break
+                monitor.look(scores, SETTINGS, seen())
             counts.append(number)
         looks[rows] = statistics.median(counts)
     assert looks[2] > 3 * looks[16]
 
 
-# --- what serves -----------------------------------------------------------------------------
+def test_what_was_seen_outlives_a_request() -> None:
+    """State per request: the draft is the loaded one again, and a hundred rows are soon over. Whether
+    learning pays is known of the traffic, not of one answer."""
+    monitor = trusted()
+    kept = monitor.better, monitor.worse, monitor.lead
+    monitor.waits = True
+    monitor.request_ended(70)
+    assert (monitor.trusted, monitor.waits, monitor.looked_at) == (True, False, 70)
+    assert (monitor.better, monitor.worse, monitor.lead) == kept
+    assert candidate(monitor, 0.1, seen(90, loaded=True), wide=True).action == "publish"
+
+
+# --- going back ------------------------------------------------------------------------------
 
 
 def test_a_draft_that_learning_made_worse_goes_back_and_training_pauses() -> None:
@@ -131,18 +164,25 @@ def test_a_draft_that_learning_made_worse_goes_back_and_training_pauses() -> Non
         assert 3 <= len(found) <= 16
         assert found[-1].to == 0
         assert monitor.standing.resumes_at == resumes
-        assert (monitor.harm, monitor.lead) == (Evidence(), Lead())
+        assert (monitor.worse, monitor.lead) == (Evidence(), Lead())
+        assert not monitor.trusted
 
 
-def test_what_serves_goes_back_before_a_candidate_is_told_from_it() -> None:
-    """The candidate was trained from it, and may be better than it and worse than the loaded one."""
-    monitor, draw = Monitor(), random.Random(5)
-    while (found := candidate(monitor, 0.0, seen(), draw.gauss(0.5, 0.1))).action == "wait":
-        pass
-    assert (found.action, found.to) == ("roll_back", 0)
+def test_training_starts_again_once_it_has_made_the_draft_worse() -> None:
+    """Before anything served: on evidence, and that is no rollback of anything that served."""
+    monitor, draw, found = Monitor(), random.Random(1), []
+    while not found or found[-1].action == "wait":
+        found.append(candidate(monitor, draw.gauss(-0.3, 0.1), seen(loaded=True, version=0)))
+    assert 3 <= len(found) <= 16
+    assert (found[-1].action, found[-1].to) == ("roll_back", 0)
+    assert (monitor.pause, monitor.waits) == (100, False)
+    counters = Counters()
+    for verdict in found:
+        counters.note_verdict(verdict, serving=0)
+    assert (counters.refused, counters.rolled_back) == (len(found), 0)
 
 
-def test_pauses_do_not_grow_for_ever_and_end_with_a_publication() -> None:
+def test_pauses_do_not_grow_for_ever_and_end_once_learning_pays() -> None:
     """Text may change after months: what has gone back often is tried again all the same."""
     monitor, pauses = Monitor(), []
     for _ in range(8):
@@ -150,7 +190,7 @@ def test_pauses_do_not_grow_for_ever_and_end_with_a_publication() -> None:
             pass
         pauses.append(monitor.standing.resumes_at)
     assert pauses == [100 * min(2**n, LONGEST_PAUSE) for n in range(8)]
-    while candidate(monitor, 1.0, seen()).action != "publish":
+    while candidate(monitor, 1.0, seen(loaded=True), wide=True).action != "publish":
         pass
     while check(monitor, 1.0, seen()).action != "roll_back":
         pass
@@ -182,20 +222,13 @@ def test_who_goes_back_has_lost_little() -> None:
     assert len(looks(0.0)) < 0.2 * 50
 
 
-def test_what_a_candidate_has_shown_is_its_lead() -> None:
-    """Over the draft as loaded, whose place it takes; of one that takes another's place the lead over
-    the loaded one is measured on."""
+def test_what_learning_has_shown_is_its_lead() -> None:
+    """Over the draft as loaded; known once there are as many rows as it takes to say anything."""
     monitor, draw = Monitor(), random.Random(6)
-    while candidate(monitor, draw.gauss(0.2, 0.05), seen(loaded=True)).action != "publish":
-        assert monitor.standing.lead_tokens == 0
-    for _ in range(20):  # to have as many rows as it takes to say anything
-        check(monitor, draw.gauss(-0.2, 0.05), seen())
-    lead = monitor.lead
-    assert lead.mean == pytest.approx(0.2, abs=0.05)
-    assert 0 < monitor.standing.lead_tokens < lead.mean
-    while candidate(monitor, 0.5, seen()).action != "publish":
-        pass
-    assert monitor.lead == lead
+    for _ in range(60):
+        candidate(monitor, draw.gauss(0.2, 0.05), seen(loaded=True))
+    assert monitor.lead.mean == pytest.approx(0.2, abs=0.05)
+    assert 0 < monitor.standing.lead_tokens < monitor.lead.mean
 
 
 # --- when to look ----------------------------------------------------------------------------
@@ -226,7 +259,7 @@ def test_a_candidate_that_waits_is_looked_at_on_all_that_comes() -> None:
             candidate(monitor, draw.gauss(0.3, 0.2), at)
         elif monitor.overdue(SETTINGS, at):
             looked.append(round_)
-            if candidate(monitor, draw.gauss(0.3, NOISE), at).action == "publish":
+            if candidate(monitor, draw.gauss(0.3, NOISE), at, wide=True).action == "publish":
                 break
     assert looked == [1003 + 100 * UNHURRIED * n for n in range(1, len(looked) + 1)]
     assert 3 <= len(looked) <= 16
@@ -291,17 +324,17 @@ def test_gains_are_those_of_scores_where_there_are_scores() -> None:
     before = Counters().gain
     counters = Counters(recent=2.0, recent_at_update=1.0, updates=5, updates_at_served=4)
     for _ in range(100):
-        counters.note_verdict(Verdict("publish", "", None, 8, 2.2, 2.0, 1.6), 0.0, 1)
+        counters.note_verdict(Verdict("publish", "", None, 8, 2.2, 2.0, 1.6), 1)
         counters.begin_update(1)
     told = counters.snapshot(1, 0, 0)
     assert before == 1
     assert told.update_gain == pytest.approx(1.1, rel=1e-4)
     for _ in range(200):  # each candidate two updates ahead of what serves
         counters.updates, counters.updates_at_served = 7, 5
-        counters.note_verdict(Verdict("wait", "", None, 8, 2.42, 2.0, 1.6), 0.0, 1)
+        counters.note_verdict(Verdict("wait", "", None, 8, 2.42, 2.0, 1.6), 1)
     assert counters.gain == pytest.approx(1.1, rel=1e-4)
     unscored = Counters(recent=2.0, recent_at_update=1.0, updates=5)
-    unscored.note_verdict(Verdict("publish", "finite"), 0.0, 1)
+    unscored.note_verdict(Verdict("publish", "finite"), 1)
     unscored.begin_update(1)
     assert unscored.snapshot(1, 0, 0).update_gain == pytest.approx(2**0.1)
 

@@ -303,7 +303,7 @@ def test_learning_costs_no_more_than_it_brings(gain: float, cost: float) -> None
 
 def test_nothing_is_earned_without_evidence() -> None:
     """A score that could be chance buys no update; nor does a draft that has gone back."""
-    counters, monitor = Counters(), Monitor()
+    counters, monitor = Counters(serves_loaded=False), Monitor()
     settings, seen = ShadowSettings(), counters.snapshot(1, 7, 0)
     seen = msgspec.structs.replace(seen, serves_loaded=False)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.func import functional_call
 
 from cosched.build.coscheduler import build_coscheduler, build_pool
 from cosched.build.embedded import build_world
-from cosched.build.trainer import build_trainer
+from cosched.build.trainer import build_scorer, build_trainer
 from cosched.engines.embedded.target import Target
 from cosched.engines.request import FinishedRequest, GenerationRequest
 from cosched.errors import ConfigError, WorkloadError
@@ -35,6 +34,7 @@ from cosched.settings.schema import Config
 from cosched.telemetry.run_folder import NoEvents, RunFolder
 from cosched.testing.harness import collected, decode, make_engine, make_requests, serve
 from cosched.testing.specimen import Feeder, make_texts
+from cosched.training.background import BackgroundTrainer
 from cosched.training.lora import MergingTrainer, find_layers, placed
 from cosched.training.scope import lora_of, scope_of
 from cosched.workload.requests import check_texts
@@ -482,26 +482,18 @@ def test_an_update_under_way_when_its_request_ends_serves_nobody(
     config = configure("adapt.scope.state=per_request", "adapt.trainer.background=true")
     drafter = make_drafter(target)
     publisher = InPlacePublisher.of_modules(drafter.network(), target.model)
-    observer = build_coscheduler(config, target, drafter, publisher, None, NoEvents())
-    trainer: Any = observer._trainer
-    first, may_end = copied(trainer.weights()), threading.Event()
-    train, reset = trainer._run, trainer.reset
-
-    def held(*update: Any) -> Any:
-        assert may_end.wait(60)
-        return train(*update)
-
-    def released() -> None:
-        may_end.set()
-        reset()
-
-    monkeypatch.setattr(trainer, "_run", held)
-    monkeypatch.setattr(trainer, "reset", released)
+    copy = drafter.clone(torch.float32)
+    trainer = BackgroundTrainer(build_trainer(config, target, copy), target.device)
+    learner = trainer, build_scorer(config, target, copy, "sampled", 1.0)
+    observer = build_coscheduler(
+        config, target, drafter, publisher, None, NoEvents(), learner=learner
+    )
+    first = copied(trainer.weights())
+    monkeypatch.setattr(trainer, "finished", lambda: None)  # it takes longer than the request
     one, *_ = requests = make_requests(target, count=1, prompt=8, new=40)
     decode(make_engine(target, drafter, requests, observer=observer), [one])
-    under_way, taught = observer.busy, copied(trainer.weights())
-    may_end.set()
-    assert not under_way
+    assert not observer.busy
+    taught = copied(trainer.weights())
     assert observer.counters.updates == 0
     assert same(taught, first)
 

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cosched.build.trainer import build_adapter_trainer, build_trainer
+from cosched.build.trainer import build_adapter_trainer, build_learner, build_scorer
 from cosched.coscheduler import Coscheduler
 from cosched.errors import ConfigError
 from cosched.guard.guard import FiniteGuard, ShadowGuard
-from cosched.guard.scorer import AcceptanceScorer
 from cosched.loop.budget import WithinTimeShare
 from cosched.loop.per_adapter import CoschedulerPool
 from cosched.loop.publish import InPlacePublisher, Serving
@@ -25,7 +24,7 @@ from cosched.training.trying import TryingTrainer, WithObjective
 
 if TYPE_CHECKING:
     from cosched.engines.embedded.target import Target
-    from cosched.loop.roles import Guard, Publisher, Sink, Trainer
+    from cosched.loop.roles import Guard, Publisher, Scorer, Sink, Trainer
     from cosched.protocols import Drafter, TargetInfo
     from cosched.records import Acceptance
     from cosched.settings.schema import Config
@@ -42,13 +41,13 @@ def build_coscheduler(
     ranks: Ranks | None = None,
     acceptance: Acceptance = "sampled",
     temperature: float = 1.0,
-    learner: tuple[Drafter, Trainer] | None = None,
+    learner: tuple[Trainer, Scorer] | None = None,
 ) -> Coscheduler:
     """All that adapts a serving draft; ``ranks`` where several train it.
 
     ``acceptance`` is the engine's and ``temperature`` that of the requests, by which a guard scores; where
     requests differ, 1: a draft that is nearer to the target is so at any temperature, as a rule. Without a
-    ``learner``, a copy of the draft and what trains it, one is made if anything is published.
+    ``learner``, what trains a copy of the draft and what scores it, one is made if anything is published.
     """
     adapt, loss, settings = config.adapt, config.loss_settings, config.policy_settings
     chosen, rates = config.objective_settings, [rate for _, rate in config.experts]
@@ -71,32 +70,19 @@ def build_coscheduler(
         held_out=shadow.anchors if shadow else 0,
     )
     guard: Guard = FiniteGuard()
+    trainer: Trainer | None = None
     if publisher is not None:
         if learner is None:
-            copy = drafter.clone(torch.float32)
-            learner = copy, build_trainer(config, target, copy, ranks)
+            learner = build_learner(config, target, drafter, acceptance, temperature, ranks)
+        trainer, scorer = learner
         if shadow is not None:
-            dtype = target.embedding.weight.dtype
-            form = adapt.replay.teacher
-            scorer = AcceptanceScorer(
-                learner[0],
-                target.head,
-                form,
-                dtype,
-                acceptance,
-                temperature,
-                ranks,
-                loss.chunk_rows,
-            )
             guard = ShadowGuard(shadow, scorer, buffer, publisher)
             if rates:
-                copy, trainer = learner
-                tried = TryingTrainer(trainer, rates, scorer, buffer, publisher, shadow.anchors)
-                learner = copy, tried
+                trainer = TryingTrainer(trainer, rates, scorer, buffer, publisher, shadow.anchors)
     return Coscheduler(
         buffer=buffer,
         policy=policy if ranks is None else SamePolicy(policy, ranks),
-        trainer=None if learner is None else learner[1],
+        trainer=trainer,
         guard=guard,
         publisher=publisher,
         sink=sink,
@@ -136,6 +122,7 @@ def build_pool(
 
     def make(index: int, events: Sink) -> Coscheduler:
         trainer = build_adapter_trainer(config, target, copies[index], lora)
+        scorer = build_scorer(config, target, copies[index], acceptance, temperature)
         storage = {
             name: tensor
             for layer, tensors in served[index].items()
@@ -157,7 +144,7 @@ def build_pool(
             events,
             acceptance=acceptance,
             temperature=temperature,
-            learner=(copies[index], trainer),
+            learner=(trainer, scorer),
         )
 
     return CoschedulerPool(count, config.adapt.scope.tenants, make, sink)

@@ -10,6 +10,7 @@ import msgspec
 import torch
 
 from cosched.errors import ConfigError
+from cosched.guard.scorer import AcceptanceScorer
 from cosched.loop.teacher_rows import record_width
 from cosched.records import Decision, SignalBatch
 from cosched.registry import DRAFTERS, LOSSES
@@ -18,7 +19,7 @@ from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.group import TrainingGroup
 from cosched.training.lora import MergingTrainer
 from cosched.training.micro_step import BatchLoss
-from cosched.training.process import ProcessTrainer
+from cosched.training.process import ProcessScorer, ProcessTrainer, Worker
 from cosched.training.scope import lora_of, parameters_of
 
 if TYPE_CHECKING:
@@ -26,38 +27,77 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from cosched.loop.roles import Trainer
+    from cosched.loop.roles import Scorer, Trainer
     from cosched.protocols import Drafter, TargetInfo
+    from cosched.records import Acceptance
     from cosched.settings.schema import Config
     from cosched.training.lora import Lora
     from cosched.training.ranks import Ranks
 
 
-def build_trainer(
-    config: Config, target: TargetInfo, copy: Drafter, ranks: Ranks | None = None
-) -> Trainer:
-    """A DeepSpeed trainer over a float32 ``copy`` of the serving draft.
+def build_learner(
+    config: Config,
+    target: TargetInfo,
+    drafter: Drafter,
+    acceptance: Acceptance,
+    temperature: float,
+    ranks: Ranks | None = None,
+) -> tuple[Trainer, Scorer]:
+    """What trains a float32 copy of the serving draft, and what scores its weights for a guard.
+
+    In the background on a CPU both are in a process of their own, and elsewhere the trainer in a thread.
 
     Raises:
         ConfigError: it is to train in the background, and several ranks train together.
     """
-    background = config.adapt.trainer.background
+    background, device = config.adapt.trainer.background, target.embedding.weight.device
     if background and ranks and ranks.size > 1:
         raise ConfigError(
             f"adapt.trainer.background: true needs one rank, and {ranks.size} train together; "
             f"use false"
         )
-    device = target.embedding.weight.device
     if background and device.type == "cpu":
-        return ProcessTrainer(partial(_build_alone, config, *_sent(target, copy)))
-    if (lora := lora_of(copy, config.adapt.scope)) is not None:
-        network = copy.network()
-        assert network is not None, "adapters are of a network"
-        trainer = MergingTrainer(_adapters(config, target, copy, lora, ranks), network, lora)
-    else:
+        sent = config, _tables_of(target), drafter.num_draft_tokens, _weights_of(drafter)
+        worker = Worker(partial(_build_alone, *sent, acceptance, temperature))
+        return ProcessTrainer(worker), ProcessScorer(worker)
+    copy = drafter.clone(torch.float32)
+    trainer = build_trainer(config, target, copy, ranks)
+    scorer = build_scorer(config, target, copy, acceptance, temperature, ranks)
+    return BackgroundTrainer(trainer, device) if background else trainer, scorer
+
+
+def build_trainer(
+    config: Config, target: TargetInfo, copy: Drafter, ranks: Ranks | None = None
+) -> Trainer:
+    """A DeepSpeed trainer of a ``copy`` of the draft, in this process, for whose updates one waits."""
+    if (lora := lora_of(copy, config.adapt.scope)) is None:
         trainable = parameters_of(copy, config.adapt.scope.kind)
-        trainer = _trainer(config, target, copy, trainable, ranks)
-    return BackgroundTrainer(trainer, device) if background else trainer
+        return _trainer(config, target, copy, trainable, ranks)
+    network = copy.network()
+    assert network is not None, "adapters are of a network"
+    return MergingTrainer(_adapters(config, target, copy, lora, ranks), network, lora)
+
+
+def build_scorer(
+    config: Config,
+    target: TargetInfo,
+    copy: Drafter,
+    acceptance: Acceptance,
+    temperature: float,
+    ranks: Ranks | None = None,
+) -> AcceptanceScorer:
+    """It puts weights into a trainer's ``copy`` for the while."""
+    return AcceptanceScorer(
+        copy,
+        target.head,
+        config.adapt.replay.teacher,
+        target.embedding.weight.dtype,
+        acceptance,
+        temperature,
+        ranks,
+        config.loss_settings.chunk_rows,
+        config.adapt.trainer.precision,
+    )
 
 
 def build_adapter_trainer(
@@ -120,37 +160,36 @@ class _Tables:
         """The draft has been checked against them."""
 
 
-def _sent(target: TargetInfo, copy: Drafter) -> tuple[_Tables, int, Mapping[str, Tensor]]:
-    """What ``_build_alone`` makes the same trainer of."""
-    network = copy.network()
+def _tables_of(target: TargetInfo) -> _Tables:
+    sizes = target.vocab_size, target.hidden_size, target.num_layers, target.max_length
+    return _Tables(*sizes, target.embedding, target.head)
+
+
+def _weights_of(drafter: Drafter) -> Mapping[str, Tensor]:
+    network = drafter.network()
     assert network is not None, "a drafter without a network has nothing to train"
-    tables = _Tables(
-        target.vocab_size,
-        target.hidden_size,
-        target.num_layers,
-        target.max_length,
-        target.embedding,
-        target.head,
-    )
-    return tables, copy.num_draft_tokens, network.state_dict()
+    return network.state_dict()
 
 
 def _build_alone(
-    config: Config, target: _Tables, num_draft_tokens: int, weights: Mapping[str, Tensor]
-) -> Trainer:
-    """In a process that does nothing else."""
+    config: Config,
+    target: _Tables,
+    num_draft_tokens: int,
+    weights: Mapping[str, Tensor],
+    acceptance: Acceptance,
+    temperature: float,
+) -> tuple[Trainer, Scorer]:
+    """The same in a process that does nothing else, warm: the first update takes many times as long."""
     settings = msgspec.structs.replace(config.drafter_settings, num_draft_tokens=num_draft_tokens)
     drafter = DRAFTERS.get(settings.kind).load(settings, target)
     copy: Drafter = drafter.clone(torch.float32)
     network = copy.network()
     assert network is not None
     network.load_state_dict(weights)
-    inline = msgspec.structs.replace(config.adapt.trainer, background=False)
-    adapt = msgspec.structs.replace(config.adapt, trainer=inline)
-    trainer = build_trainer(msgspec.structs.replace(config, adapt=adapt), target, copy)
-    trainer.update(_blank_batch(config, target, copy), Decision(1))  # the first one is slow
+    trainer = build_trainer(config, target, copy)
+    trainer.update(_blank_batch(config, target, copy), Decision(1))
     trainer.reset()
-    return trainer
+    return trainer, build_scorer(config, target, copy, acceptance, temperature)
 
 
 def _blank_batch(config: Config, target: TargetInfo, copy: Drafter) -> SignalBatch:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from cosched.loop.roles import Buffer, Publisher, Scorer
     from cosched.protocols import ShadowSettings
-    from cosched.records import SignalBatch, Snapshot, UpdateResult, VerifyRound
+    from cosched.records import Snapshot, UpdateResult, VerifyRound
 
 LOOKED_AT = 4  # times ``anchors``: rows of a look, at most
 STATE = "guard.monitor"
@@ -30,6 +30,7 @@ class FiniteGuard:
     """
 
     standing = Standing()
+    busy = False
 
     def observe(self, round_: VerifyRound, serves_loaded: bool) -> None:
         """What serves is not watched."""
@@ -45,6 +46,9 @@ class FiniteGuard:
         if result.num_skipped == result.num_steps:
             return Verdict("wait", "every step was non-finite and skipped")
         return Verdict("publish", "finite")
+
+    def request_ended(self, round_: int) -> None:
+        """There is nothing to forget."""
 
     def start_anew(self, round_: int) -> None:
         """There is nothing to forget."""
@@ -62,6 +66,7 @@ class ShadowGuard:
     It looks after each update, ``check_rounds`` after the last look, and as soon as the acceptance
     length of a trained draft has fallen far. Without rows to look at (the request has just ended) a
     candidate waits. Ranks that score together conclude alike, because nothing here goes by a clock.
+    Where the scorer takes its time a look is concluded in a later round than it began.
     """
 
     def __init__(
@@ -72,6 +77,11 @@ class ShadowGuard:
         self._buffer = buffer
         self._publisher = publisher
         self._monitor = Monitor()
+        self._scored: tuple[str, ...] = ()  # what the look that is under way is at
+
+    @property
+    def busy(self) -> bool:
+        return self._scorer.busy
 
     @property
     def standing(self) -> Standing:
@@ -88,6 +98,8 @@ class ShadowGuard:
         seen: Snapshot,
         candidate: Callable[[], Mapping[str, Tensor]],
     ) -> Verdict:
+        if self._scorer.busy:
+            return self._concluded(self._scorer.finished(), seen)
         if result is not None:
             if result.num_skipped == result.num_steps:
                 return FiniteGuard().judge(result, seen, candidate)
@@ -97,22 +109,34 @@ class ShadowGuard:
         rows = self._buffer.held_out(LOOKED_AT * self._settings.anchors, once=True)
         if rows is None:
             return Verdict("wait", "no held-out rows to score it on") if result else KEEP
-        scores = self._scores(rows, seen, candidate() if self._monitor.waits else None)
-        return self._monitor.look(scores, self._settings, seen)
+        asked = self._asked(seen, candidate() if self._monitor.waits else None)
+        self._scored = tuple(asked)
+        return self._concluded(self._scorer.scores(rows, list(asked.values())), seen)
 
-    def _scores(
-        self, rows: SignalBatch, seen: Snapshot, candidate: Mapping[str, Tensor] | None
-    ) -> Scores:
-        """On the same rows: what serves, the candidate, and what there was before anything was learnt."""
+    def _asked(
+        self, seen: Snapshot, candidate: Mapping[str, Tensor] | None
+    ) -> dict[str, Mapping[str, Tensor]]:
+        """What serves, the candidate, and what there was before anything was learnt."""
         asked = {"serving": self._publisher.weights_of(seen.draft_version)}
         if candidate is not None:
             asked["candidate"] = candidate
         if not seen.serves_loaded:
             asked["loaded"] = self._publisher.weights_of(0)
-        found = self._scorer.scores(rows, list(asked.values()))
-        return Scores(**dict(zip(asked, found, strict=True)))
+        return asked
+
+    def _concluded(self, found: list[list[float]] | None, seen: Snapshot) -> Verdict:
+        """On the same rows; None: not yet."""
+        if found is None:
+            return KEEP
+        scores = Scores(**dict(zip(self._scored, found, strict=True)))
+        return self._monitor.look(scores, self._settings, seen)
+
+    def request_ended(self, round_: int) -> None:
+        self._scorer.forget()
+        self._monitor.request_ended(round_)
 
     def start_anew(self, round_: int) -> None:
+        self._scorer.forget()
         self._monitor = Monitor(looked_at=round_)
 
     def state(self) -> Mapping[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cosched.guard.statistics import Evidence, Fall, Lead, blocks, mean
+from cosched.guard.statistics import Evidence, Fall, Lead, blocks, falls_short, mean
 from cosched.records import Standing, Verdict
 
 if TYPE_CHECKING:
@@ -47,17 +47,21 @@ class Scores:
 
 @dataclass(slots=True)
 class Monitor:
-    """What has been seen of the candidate that waits, if one does, and of what serves."""
+    """What has been seen of learning, against the draft as loaded.
 
-    waits: bool = False
+    What is tested is the learner, whose weights change from look to look: they are judged on rows that
+    came after the updates they are of, so that all looks are evidence of one thing, whether learning
+    pays on this traffic. Once that is known it is ``trusted``, and its candidates serve as they come.
+    """
+
+    waits: bool = False  # a candidate to be looked at
     looked_at: int = 0  # round
     pause: int = 0  # rounds of the last one
     resumes_at: int = 0  # round
-    better: Evidence = field(default_factory=Evidence)  # the candidate, than what serves
-    worse: Evidence = field(default_factory=Evidence)  # the candidate, than what serves
-    harm: Evidence = field(default_factory=Evidence)  # what serves, worse than the draft as loaded
-    ahead: Lead = field(default_factory=Lead)  # of the candidate over what serves
-    lead: Lead = field(default_factory=Lead)  # of what serves over the draft as loaded
+    trusted: bool = False
+    better: Evidence = field(default_factory=Evidence)  # the learner, than the draft as loaded
+    worse: Evidence = field(default_factory=Evidence)  # the learner, than the draft as loaded
+    lead: Lead = field(default_factory=Lead)  # of the learner over the draft as loaded
     fall: Fall = field(default_factory=Fall)
 
     @property
@@ -75,55 +79,41 @@ class Monitor:
         return self.waits and quiet >= UNHURRIED * settings.check_rounds
 
     def look(self, scores: Scores, settings: ShadowSettings, seen: Snapshot) -> Verdict:
-        """One look: may what serves stay, and is the candidate to take its place?"""
+        """One look: does learning pay, and is the candidate, if one waits, to serve?"""
         self.looked_at = seen.round_index
         if self.fall.alarmed:
             self.fall.begin()
-        if scores.loaded is not None:
-            over_loaded, num_rows = blocks(scores.serving, scores.loaded), len(scores.serving)
-            self.lead.add(over_loaded, num_rows)
-            self.harm.add(-difference for difference in over_loaded)
-            if self.harm.rejects(settings.false_rollback):
-                return self._undo(scores, settings)
-        if scores.candidate is None:
-            return scores.verdict("keep", f"scores {self.lead.mean:+.3f} on what was loaded")
-        return self._tell(scores, scores.candidate, settings, seen)
-
-    def _tell(
-        self,
-        scores: Scores,
-        candidate: Sequence[float],
-        settings: ShadowSettings,
-        seen: Snapshot,
-    ) -> Verdict:
-        """The candidate from what serves."""
-        differences = blocks(candidate, scores.serving)
+        learnt = scores.serving if scores.candidate is None else scores.candidate
+        loaded = scores.serving if scores.loaded is None else scores.loaded
+        differences = blocks(learnt, loaded)
         self.better.add(differences)
         self.worse.add(-difference for difference in differences)
-        self.ahead.add(differences, len(candidate))
-        ahead = f"scores {self.ahead.mean:+.3f} on what serves"
-        if self.better.rejects(settings.false_publish):
-            if seen.serves_loaded:
-                self.lead = self.ahead
-            self._begin()
-            self.pause = 0  # learning pays here
-            return scores.verdict("publish", ahead)
+        self.lead.add(differences, len(learnt))
+        ahead = f"what was learnt scores {self.lead.mean:+.3f} on what was loaded"
         if self.worse.rejects(settings.false_rollback):
-            self._begin()
-            return scores.verdict("roll_back", f"{ahead}: worse", to=seen.draft_version)
-        return scores.verdict("wait", f"{ahead}: not known yet")
+            return self._undo(scores, settings)
+        if scores.candidate is None:
+            return scores.verdict("keep", ahead)
+        if not self.trusted:
+            if not self.better.rejects(settings.false_publish):
+                return scores.verdict("wait", f"{ahead}: not known yet")
+            self.trusted, self.pause = True, 0
+        if falls_short(blocks(scores.candidate, scores.serving)):
+            return scores.verdict("wait", f"{ahead}, but here less than what serves")
+        self.waits = False
+        return scores.verdict("publish", ahead)
+
+    def request_ended(self, round_: int) -> None:
+        """The loaded draft serves again; what is known of learning on this traffic stays."""
+        self.waits, self.looked_at = False, round_
+        self.fall.begin()
 
     def _undo(self, scores: Scores, settings: ShadowSettings) -> Verdict:
         """The draft as loaded serves again, and training pauses: longer each time, to a limit."""
         usual, loss = settings.check_rounds, -self.lead.mean
         self.pause = min(max(usual, 2 * self.pause), LONGEST_PAUSE * usual)
-        self._begin()
-        self.harm, self.lead = Evidence(), Lead()
         self.resumes_at = self.looked_at + self.pause
+        self.waits = self.trusted = False
+        self.better, self.worse, self.lead = Evidence(), Evidence(), Lead()
         reason = f"the draft as loaded scores {loss:+.3f}; {self.pause} rounds without an update"
         return scores.verdict("roll_back", reason, to=0)
-
-    def _begin(self) -> None:
-        """Another candidate is to be told from what serves."""
-        self.waits = False
-        self.better, self.worse, self.ahead = Evidence(), Evidence(), Lead()

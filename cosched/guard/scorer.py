@@ -20,12 +20,14 @@ from cosched.loop.teacher_rows import recall
 from cosched.training.chunks import in_chunks
 from cosched.training.lora import placed
 from cosched.training.micro_step import share_of
+from cosched.training.precision import computing_in
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from cosched.protocols import Drafter
     from cosched.records import Acceptance, SignalBatch, TeacherForm
+    from cosched.training.precision import Precision
     from cosched.training.ranks import Ranks
 
 Teacher = Callable[[slice], Tensor]
@@ -55,7 +57,8 @@ class AcceptanceScorer:
 
     Weights are rounded to ``served_as``, the type in which they would serve. Of several ``ranks``
     each scores its share of the anchors, and all get the same scores. Logits, of the teacher and the
-    draft, are made of ``chunk_rows`` rows at a time (``adapt.loss``), or of one request's.
+    draft, are made of ``chunk_rows`` rows at a time (``adapt.loss``), or of one request's; matrix
+    products are computed in ``precision``.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class AcceptanceScorer:
         temperature: float = 1.0,
         ranks: Ranks | None = None,
         chunk_rows: int | None = None,
+        precision: Precision = "float32",
     ) -> None:
         network = copy.network()
         assert network is not None, "a drafter without a network has no weights to score"
@@ -81,16 +85,27 @@ class AcceptanceScorer:
         self._temperature = temperature
         self._ranks = ranks
         self._chunk_rows = chunk_rows
+        self._computing = computing_in(precision, next(network.parameters()).device)
+
+    busy = False  # scores are there when it returns
+
+    def finished(self) -> None:
+        """Nothing is ever under way."""
+
+    def forget(self) -> None:
+        """Nothing is ever under way."""
 
     @torch.no_grad()
     def scores(
         self, batch: SignalBatch, weights: Sequence[Mapping[str, Tensor]]
     ) -> list[list[float]]:
         ranks = self._ranks
-        if ranks is None or ranks.size == 1:
-            parts = [self._scores(batch, weights)]
-        else:
-            parts = ranks.gather(self._scores(share_of(batch, ranks.rank, ranks.size)[0], weights))
+        with self._computing:
+            if ranks is None or ranks.size == 1:
+                parts = [self._scores(batch, weights)]
+            else:
+                share = share_of(batch, ranks.rank, ranks.size)[0]
+                parts = ranks.gather(self._scores(share, weights))
         return [_in_order([part[i] for part in parts]) for i in range(len(weights))]
 
     def _scores(
@@ -102,7 +117,7 @@ class AcceptanceScorer:
             one = _request(batch, request)
             counts_N = one.weights_RNK[0, :, 0] > 0
             states = partial(self._states, one)
-            teacher = self.teacher(one.teacher_RNKX.flatten(0, 2))
+            teacher = self._of_rows(one.teacher_RNKX.flatten(0, 2))
             for lengths, candidate in zip(found, weights, strict=True):
                 kept_M = self.kept(states, teacher, candidate)
                 kept_NK = kept_M.unflatten(0, one.paths_RNK.shape[1:])
@@ -112,6 +127,14 @@ class AcceptanceScorer:
 
     def _states(self, one: SignalBatch) -> Tensor:
         return self._copy.replay_states(one).flatten(0, 2)
+
+    def _of_rows(self, rows_MX: Tensor) -> Teacher:
+        """``teacher``, of which rows that are alike are recalled once: neighbours' paths overlap."""
+        if self._chunk_rows is not None or self._teacher_form != "hidden":
+            return self.teacher(rows_MX)
+        rows_TX, says_M = rows_MX.unique(dim=0, return_inverse=True)  # host waits for the device
+        p_TD = self.teacher(rows_TX)(slice(None))
+        return lambda rows: p_TD[says_M[rows]]
 
     def teacher(self, rows_MX: Tensor) -> Teacher:
         """What kept rows of the target say, for all weights to be held against.

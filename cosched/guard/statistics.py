@@ -6,18 +6,20 @@ in tokens a round; a score is the engine's own expected acceptance length (``sco
 are scored on the same rows, so the text's difficulty drops out.
 
 **Hypothesis.** The one draft is no better than the other: given the blocks before, d is expected to
-be at most 0. ``Evidence`` rejects it. The guard asks it three times, each with evidence of its own:
+be at most 0. ``Evidence`` rejects it. The one is the learner: the newest weights, trained on earlier
+text only, so that at every block they are fixed before it is seen, though they differ from block to
+block. The other is the draft as loaded. The guard asks it twice, each with evidence of its own:
 
-    the candidate is better than what serves    false_publish    then it serves
-    the candidate is worse than what serves     false_rollback   then training starts again
-    what serves is worse than the draft loaded  false_rollback   then the loaded draft serves
+    learning is better than nothing   false_publish    then what is learnt serves as it comes
+    learning is worse than nothing    false_rollback   then the loaded draft serves
 
 **Looks.** After every block, for as long as anybody likes. **Error rates.** The chance that the
-hypothesis is ever rejected though it is true is at most the setting: for the first from one
-publication to the next, for the second from one start of training to the next, for the third from
-one time that the loaded draft has been left to the next. ``tests/test_statistics.py`` simulates
-10,000 streams: what the rates come to, and after how many rows a true gain is seen.
+hypothesis is ever rejected though it is true is at most the setting, from one time that the loaded
+draft was left alone to the next. ``tests/test_statistics.py`` simulates 10,000 streams: what the
+rates come to, and after how many rows a true gain is seen.
 
+A candidate of a trusted learner does not serve while it ``falls_short`` of what serves on the rows of
+its own look: that keeps a single bad update out, and is no test, because the next look asks again.
 ``Lead`` and ``Fall`` decide nothing. The first estimates by how much what serves is better, for a
 policy that spends what has been earned; the second says when a look cannot wait.
 """
@@ -202,6 +204,15 @@ class Fall:
     def begin(self) -> None:
         """Drafts have been rescored: measure anew, from the level of what comes."""
         self.tokens, self.lengths = 0.0, 0
+
+
+def falls_short(differences: Sequence[float]) -> bool:
+    """Whether the mean of these blocks is more than two standard errors below 0, or has none."""
+    if len(differences) < 2:
+        return True
+    middle, number = mean(differences), len(differences)
+    squares = sum((difference - middle) ** 2 for difference in differences)
+    return middle < -2 * math.sqrt(squares / ((number - 1) * number))
 
 
 def mean(scores: Sequence[float]) -> float:

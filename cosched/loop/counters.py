@@ -41,6 +41,8 @@ class Counters:
     verify_seconds: float = 0.0
     update_seconds_total: float = 0.0  # that the engine waited for
     background_seconds: float = 0.0  # of updates beside it
+    slowed_seconds: float = 0.0  # that rounds took longer while something went on beside them
+    quiet_round_seconds: float = 0.0  # moving mean of rounds beside which nothing did
     publish_seconds: float = 0.0
     skipped_steps: int = 0
     recent: float = 0.0
@@ -77,11 +79,21 @@ class Counters:
         return self.draft_seconds + self.verify_seconds
 
     @property
-    def _training_seconds(self) -> float:
-        return self.update_seconds_total + self.publish_seconds
+    def _lost_seconds(self) -> float:
+        """To updates and their judgement: waited for, or because they went on beside the rounds."""
+        return self.update_seconds_total + max(0.0, self.slowed_seconds)
 
-    def observe(self, round_: VerifyRound, lead_tokens: float = 0.0) -> None:
-        """Count a round, in which what serves was so much better than the draft as loaded."""
+    @property
+    def _training_seconds(self) -> float:
+        return self._lost_seconds + self.publish_seconds
+
+    def observe(
+        self, round_: VerifyRound, lead_tokens: float = 0.0, beside: bool = False
+    ) -> None:
+        """Count a round, in which what was learnt was so much better than the draft as loaded.
+
+        ``beside`` says that an update, or a look, went on meanwhile.
+        """
         committed = round_.num_committed
         seconds = round_.draft_seconds + round_.verify_seconds
         self.draft_seconds += round_.draft_seconds
@@ -90,13 +102,23 @@ class Counters:
             self._observe_length(committed / len(round_.blocks))
             weight = RECENT_WEIGHT if self.rounds > 1 else 1.0
             self.round_seconds += weight * (seconds - self.round_seconds)
-            self.earned_seconds += seconds * lead_tokens / max(1.0, self.recent - lead_tokens)
+            self._observe_slowing(seconds, beside)
+            if not self.serves_loaded:
+                self.earned_seconds += seconds * lead_tokens / max(1.0, self.recent - lead_tokens)
         self.committed += committed
         self.drafted += sum(len(block.path_K) for block in round_.blocks)
         self.accepted += sum(block.num_accepted for block in round_.blocks)
         self.finished += len(round_.finished)
         self.tokens_left = round_.tokens_left
         self.queued = round_.num_queued
+
+    def _observe_slowing(self, seconds: float, beside: bool) -> None:
+        """What goes on beside a round takes cores and memory from it."""
+        if not beside:
+            weight = RECENT_WEIGHT if self.quiet_round_seconds else 1.0
+            self.quiet_round_seconds += weight * (seconds - self.quiet_round_seconds)
+        elif self.quiet_round_seconds:
+            self.slowed_seconds += seconds - self.quiet_round_seconds
 
     def _observe_length(self, length: float) -> None:
         """The acceptance length of one more round.
@@ -136,9 +158,8 @@ class Counters:
         so that noise, which makes one too high and the next too low, leaves no gain behind.
         """
         if self.updates > 1:
-            seconds = (
-                self.update_seconds_total - self.update_seconds_at_update
-            ) / self.steps_of_update
+            seconds = (self._lost_seconds - self.update_seconds_at_update) / self.steps_of_update
+            seconds = max(0.0, seconds)  # rounds differ
             weight = UPDATE_WEIGHT if self.step_seconds else 1.0
             self.step_seconds += weight * (seconds - self.step_seconds)
         if self.recent_at_update and not self.scored:
@@ -148,7 +169,7 @@ class Counters:
         self.committed_at_update = self.committed
         self.finished_at_update = self.finished
         self.steps_of_update = num_steps
-        self.update_seconds_at_update = self.update_seconds_total
+        self.update_seconds_at_update = self._lost_seconds
         self.training_seconds_at_update = self._training_seconds
         self.serving_seconds_at_update = self._serving_seconds
         self.recent_at_update = self.recent
@@ -163,14 +184,17 @@ class Counters:
         self.losses.append(result.losses[-1] if math.isfinite(result.losses[-1]) else None)
         del self.losses[:-LOSSES_KEPT]
 
-    def note_verdict(self, verdict: Verdict, seconds: float, serving: int) -> None:
-        """What a guard says, in so many seconds for which the engine waited, and what updates brought.
+    def note_look(self, seconds: float) -> None:
+        """The engine waited so long for a guard."""
+        self.guard_seconds += seconds
+        self.update_seconds_total += seconds
+
+    def note_verdict(self, verdict: Verdict, serving: int) -> None:
+        """What a guard says, and by it what updates brought.
 
         Version ``serving`` serves. Scores are of the same rows, so without the noise of the text. A
         candidate may be several updates ahead of what serves: each brought its root.
         """
-        self.guard_seconds += seconds
-        self.update_seconds_total += seconds
         if verdict.candidate_score and verdict.serving_score:
             self.refused += verdict.action != "publish"
             self.scored = True
@@ -238,7 +262,7 @@ class Counters:
             buffered_tokens=buffered_tokens,
             seconds_drafting=self.draft_seconds,
             seconds_verifying=self.verify_seconds,
-            seconds_updating=self.update_seconds_total,
+            seconds_updating=self._lost_seconds,
             seconds_publishing=self.publish_seconds,
             recent_round_seconds=self.round_seconds,
             reference_acceptance_length=self.reference,

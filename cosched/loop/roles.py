@@ -84,17 +84,39 @@ class Trainer(Protocol):
 
 
 class Scorer(Protocol):
-    """Says of weights what acceptance length they would have, without serving them."""
+    """Says of weights what acceptance length they would have, without serving them.
+
+    It may take its time, as a trainer may: then ``scores`` returns None, and ``busy`` is true until
+    the scores have been taken from ``finished``, or nobody wants them any more.
+    """
+
+    @property
+    def busy(self) -> bool: ...
 
     def scores(
         self, batch: SignalBatch, weights: Sequence[Mapping[str, Tensor]]
-    ) -> list[list[float]]:
+    ) -> list[list[float]] | None:
         """Expected acceptance length of each, anchor by anchor of the batch."""
+        ...
+
+    def finished(self) -> list[list[float]] | None:
+        """Scores that took their time, once they are there."""
+        ...
+
+    def forget(self) -> None:
+        """Let go what is under way."""
         ...
 
 
 class Guard(Protocol):
-    """Whether a candidate may serve, and whether what serves may stay; it remembers by itself."""
+    """Whether a candidate may serve, and whether what serves may stay; it remembers by itself.
+
+    It may take its time: while it is ``busy`` nothing is trained, so that the candidate is the one it
+    looks at.
+    """
+
+    @property
+    def busy(self) -> bool: ...
 
     @property
     def standing(self) -> Standing:
@@ -116,6 +138,10 @@ class Guard(Protocol):
         What it says is done. ``seen`` is of before the update; ``candidate`` gives the weights of the
         newest one, which may be published still. Of several ranks all say the same.
         """
+        ...
+
+    def request_ended(self, round_: int) -> None:
+        """State per request: the draft as loaded serves the next one, and training begins anew."""
         ...
 
     def start_anew(self, round_: int) -> None:

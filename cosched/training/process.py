@@ -1,12 +1,12 @@
 """Updates beside the decoding, in a process of their own: what a CPU with more cores than one is for.
 
 Two threads of one process take turns in its interpreter, so that decoding waits for training and the
-other way round. Two processes do not. The trainer is made in the other process, by a function that
-is sent there; batches go through a pipe, and the trained weights lie in memory that both have mapped
+other way round. Two processes do not. What trains and scores is made in the other process, by a
+function that is sent there; batches go through a pipe, and weights lie in memory that both have mapped
 (an unlinked temporary file: containers often have next to no ``/dev/shm``).
 
-While an update is under way PyTorch's threads are shared: half are the trainer's, and the engine's
-again when it is done. With more threads than cores each would wait for the other at the end of every
+While it works PyTorch's threads are shared: half are the worker's, and the engine's again when it is
+done. With more threads than cores each would wait for the other at the end of every
 kernel, many times as long as the kernel takes.
 """
 
@@ -21,6 +21,9 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -31,30 +34,61 @@ from torch import Tensor
 from cosched.errors import TrainingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping, Sequence
 
-    from cosched.loop.roles import Trainer
+    from cosched.loop.roles import Scorer, Trainer
     from cosched.records import Decision, SignalBatch, UpdateResult
 
 ALIGNMENT = 64  # bytes
+CANDIDATE, SLOTS = 0, 3  # the candidate lies in the first; others are put there to be scored
 PATIENCE_S = 10.0  # for a process that was told to end
+
+Build = Callable[[], "tuple[Trainer, Scorer]"]
+"""Makes what trains, and what scores its weights."""
 
 Layout = list[tuple[str, torch.dtype, torch.Size]]
 """Name, type and shape of each tensor of the shared weights, in the order of their bytes."""
 
 
-class ProcessTrainer:
-    """The trainer that ``build`` makes, in a process that is started here and ends with this object.
+class Pending:
+    """What was asked for and is not there yet, until it is."""
 
-    One update is under way at a time; everything else waits for its end. ``build`` is pickled.
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self.answer: tuple[bool, Any] | None = None
+
+    @property
+    def done(self) -> bool:
+        self._worker.receive()
+        return self.answer is not None
+
+    def result(self) -> Any:
+        """Wait for it.
+
+        Raises:
+            Exception: what was raised in the process.
+        """
+        while self.answer is None:
+            self._worker.receive(waits=True)
+        well, value = self.answer
+        if not well:
+            raise value
+        return value
+
+
+class Worker:
+    """A process that trains, with ``build`` made into what does it; it ends with this object.
+
+    It does one thing after another, in the order in which it was asked. ``build`` is pickled.
 
     Raises:
-        TrainingError: the process ended, at any call. What an update raised there, ``finished`` raises.
+        TrainingError: the process has ended by itself; at any call.
+        Exception: what ``build`` raised there.
     """
 
-    def __init__(self, build: Callable[[], Trainer]) -> None:
+    def __init__(self, build: Build) -> None:
         self._threads = torch.get_num_threads()
-        self._under_way = False
+        self._awaited: deque[Pending] = deque()
         here, there = Pipe()
         shared = tempfile.TemporaryFile()  # noqa: SIM115  mapped as long as this lives
         handed = (there.fileno(), shared.fileno())
@@ -64,30 +98,87 @@ class ProcessTrainer:
         there.close()
         self._pipe = here
         self._end = weakref.finalize(self, _end, self._process, here, shared)
-        self._send(max(1, self._threads // 2), build)
-        self._weights = _mapped(shared.fileno(), self._answer())
+        self._send((max(1, self._threads // 2), build))
+        well, layout = self._answer()
+        if not well:
+            self._end()
+            raise layout
+        # The candidate, and what else is to be scored: what serves, and what was loaded.
+        self.slots = _mapped(shared.fileno(), layout)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, method: str, *arguments: Any) -> Pending:
+        """Have it done; the engine has fewer threads meanwhile."""
+        self._send((method, arguments))
+        pending = Pending(self)
+        self._awaited.append(pending)
+        self._leave(self._threads // 2)
+        return pending
+
+    def receive(self, waits: bool = False) -> None:
+        """Take in what has been answered."""
+        while self._awaited and (waits or self._pipe.poll()):
+            self._awaited.popleft().answer = self._answer()
+            waits = False
+        if not self._awaited:
+            self._leave(0)
+
+    def close(self) -> None:
+        """End the process; nothing can be asked of it any more."""
+        self._end()
+
+    def _leave(self, number: int) -> None:
+        """The engine works with all threads but that number."""
+        if torch.get_num_threads() != self._threads - number:
+            torch.set_num_threads(self._threads - number)
+
+    def _send(self, message: Any) -> None:
+        try:
+            self._pipe.send_bytes(pickle.dumps(message))
+        except OSError as error:
+            raise self._ended() from error
+
+    def _answer(self) -> tuple[bool, Any]:
+        try:
+            return pickle.loads(self._pipe.recv_bytes())  # host waits for the process
+        except (EOFError, OSError) as error:
+            raise self._ended() from error
+
+    def _ended(self) -> TrainingError:
+        code = self._process.wait(PATIENCE_S)
+        return TrainingError(f"the process that trains has ended by itself, with exit code {code}")
+
+
+class ProcessTrainer:
+    """The trainer in a worker. One update is under way at a time; everything else waits for its end."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self._under_way: Pending | None = None
 
     def update(self, batch: SignalBatch, decision: Decision) -> None:
         """Begin an update; none may be under way."""
-        assert not self._under_way, "one update at a time"
-        self._send("update", (batch, decision))
-        self._under_way = True
-        self._leave(self._threads // 2)
+        assert self._under_way is None, "one update at a time"
+        self._under_way = self.worker.ask("update", batch, decision)
 
     def finished(self) -> UpdateResult | None:
-        """The update that was begun, once it is done."""
-        if not self._under_way or not self._pipe.poll():
+        """The update that was begun, once it is done; what it raised is raised here."""
+        if self._under_way is None or not self._under_way.done:
             return None
-        return self._taken()
+        done, self._under_way = self._under_way, None
+        return done.result()
 
     @property
     def busy(self) -> bool:
         """Whether an update is under way, or done and not yet taken."""
-        return self._under_way
+        return self._under_way is not None
 
     def weights(self) -> Mapping[str, Tensor]:
         self._settle()
-        return self._weights
+        return self.worker.slots[CANDIDATE]
 
     def reset(self) -> None:
         self._call("reset")
@@ -101,48 +192,52 @@ class ProcessTrainer:
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         self._call("restore", dict(tensors))
 
-    def close(self) -> None:
-        """End the process; nothing can be asked of it any more."""
-        self._end()
-
     def _call(self, method: str, *arguments: Any) -> Any:
         self._settle()
-        self._send(method, arguments)
-        return self._answer()
+        return self.worker.ask(method, *arguments).result()
 
     def _settle(self) -> None:
         """Wait for what is under way, and let it go."""
-        if self._under_way:
-            self._taken()
+        if self._under_way is not None:
+            pending, self._under_way = self._under_way, None
+            pending.result()
 
-    def _taken(self) -> UpdateResult:
-        self._under_way = False
-        self._leave(0)
-        return self._answer()
 
-    def _leave(self, number: int) -> None:
-        """The engine works with all threads but that number."""
-        if self._threads > 1:
-            torch.set_num_threads(self._threads - number)
+class ProcessScorer:
+    """The scorer in a worker: one look is under way at a time."""
 
-    def _send(self, *message: Any) -> None:
-        try:
-            self._pipe.send_bytes(pickle.dumps(message))
-        except OSError as error:
-            raise self._ended() from error
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._under_way: Pending | None = None
 
-    def _answer(self) -> Any:
-        try:
-            well, answer = pickle.loads(self._pipe.recv_bytes())  # host waits for the process
-        except (EOFError, OSError) as error:
-            raise self._ended() from error
-        if not well:
-            raise answer
-        return answer
+    @torch.no_grad()
+    def scores(self, batch: SignalBatch, weights: Sequence[Mapping[str, Tensor]]) -> None:
+        """Begin to score; none may be under way, and what serves must not change meanwhile."""
+        assert self._under_way is None, "one look at a time"
+        slots, asked = self._worker.slots, list[int]()
+        others = iter(range(1, len(slots)))
+        for one in weights:
+            number = CANDIDATE
+            if one is not slots[CANDIDATE]:
+                number = next(others)
+                _copy(one, slots[number])
+            asked.append(number)
+        self._under_way = self._worker.ask("scores", batch, asked)
 
-    def _ended(self) -> TrainingError:
-        code = self._process.wait(PATIENCE_S)
-        return TrainingError(f"the process that trains has ended by itself, with exit code {code}")
+    def finished(self) -> list[list[float]] | None:
+        """What was asked for, once it is there."""
+        if self._under_way is None or not self._under_way.done:
+            return None
+        done, self._under_way = self._under_way, None
+        return done.result()
+
+    @property
+    def busy(self) -> bool:
+        return self._under_way is not None
+
+    def forget(self) -> None:
+        """Nobody wants to know any more."""
+        self._under_way = None
 
 
 def _end(process: subprocess.Popen[bytes], pipe: Connection, shared: Any) -> None:
@@ -155,50 +250,79 @@ def _end(process: subprocess.Popen[bytes], pipe: Connection, shared: Any) -> Non
         process.wait()
 
 
-def _mapped(descriptor: int, layout: Layout) -> dict[str, Tensor]:
-    """Tensors of that layout over the bytes of a file, which is made as long as they need."""
+def _mapped(descriptor: int, layout: Layout) -> list[dict[str, Tensor]]:
+    """``SLOTS`` times tensors of that layout, over the bytes of a file, which is made long enough."""
     starts = [0]
     for _, dtype, shape in layout:
         end = starts[-1] + dtype.itemsize * math.prod(shape)
         starts.append(-(-end // ALIGNMENT) * ALIGNMENT)
-    os.ftruncate(descriptor, max(1, starts[-1]))
-    shared = mmap.mmap(descriptor, max(1, starts[-1]))
-    return {
-        name: torch.frombuffer(shared, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
-        for (name, dtype, shape), start in zip(layout, starts, strict=False)
-    }
+    size = max(ALIGNMENT, starts[-1])
+    os.ftruncate(descriptor, SLOTS * size)
+    shared = mmap.mmap(descriptor, SLOTS * size)
+
+    def tensor(at: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        count = math.prod(shape)
+        return torch.frombuffer(shared, dtype=dtype, count=count, offset=at).view(shape)
+
+    return [
+        {
+            name: tensor(slot * size + start, dtype, shape)
+            for (name, dtype, shape), start in zip(layout, starts, strict=False)
+        }
+        for slot in range(SLOTS)
+    ]
 
 
 def main() -> None:
-    """The other side: make the trainer, then do what comes through the pipe until it is closed."""
+    """The other side: make the learner, then do what comes through the pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which then closes it
     pipe, descriptor = Connection(int(sys.argv[1])), int(sys.argv[2])
     try:
-        trainer, weights = _begin(pipe, descriptor)
+        try:
+            learner = _begin(pipe, descriptor)
+        except Exception as error:  # noqa: BLE001  it is raised on the other side
+            pipe.send_bytes(pickle.dumps((False, error)))
+            return
         while True:
-            _serve(pipe, trainer, weights)
+            _do(pipe, learner)
     except (EOFError, BrokenPipeError):
         return
 
 
-def _begin(pipe: Connection, descriptor: int) -> tuple[Trainer, dict[str, Tensor]]:
+@dataclass(frozen=True, slots=True)
+class _Learner:
+    """What a worker has: a trainer, what scores its weights, and the weights that both sides see."""
+
+    trainer: Trainer
+    scorer: Scorer
+    slots: Sequence[Mapping[str, Tensor]]
+
+    def answer(self, method: str, arguments: Sequence[Any]) -> Any:
+        if method == "scores":
+            batch, asked = arguments
+            return self.scorer.scores(batch, [self.slots[number] for number in asked])
+        answer = getattr(self.trainer, method)(*arguments)
+        if method != "state":
+            _copy(self.trainer.weights(), self.slots[CANDIDATE])
+        return answer
+
+
+def _begin(pipe: Connection, descriptor: int) -> _Learner:
     num_threads, build = pickle.loads(pipe.recv_bytes())
     torch.set_num_threads(num_threads)
-    trainer: Trainer = build()
+    trainer, scorer = build()
     first = trainer.weights()
     layout = [(name, weight.dtype, weight.shape) for name, weight in first.items()]
-    weights = _mapped(descriptor, layout)
-    _copy(first, weights)
+    slots = _mapped(descriptor, layout)
+    _copy(first, slots[CANDIDATE])
     pipe.send_bytes(pickle.dumps((True, layout)))
-    return trainer, weights
+    return _Learner(trainer, scorer, slots)
 
 
-def _serve(pipe: Connection, trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
+def _do(pipe: Connection, learner: _Learner) -> None:
     method, arguments = pickle.loads(pipe.recv_bytes())
     try:
-        answer = True, getattr(trainer, method)(*arguments)
-        if method != "state":
-            _copy(trainer.weights(), weights)
+        answer = True, learner.answer(method, arguments)
     except Exception as error:  # noqa: BLE001  it is raised on the other side
         answer = False, error
     pipe.send_bytes(pickle.dumps(answer))

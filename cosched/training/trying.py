@@ -105,7 +105,9 @@ class TryingTrainer:
         return msgspec.structs.replace(results[best], seconds=seconds, trial=tuple(gains))
 
     def _score(self, rows: SignalBatch, weights: Mapping[str, Tensor]) -> float:
-        lengths = self._scorer.scores(rows, [weights])[0]
+        scores = self._scorer.scores(rows, [weights])
+        assert scores is not None, "a scorer beside this one scores at once"
+        lengths = scores[0]
         mean = sum(lengths) / len(lengths)
         return mean if math.isfinite(mean) else 1.0
 
