@@ -190,8 +190,9 @@ class TrainerSettings(Section, frozen=True):
     ``max_grad_norm``.
     ``zero_stage`` 1 and 2 divide what the optimizer holds among the ranks that train together. Where
     there is one, 0 takes the same steps and spares it copies of all weights and gradients.
-    ``background`` trains beside the decoding, in a thread (on a GPU on a stream of its own) and
-    publishes when it is done; off, the engine waits for each update, and runs repeat exactly.
+    ``background`` trains beside the decoding and publishes when it is done: on a CPU in a process of
+    its own, which has half of the threads while it works, on a GPU in a thread with a stream of its
+    own. Off, the engine waits for each update, and runs repeat exactly.
     ``precision`` is that of matrix products; ``auto`` is bfloat16 where the device multiplies it
     faster, so that results differ from one machine to another.
     """

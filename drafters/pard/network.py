@@ -43,6 +43,20 @@ class PardNetwork(nn.Module):
             else None
         )
         self.rotary = Rotary(config)
+        self._tied: list[nn.Linear] = []  # in a list, so that it is no submodule
+
+    @property
+    def tied_head(self) -> nn.Linear | None:
+        """The embedding as a linear layer, where it is the head as well; a runtime may lay it out."""
+        if self.lm_head is not None:
+            return None
+        weight = self.model.embed_tokens.weight
+        if not self._tied or self._tied[0].weight is not weight:
+            layer = nn.Linear(1, 1, bias=False, device="meta")
+            layer.out_features, layer.in_features = weight.shape
+            layer.weight = weight
+            self._tied = [layer]
+        return self._tied[0]
 
     def embed(self, tokens: Tensor, features: Tensor | None) -> Tensor:
         """``[..., E]``: token embeddings, and for PARD-2 the feature before each token."""
@@ -56,6 +70,6 @@ class PardNetwork(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., U]``."""
         hidden = self.model.norm(hidden)
-        if self.lm_head is None:
-            return nn.functional.linear(hidden, self.model.embed_tokens.weight)
-        return self.lm_head(hidden)
+        head = self.lm_head or self.tied_head
+        assert head is not None
+        return head(hidden)

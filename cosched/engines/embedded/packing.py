@@ -76,13 +76,16 @@ class PackedLinear(nn.Linear):
 def pack(module: nn.Module, rounds: bool = False, alike: bool = False) -> int:
     """Lay out every plain linear layer on a CPU, ``module`` itself included; returns how many.
 
+    A module that multiplies by its embedding shows it as a layer, ``tied_head``, which is one of them.
+
     With ``rounds`` float32 weights may be rounded to half precision: a draft that learns has weights
     between two such numbers, and what it loses by it is less than an update brings. Without, they
     are laid out in half precision only where that changes none of them. With ``alike`` only in a way
     that computes every row alike (``rows_are_alike`` tries it).
     """
     packed = 0
-    for one in module.modules():
+    tied = (getattr(one, "tied_head", None) for one in module.modules())
+    for one in (*module.modules(), *tied):
         if type(one) is not nn.Linear or one.weight.device.type != "cpu":
             continue  # a subclass has a product of its own
         if (layout := layout_of(one.weight, rounds, alike)) is not None:
