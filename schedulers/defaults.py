@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from cosched.records import DraftType
 
 _MEASURED: dict[str, dict[str, Any]] = {
-    "policy": {"kind": "earned", "num_steps": 4},
+    "policy": {"kind": "earned", "num_steps": 4, "rounds": 32},
     "loss": {"kind": "forward_kl", "position_decay": 0.85, "rows": "delayed"},
     "trainer": {"lr": 3e-4},
     "replay": {"anchors": 32},
-    "guard": {"kind": "shadow"},
+    "guard": {"kind": "shadow", "anchors": 16},
 }
 TABLE: dict[DraftType, dict[str, dict[str, Any]]] = {
     "chain": _MEASURED,  # EAGLE-3
