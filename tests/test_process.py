@@ -153,12 +153,19 @@ def test_threads_are_shared_while_it_works(batch: SignalBatch, world: Any) -> No
 
 
 def test_a_process_that_was_killed_is_an_error(world: Any, batch: SignalBatch) -> None:
-    """The out-of-memory killer takes the trainer: the server must hear of it, not wait for ever."""
-    trainer, _ = learner(world, background=True)
-    os.kill(trainer.worker.pid, signal.SIGKILL)
-    with pytest.raises(TrainingError, match=r"has ended by itself, with exit code -9"):
-        trainer.update(batch, Decision(1))
-        result_of(trainer)
+    """The out-of-memory killer takes the trainer: the server must hear of it, not wait for ever, and
+    goes on with all of its threads."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        trainer, _ = learner(world, background=True)
+        os.kill(trainer.worker.pid, signal.SIGKILL)
+        with pytest.raises(TrainingError, match=r"has ended by itself, with exit code -9"):
+            trainer.update(batch, Decision(1))
+            result_of(trainer)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_it_ends_with_the_trainer(world: Any) -> None:

@@ -6,8 +6,8 @@ function that is sent there; batches go through a pipe, and weights lie in memor
 (an unlinked temporary file: containers often have next to no ``/dev/shm``).
 
 While it works PyTorch's threads are shared: half are the worker's, and the engine's again when it is
-done. With more threads than cores each would wait for the other at the end of every
-kernel, many times as long as the kernel takes.
+done. With more threads than cores each would wait for the other at the end of every kernel, many times
+as long as the kernel takes.
 """
 
 from __future__ import annotations
@@ -148,6 +148,8 @@ class Worker:
             raise self._ended() from error
 
     def _ended(self) -> TrainingError:
+        self._awaited.clear()
+        self._leave(0)
         code = self._process.wait(PATIENCE_S)
         return TrainingError(f"the process that trains has ended by itself, with exit code {code}")
 
