@@ -87,7 +87,9 @@ class Coscheduler:
         with self._meter:
             result = self._learner.finished() if under_way else self._begin(self._learner, decision)
         seconds = self._meter.take()
-        if result or self._learner.busy > under_way:  # to decline is free: an idle server asks for hours
+        if (
+            result or self._learner.busy > under_way
+        ):  # to decline is free: an idle server asks for hours
             self.counters.update_seconds_total += seconds
         if result:
             self.counters.note_update(result, in_background=under_way)

@@ -85,6 +85,10 @@ class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ``easiest_share`` those where they differ least; with both, what lies between. ``chunk_rows``:
     rows of logits held at once, by the loss and by a guard that scores; null: all. They are
     recomputed in the backward pass.
+
+    ``vocab_top_k`` takes the loss over the tokens that are among so many likeliest of any row of the
+    update, of the teacher's or of the draft's before it, both renormalised; null: over all. Most of
+    an update with a large head is spent on tokens that neither would say.
     """
 
     kind: str
@@ -94,6 +98,7 @@ class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     hardest_share: Annotated[float, Meta(gt=0, le=1)] = 1.0
     easiest_share: Annotated[float, Meta(gt=0, le=1)] = 1.0
     chunk_rows: Annotated[int, Meta(ge=1)] | None = None
+    vocab_top_k: Annotated[int, Meta(ge=1)] | None = None
     rows: Rows = "delayed"
 
     def __post_init__(self) -> None:
@@ -300,8 +305,11 @@ class Drafter(Protocol):
         """
         ...
 
-    def project(self, states: Tensor) -> Tensor:
-        """Student logits ``[..., V_draft]`` of states ``[..., H]``, each row by itself."""
+    def project(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Student logits ``[..., V_draft]`` of states ``[..., H]``, each row by itself.
+
+        With ``tokens [W]``, ids of the draft's vocabulary, those of them alone ``[..., W]``.
+        """
         ...
 
     def replay(self, batch: SignalBatch) -> Tensor:

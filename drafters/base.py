@@ -18,7 +18,7 @@ from drafters.cache import SlotCache
 from drafters.checkpoint import Checkpoint, check_tensors, tokenizer_vocabulary
 from drafters.config import DecoderConfig
 from drafters.layers import initialise
-from drafters.vocabulary import check_mapping, check_tokenizers, partial_ids
+from drafters.vocabulary import check_mapping, check_tokenizers, logits_of, partial_ids
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -180,12 +180,14 @@ class NetworkDrafter(Generic[C, N]):
         names = frozenset(self._network.state_dict())
         return self.formats.not_for_sglang(self._config, names)
 
-    def head(self, normed: Tensor) -> Tensor:
+    def head(self, normed: Tensor, tokens_W: Tensor | None = None) -> Tensor:
         """Logits of the draft's own head, or of the target's, which may be in another type."""
         own = getattr(self._network, "lm_head", None)
         if own is not None:
-            return own(normed)
-        return self._target.head(normed.to(self._target.embedding.weight.dtype))
+            return logits_of(own, normed, tokens_W)
+        return logits_of(
+            self._target.head, normed.to(self._target.embedding.weight.dtype), tokens_W
+        )
 
     # --- several adapters beside one another -----------------------------------------------
 
@@ -217,8 +219,8 @@ class NetworkDrafter(Generic[C, N]):
     def state_width(self) -> int:
         return self._config.hidden_size
 
-    def project(self, states: Tensor) -> Tensor:
-        return self.head(states)
+    def project(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
+        return self.head(states, tokens)
 
     def replay(self, batch: SignalBatch) -> Tensor:
         return self.project(self.replay_states(batch))

@@ -6,9 +6,10 @@ target token v can be drafted at all. Letters: V target vocabulary, U draft voca
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosched.errors import CheckpointError
@@ -93,6 +94,16 @@ def over_target(logits: Tensor, ids_U: Tensor | None, vocab_size: int) -> Tensor
         return logits
     full = logits.new_full((*logits.shape[:-1], vocab_size), float("-inf"))
     return full.index_copy_(-1, ids_U, logits)
+
+
+def logits_of(head: nn.Module, states: Tensor, tokens_W: Tensor | None) -> Tensor:
+    """What a head gives ``[..., V]``, or of it some tokens ``[..., W]``, without making the others."""
+    if tokens_W is None:
+        return head(states)
+    if not isinstance(head, nn.Linear):
+        return head(states)[..., tokens_W]
+    bias = cast("Tensor | None", head.bias)
+    return F.linear(states, head.weight[tokens_W], None if bias is None else bias[tokens_W])
 
 
 def check_tokenizers(

@@ -29,6 +29,7 @@ from cosched.training.background import BackgroundTrainer
 from cosched.training.deepspeed_trainer import BETAS, DeepSpeedTrainer
 from cosched.training.micro_step import ROWS_OF_LOST_MASS, BatchLoss, share_of
 from cosched.training.precision import Precision
+from cosched.registry import DRAFTERS
 from losses.divergence import ForwardKL
 from losses.reduction import decayed, weighted_mean
 from tests.conftest import make_drafter
@@ -408,3 +409,31 @@ def test_every_waits_for_its_rounds() -> None:
     assert [steps(n) for n in (0, 4, 5, 9)] == [0, 0, 2, 2]
     assert [steps(n, num_running=0) for n in (0, 1, 9)] == [0, 3, 3]  # once, when all is done
     assert Every(5).decide(snapshot(rounds_since_update=5)).num_steps == 1
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dflash", "pard"])
+def test_a_loss_over_the_likeliest_tokens(target: Target, kind: str) -> None:
+    """Over all of them it is the loss over the vocabulary, in value and gradient; over a few its
+    gradient points the same way."""
+    drafter = next(iter(DRAFTERS.get(kind).examples(target, 3).values()))
+    drafter.network().requires_grad_(False)
+    rounds = serve(target, drafter, make_requests(target, count=2, prompt=9, new=60), max_batch=2)
+    batch = collected(target, drafter, "delayed", None, rounds)
+    assert batch is not None
+    network = drafter.network().requires_grad_(True)
+
+    def step(most: int | None) -> tuple[Tensor, Tensor]:
+        loss = ForwardKL(LossSettings(kind="forward_kl", vocab_top_k=most))
+        module = BatchLoss(drafter, loss, target.head, "hidden")
+        module.begin_update(batch)
+        network.zero_grad()
+        value = module(batch)
+        value.backward()
+        slopes = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+        return value.detach(), torch.cat(slopes)
+
+    (whole, slope), (all_, all_slope), (few, few_slope) = map(step, (None, target.vocab_size, 1))
+    torch.testing.assert_close(all_, whole)
+    torch.testing.assert_close(all_slope, slope, rtol=1e-4, atol=1e-7)
+    assert 0 < few < whole
+    assert torch.cosine_similarity(few_slope, slope, dim=0) > 0.5

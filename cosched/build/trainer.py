@@ -100,9 +100,7 @@ def build_scorer(
     )
 
 
-def build_adapter_trainer(
-    config: Config, target: TargetInfo, copy: Drafter, lora: Lora
-) -> Trainer:
+def build_adapter_trainer(config: Config, target: TargetInfo, copy: Drafter, lora: Lora) -> Trainer:
     """A trainer of new adapters on a copy of the draft: one of many, all in this process."""
     trainer = _adapters(config, target, copy, lora)
     if not config.adapt.trainer.background:

@@ -87,9 +87,7 @@ class Counters:
     def _training_seconds(self) -> float:
         return self._lost_seconds + self.publish_seconds
 
-    def observe(
-        self, round_: VerifyRound, lead_tokens: float = 0.0, beside: bool = False
-    ) -> None:
+    def observe(self, round_: VerifyRound, lead_tokens: float = 0.0, beside: bool = False) -> None:
         """Count a round, in which what was learnt was so much better than the draft as loaded.
 
         ``beside`` says that an update, or a look, went on meanwhile.

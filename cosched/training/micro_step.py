@@ -1,13 +1,13 @@
 """The loss of a batch: replay the draft, recall the teacher, compare.
 
 Letters: R requests, N anchors, K drafted tokens, M rows of them that count, T teacher rows that
-differ, X teacher width, H width of the draft's states, V draft vocabulary, Q what a loss measures of
-a row.
+differ, X teacher width, H width of the draft's states, V draft vocabulary, W some of its tokens, Q what
+a loss measures of a row.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +27,17 @@ if TYPE_CHECKING:
     from cosched.training.precision import Precision
 
 ROWS_OF_LOST_MASS = 8  # each takes a product with the target's whole head
+ROWS_TO_RANK = 32  # of the draft's logits, whose likeliest tokens are looked for at once
+
+
+@dataclass(frozen=True, slots=True)
+class Likeliest:
+    """Tokens that a batch's loss is taken over, and what the teacher says of them."""
+
+    batch: SignalBatch
+    tokens_W: Tensor
+    teacher_TW: Tensor
+    says_M: Tensor  # the teacher's row of each that counts
 
 
 class BatchLoss(nn.Module):
@@ -65,6 +76,7 @@ class BatchLoss(nn.Module):
         compares = any(one.needs_reference for one in self._losses)
         self._before = DraftBefore(drafter) if compares else None
         self._reference_RNKH: Tensor | None = None
+        self._likeliest: Likeliest | None = None
         self._computing = computing_in(precision, next(network.parameters()).device)
 
     @torch.no_grad()
@@ -72,6 +84,7 @@ class BatchLoss(nn.Module):
         """Micro-steps on this batch follow: what they are held against is the draft as it is now."""
         self._loss, self._reference_RNKH = self._losses[objective], None
         self.lost_mass = self._lost_mass(batch)
+        self._likeliest = self._rank(batch, self._loss.settings.vocab_top_k)
         if self._before is not None and self._loss.needs_reference:
             self._before.catch_up()
             self._reference_RNKH = self._before.drafter.replay_states(batch)
@@ -88,10 +101,14 @@ class BatchLoss(nn.Module):
         weights_RNK = batch.weights_RNK
         counts_M = weights_RNK.flatten().nonzero().squeeze(-1)  # host waits for the device
         states_MH = self._drafter.replay_states(batch).flatten(0, 2).index_select(0, counts_M)
-        teacher_MX = batch.teacher_RNKX.flatten(0, 2).index_select(0, counts_M)
         if reference is not None:
             reference = reference.flatten(0, 2).index_select(0, counts_M)
-        measured_MQ = self.measure(states_MH, *self._teacher.distinct(teacher_MX), reference)
+        if self._likeliest is None:
+            teacher_MX = batch.teacher_RNKX.flatten(0, 2).index_select(0, counts_M)
+            measured_MQ = self.measure(states_MH, *self._teacher.distinct(teacher_MX), reference)
+        else:
+            assert self._likeliest.batch is batch, "an update has one batch"
+            measured_MQ = self._measure_likeliest(states_MH, self._likeliest, reference)
         whole_MQ = measured_MQ.new_zeros(weights_RNK.numel(), measured_MQ.shape[-1])
         whole_MQ = whole_MQ.index_copy(0, counts_M, measured_MQ)
         return self._loss.reduce(whole_MQ.unflatten(0, weights_RNK.shape), weights_RNK)
@@ -116,6 +133,34 @@ class BatchLoss(nn.Module):
 
         parameters = list(self.network.parameters())
         return in_chunks(measure, states_MH, parameters, self._loss.settings.chunk_rows)
+
+    def _measure_likeliest(
+        self, states_MH: Tensor, among: Likeliest, reference_MH: Tensor | None
+    ) -> Tensor:
+        student_MW = wide(self._drafter.project(states_MH, among.tokens_W))
+        reference_MW = None
+        if reference_MH is not None and self._before is not None:
+            with torch.no_grad():
+                reference_MW = wide(self._before.drafter.project(reference_MH, among.tokens_W))
+        return self._loss.measure(student_MW, among.teacher_TW[among.says_M], reference_MW)
+
+    def _rank(self, batch: SignalBatch, most: int | None) -> Likeliest | None:
+        """The tokens among so many likeliest of any row, of the teacher's or of the draft's."""
+        counts_M = batch.weights_RNK.flatten().nonzero().squeeze(-1)  # host waits for the device
+        if most is None or not len(counts_M):
+            return None
+        teacher_MX = batch.teacher_RNKX.flatten(0, 2).index_select(0, counts_M)
+        teacher_TX, says_M = self._teacher.distinct(teacher_MX)
+        with self._computing:
+            teacher_TV = wide(self._teacher.logits(teacher_TX, self._drafter.target_ids()))
+            states_MH = self._drafter.replay_states(batch).flatten(0, 2).index_select(0, counts_M)
+            students = (self._drafter.project(rows) for rows in states_MH.split(ROWS_TO_RANK))
+            best = [
+                logits.topk(min(most, logits.shape[-1])).indices.flatten()
+                for logits in (teacher_TV, *students)
+            ]
+        tokens_W = torch.cat(best).unique()
+        return Likeliest(batch, tokens_W, teacher_TV.index_select(-1, tokens_W), says_M)
 
     @torch.no_grad()
     def teacher_logits(self, batch: SignalBatch) -> Tensor:

@@ -257,8 +257,8 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
         )
         return top.finish(rows, attended)
 
-    def project(self, states: Tensor) -> Tensor:
-        return self._network.head(states)[..., : self._num_shared]
+    def project(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
+        return self._network.head(states, tokens)[..., : self._num_shared]
 
 
 def _narrower(one: int | None, other: int | None) -> int | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from drafters.layers import DecoderStack, RMSNorm, Rotary
+from drafters.vocabulary import logits_of
 
 if TYPE_CHECKING:
     from drafters.pard.config import PardConfig
@@ -67,9 +68,9 @@ class PardNetwork(nn.Module):
         projected = self.target_proj(features.to(self.target_proj.weight.dtype))
         return embedded + projected * self.config.pard2_scale
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits ``[..., U]``."""
+    def head(self, hidden: Tensor, tokens_W: Tensor | None = None) -> Tensor:
+        """Logits ``[..., U]``, or of some tokens ``[..., W]``."""
         hidden = self.model.norm(hidden)
         head = self.lm_head or self.tied_head
         assert head is not None
-        return head(hidden)
+        return logits_of(head, hidden, tokens_W)

@@ -64,7 +64,9 @@ class PackedLinear(nn.Linear):
             return F.linear(input, self.weight, self.bias)
         product = self._product
         if product is None or self._written != self.weight._version:
-            layout = layout_of(self.weight, self._rounds, self._alike, rewritten=product is not None)
+            layout = layout_of(
+                self.weight, self._rounds, self._alike, rewritten=product is not None
+            )
             product = self._lay_out(layout)
         return product(input)
 
