@@ -87,9 +87,7 @@ class Coscheduler:
         with self._meter:
             result = self._learner.finished() if under_way else self._begin(self._learner, decision)
         seconds = self._meter.take()
-        if (
-            result or self._learner.busy > under_way
-        ):  # to decline is free: an idle server asks for hours
+        if result or self._learner.busy > under_way:  # to decline is free
             self.counters.update_seconds_total += seconds
         if result:
             self.counters.note_update(result, in_background=under_way)
@@ -116,9 +114,9 @@ class Coscheduler:
 
     def publish(self, verdict: Verdict) -> None:
         """Do it: here alone weights begin to serve, and here alone training goes back."""
-        if verdict.action == "publish":
+        if verdict.action == "publish" and self._trainer is not None:
             self.counters.published()
-            self._serve()
+            self._serve(self._trainer.weights())
         elif verdict.to is not None:
             self._go_back(verdict.to, verdict.reason)
 
@@ -128,12 +126,12 @@ class Coscheduler:
         Raises:
             PublicationError: that version is not kept, or this draft is never published.
         """
-        if self._trainer is None:
+        if self._publisher is None:
             raise PublicationError("this draft is not trained here: it has no versions")
         serving = self.version
         self.publish(Verdict("roll_back", "asked for", to=version))
-        if self.version == serving:
-            self._serve()  # again: who asked sees by the number that it was done
+        if self.version == serving:  # again: who asked sees by the number that it was done
+            self._serve(self._publisher.weights_of(version))
         self._guard.start_anew(self.counters.rounds)
         return self.version
 
@@ -192,11 +190,10 @@ class Coscheduler:
         self.counters.went_back(version, serving)
         if version != serving:
             self._sink.emit("rollback", round=self.counters.rounds, to=version, reason=reason)
-            self._serve()
+            self._serve(weights)
 
-    def _serve(self) -> None:
-        assert self._trainer is not None
+    def _serve(self, weights: Mapping[str, Tensor]) -> None:
         assert self._publisher is not None
-        version = self._publisher.publish(self._trainer.weights())
+        version = self._publisher.publish(weights)
         self.counters.publish_seconds += version.seconds
         self._sink.emit("publication", round=self.counters.rounds, version=version)

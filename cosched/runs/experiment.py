@@ -38,7 +38,8 @@ OnTokens = Callable[[str, int], None]
 class Experiment:
     """Runs the arms in turn, some tokens at a time, so that a machine's drift hits all of them.
 
-    A turn ends when no update is under way in the background: it would go on in the time of the next.
+    A turn ends when no update is under way in the background: it would go on in the time of the next. That
+    is waited for also behind the last request, where it is nobody's time.
     Arms in SGLang run one after the other: an engine takes the memory that there is.
 
     ``total_tokens`` is known before ``run`` and at most what the arms will commit.
@@ -219,9 +220,9 @@ class Experiment:
                 finished = next(rounds, None)
                 more = finished is not None
                 finished_requests += finished or []
-            while learner and learner.busy:  # no request runs any more
-                time.sleep(IDLE_SECONDS)
-                learner.on_round(idle_tick(learner.counters.rounds, learner.version))
+        while learner and learner.busy:  # no request runs any more, and nobody waits
+            time.sleep(IDLE_SECONDS)
+            learner.on_round(idle_tick(learner.counters.rounds, learner.version))
         return more
 
     @contextmanager

@@ -155,15 +155,19 @@ class Worker:
 
 
 class ProcessTrainer:
-    """The trainer in a worker. One update is under way at a time; everything else waits for its end."""
+    """The trainer in a worker. One update is under way at a time; a ``reset`` drops it.
+
+    Everything else waits for what is under way to end.
+    """
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self._under_way: Pending | None = None
+        self._resetting: Pending | None = None
 
     def update(self, batch: SignalBatch, decision: Decision) -> None:
         """Begin an update; none may be under way."""
-        assert self._under_way is None, "one update at a time"
+        assert not self.busy, "one update at a time"
         self._under_way = self.worker.ask("update", batch, decision)
 
     def finished(self) -> UpdateResult | None:
@@ -175,15 +179,18 @@ class ProcessTrainer:
 
     @property
     def busy(self) -> bool:
-        """Whether an update is under way, or done and not yet taken."""
-        return self._under_way is not None
+        """Whether an update is under way, or done and not yet taken, or being dropped."""
+        if self._resetting is not None and self._resetting.done:
+            self._settle()
+        return self._under_way is not None or self._resetting is not None
 
     def weights(self) -> Mapping[str, Tensor]:
         self._settle()
         return self.worker.slots[CANDIDATE]
 
     def reset(self) -> None:
-        self._call("reset")
+        """Nobody waits for it: who asks for weights does."""
+        self._under_way, self._resetting = None, self.worker.ask("reset")
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         self._call("load", dict(weights))
@@ -200,9 +207,11 @@ class ProcessTrainer:
 
     def _settle(self) -> None:
         """Wait for what is under way, and let it go."""
-        if self._under_way is not None:
-            pending, self._under_way = self._under_way, None
-            pending.result()
+        awaited = self._under_way, self._resetting
+        self._under_way = self._resetting = None
+        for pending in awaited:
+            if pending is not None:
+                pending.result()
 
 
 class ProcessScorer:
