@@ -23,7 +23,7 @@ from cosched.testing.harness import (
     make_requests,
     make_target,
 )
-from tests.conftest import make_drafter
+from tests.helpers.drafts import make_drafter
 
 
 def snapshot(**changes: Any) -> Snapshot:

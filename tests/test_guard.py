@@ -35,7 +35,7 @@ from cosched.testing.harness import (
     make_target,
     serve,
 )
-from tests.conftest import make_drafter
+from tests.helpers.drafts import make_drafter
 from tests.test_core import ROW, _round, snapshot
 
 SAMPLED = Path("configs/sampled.yaml")

@@ -43,7 +43,7 @@ from cosched.training.micro_step import BatchLoss
 from cosched.training.scope import parameters_of
 from cosched.training.trying import TryingTrainer, WithObjective
 from schedulers.defaults import TABLE
-from tests.conftest import make_drafter
+from tests.helpers.drafts import make_drafter
 from tests.test_core import snapshot
 from tests.test_guard import SAMPLED, Events, decode, world_of
 from tests.test_policies import round_of

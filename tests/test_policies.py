@@ -33,7 +33,7 @@ from cosched.records import (
 from cosched.registry import POLICIES
 from cosched.settings.load import load_config
 from cosched.testing.harness import NoEvents
-from tests.conftest import make_drafter
+from tests.helpers.drafts import make_drafter
 from tests.test_core import snapshot
 
 QUICKSTART = Path(__file__).parent.parent / "configs/quickstart.yaml"

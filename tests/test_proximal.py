@@ -21,7 +21,7 @@ from cosched.settings.load import load_config
 from cosched.testing.harness import collected, make_requests, make_trainer, serve
 from cosched.training.deepspeed_trainer import BETAS, DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
-from tests.conftest import make_drafter
+from tests.helpers.drafts import make_drafter
 from tests.test_losses import QUICKSTART, close, draw, few, gradient, some_rows
 
 

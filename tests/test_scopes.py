@@ -38,7 +38,7 @@ from cosched.training.background import BackgroundTrainer
 from cosched.training.lora import MergingTrainer, find_layers, placed
 from cosched.training.scope import lora_of, scope_of
 from cosched.workload.requests import check_texts
-from tests.conftest import make_drafter
+from tests.helpers.drafts import make_drafter
 
 FAMILIES = ("eagle3", "dflash", "pard")
 

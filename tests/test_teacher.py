@@ -26,7 +26,7 @@ from cosched.settings.load import load_config
 from cosched.testing.harness import Watcher, collected, decode, make_requests
 from cosched.training.micro_step import BatchLoss
 from losses.divergence import kl
-from tests.conftest import make_drafter
+from tests.helpers.drafts import make_drafter
 from tests.test_losses import QUICKSTART, draw, few, make, some_rows
 
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}  # records are in float32

@@ -10,7 +10,7 @@ import torch
 from cosched.engines.embedded.target import Target, load_tokenizer
 from cosched.tinyworld.corpus import Document, deroff
 from cosched.tinyworld.pretrain import grow, target_config
-from tests.conftest import TINYWORLD
+from tests.helpers.paths import TINYWORLD
 from tests.test_run import run_cli
 
 

@@ -31,7 +31,7 @@ from cosched.training.micro_step import ROWS_OF_LOST_MASS, BatchLoss, share_of
 from cosched.training.precision import Precision
 from losses.divergence import ForwardKL
 from losses.reduction import decayed, weighted_mean
-from tests.conftest import make_drafter
+from tests.helpers.drafts import make_drafter
 
 
 @pytest.fixture(scope="module")

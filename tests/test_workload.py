@@ -25,7 +25,7 @@ from cosched.settings.sections import WorkloadSettings
 from cosched.telemetry.run_folder import RunFolder
 from cosched.workload.chat import Chat
 from cosched.workload.requests import SPARE, check_texts, load_requests
-from tests.conftest import TINYWORLD
+from tests.helpers.paths import TINYWORLD
 from tests.test_run import run_cli
 
 CPU = torch.device("cpu")
