@@ -36,7 +36,7 @@ from cosched.testing.harness import (
     serve,
 )
 from tests.helpers.drafts import make_drafter
-from tests.test_core import ROW, _round, snapshot
+from tests.helpers.rounds import ROW, numbered_round, snapshot
 
 SAMPLED = Path("configs/sampled.yaml")
 LEARNT = 1  # version: before, even random labels of far text teach which words it has
@@ -64,7 +64,7 @@ def test_what_is_held_out_was_in_no_sample(steps, window, held_out, rows) -> Non
     for request, count, teacher, finished, gap in steps:
         start = ends.get(request, 1000 * request) + (7 if gap else 0)
         ends[request] = start + count
-        buffer.collect(_round(request, start, count, teacher, finished))
+        buffer.collect(numbered_round(request, start, count, teacher, finished))
         if finished:
             ends[request] += 100  # its name is used again, and its places are not
         sample = buffer.sample()
@@ -86,11 +86,11 @@ def test_held_out_rows_are_the_newest_and_are_taught_later() -> None:
     buffer = ReplayBuffer(
         ReplayLimits(64, 100, 2, 1000, 1 << 20, 12, 12), "delayed", None, held_out=4
     )
-    buffer.collect(_round(0, 0, 20, True, False))
+    buffer.collect(numbered_round(0, 0, 20, True, False))
     first = places(buffer.sample())
     assert places(buffer.held_out(4)) == {15.0, 16.0, 17.0, 18.0, 19.0}
     assert first == set(map(float, range(1, 15)))
-    buffer.collect(_round(0, 20, 20, True, False))
+    buffer.collect(numbered_round(0, 20, 20, True, False))
     assert places(buffer.held_out(100)) == set(map(float, range(15, 40)))
     assert places(buffer.sample()) == set(map(float, range(1, 35)))
 
@@ -100,13 +100,13 @@ def test_evidence_is_given_once() -> None:
     buffer = ReplayBuffer(
         ReplayLimits(64, 100, 2, 1000, 1 << 20, 12, 12), "delayed", None, held_out=8
     )
-    buffer.collect(_round(0, 0, 20, True, False))
+    buffer.collect(numbered_round(0, 0, 20, True, False))
     buffer.sample()
     assert buffer.held_out(8, once=True, at_least=9) is None  # and nothing has been given by it
     assert anchors(buffer.held_out(8, once=True, at_least=8)) == list(range(11, 19))
     assert buffer.held_out(8, once=True) is None
     assert anchors(buffer.held_out(8)) == list(range(11, 19))
-    buffer.collect(_round(0, 20, 3, True, False))
+    buffer.collect(numbered_round(0, 20, 3, True, False))
     assert anchors(buffer.held_out(8, once=True)) == [19, 20, 21]
 
 

@@ -34,7 +34,7 @@ from cosched.registry import POLICIES
 from cosched.settings.load import load_config
 from cosched.testing.harness import NoEvents
 from tests.helpers.drafts import make_drafter
-from tests.test_core import snapshot
+from tests.helpers.rounds import snapshot
 
 QUICKSTART = Path(__file__).parent.parent / "configs/quickstart.yaml"
 TRAINING = sorted({p.name for p in POLICIES.plugins() if p.cls.__module__[:10] == "schedulers"})

@@ -395,7 +395,7 @@ def test_scope_body_leaves_the_head_alone(target: Target, batch: SignalBatch) ->
 
 def test_every_waits_for_its_rounds() -> None:
     from schedulers.fixed import EveryNRounds, EveryNRoundsSettings
-    from tests.test_core import snapshot
+    from tests.helpers.rounds import snapshot
 
     policy = EveryNRounds(
         EveryNRoundsSettings(kind="every_n_rounds", rounds=5, num_steps=2, idle_steps=3)
