@@ -22,7 +22,8 @@ from cosched.testing.harness import collected, make_requests, make_trainer, serv
 from cosched.training.deepspeed_trainer import BETAS, DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
 from tests.helpers.drafts import make_drafter
-from tests.test_losses import QUICKSTART, close, draw, few, gradient, some_rows
+from tests.helpers.losses import close, draw, few, gradient, some_rows
+from tests.helpers.paths import QUICKSTART
 
 
 @pytest.fixture(scope="module")
