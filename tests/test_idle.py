@@ -17,7 +17,7 @@ from cosched.loop.replay import ReplayBuffer, ReplayLimits
 from cosched.records import Decision, Snapshot, UpdateResult
 from cosched.testing.harness import Every, NoEvents
 from cosched.training.ranks import Ranks
-from tests.test_collector import K, prompt, verified
+from tests.helpers.verified import K, prompt, verified
 from tests.test_policies import Costly, policy, round_of
 
 DECIDING = 0.01  # seconds
