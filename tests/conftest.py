@@ -1,4 +1,4 @@
-"""A random target of three thin layers for exact statements; the tiny world for what is trained."""
+"""What tests are given: a random target for exact statements, the tiny world for what is trained."""
 
 from __future__ import annotations
 
@@ -35,3 +35,25 @@ def tinyworld() -> Path:
 @pytest.fixture(scope="session")
 def tiny_target() -> Target:
     return Target.load(str(TINYWORLD / "target"), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tinyworld: Path) -> dict:
+    """A short experiment over the tiny world, as plain YAML data."""
+    return {
+        "run": {"name": "one", "dir": str(tmp_path / "runs")},
+        "engine": {"num_threads": 1},
+        "target": {"path": str(tinyworld / "target")},
+        "drafter": {"kind": "eagle3", "path": str(tinyworld / "eagle3"), "window": 48},
+        "workload": {
+            "prompts": str(tinyworld / "prompts" / "translated.jsonl"),
+            "max_new_tokens": 48,
+            "max_prompts": 2,
+        },
+        "arms": ["plain", "frozen", "frozen+window", "adapted"],
+        "adapt": {
+            "policy": {"kind": "every_n_rounds", "rounds": 4},
+            "replay": {"window": 32, "anchors": 16},
+            "guard": {"kind": "finite"},
+        },
+    }

@@ -16,8 +16,8 @@ from cosched.engines.sglang.launcher.launch import check_servable
 from cosched.errors import ConfigError
 from cosched.memory.sketch import sketch
 from cosched.settings.load import check_paths, load_config
+from tests.helpers.cli import run_cli
 from tests.helpers.paths import TINYWORLD
-from tests.test_run import run_cli
 from tests.test_serve import sglang_parser
 
 ROOT = TINYWORLD.parent

@@ -22,7 +22,7 @@ from cosched.realworld import fetch as module
 from cosched.realworld import model as model_module
 from cosched.realworld.pins import CODE_PROMPTS, MODEL, NAME, Pin
 from cosched.realworld.storage import pack
-from tests.test_run import run_cli
+from tests.helpers.cli import run_cli
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "models"

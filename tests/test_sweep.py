@@ -19,7 +19,7 @@ from cosched.sweep.plan import AxisInfo, Plan, load_plan
 from cosched.sweep.pool import Event, Pool
 from cosched.sweep.results import CellResult, SweepSummary, effects, named, points
 from cosched.sweep.sweep import Sweep
-from tests.test_run import cosched_process, heed_ctrl_c, run_cli
+from tests.helpers.cli import cosched_process, heed_ctrl_c, run_cli
 
 ROOT = Path(__file__).parent.parent
 WORLD = ROOT / "tinyworld"

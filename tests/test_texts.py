@@ -20,7 +20,7 @@ from cosched.settings.sections import WorkloadSettings
 from cosched.telemetry.metrics import RequestLog, Turn
 from cosched.telemetry.run_folder import RunFolder
 from cosched.workload.requests import load_requests
-from tests.test_run import run_cli
+from tests.helpers.cli import run_cli
 
 WORLD = Path(__file__).parent.parent / "tinyworld"
 

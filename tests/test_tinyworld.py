@@ -10,8 +10,8 @@ import torch
 from cosched.engines.embedded.target import Target, load_tokenizer
 from cosched.tinyworld.corpus import Document, deroff
 from cosched.tinyworld.pretrain import grow, target_config
+from tests.helpers.cli import run_cli
 from tests.helpers.paths import TINYWORLD
-from tests.test_run import run_cli
 
 
 def test_the_committed_models_stay_below_24_mib() -> None:

@@ -25,8 +25,8 @@ from cosched.settings.sections import WorkloadSettings
 from cosched.telemetry.run_folder import RunFolder
 from cosched.workload.chat import Chat
 from cosched.workload.requests import SPARE, check_texts, load_requests
+from tests.helpers.cli import run_cli
 from tests.helpers.paths import TINYWORLD
-from tests.test_run import run_cli
 
 CPU = torch.device("cpu")
 ASKS = [{"role": "user", "content": "NAME\nls - list"}]
