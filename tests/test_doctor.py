@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cosched import cli, doctor
-from tests.test_serve import STATUS
+from tests.helpers.serving import STATUS
 
 ROOT = Path(__file__).parent.parent
 

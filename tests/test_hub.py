@@ -18,7 +18,7 @@ from cosched.memory.sketch import sketch
 from cosched.settings.load import check_paths, load_config
 from tests.helpers.cli import run_cli
 from tests.helpers.paths import TINYWORLD
-from tests.test_serve import sglang_parser
+from tests.helpers.serving import sglang_parser
 
 ROOT = TINYWORLD.parent
 NAME = "cosched/Tiny-World"

@@ -27,9 +27,9 @@ from cosched.engines.sglang.operators.routes import add_routes
 from cosched.engines.sglang.worker.adaptation import Status
 from cosched.errors import ConfigError
 from cosched.settings.load import load_config
+from tests.helpers.serving import STATUS
 from tests.sglang.server import CONFIG, PATIENCE, Server, Start
 from tests.sglang.serving import ROOT, WORLD, Decode
-from tests.test_serve import STATUS
 
 pytestmark = pytest.mark.sglang
 
