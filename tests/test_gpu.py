@@ -25,7 +25,7 @@ from cosched.testing.harness import (
     make_target,
 )
 from cosched.training.micro_step import BatchLoss
-from tests.test_memory import (
+from tests.helpers.chunks import (
     CHUNK,
     LOSSES_TO_TEST,
     MOST,
