@@ -29,12 +29,7 @@ from cosched.records import Acceptance, SignalBatch, UpdateResult, Verdict
 from cosched.runs.experiment import Experiment
 from cosched.settings.load import load_config
 from cosched.telemetry.run_folder import RunFolder
-from cosched.testing.harness import (
-    collected,
-    make_requests,
-    make_target,
-    serve,
-)
+from cosched.testing.harness import collected, make_requests, make_target, serve
 from tests.helpers.drafts import make_drafter
 from tests.helpers.rounds import ROW, numbered_round, snapshot
 

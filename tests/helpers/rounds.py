@@ -18,6 +18,16 @@ def snapshot(**changes: Any) -> Snapshot:
     return msgspec.convert({**zero, **changes}, Snapshot)
 
 
+def round_of(lengths: list[int], seconds: float = 0.01, **changes: Any) -> VerifyRound:
+    """A round of four drafts a request, of which ``length - 1`` were accepted."""
+    path = torch.zeros(4, dtype=torch.int64)
+    blocks = [ServedBlock(str(i), 0, path, None, n - 1, n) for i, n in enumerate(lengths)]
+    fields = {"finished": (), "num_running": len(lengths), **changes}
+    return VerifyRound(
+        0, 0, (), tuple(blocks), draft_seconds=seconds / 4, verify_seconds=3 * seconds / 4, **fields
+    )
+
+
 ROW = st.tuples(
     st.integers(0, 5),  # request
     st.integers(1, 40),  # rows
