@@ -44,8 +44,8 @@ from cosched.training.scope import parameters_of
 from cosched.training.trying import TryingTrainer, WithObjective
 from schedulers.defaults import TABLE
 from tests.helpers.drafts import make_drafter
+from tests.helpers.guarded_runs import SAMPLED, Events, decode, world_of
 from tests.helpers.rounds import round_of, snapshot
-from tests.test_guard import SAMPLED, Events, decode, world_of
 
 Gains = tuple[float, ...]
 
