@@ -26,10 +26,10 @@ from tests.helpers.adapters import (
     copied,
     examples,
     lora_runs,
-    make_batch,
     make_trainer,
     same,
 )
+from tests.helpers.batches import make_batch
 from tests.helpers.drafts import make_drafter
 
 
@@ -45,7 +45,7 @@ def config(configure: Configure) -> Config:
 
 @pytest.fixture(scope="module")
 def batch(target: Target) -> SignalBatch:
-    return make_batch(target)
+    return make_batch(target, count=2, new=60)
 
 
 def test_a_draft_with_new_adapters_is_the_draft(target: Target, config: Config) -> None:

@@ -9,9 +9,11 @@ import pytest
 from cosched.errors import ConfigError
 from cosched.loop.counters import Counters
 from cosched.settings.load import load_config
+from cosched.testing.harness import Every
+from schedulers.fixed import EveryNRounds, EveryNRoundsSettings
 from tests.helpers.paths import QUICKSTART
 from tests.helpers.policies import PAYS, TRAINING, policy, steps
-from tests.helpers.rounds import round_of
+from tests.helpers.rounds import round_of, snapshot
 
 # --- every policy --------------------------------------------------------------------------
 
@@ -97,6 +99,20 @@ def test_requests_are_waited_for() -> None:
     assert [decided(), decided("a"), decided()] == [0, 0, 0]
     assert [decided("b", running=0), decided(), decided("c"), decided("d", "e")] == [3, 0, 0, 3]
     assert counters.snapshot(1, 0, 0).num_finished == 5
+
+
+def test_every_waits_for_its_rounds() -> None:
+    policy = EveryNRounds(
+        EveryNRoundsSettings(kind="every_n_rounds", rounds=5, num_steps=2, idle_steps=3)
+    )
+
+    def steps(rounds_since_update: int, num_running: int = 1) -> int:
+        seen = snapshot(rounds_since_update=rounds_since_update, num_running=num_running)
+        return policy.decide(seen).num_steps
+
+    assert [steps(n) for n in (0, 4, 5, 9)] == [0, 0, 2, 2]
+    assert [steps(n, num_running=0) for n in (0, 1, 9)] == [0, 3, 3]  # once, when all is done
+    assert Every(5).decide(snapshot(rounds_since_update=5)).num_steps == 1
 
 
 # --- drift ---------------------------------------------------------------------------------

@@ -16,13 +16,11 @@ from cosched.build.trainer import build_trainer
 from cosched.engines.embedded.target import Target
 from cosched.engines.request import FinishedRequest, GenerationRequest
 from cosched.loop.per_adapter import CoschedulerPool
-from cosched.records import SignalBatch
 from cosched.registry import DRAFTERS
 from cosched.settings.load import load_config
 from cosched.settings.schema import Config
 from cosched.telemetry.run_folder import NoEvents
-from cosched.testing.harness import collected, make_engine, make_requests, serve
-from tests.helpers.drafts import make_drafter
+from cosched.testing.harness import make_engine
 
 FAMILIES = ("eagle3", "dflash", "pard")
 
@@ -53,16 +51,6 @@ def lora_runs(tinyworld: Path, tmp_path: Path) -> Configure:
         return load_config(path, [*drafter, *overrides])
 
     return configured
-
-
-def make_batch(target: Target) -> SignalBatch:
-    """What two requests gave to learn from."""
-    drafter, requests = make_drafter(target), make_requests(target, count=2, prompt=9, new=60)
-    sample = collected(
-        target, drafter, "delayed", None, serve(target, drafter, requests, max_batch=2)
-    )
-    assert sample is not None
-    return sample
 
 
 def make_trainer(config: Config, target: Target, drafter: Any) -> Any:
