@@ -137,9 +137,8 @@ def test_at_a_real_vocabulary_two_chunks_of_logits_are_held() -> None:
     trainer = make_trainer(target, drafter, loss=make_loss("jensen_shannon", chunk_rows))
     with LivePeak(is_logits) as stepping:
         trainer.update(batch, Decision(1))
-    scorer = AcceptanceScorer(
-        trainer._batch_loss._drafter, target.head, "hidden", torch.bfloat16, chunk_rows=chunk_rows
-    )
+    copy = drafter.clone(torch.float32)
+    scorer = AcceptanceScorer(copy, target.head, "hidden", torch.bfloat16, chunk_rows=chunk_rows)
     with LivePeak(is_logits) as scoring:
         serving, candidate = scorer.scores(batch, two_of(drafter))
     assert len(serving) == len(candidate) == 512 // PATH
