@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +19,7 @@ from cosched.testing.harness import (
     make_target,
 )
 from tests.helpers.drafts import make_drafter
+from tests.helpers.paths import QUICKSTART
 from tests.helpers.rounds import ROW, numbered_round
 
 # --- replay buffer -------------------------------------------------------------------------
@@ -282,15 +281,14 @@ def test_another_package_brings_a_policy(tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(POLICIES, "_loaded", False)
     monkeypatch.setattr(POLICIES, "_plugins", dict(POLICIES._plugins))
-    root = Path(__file__).parent.parent
     config = load_config(
-        root / "configs" / "quickstart.yaml",
+        QUICKSTART,
         ["adapt.policy.kind=stranger", "adapt.policy.patience=5"],
     )
     assert config.policy_settings.patience == 5
     with pytest.raises(ConfigError, match="patience"):
         load_config(
-            root / "configs" / "quickstart.yaml",
+            QUICKSTART,
             ["adapt.policy.kind=stranger", "adapt.policy.patience=long"],
         )
 

@@ -17,6 +17,7 @@ from cosched.engines.embedded.target import Target
 from cosched.registry import DRAFTERS
 from drafters.checkpoint import read_tensors
 from tests.helpers.checkpoints import FAMILIES, change, load, read, refused, save
+from tests.helpers.paths import TINYWORLD
 
 BAD_CONFIGS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("eagle3", {"hidden_size": 64}, ("hidden_size 64", "has 32", "another target")),
@@ -224,7 +225,7 @@ def test_bad_vocabulary_maps(tmp_path: Path, target: Target) -> None:
 
 def test_default_feature_layers_are_written_out(tmp_path: Path) -> None:
     """DFlash's and speculators' defaults differ: a file of one must say it when it becomes the other."""
-    tiny = Path(__file__).parent.parent / "tinyworld" / "dflash"
+    tiny = TINYWORLD / "dflash"
     assert "target_layer_ids" not in json.loads((tiny / "config.json").read_text())["dflash_config"]
     convert(tiny, tmp_path / "a", "speculators", None, ())
     raw = json.loads((tmp_path / "a" / "config.json").read_text())
@@ -236,10 +237,9 @@ def test_default_feature_layers_are_written_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_another_tokenizer(tmp_path: Path, tiny_target: Target, kind: str) -> None:
     """A draft that brings another tokenizer than the target's was trained on other ids."""
-    tinyworld = Path(__file__).parent.parent / "tinyworld"
     for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((tinyworld / kind / name).read_bytes())
-    tokenizer = json.loads((tinyworld / "target" / "tokenizer.json").read_text())
+        (tmp_path / name).write_bytes((TINYWORLD / kind / name).read_bytes())
+    tokenizer = json.loads((TINYWORLD / "target" / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     load(kind, tmp_path, tiny_target)
     ids = tokenizer["model"]["vocab"]

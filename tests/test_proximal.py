@@ -18,9 +18,10 @@ from cosched.errors import ConfigError
 from cosched.records import Decision, SignalBatch
 from cosched.registry import LOSSES
 from cosched.settings.load import load_config
-from cosched.testing.harness import collected, make_requests, make_trainer, serve
+from cosched.testing.harness import make_trainer
 from cosched.training.deepspeed_trainer import BETAS, DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
+from tests.helpers.batches import make_batch
 from tests.helpers.drafts import make_drafter
 from tests.helpers.losses import close, draw, few, gradient, some_rows
 from tests.helpers.paths import QUICKSTART
@@ -28,11 +29,7 @@ from tests.helpers.paths import QUICKSTART
 
 @pytest.fixture(scope="module")
 def batch(target: Target) -> SignalBatch:
-    requests = make_requests(target, count=2, prompt=9, new=60)
-    rounds = serve(target, make_drafter(target), requests, max_batch=2)
-    sample = collected(target, make_drafter(target), "delayed", None, rounds)
-    assert sample is not None
-    return sample
+    return make_batch(target, count=2, new=60)
 
 
 def proximal() -> Any:
