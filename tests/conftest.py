@@ -1,4 +1,4 @@
-"""A random target of three thin layers for exact statements; the tiny world for what is trained."""
+"""What tests are given: a random target for exact statements, the tiny world for what is trained."""
 
 from __future__ import annotations
 
@@ -10,29 +10,10 @@ import torch
 
 from cosched.engines.embedded.target import Target
 from cosched.testing.harness import make_target
-from drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from tests.helpers.paths import TINYWORLD
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command does
-TINYWORLD = Path(__file__).parent.parent / "tinyworld"
-
-
-def make_drafter(target: Target, num_draft_tokens: int = 3, seed: int = 1) -> Eagle3Drafter:
-    """A random EAGLE-3 head for that target."""
-    torch.manual_seed(seed)
-    config = Eagle3Config(
-        hidden_size=target.hidden_size,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=target.vocab_size,
-        draft_vocab_size=target.vocab_size,
-        feature_layers=[0, 1, 2],
-    )
-    drafter = Eagle3Drafter.initialise(config, target, num_draft_tokens)
-    drafter.network().to(target.device, target.dtype).requires_grad_(False)
-    return drafter
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,3 +35,25 @@ def tinyworld() -> Path:
 @pytest.fixture(scope="session")
 def tiny_target() -> Target:
     return Target.load(str(TINYWORLD / "target"), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tinyworld: Path) -> dict:
+    """A short experiment over the tiny world, as plain YAML data."""
+    return {
+        "run": {"name": "one", "dir": str(tmp_path / "runs")},
+        "engine": {"num_threads": 1},
+        "target": {"path": str(tinyworld / "target")},
+        "drafter": {"kind": "eagle3", "path": str(tinyworld / "eagle3"), "window": 48},
+        "workload": {
+            "prompts": str(tinyworld / "prompts" / "translated.jsonl"),
+            "max_new_tokens": 48,
+            "max_prompts": 2,
+        },
+        "arms": ["plain", "frozen", "frozen+window", "adapted"],
+        "adapt": {
+            "policy": {"kind": "every_n_rounds", "rounds": 4},
+            "replay": {"window": 32, "anchors": 16},
+            "guard": {"kind": "finite"},
+        },
+    }

@@ -15,7 +15,7 @@ from cosched.testing.harness import (
     serve,
 )
 from drafters.eagle3 import Eagle3Drafter
-from tests.conftest import make_drafter
+from tests.helpers.drafts import make_drafter
 
 
 @pytest.fixture(scope="module")

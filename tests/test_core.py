@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +10,6 @@ from hypothesis import strategies as st
 from cosched.errors import PluginError, PublicationError
 from cosched.loop.publish import InPlacePublisher, _folds, checksum
 from cosched.loop.replay import ReplayBuffer, ReplayLimits
-from cosched.records import Segment, ServedBlock, Snapshot, VerifyRound
 from cosched.registry import DRAFTERS, LOSSES, POLICIES, Registry
 from cosched.testing.harness import (
     decode,
@@ -23,24 +18,11 @@ from cosched.testing.harness import (
     make_requests,
     make_target,
 )
-from tests.conftest import make_drafter
-
-
-def snapshot(**changes: Any) -> Snapshot:
-    fields = msgspec.structs.fields(Snapshot)
-    zero = {field.name: 0 for field in fields if field.type in {int, float}}
-    return msgspec.convert({**zero, **changes}, Snapshot)
-
+from tests.helpers.drafts import make_drafter
+from tests.helpers.paths import QUICKSTART
+from tests.helpers.rounds import ROW, numbered_round
 
 # --- replay buffer -------------------------------------------------------------------------
-
-ROW = st.tuples(
-    st.integers(0, 5),  # request
-    st.integers(1, 40),  # rows
-    st.booleans(),  # with teacher rows
-    st.booleans(),  # finished afterwards
-    st.booleans(),  # a gap before it
-)
 
 
 @settings(max_examples=150, deadline=None)
@@ -59,7 +41,7 @@ def test_the_buffer_never_exceeds_its_limits(steps, window, max_tokens, max_byte
     for request, count, teacher, finished, gap in steps:
         start = ends.get(request, 0) + (7 if gap else 0)
         ends[request] = start + count
-        buffer.collect(_round(request, start, count, teacher, finished))
+        buffer.collect(numbered_round(request, start, count, teacher, finished))
         if finished:
             ends.pop(request)
         assert buffer.num_tokens <= max_tokens
@@ -68,19 +50,6 @@ def test_the_buffer_never_exceeds_its_limits(steps, window, max_tokens, max_byte
         batch = buffer.sample()
         if batch is not None and rows == "delayed":
             _check_rows_are_in_step(batch)
-
-
-def _round(request: int, start: int, count: int, teacher: bool, finished: bool) -> VerifyRound:
-    """Tokens, features and teacher rows that name their own position, so that a slip shows."""
-    at = torch.arange(start, start + count)
-    rows = at.float()[:, None].expand(-1, 3)
-    segment = Segment(
-        str(request), start, torch.arange(start, start + count + 1), rows, rows if teacher else None
-    )
-    path = torch.tensor([start + 1, start + 2])
-    block = ServedBlock(str(request), start, path, rows[:1].expand(2, 3), 1, 2)
-    done = (str(request),) if finished else ()
-    return VerifyRound(0, 0, (segment,), (block,), done, 0.0, 0.0, 1)
 
 
 def _real_bytes(buffer: ReplayBuffer) -> int:
@@ -106,7 +75,7 @@ def _check_rows_are_in_step(batch) -> None:
 def test_a_request_too_large_for_the_buffer_is_counted() -> None:
     """Nothing is dropped in silence: what cannot be kept is counted."""
     buffer = ReplayBuffer(ReplayLimits(64, 8, 2, 32, 1 << 20, 12, 12), "delayed", None)
-    buffer.collect(_round(0, 0, 4, True, False))
+    buffer.collect(numbered_round(0, 0, 4, True, False))
     assert (buffer.num_tokens, buffer.num_evicted) == (0, 1)
 
 
@@ -312,15 +281,14 @@ def test_another_package_brings_a_policy(tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(POLICIES, "_loaded", False)
     monkeypatch.setattr(POLICIES, "_plugins", dict(POLICIES._plugins))
-    root = Path(__file__).parent.parent
     config = load_config(
-        root / "configs" / "quickstart.yaml",
+        QUICKSTART,
         ["adapt.policy.kind=stranger", "adapt.policy.patience=5"],
     )
     assert config.policy_settings.patience == 5
     with pytest.raises(ConfigError, match="patience"):
         load_config(
-            root / "configs" / "quickstart.yaml",
+            QUICKSTART,
             ["adapt.policy.kind=stranger", "adapt.policy.patience=long"],
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,9 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cosched import cli, doctor
-from tests.test_serve import STATUS
-
-ROOT = Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+from tests.helpers.serving import STATUS
 
 
 def test_the_doctor_supports_what_the_package_requires() -> None:

@@ -24,10 +24,10 @@ from cosched.settings.schema import Config
 from cosched.sweep.plan import load_plan
 from cosched.telemetry.run_folder import NoEvents, RunFolder
 from schedulers import defaults
+from tests.helpers.paths import TINYWORLD
 
-WORLD = Path(__file__).parent.parent / "tinyworld"
-EAGLE3 = {"kind": "eagle3", "path": str(WORLD / "eagle3"), "num_draft_tokens": 3, "window": 48}
-PARD = {"kind": "pard", "path": str(WORLD / "pard"), "num_draft_tokens": 5}
+EAGLE3 = {"kind": "eagle3", "path": str(TINYWORLD / "eagle3"), "num_draft_tokens": 3, "window": 48}
+PARD = {"kind": "pard", "path": str(TINYWORLD / "pard"), "num_draft_tokens": 5}
 ADAPT = {
     "policy": {"kind": "every_n_rounds", "rounds": 4},
     "replay": {"window": 32, "anchors": 16},
@@ -40,11 +40,11 @@ def file(tmp_path: Path, arms: list[str], **sections: object) -> Path:
     raw = {
         "run": {"name": "one", "dir": str(tmp_path / "runs")},
         "engine": {"num_threads": 1},
-        "target": {"path": str(WORLD / "target")},
+        "target": {"path": str(TINYWORLD / "target")},
         "drafter": EAGLE3,
         "drafts": {"pard": PARD},
         "workload": {
-            "prompts": str(WORLD / "prompts" / "translated.jsonl"),
+            "prompts": str(TINYWORLD / "prompts" / "translated.jsonl"),
             "max_new_tokens": 24,
             "max_prompts": 2,
         },
@@ -152,7 +152,7 @@ def test_bad_drafts_are_named(tmp_path: Path, changes: list[str], says: str) -> 
 
 def test_what_does_not_fit_a_draft_is_named_by_its_key(tmp_path: Path) -> None:
     """A plugin knows its settings as ``drafter``, which is another section of this file."""
-    drafts = {"deep": {"kind": "dflash", "path": str(WORLD / "dflash"), "num_draft_tokens": 4}}
+    drafts = {"deep": {"kind": "dflash", "path": str(TINYWORLD / "dflash"), "num_draft_tokens": 4}}
     config = load_config(file(tmp_path, ["frozen", "deep.frozen"], drafts=drafts))
     with pytest.raises(ConfigError, match=r"^drafts\.deep\.num_draft_tokens: 4 is too many"):
         footprint(config, *sketch(config))
@@ -247,7 +247,7 @@ def test_each_draft_does_what_it_does_alone(tmp_path: Path) -> None:
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"adapted", "pard.adapted"}
     saved, loaded = (
         json.loads((place / "config.json").read_text())
-        for place in (folder / "checkpoints" / "pard.adapted", WORLD / "pard")
+        for place in (folder / "checkpoints" / "pard.adapted", TINYWORLD / "pard")
     )
     assert saved.items() >= loaded.items()
     page = write_report(folder).read_text()
@@ -284,7 +284,7 @@ def test_an_interrupted_run_goes_on_with_every_draft(tmp_path: Path) -> None:
 
 def test_a_trace_has_the_features_of_every_draft(tmp_path: Path) -> None:
     """Recorded by the plain arm, and replayed by the arms of each."""
-    dflash = {"kind": "dflash", "path": str(WORLD / "dflash"), "num_draft_tokens": 3}
+    dflash = {"kind": "dflash", "path": str(TINYWORLD / "dflash"), "num_draft_tokens": 3}
     drafts = {"dflash": dflash, "eagle3": EAGLE3}
     arms = ["plain", "dflash.frozen", "eagle3.frozen"]
     config = load_config(file(tmp_path, arms, drafter=None, drafts=drafts))

@@ -25,7 +25,7 @@ from cosched.testing.harness import (
     make_target,
 )
 from cosched.training.micro_step import BatchLoss
-from tests.test_memory import (
+from tests.helpers.chunks import (
     CHUNK,
     LOSSES_TO_TEST,
     MOST,
@@ -34,8 +34,8 @@ from tests.test_memory import (
     make_drafter,
     make_loss,
 )
+from tests.helpers.paths import TINYWORLD
 
-WORLD = Path(__file__).parent.parent / "tinyworld"
 DEVICE = "cuda"
 OFTEN = ("adapt.policy.kind=every_n_rounds", "adapt.policy.rounds=4")
 GUARDED = (*OFTEN, "adapt.guard={kind: shadow, anchors: 8, false_publish: 0.5}")
@@ -94,14 +94,14 @@ def test_greedy_equals_plain_on_cuda(kind: str, adapted: bool, max_batch: int) -
 @pytest.mark.parametrize("kind", ["eagle3", "dflash", "pard"])
 def test_every_way_to_learn_runs_on_cuda(kind: str, way: str, tmp_path: Path) -> None:
     """From files to files, on real text: updates are made, and no text differs from the plain one."""
-    texts = (WORLD / "prompts" / "translated.jsonl").read_text().splitlines()[:2]
+    texts = (TINYWORLD / "prompts" / "translated.jsonl").read_text().splitlines()[:2]
     prompts = [{**json.loads(text), "tenant": "a"} for text in texts]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     settings = {
         "run": {"name": "way", "dir": str(tmp_path)},
         "engine": {"device": DEVICE, "max_batch": 2},
-        "target": {"path": f"{WORLD}/target"},
-        "drafter": {"kind": kind, "path": f"{WORLD}/{kind}", "num_draft_tokens": 3},
+        "target": {"path": f"{TINYWORLD}/target"},
+        "drafter": {"kind": kind, "path": f"{TINYWORLD}/{kind}", "num_draft_tokens": 3},
         "workload": {"prompts": str(tmp_path / "prompts.jsonl"), "max_new_tokens": 96},
         "arms": ["plain", "adapted"],
     }

@@ -1,4 +1,4 @@
-"""The house itself: what lies where, how long it is, and what it needs to be imported."""
+"""The house itself: what lies where, how long it is, and what imports what."""
 
 import ast
 import subprocess
@@ -18,11 +18,51 @@ def modules() -> list[Path]:
     return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 
+def files_of_tests() -> list[Path]:
+    return sorted((ROOT / "tests").rglob("*.py"))
+
+
+def too_long(paths: list[Path]) -> dict[str, int]:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    return {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > MOST_LINES}
+
+
 def test_no_module_is_longer_than_can_be_read_at_once() -> None:
     """One that grows past this has a second subject, which wants a module of its own."""
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
-    assert lengths
-    assert {path.name: n for path, n in lengths.items() if n > MOST_LINES} == {}
+    assert modules()
+    assert too_long(modules()) == {}
+
+
+def test_no_test_file_is_longer_than_can_be_read_at_once() -> None:
+    """Nor is what tests share: it is split by subject, as the code is."""
+    assert files_of_tests()
+    assert too_long(files_of_tests()) == {}
+
+
+def test_no_test_file_imports_another() -> None:
+    """What two of them need is in a module of helpers: a file of tests can be split or renamed."""
+    found = {
+        (str(path.relative_to(ROOT)), name) for path in files_of_tests() for name in imports(path)
+    }
+    assert any(name == "tests.helpers.paths" for _, name in found)
+    assert {(path, name) for path, name in found if is_test_module(name)} == set()
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that it may import, inside functions too: of ``from a import b`` both a and a.b."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def is_test_module(name: str) -> bool:
+    package, *rest = name.split(".")
+    return package == "tests" and any(p.startswith("test_") or p == "conftest" for p in rest)
 
 
 def test_beside_the_folders_lie_only_the_doors_and_the_core() -> None:

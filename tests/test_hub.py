@@ -16,9 +16,9 @@ from cosched.engines.sglang.launcher.launch import check_servable
 from cosched.errors import ConfigError
 from cosched.memory.sketch import sketch
 from cosched.settings.load import check_paths, load_config
-from tests.conftest import TINYWORLD
-from tests.test_run import run_cli
-from tests.test_serve import sglang_parser
+from tests.helpers.cli import run_cli
+from tests.helpers.paths import TINYWORLD
+from tests.helpers.serving import sglang_parser
 
 ROOT = TINYWORLD.parent
 NAME = "cosched/Tiny-World"

@@ -17,8 +17,10 @@ from cosched.loop.replay import ReplayBuffer, ReplayLimits
 from cosched.records import Decision, Snapshot, UpdateResult
 from cosched.testing.harness import Every, NoEvents
 from cosched.training.ranks import Ranks
-from tests.test_collector import K, prompt, verified
-from tests.test_policies import Costly, policy, round_of
+from tests.helpers.costly import Costly
+from tests.helpers.policies import policy
+from tests.helpers.rounds import round_of
+from tests.helpers.verified import K, prompt, verified
 
 DECIDING = 0.01  # seconds
 IDLE = round_of([], seconds=0)  # a tick in which nothing runs

@@ -18,7 +18,7 @@ from cosched.report.intervals import Ratio, cut, paired_ratio, student_t
 from cosched.report.remarks import interval_line
 from cosched.report.table import arm_cells, speed_ratio, times
 from cosched.telemetry.metrics import Part, RunSummary, Turn
-from tests.test_report import make_run
+from tests.helpers.made_up_runs import make_run
 
 RUNS = 400  # simulated ones of each machine: 95 % comes out between 92 and 98 % in 99 of 100 tests
 

@@ -7,15 +7,11 @@ Gradients against finite differences, for every loss there is, are in the contra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from cosched.errors import ConfigError
@@ -23,40 +19,13 @@ from cosched.registry import LOSSES
 from cosched.settings.load import load_config, to_yaml
 from cosched.settings.schema import Config
 from losses.divergence import kl
-from losses.reduction import RowLoss, acceptance, hardest, reached
+from losses.reduction import acceptance, hardest, reached
+from tests.helpers.losses import close, draw, few, gradient, make_loss, some_rows
+from tests.helpers.paths import QUICKSTART
 
-QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 SMOOTH_AND_PROPER = ("forward_kl", "reverse_kl", "jensen_shannon")
 DIVERGENCES = (*SMOOTH_AND_PROPER, "total_variation", "negative_log_acceptance", "lk_hybrid")
 ROW_LOSSES = (*DIVERGENCES, "hard_cross_entropy", "top_k_cross_entropy")
-
-some_rows = given(
-    seed=st.integers(0, 1 << 20), vocab=st.integers(2, 12), scale=st.floats(0.01, 10.0)
-)
-few = settings(max_examples=25, deadline=None)
-
-
-def make(kind: str, **own: Any) -> RowLoss:
-    cls = LOSSES.get(kind)
-    if kind == "top_k_cross_entropy":
-        own.setdefault("k", 2)
-    return cls(msgspec.convert({"kind": kind, **own}, cls.Settings))
-
-
-def draw(seed: int, vocab: int, scale: float, rows: int = 6) -> tuple[Tensor, Tensor]:
-    """Student and teacher logits ``[M, V]`` in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(2, rows, vocab, dtype=torch.float64, generator=generator)).unbind()
-
-
-def gradient(loss: Callable[[Tensor], Tensor], student: Tensor) -> Tensor:
-    student = student.clone().requires_grad_()
-    return torch.autograd.grad(loss(student).sum(), student)[0]
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    """Float64 through sums of at most twelve terms of size 1 to 100, two ways."""
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -89,7 +58,7 @@ def test_values_equal_a_second_derivation(seed: int, vocab: int, scale: float) -
     exact = overlap > 1e-3
     for kind, value in expected.items():
         mask = exact if kind == "negative_log_acceptance" else torch.ones_like(exact)
-        close(make(kind).rows(s, t)[mask], value[mask])
+        close(make_loss(kind).rows(s, t)[mask], value[mask])
 
 
 @few
@@ -98,7 +67,7 @@ def test_gradients_equal_their_closed_forms(seed: int, vocab: int, scale: float)
     """Each derived by hand; those of the LK losses hold only with the acceptance held fixed."""
     s, t = draw(seed, vocab, scale)
     p, q = t.softmax(-1), s.softmax(-1)
-    found = {kind: gradient(lambda s, k=kind: make(k).rows(s, t), s) for kind in ROW_LOSSES}
+    found = {kind: gradient(lambda s, k=kind: make_loss(k).rows(s, t), s) for kind in ROW_LOSSES}
     log_ratio = s.log_softmax(-1) - t.log_softmax(-1)
     close(found["forward_kl"], q - p)
     close(found["reverse_kl"], q * (log_ratio - (q * log_ratio).sum(-1, keepdim=True)))
@@ -120,7 +89,7 @@ def test_top_k_equals_its_groups_one_by_one(seed: int, vocab: int, scale: float)
     s, t = draw(seed, vocab, scale)
     p, q = t.softmax(-1), s.softmax(-1)
     for k in range(1, vocab):
-        loss = make("top_k_cross_entropy", k=k)
+        loss = make_loss("top_k_cross_entropy", k=k)
         found, slope = loss.rows(s, t), gradient(lambda s, loss=loss: loss.rows(s, t), s)
         for m in range(len(s)):
             order = p[m].argsort(descending=True)
@@ -140,8 +109,8 @@ def test_top_k_equals_its_groups_one_by_one(seed: int, vocab: int, scale: float)
 def test_divergences_are_zero_at_equality_only(seed: int, vocab: int, scale: float) -> None:
     s, t = draw(seed, vocab, max(scale, 0.1))
     for kind in DIVERGENCES:
-        assert make(kind).rows(t, t).abs().max() < 1e-12
-        assert make(kind).rows(s, t).min() > 0
+        assert make_loss(kind).rows(t, t).abs().max() < 1e-12
+        assert make_loss(kind).rows(s, t).min() > 0
 
 
 @few
@@ -153,9 +122,9 @@ def test_top_k_agrees_with_the_whole_vocabulary_as_k_grows(
     s, t = draw(seed, vocab, scale)
     excess = []
     for k in range(1, vocab + 1):
-        loss = make("top_k_cross_entropy", k=k)
+        loss = make_loss("top_k_cross_entropy", k=k)
         excess.append(loss.rows(s, t) - loss.rows(t, t))
-    whole = make("forward_kl").rows(s, t)
+    whole = make_loss("forward_kl").rows(s, t)
     close(excess[-1], whole)
     close(loss.rows(s, t), whole + entropy(t.softmax(-1)))
     assert bool((torch.stack(excess).diff(dim=0) > -1e-11).all())
@@ -166,7 +135,7 @@ def test_top_k_agrees_with_the_whole_vocabulary_as_k_grows(
 def test_inequalities_between_losses(seed: int, vocab: int, scale: float) -> None:
     """Pinsker both ways; -log(1 - x) >= x; Jensen-Shannon between TV^2 / 2 and TV log 2."""
     s, t = draw(seed, vocab, scale)
-    value = {kind: make(kind).rows(s, t) for kind in DIVERGENCES}
+    value = {kind: make_loss(kind).rows(s, t) for kind in DIVERGENCES}
     tv, slack = value["total_variation"], 1e-12
     assert bool((tv <= (value["forward_kl"] / 2).sqrt() + slack).all())
     assert bool((tv <= (value["reverse_kl"] / 2).sqrt() + slack).all())
@@ -178,7 +147,7 @@ def test_inequalities_between_losses(seed: int, vocab: int, scale: float) -> Non
 def test_near_equality_the_kls_agree_and_jensen_shannon_is_a_quarter() -> None:
     """All three are the Fisher metric there; the third order, 1e-3 of it here, tells them apart."""
     s, t = draw(0, 9, 1.0)
-    forward, reverse, jensen = (make(k).rows(t + 1e-3 * s, t) for k in SMOOTH_AND_PROPER)
+    forward, reverse, jensen = (make_loss(k).rows(t + 1e-3 * s, t) for k in SMOOTH_AND_PROPER)
     torch.testing.assert_close(reverse, forward, rtol=5e-3, atol=0)
     torch.testing.assert_close(4 * jensen, forward, rtol=5e-3, atol=0)
 
@@ -187,9 +156,9 @@ def test_far_apart_only_some_still_teach() -> None:
     """60 nats apart bounded values reach their bounds, and they and reverse KL lose their gradient."""
     teacher = torch.tensor([[60.0, 0.0, 0.0]], dtype=torch.float64)
     student = torch.tensor([[0.0, 60.0, 0.0]], dtype=torch.float64)
-    value = {kind: float(make(kind).rows(student, teacher)) for kind in DIVERGENCES}
+    value = {kind: float(make_loss(kind).rows(student, teacher)) for kind in DIVERGENCES}
     slope = {
-        kind: float(gradient(lambda s, k=kind: make(k).rows(s, teacher), student).abs().max())
+        kind: float(gradient(lambda s, k=kind: make_loss(k).rows(s, teacher), student).abs().max())
         for kind in DIVERGENCES
     }
     assert value["total_variation"] == pytest.approx(1)
@@ -207,13 +176,13 @@ def test_far_apart_only_some_still_teach() -> None:
 def test_limits_of_the_lk_losses(seed: int, vocab: int, scale: float) -> None:
     """Hybrid: KL at eta 0, TV as eta grows. Log-acceptance: cross-entropy at a certain teacher."""
     s, t = draw(seed, vocab, scale)
-    close(make("lk_hybrid", eta=0).rows(s, t), make("forward_kl").rows(s, t))
+    close(make_loss("lk_hybrid", eta=0).rows(s, t), make_loss("forward_kl").rows(s, t))
     near = acceptance(s, t) > 1e-3
-    many = make("lk_hybrid", eta=1e6).rows(s, t)
-    close(many[near], make("total_variation").rows(s, t)[near])
+    many = make_loss("lk_hybrid", eta=1e6).rows(s, t)
+    close(many[near], make_loss("total_variation").rows(s, t)[near])
     certain = 1e3 * torch.nn.functional.one_hot(t.argmax(-1), vocab).double()
-    expected = make("hard_cross_entropy").rows(s, certain)
-    close(make("negative_log_acceptance").rows(s, certain), expected)
+    expected = make_loss("hard_cross_entropy").rows(s, certain)
+    close(make_loss("negative_log_acceptance").rows(s, certain), expected)
 
 
 # --- weights of rows -----------------------------------------------------------------------
@@ -247,7 +216,7 @@ def test_shares_cut_the_gap_at_both_ends() -> None:
     alpha = torch.tensor([[[0.9, math.nan, 0.7, 0.1, 0.8, 1.0]]])
 
     def kept(**own: float) -> list[float]:
-        loss = make("forward_kl", position_decay=1, **own)
+        loss = make_loss("forward_kl", position_decay=1, **own)
         return loss.weights(alpha, weights).flatten().tolist()
 
     assert kept(easiest_share=0.5) == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
@@ -265,10 +234,10 @@ def test_shares_without_a_common_row_are_refused(kind: str) -> None:
 def test_weights_of_rows_are_held_fixed(own: dict[str, Any]) -> None:
     """Value and gradient are those of the same weights given from outside."""
     student, teacher, weights = blocks()
-    loss, plain = make("forward_kl", **own), make("forward_kl", position_decay=1)
+    loss, plain = make_loss("forward_kl", **own), make_loss("forward_kl", position_decay=1)
     seen = loss.weights(acceptance(student, teacher), weights)
     assert not seen.requires_grad
-    assert not torch.equal(seen, make("forward_kl").weights(None, weights))
+    assert not torch.equal(seen, make_loss("forward_kl").weights(None, weights))
     assert not seen[weights == 0].any()
     torch.testing.assert_close(loss(student, teacher, weights), plain(student, teacher, seen))
     found = gradient(lambda s: loss(s, teacher, weights), student)
@@ -280,7 +249,7 @@ def test_masked_rows_do_not_reach_the_weights(own: dict[str, Any]) -> None:
     """Not a number in a masked row leaves the weights of the others as they are."""
     student, teacher, weights = blocks()
     weights[0, 0, 1] = 0  # masked in the middle of a path
-    loss = make("forward_kl", **own)
+    loss = make_loss("forward_kl", **own)
     expected = loss(student, teacher, weights)
     student[weights == 0] = math.nan
     assert torch.equal(loss(student, teacher, weights), expected)
@@ -302,9 +271,9 @@ def test_a_sum_is_the_sum_of_its_terms() -> None:
     loss = LOSSES.get("sum")(config.loss_settings)
     student, teacher, weights = blocks()
     terms = [
-        (1.0, make("forward_kl", position_decay=0.5)),
-        (0.5, make("total_variation", position_decay=0.5)),
-        (2.0, make("top_k_cross_entropy", k=3, position_decay=0.5)),
+        (1.0, make_loss("forward_kl", position_decay=0.5)),
+        (0.5, make_loss("total_variation", position_decay=0.5)),
+        (2.0, make_loss("top_k_cross_entropy", k=3, position_decay=0.5)),
     ]
 
     def expected(student: Tensor) -> Tensor:
@@ -344,7 +313,7 @@ def test_more_best_tokens_than_the_vocabulary_are_refused() -> None:
     """How large the draft's vocabulary is shows at the first call only."""
     student, teacher, weights = blocks()
     with pytest.raises(ConfigError, match=r"adapt\.loss: k = 8 .*the 7 tokens.*at most 7"):
-        make("top_k_cross_entropy", k=8)(student, teacher, weights)
+        make_loss("top_k_cross_entropy", k=8)(student, teacher, weights)
 
 
 def test_kl_of_log_probabilities_with_an_empty_token_is_finite() -> None:

@@ -25,7 +25,7 @@ from cosched.testing.harness import (
     make_target,
 )
 from cosched.testing.sampling import FALSE_ALARM, p_value, p_values, sampling_target
-from tests.conftest import make_drafter
+from tests.helpers.drafts import make_drafter
 
 if TYPE_CHECKING:
     from cosched.engines.embedded.target import Target

@@ -1,107 +1,40 @@
-"""How much of logits is held at once, and that holding less changes nothing.
+"""How much of logits is held at once, by losses and by scores, and what sizes say of it.
 
 Letters: R requests, N anchors, K drafted tokens, M rows, V vocabulary, H state width.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cache
 from typing import Any
 
-import msgspec
 import pytest
 import torch
-from torch import Tensor
 
-from cosched.engines.embedded.target import Target
 from cosched.guard.scorer import AcceptanceScorer
 from cosched.memory.live import LivePeak
 from cosched.memory.peaks import loss_peak, scores_peak
-from cosched.records import Acceptance, Decision, SignalBatch
-from cosched.registry import DRAFTERS, LOSSES
+from cosched.records import Decision
 from cosched.testing.harness import make_target, make_trainer
-from cosched.testing.specimen import MetaTarget, as_batch, make_texts
+from cosched.testing.specimen import MetaTarget
 from cosched.training.micro_step import BatchLoss
-
-VOCAB, CHUNK, PATH = 20_000, 8, 4
-QWEN3_VOCAB = 151_936
-ROW_LOSSES = {
-    "forward_kl": {},
-    "reverse_kl": {},
-    "jensen_shannon": {},
-    "total_variation": {},
-    "negative_log_acceptance": {},
-    "lk_hybrid": {},
-    "hard_cross_entropy": {},
-    "top_k_cross_entropy": {"k": 8},
-}
-SUM = {"terms": [{"kind": "forward_kl"}, {"kind": "proximal_kl", "weight": 0.5}]}
-LOSSES_TO_TEST = {**ROW_LOSSES, "sum": SUM}
-DRAFTERS_TO_TEST = (
-    ("eagle3", "plain"),
-    ("eagle3", "reduced vocabulary"),
-    ("dflash", "plain"),
-    ("pard", "qwen3"),
+from tests.helpers.chunks import (
+    CHUNK,
+    DRAFTERS_TO_TEST,
+    LOSSES_TO_TEST,
+    MOST,
+    PATH,
+    QWEN3_VOCAB,
+    VOCAB,
+    is_as_wide,
+    is_logits,
+    large_target,
+    make_batch,
+    make_drafter,
+    make_loss,
+    make_scorer,
+    peak_rows,
+    two_of,
 )
-
-# Rows as wide as the vocabulary that a chunk makes at once, in chunks: what is saved for the
-# gradient, and what an operation has beside it.
-MOST = 10
-
-
-@cache
-def large_target() -> Target:
-    return make_target(VOCAB, std=0.1)
-
-
-@cache
-def small_target() -> Target:
-    return make_target(dtype=torch.float64)
-
-
-def make_loss(kind: str, chunk_rows: int | None, **own: Any) -> Any:
-    cls = LOSSES.get(kind)
-    raw = {"kind": kind, **LOSSES_TO_TEST[kind], **own, "chunk_rows": chunk_rows}
-    return cls(msgspec.convert(raw, cls.Settings))
-
-
-def make_drafter(target: Target, kind: str, example: str, dtype: torch.dtype) -> Any:
-    torch.manual_seed(1)
-    drafter = DRAFTERS.get(kind).examples(target, PATH)[example]
-    copy = drafter.clone(dtype)
-    copy.network().requires_grad_(True)
-    return copy
-
-
-def make_batch(target: Target, drafter: Any, num_anchors: int, num_texts: int = 2) -> SignalBatch:
-    """Rows of random texts with random hidden states for teachers; all rows count."""
-    texts = make_texts(target, drafter, count=num_texts, length=num_anchors + PATH + 8)
-    anchors = torch.arange(2, num_anchors + 2).expand(num_texts, -1)
-    batch = as_batch(texts, anchors, PATH, None)
-    generator = torch.Generator().manual_seed(5)
-    shape = (*batch.paths_RNK.shape, target.hidden_size)
-    teacher = torch.randn(shape, generator=generator, dtype=target.dtype)
-    return replace(batch, teacher_RNKX=teacher)
-
-
-def is_logits(operation: Any, result: Tensor) -> bool:
-    """What a head gives: a matrix product with the vocabulary last."""
-    products = {torch.ops.aten.mm, torch.ops.aten.addmm}
-    return operation.overloadpacket in products and is_as_wide(operation, result)
-
-
-def is_as_wide(operation: Any, result: Tensor) -> bool:
-    """Whatever has the vocabulary last: logits, their gradient, softmaxes, products of them."""
-    return result.ndim > 0 and result.shape[-1] in {VOCAB, QWEN3_VOCAB}
-
-
-def peak_rows(module: BatchLoss, batch: SignalBatch, counts: Any) -> float:
-    """Most rows of float32 logits, or of what is as wide, that a step holds at once."""
-    module.begin_update(batch)
-    with LivePeak(counts) as live:
-        module(batch).backward()
-    return live.peak / (4 * VOCAB)
 
 
 def peaks(
@@ -156,140 +89,6 @@ def test_rows_that_do_not_count_are_not_projected() -> None:
     assert module(batch).item() == 0
 
 
-def step(module: BatchLoss, batch: SignalBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients."""
-    module.zero_grad()
-    value = module(batch)
-    value.backward()
-    return value.detach(), gradients(module)
-
-
-def gradients(module: BatchLoss) -> dict[str, Tensor]:
-    named = module.network.named_parameters()
-    return {name: p.grad.clone() for name, p in named if p.grad is not None}
-
-
-@pytest.mark.parametrize("loss", LOSSES_TO_TEST)
-def test_chunks_equal_the_plain_form(loss: str) -> None:
-    """In value and gradient of every weight, to float64's rounding; the last chunk is a short one.
-
-    The plain form is the loss called with all logits. The draft has moved away from the reference,
-    so a proximal term has a gradient.
-    """
-    target = small_target()
-    drafter = make_drafter(target, "eagle3", "plain", torch.float64)
-    batch = make_batch(target, drafter, 5)
-    batch.weights_RNK[0, 1] = batch.weights_RNK[1, 2, 2:] = 0
-    own = {"acceptance_prefix": True, "hardest_share": 0.9, "easiest_share": 0.8}
-    modules = [
-        BatchLoss(drafter, make_loss(loss, chunk_rows, **own), target.head, "hidden")
-        for chunk_rows in (None, 7, 1)
-    ]
-    for module in modules:
-        module.begin_update(batch)
-    before = drafter.replay(batch).detach()
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in drafter.network().parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(noise, alpha=0.05)
-    drafter.network().zero_grad()
-    plain = make_loss(loss, None, **own)
-    reference = before if plain.needs_reference else None
-    teacher = modules[0].teacher_logits(batch)
-    value = plain(drafter.replay(batch), teacher, batch.weights_RNK, reference)
-    value.backward()
-    expected = gradients(modules[0])
-    assert all(gradient.abs().max() > 0 for gradient in expected.values())
-    for module in modules:
-        found, slopes = step(module, batch)
-        torch.testing.assert_close(found, value.detach(), rtol=1e-11, atol=0)
-        assert slopes.keys() == expected.keys()
-        for name, slope in slopes.items():
-            torch.testing.assert_close(slope, expected[name], rtol=1e-8, atol=1e-12)
-
-
-@pytest.mark.parametrize(("kind", "example"), DRAFTERS_TO_TEST)
-def test_chunks_of_every_kind_of_head_equal_the_plain_form(kind: str, example: str) -> None:
-    target = small_target()
-    drafter = make_drafter(target, kind, example, torch.float64)
-    batch = make_batch(target, drafter, 5)
-    batch.weights_RNK[0, 1] = 0
-    whole, chunked = (
-        BatchLoss(drafter, make_loss("forward_kl", chunk_rows), target.head, "hidden")
-        for chunk_rows in (None, 7)
-    )
-    (value, expected), (found, slopes) = (step(module, batch) for module in (whole, chunked))
-    torch.testing.assert_close(found, value, rtol=1e-11, atol=0)
-    for name, slope in slopes.items():
-        torch.testing.assert_close(slope, expected[name], rtol=1e-8, atol=1e-12)
-
-
-def test_a_single_chunk_is_computed_once() -> None:
-    """The backward pass computed it again, which saves no memory and takes a third of the time."""
-    target = small_target()
-    drafter = make_drafter(target, "eagle3", "plain", torch.float64)
-    batch = make_batch(target, drafter, 5)
-    module = BatchLoss(drafter, make_loss("forward_kl", 1000), target.head, "hidden")
-    seen, project = [], drafter.project
-    drafter.project = lambda states_MH: seen.append(len(states_MH)) or project(states_MH)
-    step(module, batch)
-    assert seen == [batch.num_rows]
-
-
-# --- what a guard scores -------------------------------------------------------------------
-
-
-def make_scorer(
-    target: Target,
-    drafter: Any,
-    chunk_rows: int | None,
-    served_as: torch.dtype = torch.float32,
-    acceptance: Acceptance = "sampled",
-) -> AcceptanceScorer:
-    copy = drafter.clone(torch.float32)
-    return AcceptanceScorer(
-        copy, target.head, "hidden", served_as, acceptance, temperature=0.7, chunk_rows=chunk_rows
-    )
-
-
-def two_of(drafter: Any) -> list[dict[str, Tensor]]:
-    """Weights to be compared: the draft's own, and others."""
-    own = {name: p.detach() for name, p in drafter.network().named_parameters()}
-    generator = torch.Generator().manual_seed(2)
-    return [
-        own,
-        {n: w + 0.05 * torch.randn(w.shape, generator=generator) for n, w in own.items()},
-    ]
-
-
-@pytest.mark.parametrize("acceptance", ["greedy", "target_only", "sampled"])
-@pytest.mark.parametrize(("kind", "example"), DRAFTERS_TO_TEST)
-def test_scores_in_chunks_equal_the_plain_form(
-    kind: str, example: str, acceptance: Acceptance
-) -> None:
-    """Of every candidate and anchor; chunks cut through anchors, and the last one is short.
-
-    A product of fewer rows may add up in another order: a logit of about 10 is then off by up to
-    1e-5 in float32, and so is a score, relatively.
-    """
-    target = make_target()
-    drafter = make_drafter(target, kind, example, torch.float32)
-    batch = make_batch(target, drafter, 5)
-    batch.weights_RNK[0, 1] = 0
-    weights = two_of(drafter)
-    whole, *chunked = (
-        make_scorer(target, drafter, chunk_rows, torch.bfloat16, acceptance).scores(batch, weights)
-        for chunk_rows in (None, 7, 1)
-    )
-    assert [len(scores) for scores in whole] == [9, 9]
-    # Of random drafts the target's best token is hardly ever the draft's, whatever their weights.
-    assert acceptance == "greedy" or whole[0] != whole[1]
-    for scores in chunked:
-        for found, expected in zip(scores, whole, strict=True):
-            assert found == pytest.approx(expected, rel=1e-5)
-
-
 @pytest.mark.parametrize(("kind", "example"), DRAFTERS_TO_TEST)
 def test_scores_hold_logits_of_one_chunk(kind: str, example: str) -> None:
     """However many rows are scored, and of however many drafts; without chunks, of all rows.
@@ -338,9 +137,8 @@ def test_at_a_real_vocabulary_two_chunks_of_logits_are_held() -> None:
     trainer = make_trainer(target, drafter, loss=make_loss("jensen_shannon", chunk_rows))
     with LivePeak(is_logits) as stepping:
         trainer.update(batch, Decision(1))
-    scorer = AcceptanceScorer(
-        trainer._batch_loss._drafter, target.head, "hidden", torch.bfloat16, chunk_rows=chunk_rows
-    )
+    copy = drafter.clone(torch.float32)
+    scorer = AcceptanceScorer(copy, target.head, "hidden", torch.bfloat16, chunk_rows=chunk_rows)
     with LivePeak(is_logits) as scoring:
         serving, candidate = scorer.scores(batch, two_of(drafter))
     assert len(serving) == len(candidate) == 512 // PATH

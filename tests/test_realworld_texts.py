@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +15,8 @@ from cosched.realworld.questions import (
     held_out_questions,
     training_questions,
 )
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 SMALL_WORDS = {"a", "an", "the", "of", "in", "on", "to", "for", "with", "without", "and", "your"}
 VERBS = {"making", "going"}  # of which topics are many
 

@@ -17,9 +17,10 @@ from cosched.settings.schema import Config
 from cosched.telemetry.run_folder import RunFolder
 from cosched.workload.requests import load_requests
 from schedulers.earned import EarnedSettings
-from tests.test_run import run_cli
+from tests.helpers.cli import run_cli
+from tests.helpers.paths import ROOT
 
-RECIPES = Path(__file__).parent.parent / "configs" / "recipes.yaml"
+RECIPES = ROOT / "configs" / "recipes.yaml"
 
 
 def recipes(*overrides: str) -> Config:

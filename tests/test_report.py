@@ -1,11 +1,9 @@
-"""The report of a run: its table, its figures, and the page."""
+"""The report of a run: its table and what is said of it."""
 
 from __future__ import annotations
 
 import io
-import random
 import re
-from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,134 +15,13 @@ from cosched.records import RoundRow
 from cosched.report.events import ArmEvents, read_events
 from cosched.report.findings import comparisons, headline
 from cosched.report.html import write_report
-from cosched.report.intervals import cut
 from cosched.report.remarks import lossless_line, text_remark
 from cosched.report.table import arm_cells, load_summary, summary_table
 from cosched.report.timeline import tokens_at
-from cosched.telemetry.metrics import ArmSummary, RequestLog, RunSummary, Turn, round_figures
+from tests.helpers.made_up_runs import ALL_ARMS, make_run, page_of
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-ALL_ARMS = ("plain", "frozen", "frozen+window", "adapted", "adapted+window")
-CHANCE = {"frozen": 0.4, "frozen+window": 0.5, "adapted": 0.7, "adapted+window": 0.7}
-TEXT = "<script>alert('x')</script> & more \x1b[0m"
-SPEEDS = {"plain": 100.0, "frozen": 150.0, "frozen+window": 160.0, "adapted": 180.0}
-
-
-class EventLines(list[bytes]):
-    """``events.jsonl`` in the making."""
-
-    def emit(self, kind: str, **fields: object) -> None:
-        self.append(msgspec.json.encode({"kind": kind, **fields}) + b"\n")
-
-
-def make_run(
-    folder: Path,
-    arms: tuple[str, ...] = ALL_ARMS,
-    num_requests: int = 3,
-    speeds: dict[str, float] | None = None,
-    losses: tuple[float, ...] = (0.5, 0.4),
-    **run: object,
-) -> RunSummary:
-    """A run folder with made-up rounds whose figures are computed as in a real run."""
-    folder.mkdir(exist_ok=True)
-    log = EventLines()
-    found: dict[str, ArmSummary] = {}
-    for arm in arms:
-        logs = [_request(arm, f"p{number}", log) for number in range(num_requests)]
-        if arm.startswith("adapted"):
-            for version, loss in enumerate(losses, 1):
-                _update(log, arm, version, loss)
-        found[arm] = _summary(arm, logs, (speeds or SPEEDS).get(arm, 90.0), losses)
-    parts, parts_of = cut({arm: _turns(arm, one, num_requests) for arm, one in found.items()})
-    for arm, own in parts.items():
-        found[arm].parts = own
-    (folder / "events.jsonl").write_bytes(b"".join(log))
-    facts = {"name": "made up", "engine": "embedded", "text": "greedy", "interrupted": False}
-    facts |= {"lossless_reference": arms[0] if arms else None, "seconds": 1.5}
-    facts |= {"parts_of": parts_of}
-    summary = RunSummary(run=facts | run, arms=found)
-    (folder / "summary.json").write_bytes(msgspec.json.encode(summary))
-    (folder / "config.yaml").write_text("run:\n  name: <made up>\nengine:\n  max_batch: 1\n")
-    return summary
-
-
-def _request(arm: str, name: str, log: EventLines) -> RequestLog:
-    rng = random.Random(f"{arm} {name}")
-    drafted = 0 if arm == "plain" else 3
-    tokens = [rng.randrange(1000) for _ in range(150)]
-    rows: list[RoundRow] = []
-    position = 1
-    while position < len(tokens):
-        accepted = 0
-        while accepted < drafted and rng.random() < CHANCE[arm]:
-            accepted += 1
-        committed = min(accepted + 1, len(tokens) - position)
-        version = min(2, position // 50) if arm.startswith("adapted") else 0
-        rows.append(RoundRow(name, position, version, drafted, accepted, committed))
-        position += committed
-    for row in rows:
-        log.emit("round", arm=arm, row=row)
-    log.emit("request", arm=arm, id=name, text=TEXT + f" {name}")
-    return RequestLog(name, [1, 2, 3], tokens, rows)
-
-
-def _update(log: EventLines, arm: str, version: int, loss: float) -> None:
-    log.emit("update", arm=arm, round=10 * version, result={"losses": [loss, loss / 2]})
-    log.emit("verdict", arm=arm, round=10 * version, verdict={"action": "publish", "reason": ""})
-    log.emit("publication", arm=arm, round=10 * version, version={"version": version})
-
-
-def _summary(
-    arm: str, logs: list[RequestLog], speed: float, losses: tuple[float, ...]
-) -> ArmSummary:
-    figures = round_figures(logs)
-    adapted = arm.startswith("adapted")
-    wall = figures.tokens / speed
-    seconds = {
-        "prefill": 0.05,
-        "draft": 0.1,
-        "verify": 0.6,
-        "update": 0.2 * adapted,
-        "publish": 0.0,
-    }
-    seconds = {stage: share * wall for stage, share in seconds.items()} | {"wall": wall}
-    return ArmSummary(
-        **msgspec.structs.asdict(figures),
-        tokens_per_s=speed if figures.tokens else 0.0,
-        seconds=seconds,
-        lossless_mismatches=0,
-        versions=2 * adapted,
-        updates=2 * adapted,
-        skipped_steps=0,
-        losses=list(losses) if adapted else [],
-        peak_bytes=1 << 20,
-    )
-
-
-def _turns(arm: str, summary: ArmSummary, num_requests: int) -> list[Turn]:
-    """Ten of each request, not all equally fast; together they take the arm's wall time."""
-    rng = random.Random(arm)
-    shares = [rng.uniform(0.98, 1.02) for _ in range(10 * num_requests)]
-    seconds = summary.seconds["wall"] / sum(shares)
-    return [Turn(turn // 10, 15, share * seconds) for turn, share in enumerate(shares)]
-
-
-def page_of(folder: Path) -> str:
-    return write_report(folder).read_text(encoding="utf-8")
-
-
-class Elements(HTMLParser):
-    """Every start tag with its attributes."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
 
 
 # --- the summary and its table ---------------------------------------------------------------
@@ -272,6 +149,29 @@ def test_gain_error_is_none_for_one_request_and_zero_for_equal_ones(tmp_path: Pa
     assert comparisons(one, events)[0].gain_error == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ({"text": "sampled", "lossless_reference": None}, "the arms say different texts"),
+        ({"text": "document"}, "\u03a3 min(p, q)"),
+        ({"engine": "trace", "text": "sampled"}, "min(1, q/p)"),
+        ({"text": "greedy"}, "Lossless: every arm said exactly the same tokens as plain"),
+    ],
+)
+def test_text_kind_is_explained(tmp_path: Path, run: dict[str, object], words: str) -> None:
+    """The page says where the text came from and what that allows to conclude."""
+    summary = make_run(tmp_path / "run", **run)
+    assert words in text_remark(summary) + lossless_line(summary)
+
+
+def test_mismatches_are_named(tmp_path: Path) -> None:
+    """An arm that said something else than the reference is named with its number of requests."""
+    summary = make_run(tmp_path / "run")
+    summary.arms["adapted"].lossless_mismatches = 2
+    line = lossless_line(summary)
+    assert line.startswith("Not the same tokens as plain: adapted in 2 of 3 requests.")
+
+
 # --- events in the order of time -------------------------------------------------------------
 
 
@@ -295,114 +195,3 @@ def test_publications_lie_where_their_version_begins() -> None:
     ]
     arm = ArmEvents(rows=rows, losses=[(1, 0.1), (2, 0.1)], publications=[(2, 1)])
     assert tokens_at(arm, [1, 2], max_batch=1) == [2.0, 4.0]
-
-
-# --- the page --------------------------------------------------------------------------------
-
-
-def test_page_needs_nothing_else(tmp_path: Path) -> None:
-    """No script and no reference that leaves the page; every reference inside it resolves."""
-    make_run(tmp_path / "run")
-    page = page_of(tmp_path / "run")
-    elements = Elements(page).found
-    ids = [attributes["id"] for _, attributes in elements if attributes.get("id")]
-    assert len(ids) == len(set(ids)), "two figures share an id"
-    assert not {tag for tag, _ in elements} & {"script", "link", "img", "iframe", "object", "base"}
-    for _, attributes in elements:
-        for name in ("src", "href", "xlink:href"):
-            target = attributes.get(name)
-            assert target is None or target.removeprefix("#") in ids
-    assert set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
-    assert "url(" not in re.sub(r"url\(#", "", page)
-    without_namespaces = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
-    assert not re.search(r"https?://", without_namespaces)
-
-
-def test_page_has_every_figure(tmp_path: Path) -> None:
-    """Five figures, each with a title and a description of its numbers for who cannot see it."""
-    summary = make_run(tmp_path / "run")
-    page = page_of(tmp_path / "run")
-    assert page.count("<svg") == page.count('role="img"') == 5
-    for name in ("tau", "depth", "time", "speed", "learning"):
-        assert f'<title id="{name}-title">' in page
-    assert f"{summary.arms['adapted'].position_acceptance[0]:.2f}" in page
-
-
-def test_report_is_reproducible(tmp_path: Path) -> None:
-    """The same folder gives the same page, byte for byte."""
-    make_run(tmp_path / "run")
-    assert page_of(tmp_path / "run") == page_of(tmp_path / "run")
-
-
-def test_text_is_escaped(tmp_path: Path) -> None:
-    """What a model says is shown, never executed; control characters do not break the page."""
-    make_run(tmp_path / "run", name="<i>name</i>")
-    page = page_of(tmp_path / "run")
-    assert "<script" not in page
-    assert "&lt;script&gt;alert(" in page
-    assert "<i>name</i>" not in page
-    assert "name: &lt;made up&gt;" in page
-    assert "\x1b" not in page
-
-
-@pytest.mark.parametrize("arms", [("plain",), ("frozen",), ("adapted",), ("plain", "adapted"), ()])
-def test_any_subset_of_arms(tmp_path: Path, arms: tuple[str, ...]) -> None:
-    """A run need not have every arm, nor any."""
-    summary = make_run(tmp_path / "run", arms)
-    page = page_of(tmp_path / "run")
-    assert page.count('<span class="dot"') == len(arms)
-    assert ("Acceptance length by generated position" in page) == bool({*arms} - {"plain"})
-    summary_table(summary)
-
-
-def test_interrupted_run(tmp_path: Path) -> None:
-    """An arm that got nowhere, and a half-written last line, cost their figures and no more."""
-    folder = tmp_path / "run"
-    summary = make_run(folder, interrupted=True)
-    empty = _summary("adapted", [], 1.0, ())
-    summary.arms["adapted"] = empty
-    (folder / "summary.json").write_bytes(msgspec.json.encode(summary))
-    with (folder / "events.jsonl").open("ab") as events:
-        events.write('{"kind":"request","arm":"plain","id":"p9","text":"caf\u00e9'.encode()[:-1])
-    page = page_of(folder)
-    assert "interrupted" in page
-    assert "No round was measured of: adapted." in page
-    assert "1 unreadable line(s)" in page
-    assert "adapted+window committed" in page, "the other pair of arms still makes the headline"
-    cells = arm_cells(load_summary(folder), "adapted")
-    assert cells[2:8] == ["\u2013"] * 6
-
-
-def test_missing_events_and_config(tmp_path: Path) -> None:
-    """The summary alone makes a report; what came from the other files is left out."""
-    folder = tmp_path / "run"
-    make_run(folder)
-    (folder / "events.jsonl").unlink()
-    (folder / "config.yaml").unlink()
-    page = page_of(folder)
-    assert page.count("<svg") == 4
-    assert "config.yaml is missing" in page
-    assert "What was said" not in page
-
-
-@pytest.mark.parametrize(
-    ("run", "words"),
-    [
-        ({"text": "sampled", "lossless_reference": None}, "the arms say different texts"),
-        ({"text": "document"}, "\u03a3 min(p, q)"),
-        ({"engine": "trace", "text": "sampled"}, "min(1, q/p)"),
-        ({"text": "greedy"}, "Lossless: every arm said exactly the same tokens as plain"),
-    ],
-)
-def test_text_kind_is_explained(tmp_path: Path, run: dict[str, object], words: str) -> None:
-    """The page says where the text came from and what that allows to conclude."""
-    summary = make_run(tmp_path / "run", **run)
-    assert words in text_remark(summary) + lossless_line(summary)
-
-
-def test_mismatches_are_named(tmp_path: Path) -> None:
-    """An arm that said something else than the reference is named with its number of requests."""
-    summary = make_run(tmp_path / "run")
-    summary.arms["adapted"].lossless_mismatches = 2
-    line = lossless_line(summary)
-    assert line.startswith("Not the same tokens as plain: adapted in 2 of 3 requests.")

@@ -22,7 +22,7 @@ from cosched.registry import DRAFTERS
 from cosched.settings.load import load_config
 from cosched.testing.harness import make_target, make_trainer
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
-from tests.conftest import make_drafter
+from tests.helpers.drafts import make_drafter
 
 if TYPE_CHECKING:
     from cosched.protocols import Drafter

@@ -26,8 +26,9 @@ from cosched.settings.load import load_config
 from cosched.testing.harness import Watcher, collected, decode, make_requests
 from cosched.training.micro_step import BatchLoss
 from losses.divergence import kl
-from tests.conftest import make_drafter
-from tests.test_losses import QUICKSTART, draw, few, make, some_rows
+from tests.helpers.drafts import make_drafter
+from tests.helpers.losses import draw, few, make_loss, some_rows
+from tests.helpers.paths import QUICKSTART
 
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}  # records are in float32
 
@@ -78,7 +79,7 @@ def test_a_bucket_of_the_rest_is_exact(seed: int, vocab: int, scale: float) -> N
     for k in range(1, vocab + 1):
         kept = unpack_best(pack_best(teacher, k), vocab).double()
         for fewer in {1, k}:
-            loss = make("top_k_cross_entropy", k=fewer)
+            loss = make_loss("top_k_cross_entropy", k=fewer)
             torch.testing.assert_close(loss.rows(student, kept), loss.rows(student, teacher), **ROUNDING)  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def whole_logits(
     assert batch is not None
     if vocab is not None:
         drafter.target_ids = lambda: torch.arange(0, target.vocab_size, 3)[:vocab]
-    module = BatchLoss(drafter, make("forward_kl"), target.head, form)
+    module = BatchLoss(drafter, make_loss("forward_kl"), target.head, form)
     module.begin_update(batch)
     return module.teacher_logits(batch), module.lost_mass, batch
 
@@ -153,7 +154,7 @@ def test_a_batch_of_records_has_a_gradient(target: Target) -> None:
     slopes = []
     unpacked = replace(batch, teacher_RNKX=unpack_best(batch.teacher_RNKX, target.vocab_size))
     for form, rows, chunk_rows in (("top_k", batch, 7), ("logits", unpacked, None)):
-        loss = make("forward_kl", chunk_rows=chunk_rows)
+        loss = make_loss("forward_kl", chunk_rows=chunk_rows)
         module = BatchLoss(drafter, loss, target.head, form)
         slopes.append(torch.autograd.grad(module(rows), drafter.network().fc.weight)[0])
     torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-7)

@@ -20,9 +20,8 @@ from cosched.settings.sections import WorkloadSettings
 from cosched.telemetry.metrics import RequestLog, Turn
 from cosched.telemetry.run_folder import RunFolder
 from cosched.workload.requests import load_requests
-from tests.test_run import run_cli
-
-WORLD = Path(__file__).parent.parent / "tinyworld"
+from tests.helpers.cli import run_cli
+from tests.helpers.paths import TINYWORLD
 
 
 @pytest.fixture
@@ -73,8 +72,8 @@ def settings(tmp_path: Path, files: object, **sections: object) -> Path:
     raw = {
         "run": {"name": "two", "dir": str(tmp_path / "runs")},
         "engine": {"num_threads": 1},
-        "target": {"path": str(WORLD / "target")},
-        "drafter": {"kind": "eagle3", "path": str(WORLD / "eagle3"), "num_draft_tokens": 3},
+        "target": {"path": str(TINYWORLD / "target")},
+        "drafter": {"kind": "eagle3", "path": str(TINYWORLD / "eagle3"), "num_draft_tokens": 3},
         "workload": {"documents": files, "prompt_tokens": 16, "max_new_tokens": 24},
         "arms": ["plain", "frozen"],
         **sections,

@@ -10,8 +10,8 @@ import torch
 from cosched.engines.embedded.target import Target, load_tokenizer
 from cosched.tinyworld.corpus import Document, deroff
 from cosched.tinyworld.pretrain import grow, target_config
-from tests.conftest import TINYWORLD
-from tests.test_run import run_cli
+from tests.helpers.cli import run_cli
+from tests.helpers.paths import ROOT, TINYWORLD
 
 
 def test_the_committed_models_stay_below_24_mib() -> None:
@@ -67,7 +67,7 @@ def test_the_build_command_goes_through(tmp_path: Path) -> None:
     code, _, err = run_cli(
         "run",
         "-c",
-        Path(__file__).parent.parent / "configs" / "sampled.yaml",
+        ROOT / "configs" / "sampled.yaml",
         f"run.dir={tmp_path / 'runs'}",
         f"target.path={world / 'target'}",
         f"drafter.path={world / 'eagle3'}",

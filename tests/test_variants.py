@@ -22,8 +22,8 @@ from cosched.settings.arms import adapts, control_of
 from cosched.settings.load import load_config, to_yaml
 from cosched.settings.schema import Config
 from cosched.telemetry.run_folder import NoEvents, RunFolder
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 ADAPT = {
     "policy": {"kind": "every_n_rounds", "rounds": 4, "num_steps": 2},
     "loss": {"kind": "forward_kl", "position_decay": 0.7},

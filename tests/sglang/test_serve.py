@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import json
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from transformers import AutoTokenizer
 
-from cosched.engines.sglang import compat
-from cosched.engines.sglang.launcher.arguments import command_line
-from cosched.engines.sglang.operators.control import Client, SocketOperator
-from cosched.engines.sglang.operators.routes import add_routes
-from cosched.engines.sglang.worker.adaptation import Status
-from cosched.errors import ConfigError
-from cosched.settings.load import load_config
+from tests.sglang.client import complete, prompt
 from tests.sglang.server import CONFIG, PATIENCE, Server, Start
 from tests.sglang.serving import ROOT, WORLD, Decode
-from tests.test_serve import STATUS
 
 pytestmark = pytest.mark.sglang
 
@@ -44,24 +33,6 @@ def server(start: Start) -> Server:
 def client(server: Server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as made:
         yield made
-
-
-def prompt(number: int) -> str:
-    lines = (ROOT / "tinyworld/prompts/translated.jsonl").read_text().splitlines()
-    return json.loads(lines[number])["text"]
-
-
-def complete(client: openai.OpenAI, number: int, tokens: int = 96) -> str:
-    answer = client.completions.create(
-        model="tiny",
-        prompt=prompt(number),
-        max_tokens=tokens,
-        temperature=0,
-        extra_body={"ignore_eos": True},
-    )
-    assert answer.usage is not None
-    assert answer.usage.completion_tokens == tokens
-    return answer.choices[0].text
 
 
 # --- what users of the API see --------------------------------------------------------------
@@ -364,185 +335,3 @@ def private_folders(pids: list[str]) -> set[Path]:
             if entry.startswith(b"COSCHED_RUN="):
                 found.add(Path(entry.partition(b"=")[2].decode()))
     return found
-
-
-def test_two_ranks_report_and_a_key_guards_the_routes(start: Start) -> None:
-    """One start shows both: every rank's worker stands, and SGLang's key covers our routes."""
-    server = start("--tp-size", "2", "--api-key", "secret")
-    for path, body in (("/cosched/status", None), ("/cosched/off", {})):
-        assert server.call(path, body)[0] == 401
-        assert server.call(path, body, Authorization="Bearer wrong")[0] == 401
-        assert server.call(path, body, Authorization="Bearer secret")[0] == 200
-    told = server.command("control", "status", "--url", server.url)
-    assert told.returncode == 1
-    assert "--api-key" in told.stderr
-    told = server.command("control", "on", "--url", server.url, "--api-key", "secret")
-    assert told.returncode == 0, told.stderr
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", timeout=120) as client:
-        complete(client, 0, 200)
-    status = server.get("/cosched/status", Authorization="Bearer secret")
-    assert status["updates"] > 0
-    assert status["failure"] is None
-    assert server.stop() == 0
-
-
-# --- what keeps a server from starting ------------------------------------------------------
-
-BROKEN = """
-import sys
-from pathlib import Path
-from cosched import cli
-from cosched.engines.sglang.launcher.run_directory import RunDirectory
-{patch}
-if __name__ == "__main__":
-    sys.argv = ["cosched", "serve", "-c", "configs/serve_tiny_cpu.yaml", *sys.argv[1:]]
-    cli.main()
-"""
-UNREADABLE = """
-create = RunDirectory.create
-def broken(text):
-    made = create(text)
-    made.config.write_text("run: [")
-    return made
-RunDirectory.create = broken
-"""
-SILENT = "RunDirectory.report = lambda *_: None  # also in the processes that are spawned"
-
-
-@pytest.mark.parametrize(
-    ("patch", "variables", "message"),
-    [
-        (UNREADABLE, {}, r"cosched: the server cannot start: .*config\.yaml is not YAML"),
-        (SILENT, {}, "cosched: .*no adapting worker reported from rank 0 of 1"),
-        ("", {"SGLANG_PLUGINS": "cosched_cpu"}, "cosched: .*has not taken up cosched's plugin"),
-    ],
-    ids=["unreadable", "silent", "not-loaded"],
-)
-def test_a_server_that_would_not_adapt_does_not_start(
-    tmp_path: Path,
-    bare_environment: dict[str, str],
-    patch: str,
-    variables: dict[str, str],
-    message: str,
-) -> None:
-    """The last words say why, the exit code is that of bad settings, nothing is left running."""
-    script = tmp_path / "serve.py"
-    script.write_text(BROKEN.format(patch=patch))
-    process = subprocess.run(
-        [sys.executable, str(script), f"run.dir={tmp_path / 'runs'}"],
-        env={**bare_environment, **variables},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert process.returncode == 2, process.stderr[-8000:]
-    assert re.search(message, process.stderr[-600:]), process.stderr[-8000:]
-    assert "Uvicorn running" not in process.stderr
-
-
-@pytest.mark.parametrize(
-    ("override", "words", "message"),
-    [
-        ("run.name=x", ["--model", "x"], r"--model-path: 'x' contradicts target\.path"),
-        ("run.name=x", ["--tensor-parallel-size", "2", "--dp", "2"], "--dp-size: cosched serves"),
-        ("engine.arguments.max_total_token=1", [], "did you mean max_total_tokens"),
-        ("engine.arguments.model_path=x", [], r"contradicts target\.path"),
-    ],
-)
-def test_sglangs_own_parser_is_asked(override: str, words: list[str], message: str) -> None:
-    """Its short names and aliases are seen through, and its real names are offered."""
-    parser = argparse.ArgumentParser()
-    compat.ServerArgs.add_cli_args(parser)
-    config = load_config(ROOT / CONFIG, [override])
-    with pytest.raises(ConfigError, match=message):
-        command_line(config, words, parser)
-
-
-def test_what_is_passed_on_is_what_sglang_reads() -> None:
-    """All of the line that we make, by its real parser."""
-    parser = argparse.ArgumentParser()
-    compat.ServerArgs.add_cli_args(parser)
-    config = load_config(ROOT / CONFIG, ["drafter.window=96", "engine.arguments.tp_size=2"])
-    read = parser.parse_args(command_line(config, ["--api-key", "k"], parser))
-    assert read.speculative_draft_window_size == 96
-    assert (read.tp_size, read.api_key, read.max_running_requests) == (2, "k", 4)
-
-
-# --- keys, in this process ------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """The client of an operator whose scheduler always answers with the same status."""
-    path = tmp_path_factory.mktemp("run") / "control.sock"
-    made = SocketOperator(path)
-    stop = threading.Event()
-
-    def schedule() -> None:
-        while not stop.wait(0.002):
-            for _, answer in made.asked():
-                answer(STATUS)
-
-    thread = threading.Thread(target=schedule)
-    thread.start()
-    yield Client(path)
-    stop.set()
-    thread.join()
-    made.close()
-
-
-@pytest.mark.filterwarnings("ignore:ORJSONResponse is deprecated")  # SGLang's refusals are ones
-@pytest.mark.parametrize(
-    ("api_key", "admin_key", "given", "host", "code"),
-    [
-        (None, None, None, "127.0.0.1", 200),
-        (None, None, None, "10.1.2.3", 403),
-        ("user", None, None, "127.0.0.1", 401),
-        ("user", None, "user", "10.1.2.3", 200),
-        (None, "admin", None, "127.0.0.1", 401),
-        (None, "admin", "admin", "10.1.2.3", 200),
-        ("user", "admin", "user", "127.0.0.1", 401),
-        ("user", "admin", "admin", "10.1.2.3", 200),
-    ],
-)
-def test_sglangs_middleware_guards_our_routes(
-    operator: Client,
-    tmp_path: Path,
-    api_key: str | None,
-    admin_key: str | None,
-    given: str | None,
-    host: str,
-    code: int,
-) -> None:
-    """With both keys the admin key alone opens them, as it does SGLang's own control routes."""
-    from fastapi import FastAPI
-    from sglang.srt.utils.auth import add_api_key_middleware
-
-    app = FastAPI()
-    add_routes(app, operator, tmp_path, bool(api_key or admin_key))
-    if api_key or admin_key:
-        add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_key)
-    headers = {"Authorization": f"Bearer {given}"} if given else {}
-
-    async def ask() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(app, client=(host, 1234))
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
-            return [
-                await http.get("/cosched/status", headers=headers),
-                await http.post("/cosched/off", headers=headers),
-                await http.post("/cosched/rollback", headers=headers, json={"version": 1}),
-                await http.post("/cosched/save", headers=headers, json={"path": "../x"}),
-            ]
-
-    *answers, escape = asyncio.run(ask())
-    assert [answer.status_code for answer in answers] == [code] * 3
-    assert escape.status_code == (400 if code == 200 else code)
-    if code == 200:
-        assert Status(**answers[0].json()) == STATUS
-
-
-def test_the_names_that_the_launcher_uses_are_sglangs() -> None:
-    """They are resolved when first used, in the middle of a start."""
-    for name in compat._PATHS:
-        assert getattr(compat, name) is not None

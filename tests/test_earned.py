@@ -1,0 +1,141 @@
+"""What updates cost and bring: the statistics of it, and the policy that goes by them."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import msgspec
+import pytest
+
+from cosched.guard.monitor import Monitor, Scores
+from cosched.guard.statistics import BLOCK, Lead
+from cosched.loop.counters import Counters
+from cosched.protocols import ShadowSettings
+from cosched.records import Verdict
+from tests.helpers.policies import policy
+from tests.helpers.rounds import round_of
+
+# --- earned --------------------------------------------------------------------------------
+
+
+def served(
+    counters: Counters, seconds: float, gain: float, every: Any, update_seconds: float
+) -> tuple[int, int]:
+    """Serve one request for so long; updates and rounds. Each update is scored, with noise."""
+    updates, rounds, noise, lead = 0, 0, random.Random(0), Lead()
+    while seconds > 0:
+        counters.observe(round_of([2], seconds=0.02), lead.proven)
+        seconds, rounds = seconds - 0.02, rounds + 1
+        steps = every.decide(counters.snapshot(1, 0, 0)).num_steps
+        if steps:
+            counters.begin_update(steps)
+            counters.updates += 1
+            updates += 1
+            counters.update_seconds_total += update_seconds
+            # Of 16 rows the mean has a noise of 0.05.
+            lead.add([2 - 2 / gain + noise.gauss(0, 0.1) for _ in range(16 // BLOCK)], 16)
+    return updates, rounds
+
+
+def test_what_earns_nothing_is_let_be() -> None:
+    """A credit of so many rounds' time, and then a share of the time that nobody misses."""
+    every, counters = policy("earned", rounds=8, credit_rounds=40, explore_share=0.005), Counters()
+    assert served(counters, 2.0, 1.0, every, 0.1)[0] == 8  # 40 rounds of 0.02 s
+    updates, _ = served(counters, 200.0, 1.0, every, 0.1)
+    assert updates * 0.1 <= 0.006 * 202
+    assert updates >= 9
+    dearer = Counters()
+    assert served(dearer, 2.0, 1.0, every, 0.2)[0] == 4
+    dearest = Counters()
+    assert served(dearest, 2.0, 1.0, every, 0.9)[0] <= 1
+
+
+def test_what_earns_goes_on_at_full_cadence() -> None:
+    every, counters = policy("earned", rounds=8, credit_rounds=128), Counters()
+    served(counters, 10.0, 1.5, every, 0.01)
+    updates, rounds = served(counters, 20.0, 1.5, every, 0.01)
+    assert updates == rounds // 8
+
+
+@pytest.mark.parametrize("gain", [0.8, 1.0, 1.02, 1.1, 1.5])
+@pytest.mark.parametrize("cost", [0.01, 0.1, 1.0])
+def test_learning_costs_no_more_than_it_brings(gain: float, cost: float) -> None:
+    """Beyond the credit and the small share, however dear updates are and whatever they bring."""
+    every, counters = policy("earned", rounds=8, credit_rounds=100, explore_share=0.005), Counters()
+    served(counters, 60.0, gain, every, cost)
+    saved = max(0.0, gain - 1) * 60
+    assert counters.update_seconds_total <= 100 * 0.02 + cost + 0.005 * 61 + 0.5 * saved * 1.05
+
+
+def test_nothing_is_earned_without_evidence() -> None:
+    """A score that could be chance buys no update; nor does a draft that has gone back."""
+    counters, monitor = Counters(serves_loaded=False), Monitor()
+    settings, seen = ShadowSettings(), counters.snapshot(1, 7, 0)
+    seen = msgspec.structs.replace(seen, serves_loaded=False)
+
+    def look(score: float) -> Verdict:
+        return monitor.look(Scores([1 + score] * 16, loaded=[1.0] * 16), settings, seen)
+
+    for _ in range(4):
+        look(1.0)
+    counters.observe(round_of([3], seconds=1.0), monitor.standing.lead_tokens)
+    assert counters.earned_seconds == 0
+    for score in (0.9, 1.1) * 8:
+        look(score)
+    counters.observe(round_of([3], seconds=1.0), monitor.standing.lead_tokens)
+    earned = counters.earned_seconds
+    assert 0.45 < earned < 0.5  # a token of the three, which the draft as loaded would not have had
+    while look(-1.0).to is None:
+        pass
+    counters.observe(round_of([2], seconds=1.0), monitor.standing.lead_tokens)
+    assert counters.earned_seconds == earned
+
+
+# --- what they decide on -------------------------------------------------------------------
+
+
+def test_what_is_left_of_a_text_is_estimated() -> None:
+    """As much as has been seen; then committed over finished; never more than is allowed."""
+    counters = Counters()
+
+    def left(num_running: int = 2) -> float:
+        return counters.snapshot(num_running, 0, 0).expected_tokens_left
+
+    assert left() == 0
+    counters.observe(round_of([3, 3]))
+    assert left() == 6
+    counters.observe(round_of([3, 3], finished=("0", "1", "2")))
+    assert left() == 4
+    counters.observe(round_of([3, 3], tokens_left=5))
+    assert left() == 2.5
+    assert left(num_running=0) == 0
+
+
+def test_costs_and_gains_are_learnt_from_updates() -> None:
+    """The first update warms up and is left out; later ones count by the micro-step."""
+    counters = Counters()
+    for number, (cost, length) in enumerate([(9.0, 2), (0.4, 2), (0.4, 3), (0.4, 3)]):
+        for _ in range(200):
+            counters.observe(round_of([length]))
+        counters.begin_update(num_steps=2)
+        counters.update_seconds_total += cost
+        counters.publish_seconds += 0.1
+        counters.updates += 1
+        seen = counters.snapshot(1, 0, 0)
+        assert seen.last_update_seconds == pytest.approx(cost + 0.1)
+        assert seen.serving_seconds_since_update == 0
+        assert seen.micro_step_seconds == pytest.approx(0.2 if number > 1 else 0.0)
+        # From 2 to 3 tokens in one of the updates, with a weight of 0.1; then one without a gain.
+        expected = [1.0, 1.0, 1.5**0.1, 1.5**0.09][number]
+        assert seen.update_gain == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_reset_forgets_the_text_and_not_the_bill() -> None:
+    """State per request: the next text is not compared with the last, its updates still cost."""
+    counters = Counters(updates=3, step_seconds=0.2, shortfall=20.0, recent_at_update=2.0)
+    counters.update_seconds_total = 4.0
+    counters.start_anew()
+    seen = counters.snapshot(1, 0, 0)
+    assert (seen.acceptance_shortfall, seen.rounds_since_update) == (0, 0)
+    assert (seen.last_update_seconds, seen.micro_step_seconds) == (4.0, 0.2)

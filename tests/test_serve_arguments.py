@@ -1,0 +1,139 @@
+"""What SGLang is given: arguments that follow from the settings, and the user's own words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cosched.engines.sglang.launcher.arguments import (
+    command_line,
+    fixed_arguments,
+    keyword_arguments,
+)
+from cosched.errors import ConfigError
+from cosched.settings.load import load_config
+from tests.helpers.paths import ROOT
+from tests.helpers.serving import config, sglang_parser
+
+CONFIGS = sorted((ROOT / "configs").glob("serve_*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_configuration_is_valid_and_means_something_to_sglang(path: Path) -> None:
+    """A user starts from these files: a key that the schema dropped must not stay in them."""
+    arguments = fixed_arguments(load_config(path))
+    assert arguments["model_path"].key == "target.path"
+    assert arguments["speculative_algorithm"].value.startswith("COSCHED_")
+
+
+def test_sglang_counts_the_anchor_among_the_drafts() -> None:
+    """K drafted tokens are K steps and K + 1 verified rows."""
+    fixed = {name: setting.value for name, setting in fixed_arguments(config()).items()}
+    assert fixed["speculative_num_steps"] == 3
+    assert fixed["speculative_num_draft_tokens"] == 4
+    assert fixed["speculative_eagle_topk"] == 1
+
+
+def test_dflash_drafts_a_block_in_one_step() -> None:
+    """SGLang sets the steps and the width of DFLASH itself."""
+    fixed = fixed_arguments(config("drafter.kind=dflash"))
+    assert fixed["speculative_num_draft_tokens"].value == 4
+    assert not {"speculative_num_steps", "speculative_eagle_topk"} & set(fixed)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("auto", {}),
+        ("cuda", {"device": "cuda"}),
+        ("cuda:1", {"device": "cuda", "base_gpu_id": 1}),
+        ("cpu", {"device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True}),
+    ],
+)
+def test_the_device_decides_what_follows_from_it(device: str, expected: dict[str, Any]) -> None:
+    """``auto`` leaves the choice to SGLang."""
+    fixed = fixed_arguments(config(f"engine.device={device}"))
+    assert {n: s.value for n, s in fixed.items() if s.key == "engine.device"} == expected
+
+
+def test_a_window_of_the_draft_reaches_sglang() -> None:
+    """The arm +window and the server must mean the same by it."""
+    fixed = fixed_arguments(config("drafter.window=96"))
+    assert fixed["speculative_draft_window_size"].value == 96
+
+
+def test_the_users_words_stand_last_and_unchanged() -> None:
+    """Whatever SGLang takes passes through, word by word."""
+    words = ["--port", "31000", "--enable-metrics", "--cuda-graph-bs", "1", "2"]
+    line = command_line(config(), words, sglang_parser())
+    assert line[-len(words) :] == words
+    read = vars(sglang_parser().parse_args(line))
+    assert read["model_path"] == "tinyworld/target"
+    assert read["max_total_tokens"] == 16384
+    assert read["disable_cuda_graph"] is True
+
+
+def test_the_command_line_wins_over_the_files_arguments() -> None:
+    """As it does for every other setting; only what our settings mean cannot be said twice."""
+    line = command_line(config(), ["--max-total-tokens", "99"], sglang_parser())
+    assert line.count("--max-total-tokens") == 1
+    assert sglang_parser().parse_args(line).max_total_tokens == 99
+
+
+def test_arguments_of_the_file_take_every_form() -> None:
+    """Lists, flags, and flags that can be switched off."""
+    loaded = config(
+        "engine.arguments.cuda_graph_bs=[1,2]",
+        "engine.arguments.enable_metrics=true",
+        "engine.arguments.fdfo=false",
+    )
+    read = sglang_parser().parse_args(command_line(loaded, [], sglang_parser()))
+    assert (read.cuda_graph_bs, read.enable_metrics, read.fdfo) == ([1, 2], True, False)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--model-path", "other"], ["--model-path", "target.path", "tinyworld/target"]),
+        (["--model", "other"], ["--model-path", "target.path"]),
+        (["--speculative-algorithm=EAGLE3"], ["--speculative-algorithm", "drafter.kind"]),
+        (["--max-running-requests", "8"], ["--max-running-requests", "engine.max_batch"]),
+        (["--dp-size", "2"], ["--dp-size", "1", "replica"]),
+    ],
+)
+def test_a_word_that_contradicts_a_setting_is_refused(words: list[str], named: list[str]) -> None:
+    """One of the two would be ignored silently; the message names both."""
+    with pytest.raises(ConfigError) as error:
+        command_line(config(), words, sglang_parser())
+    assert all(name in str(error.value) for name in named)
+
+
+def test_a_word_that_says_the_same_is_no_contradiction() -> None:
+    """Start scripts that name the model keep working."""
+    command_line(config(), ["--model-path", "tinyworld/target"], sglang_parser())
+
+
+def test_an_unknown_argument_of_the_file_is_refused_with_the_nearest() -> None:
+    """A misspelt name must not be dropped."""
+    with pytest.raises(ConfigError, match=r"engine\.arguments\.max_total_token.*max_total_tokens"):
+        command_line(config("engine.arguments.max_total_token=5"), [], sglang_parser())
+
+
+def test_an_engine_refuses_the_same() -> None:
+    """Who embeds SGLang gets the same messages."""
+    allowed = {"model_path", "max_total_tokens", "mem_fraction_static", "log_level"}
+    merged = keyword_arguments(config(), {"log_level": "error"}, allowed)
+    assert merged["log_level"] == "error"
+    assert merged["model_path"] == "tinyworld/target"
+    with pytest.raises(ConfigError, match=r"model_path.*target\.path"):
+        keyword_arguments(config(), {"model_path": "other"}, allowed)
+    with pytest.raises(ConfigError, match=r"log_leve.*log_level"):
+        keyword_arguments(config(), {"log_leve": "error"}, allowed)
+
+
+def test_an_engine_of_another_kind_is_not_served() -> None:
+    """Settings of the embedded engine were made for other costs."""
+    with pytest.raises(ConfigError, match=r"engine\.kind.*sglang"):
+        fixed_arguments(config("engine.kind=embedded", "workload.prompts=x"))
