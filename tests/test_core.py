@@ -80,7 +80,7 @@ def _round(request: int, start: int, count: int, teacher: bool, finished: bool) 
     path = torch.tensor([start + 1, start + 2])
     block = ServedBlock(str(request), start, path, rows[:1].expand(2, 3), 1, 2)
     done = (str(request),) if finished else ()
-    return VerifyRound(0, 0, (segment,), (block,), done, 0.0, 0.0, 1)
+    return VerifyRound((segment,), (block,), done, 0.0, 0.0, 1)
 
 
 def _real_bytes(buffer: ReplayBuffer) -> int:

@@ -57,7 +57,7 @@ def round_of(lengths: list[int], seconds: float = 0.01, **changes: Any) -> Verif
     blocks = [ServedBlock(str(i), 0, path, None, n - 1, n) for i, n in enumerate(lengths)]
     fields = {"finished": (), "num_running": len(lengths), **changes}
     return VerifyRound(
-        0, 0, (), tuple(blocks), draft_seconds=seconds / 4, verify_seconds=3 * seconds / 4, **fields
+        (), tuple(blocks), draft_seconds=seconds / 4, verify_seconds=3 * seconds / 4, **fields
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -187,11 +187,3 @@ class RoundObserver(Protocol):
     """Who is called by the engine after every round: the co-scheduler."""
 
     def on_round(self, round_: VerifyRound) -> None: ...
-
-
-class Engine(Protocol):
-    """Decodes requests and reports every round."""
-
-    def generate(self, requests: Iterable[Any]) -> Iterator[Any]:
-        """Yield each finished request."""
-        ...
