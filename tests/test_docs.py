@@ -142,4 +142,5 @@ def test_the_commands_page_has_every_option():
     for word in ("cosched realworld build", "`-c`, `--config`", "**Required.**", "`--jobs`"):
         assert word in page
     assert "`cosched:draft_version`" in metrics_table()
+    assert "`cosched:evicted_requests`" in metrics_table()
     assert "| `coscheduler.py` | " in modules_page()

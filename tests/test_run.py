@@ -626,3 +626,23 @@ def test_shipped_configs_are_valid_and_complete(path: Path, tmp_path: Path, monk
 def test_errors_are_also_the_builtins_they_refine() -> None:
     assert issubclass(ConfigError, ValueError)
     assert issubclass(ConfigError, CoschedError)
+
+
+@pytest.mark.parametrize(("max_tokens", "dropped"), [(32, True), (64, False)])
+def test_requests_without_room_in_the_buffer_are_in_the_summary(
+    tmp_path: Path, settings: dict, max_tokens: int, dropped: bool
+) -> None:
+    """A buffer of 32 rows holds one of two requests: the arm that learns says so, and the report."""
+    settings["arms"] = ["frozen", "adapted"]
+    settings["engine"]["max_batch"] = 2
+    settings["workload"]["max_new_tokens"] = 16
+    settings["adapt"]["replay"]["max_tokens"] = max_tokens
+    code, _, err = run_cli("run", "-c", write(tmp_path, settings))
+    assert code == 0, err
+    folder = tmp_path / "runs" / "one"
+    arms = json.loads((folder / "summary.json").read_text())["arms"]
+    assert arms["frozen"]["evicted_requests"] == 0
+    assert (arms["adapted"]["evicted_requests"] > 0) is dropped
+    assert (
+        "the replay buffer dropped a request" in (folder / "report.html").read_text()
+    ) is dropped

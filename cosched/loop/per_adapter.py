@@ -111,6 +111,7 @@ class CoschedulerPool:
             starved=max(part.starved for part in parts),
             refused=sum(part.refused for part in parts),
             rolled_back=sum(part.rolled_back for part in parts),
+            evicted=sum(part.evicted for part in parts),
             parts=parts,
         )
 

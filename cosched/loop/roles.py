@@ -30,7 +30,9 @@ class Buffer(Protocol):
     @property
     def num_tokens(self) -> int: ...
 
-    def collect(self, round_: VerifyRound) -> None: ...
+    def collect(self, round_: VerifyRound) -> int:
+        """Keep its rows; how many requests had to go for want of room."""
+        ...
 
     def sample(self) -> SignalBatch | None:
         """Rows to train on now; None while there are too few."""
