@@ -60,9 +60,9 @@ def small_target() -> Target:
     return make_target(dtype=torch.float64)
 
 
-def make_loss(kind: str, chunk_rows: int | None, **own: Any) -> Any:
+def make_loss(kind: str, **own: Any) -> Any:
     cls = LOSSES.get(kind)
-    raw = {"kind": kind, **LOSSES_TO_TEST[kind], **own, "chunk_rows": chunk_rows}
+    raw = {"kind": kind, **LOSSES_TO_TEST[kind], **own}
     return cls(msgspec.convert(raw, cls.Settings))
 
 
@@ -112,7 +112,8 @@ def peaks(
     drafter = make_drafter(target, kind, example, torch.float32)
     batch = make_batch(target, drafter, num_anchors)
     own = {"acceptance_prefix": True, "hardest_share": 0.7}
-    module = BatchLoss(drafter, make_loss(loss, chunk_rows, **own), target.head, "hidden")
+    built = make_loss(loss, **own)
+    module = BatchLoss(drafter, built, target.head, "hidden", chunk_rows=chunk_rows)
     logits, wide = (peak_rows(module, batch, counts) for counts in (is_logits, is_as_wide))
     return logits / CHUNK, wide / CHUNK
 
@@ -149,7 +150,7 @@ def test_rows_that_do_not_count_are_not_projected() -> None:
     drafter = make_drafter(target, "eagle3", "plain", torch.float32)
     batch = make_batch(target, drafter, 8)
     batch.weights_RNK[:, ::2] = 0
-    module = BatchLoss(drafter, make_loss("forward_kl", None), target.head, "hidden")
+    module = BatchLoss(drafter, make_loss("forward_kl"), target.head, "hidden")
     assert peak_rows(module, batch, is_logits) == 2 * 32
     batch.weights_RNK.zero_()  # a rank's share may have none at all
     assert peak_rows(module, batch, is_logits) == 0
@@ -182,7 +183,7 @@ def test_chunks_equal_the_plain_form(loss: str) -> None:
     batch.weights_RNK[0, 1] = batch.weights_RNK[1, 2, 2:] = 0
     own = {"acceptance_prefix": True, "hardest_share": 0.9, "easiest_share": 0.8}
     modules = [
-        BatchLoss(drafter, make_loss(loss, chunk_rows, **own), target.head, "hidden")
+        BatchLoss(drafter, make_loss(loss, **own), target.head, "hidden", chunk_rows=chunk_rows)
         for chunk_rows in (None, 7, 1)
     ]
     for module in modules:
@@ -216,7 +217,7 @@ def test_chunks_of_every_kind_of_head_equal_the_plain_form(kind: str, example: s
     batch = make_batch(target, drafter, 5)
     batch.weights_RNK[0, 1] = 0
     whole, chunked = (
-        BatchLoss(drafter, make_loss("forward_kl", chunk_rows), target.head, "hidden")
+        BatchLoss(drafter, make_loss("forward_kl"), target.head, "hidden", chunk_rows=chunk_rows)
         for chunk_rows in (None, 7)
     )
     (value, expected), (found, slopes) = (step(module, batch) for module in (whole, chunked))
@@ -230,7 +231,7 @@ def test_a_single_chunk_is_computed_once() -> None:
     target = small_target()
     drafter = make_drafter(target, "eagle3", "plain", torch.float64)
     batch = make_batch(target, drafter, 5)
-    module = BatchLoss(drafter, make_loss("forward_kl", 1000), target.head, "hidden")
+    module = BatchLoss(drafter, make_loss("forward_kl"), target.head, "hidden", chunk_rows=1000)
     seen, project = [], drafter.project
     drafter.project = lambda states_MH: seen.append(len(states_MH)) or project(states_MH)
     step(module, batch)
@@ -335,7 +336,8 @@ def test_at_a_real_vocabulary_two_chunks_of_logits_are_held() -> None:
     drafter = make_drafter(target, "eagle3", "plain", torch.float32)
     batch = make_batch(target, drafter, 512 // PATH, num_texts=1)
     assert batch.weights_RNK.count_nonzero() == 512
-    trainer = make_trainer(target, drafter, loss=make_loss("jensen_shannon", chunk_rows))
+    loss = make_loss("jensen_shannon")
+    trainer = make_trainer(target, drafter, loss=loss, chunk_rows=chunk_rows)
     with LivePeak(is_logits) as stepping:
         trainer.update(batch, Decision(1))
     scorer = AcceptanceScorer(
@@ -362,7 +364,7 @@ def test_the_peak_of_sizes_is_that_of_a_step(
     target = large_target()
     drafter = make_drafter(target, kind, example, torch.float32)
     batch = make_batch(target, drafter, 8)
-    module = BatchLoss(drafter, make_loss(loss, chunk_rows), target.head, "hidden")
+    module = BatchLoss(drafter, make_loss(loss), target.head, "hidden", chunk_rows=chunk_rows)
     states = drafter.replay_states(batch).detach().flatten(0, 2).requires_grad_()
     reference = states.detach() if loss == "sum" else None
     teacher, weights = batch.teacher_RNKX.flatten(0, 2), batch.weights_RNK
@@ -376,11 +378,12 @@ def test_the_peak_of_sizes_is_that_of_a_step(
     found = loss_peak(
         sketch,
         [name for name, _ in drafter.network().named_parameters()],
-        make_loss(loss, chunk_rows),
+        make_loss(loss),
         sizes.head,
         "hidden",
         teacher[:0].to("meta"),
         num_rows=64,
+        chunk_rows=chunk_rows,
     )
     # What is measured of each row lives on, here of 3 chunks in place of 8.
     assert found == pytest.approx(live.peak, rel=0.02)

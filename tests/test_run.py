@@ -291,8 +291,11 @@ def test_documents_are_forced(tmp_path: Path, settings: dict, tinyworld: Path) -
         ("drafter.path=nowhere", ("drafter.path", "nowhere")),
         ("workload.max_new_tokens=5000", ("max_new_tokens", "4096")),
         ("adapt.replay.window=3", ("adapt.replay.window", "3")),
-        ("adapt.replay.max_tokens=31", ("adapt.replay.max_tokens", "31")),
-        ("adapt.replay.max_bytes=1000", ("adapt.replay.max_bytes", "1000", "window = 32")),
+        ("adapt.memory.max_tokens=31", ("adapt.memory.max_tokens", "31")),
+        ("adapt.memory.max_bytes=1000", ("adapt.memory.max_bytes", "1000", "window = 32")),
+        ("adapt.replay.max_bytes=1000", ("adapt.replay", "use adapt.memory.max_bytes instead")),
+        ("adapt.replay.max_tokens=64", ("adapt.replay", "use adapt.memory.max_tokens instead")),
+        ("adapt.loss.chunk_rows=8", ("adapt.loss", "use adapt.memory.chunk_rows instead")),
         ("engine.max_batch=two", ("engine.max_batch", "two")),
         ("nonsense", ("key.sub=value", "nonsense")),
     ],
@@ -636,7 +639,7 @@ def test_requests_without_room_in_the_buffer_are_in_the_summary(
     settings["arms"] = ["frozen", "adapted"]
     settings["engine"]["max_batch"] = 2
     settings["workload"]["max_new_tokens"] = 16
-    settings["adapt"]["replay"]["max_tokens"] = max_tokens
+    settings["adapt"]["memory"] = {"max_tokens": max_tokens}
     code, _, err = run_cli("run", "-c", write(tmp_path, settings))
     assert code == 0, err
     folder = tmp_path / "runs" / "one"

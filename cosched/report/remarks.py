@@ -187,6 +187,6 @@ def cautions(summary: RunSummary, recorded: bool, num_damaged: int) -> list[str]
     if evicted:
         lines.append(
             f"{evicted} time(s) the replay buffer dropped a request for want of room; see "
-            "adapt.replay.max_tokens and adapt.replay.max_bytes."
+            "adapt.memory.max_tokens and adapt.memory.max_bytes."
         )
     return lines

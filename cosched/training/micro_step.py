@@ -34,7 +34,7 @@ class BatchLoss(nn.Module):
 
     The drafter's network is the only submodule: the target's embedding and head stay outside, so
     that no optimizer can reach them. Logits, of the student, the teacher and the reference, are made
-    of ``chunk_rows`` rows at a time (``adapt.loss``), and of rows of weight zero not at all.
+    of ``chunk_rows`` rows at a time (``adapt.memory``), and of rows of weight zero not at all.
     ``lost_mass`` is what the teacher of the update's batch says outside of the draft's vocabulary: a
     mean over ``ROWS_OF_LOST_MASS`` of its rows at most, evenly spread over those that count; None
     where the vocabularies are one. An update may be made with one of the ``others`` instead of the
@@ -52,6 +52,7 @@ class BatchLoss(nn.Module):
         teacher_form: TeacherForm,
         others: Sequence[Loss] = (),
         precision: Precision = "float32",
+        chunk_rows: int | None = None,
     ) -> None:
         super().__init__()
         network = drafter.network()
@@ -65,6 +66,7 @@ class BatchLoss(nn.Module):
         compares = any(one.needs_reference for one in self._losses)
         self._before = DraftBefore(drafter) if compares else None
         self._reference_RNKH: Tensor | None = None
+        self._chunk_rows = chunk_rows
         self._computing = computing_in(precision, next(network.parameters()).device)
 
     @torch.no_grad()
@@ -115,7 +117,7 @@ class BatchLoss(nn.Module):
             return self._loss.measure(student_MV, teacher_MV, reference_MV)
 
         parameters = list(self.network.parameters())
-        return in_chunks(measure, states_MH, parameters, self._loss.settings.chunk_rows)
+        return in_chunks(measure, states_MH, parameters, self._chunk_rows)
 
     @torch.no_grad()
     def teacher_logits(self, batch: SignalBatch) -> Tensor:
