@@ -104,10 +104,8 @@ def update(
     network = drafter.network()
     assert network is not None
     copy = drafter.clone(torch.float32)
-    loss = ForwardKL(
-        LossSettings(kind="forward_kl", position_decay=0.85, chunk_rows=options.chunk_rows)
-    )
-    batch_loss = BatchLoss(copy, loss, target.head, "hidden")
+    loss = ForwardKL(LossSettings(kind="forward_kl", position_decay=0.85))
+    batch_loss = BatchLoss(copy, loss, target.head, "hidden", chunk_rows=options.chunk_rows)
     trainable = list(copy.scopes()[options.scope].parameters)
     trainer = DeepSpeedTrainer(
         batch_loss, trainable, zero_stage=options.zero_stage, learning_rate=3e-4, max_grad_norm=1.0

@@ -62,7 +62,7 @@ class Coscheduler:
         """Keep its rows; who has finished is known also while nothing is learnt."""
         if self._trainer is not None:
             kept = round_ if self._learner else replace(round_, segments=(), blocks=())
-            self._buffer.collect(kept)
+            self.counters.evicted += self._buffer.collect(kept)
 
     def observe(self, round_: VerifyRound) -> Snapshot:
         """Count it: all that a policy may know, in numbers."""

@@ -82,22 +82,20 @@ class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Row weights multiply. ``position_decay`` assumes how likely a position is reached,
     ``acceptance_prefix`` computes it from the rows before (set ``position_decay: 1`` beside it).
     ``hardest_share`` keeps that share of the rows, those where student and teacher differ most, and
-    ``easiest_share`` those where they differ least; with both, what lies between. ``chunk_rows``:
-    rows of logits held at once, by the loss and by a guard that scores; null: all. They are
-    recomputed in the backward pass.
+    ``easiest_share`` those where they differ least; with both, what lies between.
 
     ``vocab_top_k`` takes the loss over the tokens that are among so many likeliest of any row of the
     update, of the teacher's or of the draft's before it, both renormalised; null: over all. Most of
     an update with a large head is spent on tokens that neither would say.
     """
 
+    replaced: ClassVar[dict[str, str]] = {"chunk_rows": "adapt.memory.chunk_rows"}
     kind: str
     refused_weight: Annotated[float, Meta(ge=0, le=1)] = 0.3
     position_decay: Annotated[float, Meta(gt=0, le=1)] = 0.85
     acceptance_prefix: bool = False
     hardest_share: Annotated[float, Meta(gt=0, le=1)] = 1.0
     easiest_share: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    chunk_rows: Annotated[int, Meta(ge=1)] | None = None
     vocab_top_k: Annotated[int, Meta(ge=1)] | None = None
     rows: Rows = "delayed"
 

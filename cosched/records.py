@@ -104,8 +104,6 @@ class VerifyRound:
     engine nobody waits.
     """
 
-    index: int
-    draft_version: int
     segments: tuple[Segment, ...]
     blocks: tuple[ServedBlock, ...]
     finished: tuple[str, ...]
@@ -121,9 +119,8 @@ class VerifyRound:
         return sum(block.num_committed for block in self.blocks)
 
 
-def idle_tick(index: int, draft_version: int) -> VerifyRound:
-    """A round in which nothing ran and nothing is known to have finished."""
-    return VerifyRound(index, draft_version, (), (), (), 0.0, 0.0, num_running=0)
+IDLE_TICK = VerifyRound((), (), (), draft_seconds=0.0, verify_seconds=0.0, num_running=0)
+"""Nothing ran, and nothing is known to have finished."""
 
 
 @dataclass(frozen=True, slots=True)

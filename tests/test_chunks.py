@@ -50,7 +50,7 @@ def test_chunks_equal_the_plain_form(loss: str) -> None:
     batch.weights_RNK[0, 1] = batch.weights_RNK[1, 2, 2:] = 0
     own = {"acceptance_prefix": True, "hardest_share": 0.9, "easiest_share": 0.8}
     modules = [
-        BatchLoss(drafter, make_loss(loss, chunk_rows, **own), target.head, "hidden")
+        BatchLoss(drafter, make_loss(loss, **own), target.head, "hidden", chunk_rows=chunk_rows)
         for chunk_rows in (None, 7, 1)
     ]
     for module in modules:
@@ -84,7 +84,7 @@ def test_chunks_of_every_kind_of_head_equal_the_plain_form(kind: str, example: s
     batch = make_batch(target, drafter, 5)
     batch.weights_RNK[0, 1] = 0
     whole, chunked = (
-        BatchLoss(drafter, make_loss("forward_kl", chunk_rows), target.head, "hidden")
+        BatchLoss(drafter, make_loss("forward_kl"), target.head, "hidden", chunk_rows=chunk_rows)
         for chunk_rows in (None, 7)
     )
     (value, expected), (found, slopes) = (step(module, batch) for module in (whole, chunked))
@@ -98,7 +98,7 @@ def test_a_single_chunk_is_computed_once() -> None:
     target = small_target()
     drafter = make_drafter(target, "eagle3", "plain", torch.float64)
     batch = make_batch(target, drafter, 5)
-    module = BatchLoss(drafter, make_loss("forward_kl", 1000), target.head, "hidden")
+    module = BatchLoss(drafter, make_loss("forward_kl"), target.head, "hidden", chunk_rows=1000)
     seen, project = [], drafter.project
     drafter.project = lambda states_MH: seen.append(len(states_MH)) or project(states_MH)
     step(module, batch)

@@ -19,7 +19,7 @@ class TestLosses(LossContract):
 
     def settings(self, plugin: Plugin) -> list[Any]:
         cells: dict[str, list[dict[str, Any]]] = {
-            "forward_kl": [{}, {"chunk_rows": 5}, {"acceptance_prefix": True}],
+            "forward_kl": [{}, {"acceptance_prefix": True}],
             "top_k_cross_entropy": [{"k": k} for k in (1, 3, 7)],
             "sum": [
                 {"terms": [{"kind": "forward_kl"}, {"kind": other, "weight": 0.5}]}

@@ -75,8 +75,8 @@ def _check_rows_are_in_step(batch) -> None:
 def test_a_request_too_large_for_the_buffer_is_counted() -> None:
     """Nothing is dropped in silence: what cannot be kept is counted."""
     buffer = ReplayBuffer(ReplayLimits(64, 8, 2, 32, 1 << 20, 12, 12), "delayed", None)
-    buffer.collect(numbered_round(0, 0, 4, True, False))
-    assert (buffer.num_tokens, buffer.num_evicted) == (0, 1)
+    num_evicted = buffer.collect(numbered_round(0, 0, 4, True, False))
+    assert (buffer.num_tokens, num_evicted) == (0, 1)
 
 
 # --- publication ---------------------------------------------------------------------------

@@ -97,7 +97,8 @@ def test_the_reference_has_every_key_with_its_default():
     for cls in settings_classes():
         for key in keys(cls):
             assert f"| `{key}` |" in page, f"{cls.__name__}.{key}"
-    assert "| `lr` | number, > 0 | `0.0003` |" in page
+    assert "| `lr` | number, > 0 | `0.0003` | ✓ |" in page
+    assert "| `samples` | whole number, ≥ 1 | `1` |  |" in page  # a server has none
     assert "| `credit_rounds` | whole number, ≥ 1 | `48` |" in page
     assert not re.search(r"\\[a-z]{2}", page), "a formula's LaTeX has no words yet (SYMBOLS)"
 
@@ -142,4 +143,5 @@ def test_the_commands_page_has_every_option():
     for word in ("cosched realworld build", "`-c`, `--config`", "**Required.**", "`--jobs`"):
         assert word in page
     assert "`cosched:draft_version`" in metrics_table()
+    assert "`cosched:evicted_requests`" in metrics_table()
     assert "| `coscheduler.py` | " in modules_page()

@@ -51,7 +51,7 @@ WAYS = {
     "lora per tenant": (
         *LEARNT, "adapt.scope={kind: lora, rank: 4, state: per_tenant, tenants: [a]}",
     ),
-    "in chunks": (*LEARNT, "adapt.loss.chunk_rows=8"),
+    "in chunks": (*LEARNT, "adapt.memory.chunk_rows=8"),
     "near the draft before": (
         *LEARNT, "adapt.policy.num_steps=2",
         "adapt.loss={kind: sum, terms: [{kind: forward_kl}, {kind: proximal_kl, weight: 0.5}]}",
@@ -127,7 +127,7 @@ def test_logits_are_held_of_one_chunk_on_cuda(loss: str) -> None:
 
     def allocated(chunk_rows: int | None) -> float:
         """At most, in rows of logits."""
-        module = BatchLoss(drafter, make_loss(loss, chunk_rows), target.head, "hidden")
+        module = BatchLoss(drafter, make_loss(loss), target.head, "hidden", chunk_rows=chunk_rows)
         module.begin_update(batch)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -132,7 +132,7 @@ def test_scores_are_in_the_footprint() -> None:
     for loss, larger in ((0, found.scores), (found.scores + 1, found.scores + 1)):
         assert replace(found, loss=loss).added == replace(found, loss=0, scores=0).added + larger
 
-    assert sized("adapt.loss.chunk_rows=24").scores == pytest.approx(found.scores / 4, rel=0.01)
+    assert sized("adapt.memory.chunk_rows=24").scores == pytest.approx(found.scores / 4, rel=0.01)
     of_window = 4 * (1024 - drafter.num_draft_tokens) * row  # of what is kept of one request
     assert sized("adapt.guard.anchors=1000").scores == pytest.approx(of_window, rel=0.01)
     assert sized("arms=[frozen]").scores == 0
@@ -142,7 +142,7 @@ def test_scores_are_in_the_footprint() -> None:
 
 def test_the_guard_scores_in_the_chunks_of_the_loss() -> None:
     """Else it would hold logits of all rows beside a loss that does not."""
-    arm = build_arm(world_of("adapt.loss.chunk_rows=5"), "adapted", Events())
+    arm = build_arm(world_of("adapt.memory.chunk_rows=5"), "adapted", Events())
     coscheduler: Any = arm.coscheduler
     assert coscheduler._guard._scorer._chunk_rows == 5
 

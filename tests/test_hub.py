@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cosched.engines.sglang.launcher.arguments import command_line, keyword_arguments
-from cosched.engines.sglang.launcher.launch import check_servable
+from cosched.engines.sglang.launcher.launch import check_draft_servable
 from cosched.errors import ConfigError
 from cosched.memory.sketch import sketch
 from cosched.settings.load import check_paths, load_config
@@ -161,5 +161,5 @@ def test_sizes_and_serving_find_the_model(
     cache(home)
     monkeypatch.setattr("cosched.engines.sglang.launcher.launch.version_of", lambda _name: "0.5.20")
     config = load_config(experiment(tmp_path, kind="sglang", device="cpu"))
-    check_servable(config)
+    check_draft_servable(config)
     assert sketch(config)[0].num_parameters() > 6_000_000

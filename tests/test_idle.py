@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -250,3 +251,19 @@ def test_who_ends_while_learning_is_off_has_ended() -> None:
     assert scheduler.buffer.num_tokens == 0
     scheduler.serve("after", 40)
     assert scheduler.anchors == ANCHORS
+
+
+@pytest.mark.parametrize(("max_tokens", "evicted"), [(64, 3), (128, 0)])
+def test_the_status_counts_requests_without_room_in_the_buffer(
+    max_tokens: int, evicted: int
+) -> None:
+    """Two that take turns in the room of one learn nothing, and nothing else would say so: each is
+    dropped for the other, in the prompt and in the round behind it."""
+    scheduler = Scheduler(Every(1000))
+    scheduler.buffer.limits = replace(scheduler.buffer.limits, max_tokens=max_tokens)
+    scheduler.plan("a", "b")
+    scheduler.adaptation.prefilled(lambda: (prompt("a", 0, 8, 8), prompt("b", 0, 8, 8)))
+    scheduler.adaptation.verified(lambda: verified("a", "b", anchor=8))
+    scheduler.adaptation.counted([1, 1])
+    scheduler.adaptation.step()
+    assert scheduler.adaptation.status().evicted_requests == evicted

@@ -45,7 +45,8 @@ def peaks(
     drafter = make_drafter(target, kind, example, torch.float32)
     batch = make_batch(target, drafter, num_anchors)
     own = {"acceptance_prefix": True, "hardest_share": 0.7}
-    module = BatchLoss(drafter, make_loss(loss, chunk_rows, **own), target.head, "hidden")
+    built = make_loss(loss, **own)
+    module = BatchLoss(drafter, built, target.head, "hidden", chunk_rows=chunk_rows)
     logits, wide = (peak_rows(module, batch, counts) for counts in (is_logits, is_as_wide))
     return logits / CHUNK, wide / CHUNK
 
@@ -82,7 +83,7 @@ def test_rows_that_do_not_count_are_not_projected() -> None:
     drafter = make_drafter(target, "eagle3", "plain", torch.float32)
     batch = make_batch(target, drafter, 8)
     batch.weights_RNK[:, ::2] = 0
-    module = BatchLoss(drafter, make_loss("forward_kl", None), target.head, "hidden")
+    module = BatchLoss(drafter, make_loss("forward_kl"), target.head, "hidden")
     assert peak_rows(module, batch, is_logits) == 2 * 32
     batch.weights_RNK.zero_()  # a rank's share may have none at all
     assert peak_rows(module, batch, is_logits) == 0
@@ -134,7 +135,8 @@ def test_at_a_real_vocabulary_two_chunks_of_logits_are_held() -> None:
     drafter = make_drafter(target, "eagle3", "plain", torch.float32)
     batch = make_batch(target, drafter, 512 // PATH, num_texts=1)
     assert batch.weights_RNK.count_nonzero() == 512
-    trainer = make_trainer(target, drafter, loss=make_loss("jensen_shannon", chunk_rows))
+    loss = make_loss("jensen_shannon")
+    trainer = make_trainer(target, drafter, loss=loss, chunk_rows=chunk_rows)
     with LivePeak(is_logits) as stepping:
         trainer.update(batch, Decision(1))
     copy = drafter.clone(torch.float32)
@@ -160,7 +162,7 @@ def test_the_peak_of_sizes_is_that_of_a_step(
     target = large_target()
     drafter = make_drafter(target, kind, example, torch.float32)
     batch = make_batch(target, drafter, 8)
-    module = BatchLoss(drafter, make_loss(loss, chunk_rows), target.head, "hidden")
+    module = BatchLoss(drafter, make_loss(loss), target.head, "hidden", chunk_rows=chunk_rows)
     states = drafter.replay_states(batch).detach().flatten(0, 2).requires_grad_()
     reference = states.detach() if loss == "sum" else None
     teacher, weights = batch.teacher_RNKX.flatten(0, 2), batch.weights_RNK
@@ -174,11 +176,12 @@ def test_the_peak_of_sizes_is_that_of_a_step(
     found = loss_peak(
         sketch,
         [name for name, _ in drafter.network().named_parameters()],
-        make_loss(loss, chunk_rows),
+        make_loss(loss),
         sizes.head,
         "hidden",
         teacher[:0].to("meta"),
         num_rows=64,
+        chunk_rows=chunk_rows,
     )
     # What is measured of each row lives on, here of 3 chunks in place of 8.
     assert found == pytest.approx(live.peak, rel=0.02)

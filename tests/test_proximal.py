@@ -36,10 +36,10 @@ def proximal() -> Any:
     return LOSSES.get("proximal_kl")(LOSSES.get("proximal_kl").Settings(kind="proximal_kl"))
 
 
-def held(weight: float, chunk_rows: int | None = None) -> Any:
+def held(weight: float) -> Any:
     """The forward KL with a proximal term of that weight."""
     terms = [{"kind": "forward_kl"}, {"kind": "proximal_kl", "weight": weight}]
-    raw = {"kind": "sum", "terms": terms, "chunk_rows": chunk_rows}
+    raw = {"kind": "sum", "terms": terms}
     return LOSSES.get("sum")(msgspec.convert(raw, LOSSES.get("sum").Settings))
 
 
@@ -86,7 +86,9 @@ def test_one_step_is_as_without_it(
     update's reference instead of its own, the second one differs by far more.
     """
     with_it, without = (
-        make_trainer(target, make_drafter(target), lr=1e-2, loss=held(weight, chunk_rows))
+        make_trainer(
+            target, make_drafter(target), lr=1e-2, loss=held(weight), chunk_rows=chunk_rows
+        )
         for weight in (20.0, 0.0)
     )
     start = {name: weight.clone() for name, weight in without.weights().items()}
@@ -129,7 +131,7 @@ def test_steps_equal_plain_adamw_with_a_kept_copy(
     """Two updates of three chunked steps under DeepSpeed, head trained, against whole logits of a
     copy that was made before each update, with torch's AdamW: to 1e-3 of the change."""
     drafter = make_drafter(target)
-    trainer = make_trainer(target, drafter, zero_stage, lr=1e-3, loss=held(2.0, chunk_rows=50))
+    trainer = make_trainer(target, drafter, zero_stage, lr=1e-3, loss=held(2.0), chunk_rows=50)
     losses = [trainer.update(batch, Decision(3)).losses for _ in range(2)]
     student = drafter.clone(torch.float32)
     network = student.network().requires_grad_(True)

@@ -36,7 +36,7 @@ def buffer_with_blocks(rows: Rows, refused_weight: float) -> ReplayBuffer:
         ServedBlock("r", anchor, tokens[:K], torch.randn(K, WIDTH), accepted, accepted + 1)
         for anchor, accepted in ((5, 0), (6, 2), (9, 4))
     )
-    buffer.collect(VerifyRound(0, 0, (segment,), blocks, (), 0.0, 0.0, 1))
+    buffer.collect(VerifyRound((segment,), blocks, (), 0.0, 0.0, 1))
     return buffer
 
 
@@ -75,7 +75,7 @@ def round_to(length: int, request: str, grown: int, **changes: Any) -> VerifyRou
     path = torch.zeros(K, dtype=torch.int64)
     block = ServedBlock(request, start, path, torch.ones(K, WIDTH), 0, 1)
     blocks = (block,) if start else ()
-    return VerifyRound(0, 0, (segment,), blocks, changes.get("finished", ()), 0.0, 0.0, 1)
+    return VerifyRound((segment,), blocks, changes.get("finished", ()), 0.0, 0.0, 1)
 
 
 def named_round(length: int, request: str, name: int, grown: int = 0, **changes: Any) -> Any:

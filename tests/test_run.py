@@ -181,3 +181,23 @@ def test_no_compiler_is_needed(tmp_path: Path, settings: dict) -> None:
     summary = json.loads((tmp_path / "runs" / "one" / "summary.json").read_text())
     assert summary["arms"]["adapted"]["updates"] > 0
     assert not extensions.exists()  # nothing was compiled, nothing was cached
+
+
+@pytest.mark.parametrize(("max_tokens", "dropped"), [(32, True), (64, False)])
+def test_requests_without_room_in_the_buffer_are_in_the_summary(
+    tmp_path: Path, settings: dict, max_tokens: int, dropped: bool
+) -> None:
+    """A buffer of 32 rows holds one of two requests: the arm that learns says so, and the report."""
+    settings["arms"] = ["frozen", "adapted"]
+    settings["engine"]["max_batch"] = 2
+    settings["workload"]["max_new_tokens"] = 16
+    settings["adapt"]["memory"] = {"max_tokens": max_tokens}
+    code, _, err = run_cli("run", "-c", write(tmp_path, settings))
+    assert code == 0, err
+    folder = tmp_path / "runs" / "one"
+    arms = json.loads((folder / "summary.json").read_text())["arms"]
+    assert arms["frozen"]["evicted_requests"] == 0
+    assert (arms["adapted"]["evicted_requests"] > 0) is dropped
+    assert (
+        "the replay buffer dropped a request" in (folder / "report.html").read_text()
+    ) is dropped

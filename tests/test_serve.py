@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from cosched.convert_checkpoint import convert
 from cosched.engines.sglang.launcher import launch
 from cosched.engines.sglang.launcher.launch import check_servable
 from cosched.errors import ConfigError
-from cosched.settings.load import load_config
+from cosched.settings.load import load_config, to_yaml
 from cosched.settings.schema import Config
+from cosched.settings.serving import check_for_server
 from tests.helpers.paths import ROOT
 from tests.helpers.serving import TINY, config
 
@@ -63,6 +65,42 @@ def test_without_sglang_the_message_says_how_to_get_it(monkeypatch: pytest.Monke
     monkeypatch.setattr(launch, "version_of", lambda _name: None)
     with pytest.raises(ConfigError, match="SGLang is not installed: pip install"):
         check_servable(config())
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("workload.prompts=x.jsonl", "workload.prompts"),
+        ("workload.temperature=0.7", "workload.temperature"),
+        ("arms=[adapted]", "arms"),
+        ("variants={other: {}}", "variants"),
+        ("record.max_bytes=1", "record.max_bytes"),
+        ("engine.trace=x", "engine.trace"),
+        ("engine.pack=false", "engine.pack"),
+        ("adapt.replay.teacher_top_k=8", "adapt.replay.teacher_top_k"),
+    ],
+)
+@pytest.mark.usefixtures("in_the_repository")
+def test_what_only_an_experiment_reads_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, override: str, key: str
+) -> None:
+    """It would have no effect: who sets a temperature there believes that the server has it."""
+    monkeypatch.setattr(launch, "version_of", lambda _name: "0.5.20")
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)}: .*no effect.*run, engine, target"):
+        check_servable(config(override))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("serve_*.yaml")), ids=lambda path: path.stem
+)
+def test_a_server_can_be_started_from_the_settings_that_a_start_has_left(
+    tmp_path: Path, path: Path
+) -> None:
+    """There every default is written out, those of experiments too: they are no mistake."""
+    loaded = load_config(path)
+    check_for_server(loaded)
+    (tmp_path / "config.yaml").write_text(to_yaml(loaded))
+    check_for_server(load_config(tmp_path / "config.yaml"))
 
 
 def test_words_before_the_first_dashes_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,8 @@ def write_experiment(folder: Path, kind: str, drafted: int, **engine: Any) -> Pa
         "workload": {"prompts": str(prompts), "prompt_tokens": 48, "max_new_tokens": 2000},
         "arms": ["frozen", "adapted"],
         "adapt": {
-            "replay": {"window": 512, "max_bytes": 2**30},
+            "replay": {"window": 512},
+            "memory": {"max_bytes": 2**30},
             "policy": {"kind": "every_n_rounds"},
             "guard": {"kind": "finite"},
         },
@@ -237,7 +238,7 @@ def test_the_buffer_admits_what_is_counted(case: tuple[Path, tuple]) -> None:
     path = write_experiment(folder, kind, drafted)
     both, one = (
         footprint(config, *sketch_of(config)).replay
-        for config in (load_config(path), load_config(path, ["adapt.replay.max_tokens=1000"]))
+        for config in (load_config(path), load_config(path, ["adapt.memory.max_tokens=1000"]))
     )
     assert both == 2 * one
 

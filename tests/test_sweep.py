@@ -82,12 +82,12 @@ def test_a_sweep_from_end_to_end(tmp_path: Path) -> None:
     One cell cannot be built and is named; the others are not stopped by it, and exit code 1 says
     that there is one. A half-done cell is done again, the rest is not touched.
     """
-    grid = {**RATES, "adapt.replay.max_bytes": [1 << 28, 1000]}
+    grid = {**RATES, "adapt.memory.max_bytes": [1 << 28, 1000]}
     path, folder = file(tmp_path, grid=grid), tmp_path / "runs" / "grid"
     code, out, err = run_cli("sweep", "-c", path, "--jobs", "2")
     assert code == 1, err
     assert err.count("failed") == 2
-    assert "adapt.replay.max_bytes: 1000 holds no request" in err
+    assert "adapt.memory.max_bytes: 1000 holds no request" in err
     assert "4 cells, 1 controls, 1 texts; 6 to run, 0 known" in out
     assert "2 best of 2 points" in out
     found = read(folder)
@@ -108,7 +108,7 @@ def test_a_sweep_from_end_to_end(tmp_path: Path) -> None:
     kept, undone = (folder / "cells" / one.id for one in found.cells)
     before = (kept / "summary.json").stat().st_mtime_ns
     (undone / "summary.json").unlink()
-    fine = file(tmp_path, grid={**RATES, "adapt.replay.max_bytes": [1 << 28]})
+    fine = file(tmp_path, grid={**RATES, "adapt.memory.max_bytes": [1 << 28]})
     code, out, err = run_cli("sweep", "-c", fine, "--resume", "--jobs", "1")
     assert code == 0, err
     assert "1 to run, 3 known" in out

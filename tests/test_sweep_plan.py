@@ -157,11 +157,18 @@ def test_shipped_sweeps_are_valid(path: Path, monkeypatch) -> None:
     )
 
 
-def test_shipped_sweeps_share_their_recordings(monkeypatch) -> None:
-    """What one of the three drafters' sweeps has recorded the others find."""
+def test_an_override_in_the_place_of_a_grid_axis_narrows_the_sweep(monkeypatch) -> None:
+    """One drafter asked alone has the cells and recordings that it has among all three."""
     monkeypatch.chdir(ROOT)
-    kinds = ("eagle3", "dflash", "pard")
-    plans = [load_plan(path) for path in SWEEPS if path.stem[6:] in kinds]
-    assert len(plans) == len(kinds)
-    assert len({job.id for plan in plans for job in plan.recordings.values()}) == 2
-    assert {cell.drafter for plan in plans for cell in plan.cells} == set(kinds)
+    path = ROOT / "configs" / "sweep_drafters.yaml"
+    everything = load_plan(path)
+    assert {cell.drafter for cell in everything.cells} == {"eagle3", "dflash", "pard"}
+    for kind in ("eagle3", "dflash", "pard"):
+        alone = load_plan(path, [f"drafter.kind={kind}"])
+        assert alone.recordings.keys() == everything.recordings.keys()
+        assert [job.id for job in alone.recordings.values()] == [
+            job.id for job in everything.recordings.values()
+        ]
+        assert [cell.job.id for cell in alone.cells] == [
+            cell.job.id for cell in everything.cells if cell.drafter == kind
+        ]

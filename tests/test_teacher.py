@@ -154,8 +154,8 @@ def test_a_batch_of_records_has_a_gradient(target: Target) -> None:
     slopes = []
     unpacked = replace(batch, teacher_RNKX=unpack_best(batch.teacher_RNKX, target.vocab_size))
     for form, rows, chunk_rows in (("top_k", batch, 7), ("logits", unpacked, None)):
-        loss = make_loss("forward_kl", chunk_rows=chunk_rows)
-        module = BatchLoss(drafter, loss, target.head, form)
+        loss = make_loss("forward_kl")
+        module = BatchLoss(drafter, loss, target.head, form, chunk_rows=chunk_rows)
         slopes.append(torch.autograd.grad(module(rows), drafter.network().fc.weight)[0])
     torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-7)
 

@@ -141,8 +141,8 @@ def test_a_buffer_too_small_for_all_adapters(configure: Configure) -> None:
     """What the buffer may hold is shared out, and too little of it is no request for anybody."""
     scope = "adapt.scope={state: per_tenant, tenants: [a, b, c]}"
     for key, value in (("max_tokens", 160), ("max_bytes", 1 << 20)):
-        fits = configure(f"adapt.replay.{key}={value}")
+        fits = configure(f"adapt.memory.{key}={value}")
         footprint(fits, *sketch(fits))
-        config = configure(scope, f"adapt.replay.{key}={value}")
+        config = configure(scope, f"adapt.memory.{key}={value}")
         with pytest.raises(ConfigError, match=rf"{key}: {value} holds no .* each of 3 adapters"):
             footprint(config, *sketch(config))

@@ -132,9 +132,9 @@ def test_each_variant_fits_engine_and_text(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"variants\.drafted\.loss\.rows: 'all' needs rows after"):
         load_config(path, trace)
     load_config(path, [*trace, "arms=[adapted]"])
-    path = file(tmp_path, {"small": {"replay": {"max_bytes": 1000}}}, ["adapted", "small"])
+    path = file(tmp_path, {"small": {"memory": {"max_bytes": 1000}}}, ["adapted", "small"])
     config = load_config(path)
-    with pytest.raises(ConfigError, match=r"variants\.small\.replay\.max_bytes: 1000 holds no"):
+    with pytest.raises(ConfigError, match=r"variants\.small\.memory\.max_bytes: 1000 holds no"):
         footprint(config, *sketch(config))
 
 

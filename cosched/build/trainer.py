@@ -95,7 +95,7 @@ def build_scorer(
         acceptance,
         temperature,
         ranks,
-        config.loss_settings.chunk_rows,
+        config.adapt.memory.chunk_rows,
         config.adapt.trainer.precision,
     )
 
@@ -127,7 +127,13 @@ def _trainer(
     losses = [loss for loss, _ in config.experts] or [config.loss_settings]
     loss, *others = [LOSSES.get(settings.kind)(settings) for settings in losses]
     batch_loss = BatchLoss(
-        copy, loss, target.head, adapt.replay.teacher, others, adapt.trainer.precision
+        copy,
+        loss,
+        target.head,
+        adapt.replay.teacher,
+        others,
+        adapt.trainer.precision,
+        adapt.memory.chunk_rows,
     )
     group = None
     if ranks and ranks.size > 1:

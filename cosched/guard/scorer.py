@@ -57,7 +57,7 @@ class AcceptanceScorer:
 
     Weights are rounded to ``served_as``, the type in which they would serve. Of several ``ranks``
     each scores its share of the anchors, and all get the same scores. Logits, of the teacher and the
-    draft, are made of ``chunk_rows`` rows at a time (``adapt.loss``), or of one request's; matrix
+    draft, are made of ``chunk_rows`` rows at a time (``adapt.memory``), or of one request's; matrix
     products are computed in ``precision``.
     """
 

@@ -22,11 +22,11 @@ class WithinTimeShare:
     (``Snapshot.pause_rounds``): until it is over nothing is trained, running requests or not.
 
     Memory needs no cap here, for it does not grow with time. Weights, moments, gradients and
-    versions are a fixed number of times the draft. ``adapt.replay.max_tokens`` and ``max_bytes``
-    bound what is collected, and ``window`` what is drawn of a request. The paths of an update are
+    versions are a fixed number of times the draft. ``adapt.memory.max_tokens`` and ``max_bytes``
+    bound what is collected, and ``adapt.replay.window`` what is drawn of a request. The paths of an update are
     ``adapt.replay.anchors`` at most, those of scores ``cosched.guard.guard.LOOKED_AT`` times
     ``adapt.guard.anchors``; logits are held of all their rows (of scores, of one request's), or of
-    ``adapt.loss.chunk_rows``.
+    ``adapt.memory.chunk_rows``.
     """
 
     def __init__(self, policy: Policy, max_time_share: float) -> None:

@@ -70,6 +70,7 @@ class Counters:
     serves_loaded: bool = True  # whether what serves is the draft as loaded
     refused: int = 0  # candidates that were scored and did not serve
     rolled_back: int = 0  # publications that the guard has undone
+    evicted: int = 0  # requests that the replay buffer had no room for
     # Where several adapters learn: the counters of each, and to go on from them the versions.
     parts: list[Counters] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)

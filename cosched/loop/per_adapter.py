@@ -111,6 +111,7 @@ class CoschedulerPool:
             starved=max(part.starved for part in parts),
             refused=sum(part.refused for part in parts),
             rolled_back=sum(part.rolled_back for part in parts),
+            evicted=sum(part.evicted for part in parts),
             parts=parts,
         )
 
@@ -136,11 +137,11 @@ class CoschedulerPool:
         used = {self._users[segment.request_id] for segment in round_.segments}
         for index, part in enumerate(self._parts):
             if index in used or part.busy:  # an update in the background may be done
-                part.on_round(self._part_of(round_, index, part.version))
+                part.on_round(self._part_of(round_, index))
         for request_id in round_.finished:
             del self._users[request_id]
 
-    def _part_of(self, round_: VerifyRound, adapter: int, version: int) -> VerifyRound:
+    def _part_of(self, round_: VerifyRound, adapter: int) -> VerifyRound:
         """What of a round is of one adapter; it took its requests' share of the time."""
 
         def mine(request_id: str) -> bool:
@@ -150,7 +151,6 @@ class CoschedulerPool:
         share = len(blocks) / len(round_.blocks) if round_.blocks else 0.0
         return replace(
             round_,
-            draft_version=version,
             segments=tuple(one for one in round_.segments if mine(one.request_id)),
             blocks=blocks,
             finished=tuple(name for name in round_.finished if mine(name)),

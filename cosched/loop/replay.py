@@ -55,8 +55,8 @@ class ReplayBuffer:
     """Committed rows and served blocks of the running requests.
 
     A request costs its full reservation from its first segment on; when a new one does not fit,
-    the requests that have been silent longest are dropped, and counted in ``num_evicted``. One that
-    has finished is dropped at once, unless ``keep_finished``: then it is drawn from where no running
+    the requests that have been silent longest are dropped, and ``collect`` counts them. One that has
+    finished is dropped at once, unless ``keep_finished``: then it is drawn from where no running
     one has an anchor. ``fresh`` draws an anchor once at most: those that have come since the last
     draw, of finished requests too, which have no more to come and go then.
 
@@ -88,7 +88,6 @@ class ReplayBuffer:
         self._held_out = held_out
         # What rows behind the first refusal weigh: as set where they are kept, nothing where cut.
         self._refused_weight = refused_weight if rows == "all" else 0.0
-        self.num_evicted = 0
         self._keep_blocks = rows != "delayed"
         self._request_bytes = limits.request_bytes(self._keep_blocks)
         self._requests: OrderedDict[str, RequestRows] = OrderedDict()
@@ -102,13 +101,18 @@ class ReplayBuffer:
         """Reserved bytes: every request counts at its most from the start."""
         return len(self._requests) * self._request_bytes
 
-    def collect(self, round_: VerifyRound) -> None:
-        """Take in a round: new rows, served blocks, and which requests are done."""
+    def collect(self, round_: VerifyRound) -> int:
+        """Take in a round: new rows, served blocks, and which requests are done.
+
+        Returns how many requests it has dropped, or not let in, because there was no room.
+        """
+        num_evicted = 0
         for segment in round_.segments:
-            if segment.request_id not in self._requests and not self._admit(segment):
-                continue
-            self._requests[segment.request_id].append(segment)
-            self._requests.move_to_end(segment.request_id)
+            if segment.request_id not in self._requests:
+                num_evicted += self._admit(segment)
+            if (rows := self._requests.get(segment.request_id)) is not None:
+                rows.append(segment)
+                self._requests.move_to_end(segment.request_id)
         if self._keep_blocks:
             for block in round_.blocks:
                 if block.request_id in self._requests:
@@ -117,18 +121,19 @@ class ReplayBuffer:
             self._requests[request_id].finished = True
             if not self._keep_finished:
                 del self._requests[request_id]
+        return num_evicted
 
-    def _admit(self, segment: Segment) -> bool:
-        limits = self.limits
-        room = limits.room(self._request_bytes)
+    def _admit(self, segment: Segment) -> int:
+        """Make room for a request; how many had to go for it, itself where none is large enough."""
+        room = self.limits.room(self._request_bytes)
         if room == 0:
-            self.num_evicted += 1
-            return False
-        while len(self._requests) >= room:
+            return 1
+        num_evicted = max(0, len(self._requests) - room + 1)
+        for _ in range(num_evicted):
             self._requests.popitem(last=False)
-            self.num_evicted += 1
-        self._requests[segment.request_id] = RequestRows(limits.window, segment, self.draft_window)
-        return True
+        rows = RequestRows(self.limits.window, segment, self.draft_window)
+        self._requests[segment.request_id] = rows
+        return num_evicted
 
     def sample(self) -> SignalBatch | None:
         """The newest anchors of the requests; None while none has one."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -30,7 +30,9 @@ class Buffer(Protocol):
     @property
     def num_tokens(self) -> int: ...
 
-    def collect(self, round_: VerifyRound) -> None: ...
+    def collect(self, round_: VerifyRound) -> int:
+        """Keep its rows; how many requests had to go for want of room."""
+        ...
 
     def sample(self) -> SignalBatch | None:
         """Rows to train on now; None while there are too few."""
@@ -187,11 +189,3 @@ class RoundObserver(Protocol):
     """Who is called by the engine after every round: the co-scheduler."""
 
     def on_round(self, round_: VerifyRound) -> None: ...
-
-
-class Engine(Protocol):
-    """Decodes requests and reports every round."""
-
-    def generate(self, requests: Iterable[Any]) -> Iterator[Any]:
-        """Yield each finished request."""
-        ...

@@ -120,10 +120,11 @@ def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> Repla
     Raises:
         ConfigError: they hold no request, or keep more of a teacher row than it has.
     """
-    replay, num_buffers = config.adapt.replay, config.num_adapters or 1
+    replay, memory = config.adapt.replay, config.adapt.memory
+    num_buffers, where = config.num_adapters or 1, config.adapt_key
     if replay.teacher == "top_k" and replay.teacher_top_k > target.vocab_size:
         raise ConfigError(
-            f"{config.adapt_key}.replay.teacher_top_k: {replay.teacher_top_k} is more than the "
+            f"{where}.replay.teacher_top_k: {replay.teacher_top_k} is more than the "
             f"{target.vocab_size} tokens of the target's vocabulary"
         )
     hidden_bytes = target.hidden_size * target.embedding.weight.dtype.itemsize
@@ -131,8 +132,8 @@ def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> Repla
         window=replay.window,
         anchors=replay.anchors,
         path=drafter.num_draft_tokens,
-        max_tokens=replay.max_tokens // num_buffers,
-        max_bytes=replay.max_bytes // num_buffers,
+        max_tokens=memory.max_tokens // num_buffers,
+        max_bytes=memory.max_bytes // num_buffers,
         feature_row_bytes=hidden_bytes * len(drafter.signal.feature_layers),
         teacher_row_bytes={
             "hidden": hidden_bytes,
@@ -141,17 +142,16 @@ def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> Repla
         }[replay.teacher],
     )
     needed = limits.request_bytes(keep_blocks=config.loss_settings.rows != "delayed")
-    where = f"{config.adapt_key}.replay"
     each = f" for each of {num_buffers} adapters" if num_buffers > 1 else ""
     if needed > limits.max_bytes:
         raise ConfigError(
-            f"{where}.max_bytes: {replay.max_bytes} holds no request{each}; one of "
-            f"{where}.window = {replay.window} rows takes {needed}"
+            f"{where}.memory.max_bytes: {memory.max_bytes} holds no request{each}; one of "
+            f"{where}.replay.window = {replay.window} rows takes {needed}"
         )
     if replay.window > limits.max_tokens:
         raise ConfigError(
-            f"{where}.max_tokens: {replay.max_tokens} holds no request of "
-            f"{where}.window = {replay.window} rows{each}"
+            f"{where}.memory.max_tokens: {memory.max_tokens} holds no request of "
+            f"{where}.replay.window = {replay.window} rows{each}"
         )
     return limits
 
@@ -247,6 +247,7 @@ def _loss_peak(
         config.adapt.replay.teacher,
         _no_teacher_rows(config, target, limits),
         num_rows=limits.anchors * limits.path,
+        chunk_rows=config.adapt.memory.chunk_rows,
     )
 
 
@@ -270,7 +271,7 @@ def _scores_peak(
         config.adapt.replay.teacher,
         _no_teacher_rows(config, target, limits),
         num_rows=num_anchors * limits.path,
-        chunk_rows=config.loss_settings.chunk_rows,
+        chunk_rows=config.adapt.memory.chunk_rows,
     )
 
 

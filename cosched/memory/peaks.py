@@ -32,6 +32,7 @@ def loss_peak(
     teacher_form: TeacherForm,
     teacher_0X: Tensor,
     num_rows: int,
+    chunk_rows: int | None,
 ) -> int:
     """Most bytes at once, from the draft's states to their gradient; all on the meta device.
 
@@ -43,8 +44,8 @@ def loss_peak(
     assert network is not None
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in trainable)
-    module = BatchLoss(copy, loss, teacher_head, teacher_form)
-    num_rows = _enough(num_rows, loss.settings.chunk_rows)
+    module = BatchLoss(copy, loss, teacher_head, teacher_form, chunk_rows=chunk_rows)
+    num_rows = _enough(num_rows, chunk_rows)
     with torch.device("meta"):
         states_MH = torch.empty(num_rows, copy.state_width, requires_grad=True)
         says_M, weights = torch.empty(num_rows, dtype=torch.int64), torch.empty(1, 1, num_rows)

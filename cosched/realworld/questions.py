@@ -46,18 +46,9 @@ def training_questions() -> tuple[tuple[str, str], ...]:
 
     The order is shuffled, so that any first part of it is a fair sample of topics and forms.
     """
-    return _questions(TRAINING_TOPICS)
-
-
-def held_out_questions() -> tuple[tuple[str, str], ...]:
-    """The same of the topics that no draft has been taught on."""
-    return _questions(HELD_OUT_TOPICS)
-
-
-def _questions(topics: tuple[Topic, ...]) -> tuple[tuple[str, str], ...]:
     questions = [
         (f"{form}-{_slug(topic.name)}", _ask(form, topic, place))
-        for place, topic in enumerate(topics)
+        for place, topic in enumerate(TRAINING_TOPICS)
         for form in FORMS
     ]
     random.Random(0).shuffle(questions)

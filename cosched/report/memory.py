@@ -45,7 +45,7 @@ def footprint_table(footprint: Footprint, in_sglang: bool = False) -> Table:
         ("gradients", footprint.gradients, "4 bytes a trained parameter"),
         ("draft before the update", footprint.reference, "where the loss compares with it"),
         ("trials", footprint.trials, "the state before, and the best so far (adapt.objective)"),
-        ("loss", footprint.loss, "logits and what is made of them (adapt.loss.chunk_rows)"),
+        ("loss", footprint.loss, "logits and what is made of them (adapt.memory.chunk_rows)"),
         (
             "scores of drafts",
             footprint.scores,

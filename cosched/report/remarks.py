@@ -183,4 +183,10 @@ def cautions(summary: RunSummary, recorded: bool, num_damaged: int) -> list[str]
     skipped = sum(arm.skipped_steps for arm in summary.arms.values())
     if skipped:
         lines.append(f"{skipped} training step(s) were not finite and were skipped.")
+    evicted = sum(arm.evicted_requests for arm in summary.arms.values())
+    if evicted:
+        lines.append(
+            f"{evicted} time(s) the replay buffer dropped a request for want of room; see "
+            "adapt.memory.max_tokens and adapt.memory.max_bytes."
+        )
     return lines

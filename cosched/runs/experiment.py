@@ -14,7 +14,7 @@ from cosched.build.embedded import Arm, World, build_arm, build_recorder, build_
 from cosched.build.served_arm import ServedArm, ServedWorld, build_served_arm, build_served_world
 from cosched.errors import ConfigError
 from cosched.protocols import ServesAdapters
-from cosched.records import idle_tick
+from cosched.records import IDLE_TICK
 from cosched.runs import resume as resume_state
 from cosched.runs.resume import ArmProgress, Progress
 from cosched.runs.summary import Running, groups_of, run_summary
@@ -222,7 +222,7 @@ class Experiment:
                 finished_requests += finished or []
         while learner and learner.busy:  # no request runs any more, and nobody waits
             time.sleep(IDLE_SECONDS)
-            learner.on_round(idle_tick(learner.counters.rounds, learner.version))
+            learner.on_round(IDLE_TICK)
         return more
 
     @contextmanager

@@ -163,6 +163,7 @@ def _arm_summary(
         rollbacks=counters.rolled_back if counters else 0,
         guard_seconds=counters.guard_seconds if counters else 0.0,
         parts=parts,
+        evicted_requests=counters.evicted if counters else 0,
         cut_conversations=sum(log.cut for log in one.logs),
         by_text=by_text,
     )

@@ -111,7 +111,7 @@ def _check_adapt(config: Config, used: bool) -> None:
     _ = config.policy_settings
     _check_teaches(loss, f"{where}.loss")
     _check_experts(config)
-    engine, replay = config.engine, config.adapt.replay
+    engine, replay, memory = config.engine, config.adapt.replay, config.adapt.memory
     if loss.rows == "all":
         if engine.kind == "trace":
             raise ConfigError(
@@ -124,9 +124,9 @@ def _check_adapt(config: Config, used: bool) -> None:
         raise ConfigError(f"{where}.scope.state: SGLang serves one draft to all; use shared")
     if used:
         _check_scope(config)
-    if replay.window > replay.max_tokens:
+    if replay.window > memory.max_tokens:
         raise ConfigError(
-            f"{where}.replay.max_tokens: {replay.max_tokens} holds no request of "
+            f"{where}.memory.max_tokens: {memory.max_tokens} holds no request of "
             f"{where}.replay.window = {replay.window} rows"
         )
     if replay.window <= drafter.num_draft_tokens + 1:

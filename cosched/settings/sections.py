@@ -6,7 +6,7 @@ Those whose fields depend on their ``kind`` (drafter, policy, loss, objective) a
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -143,8 +143,9 @@ class RecordSettings(Section, frozen=True):
 class ReplaySettings(Section, frozen=True):
     """``adapt.replay``: rows kept of each request, and how many are trained on.
 
-    ``window`` rows of context are kept of each request, at most ``max_tokens`` rows and ``max_bytes``
-    of all; a micro-step trains on at most ``anchors`` of them. A draft learns to look as far back as ``window`` reaches: give it the length that it serves.
+    ``window`` rows of context are kept of each request, as far as ``adapt.memory`` allows; a
+    micro-step trains on at most ``anchors`` of them. A draft learns to look as far back as ``window``
+    reaches: give it the length that it serves.
     ``keep_finished`` keeps a request's rows until others need the room: to train when idle.
     ``fresh`` trains on each anchor once at most, in the first update after it.
     ``teacher`` is the form in which the target's rows wait: ``hidden``, its last hidden state, from
@@ -153,14 +154,30 @@ class ReplaySettings(Section, frozen=True):
     more of a prompt than its last row.
     """
 
+    replaced: ClassVar[dict[str, str]] = {
+        "max_tokens": "adapt.memory.max_tokens",
+        "max_bytes": "adapt.memory.max_bytes",
+    }
     window: Positive = 128
     anchors: Positive = 64
-    max_tokens: Positive = 65536
-    max_bytes: Positive = 268435456
     teacher: TeacherForm = "hidden"
     teacher_top_k: Positive = 64
     keep_finished: bool = False
     fresh: bool = False
+
+
+class MemorySettings(Section, frozen=True):
+    """``adapt.memory``: what learning may hold at once.
+
+    ``max_tokens`` rows and ``max_bytes`` are kept of all requests together in the replay buffer; a
+    request for which there is no room takes that of those heard of longest ago, and is counted.
+    ``chunk_rows``: rows of logits held at once, by the loss and by a guard that scores; null: all.
+    They are recomputed in the backward pass.
+    """
+
+    max_tokens: Positive = 65536
+    max_bytes: Positive = 268435456
+    chunk_rows: Positive | None = None
 
 
 class ScopeSettings(Section, frozen=True):
@@ -228,6 +245,7 @@ class AdaptSettings(Section, frozen=True):
     loss: dict[str, Any] = msgspec.field(default_factory=dict)
     objective: dict[str, Any] = msgspec.field(default_factory=dict)
     replay: ReplaySettings = ReplaySettings()
+    memory: MemorySettings = MemorySettings()
     scope: ScopeSettings = ScopeSettings()
     trainer: TrainerSettings = TrainerSettings()
     guard: FiniteSettings | ShadowSettings = ShadowSettings()

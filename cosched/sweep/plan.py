@@ -54,6 +54,7 @@ class SweepFile(Section, frozen=True):
     ``set`` changes the experiment for all cells. ``grid`` is the cross product of its axes;
     ``around`` changes one of its axes at a time, and is done for each point of the grid; ``cells``
     are points of their own. The key ``arm`` says which arm is judged, ``adapted`` or a variant.
+    An override of a key that is an axis of ``grid`` takes the place of that axis.
     """
 
     record: RecordPlan
@@ -114,7 +115,7 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
         CoschedError: a setting of the file, of a recording or of any cell is not allowed.
     """
     raw = OmegaConf.to_container(read_yaml(path))  # references are the experiment's, not ours
-    sweep: SweepFile = convert(raw, SweepFile, "")
+    sweep = _narrowed(convert(raw, SweepFile, ""), overrides)
     base = merge(_experiment(sweep, path), from_keys(sweep.set, "set"), "set")
     base = merge(base, from_words(overrides), "override")
     points = list(_points(sweep))
@@ -131,6 +132,13 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
         for name, a in sweep.around.items()
     }
     return Plan(folder, recordings, controls, cells, grid | around)
+
+
+def _narrowed(sweep: SweepFile, overrides: Sequence[str]) -> SweepFile:
+    """Without the axes of the grid whose keys are overridden: they would undo what was asked for."""
+    fixed = {word.partition("=")[0] for word in overrides}
+    grid = {name: axis for name, axis in sweep.grid.items() if name not in fixed}
+    return msgspec.structs.replace(sweep, grid=grid)
 
 
 def _experiment(sweep: SweepFile, path: Path) -> DictConfig:

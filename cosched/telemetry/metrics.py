@@ -88,6 +88,7 @@ class ArmSummary(RoundFigures, kw_only=True):
     guard_seconds: float = 0.0  # of those updating
     parts: list[Part] = []  # in the order of time; none where the run is too short for an interval
     cut_conversations: int = 0  # ended early: their next turn did not fit
+    evicted_requests: int = 0  # whose rows the replay buffer dropped for want of room
     by_text: dict[str, TextFigures] = {}  # by the name of the file, where there are several
 
 

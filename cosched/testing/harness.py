@@ -160,11 +160,12 @@ def make_trainer(
     max_norm: float = 1.0,
     scope: str = "full",
     loss: Loss | None = None,
+    chunk_rows: int | None = None,
 ) -> DeepSpeedTrainer:
     """A DeepSpeed trainer of a draft, with the forward KL unless a loss is given."""
     copy = drafter.clone(torch.float32)
     chosen: Loss = loss or LOSSES.get("forward_kl")(LossSettings(kind="forward_kl"))
-    batch_loss = BatchLoss(copy, chosen, target.head, "hidden")
+    batch_loss = BatchLoss(copy, chosen, target.head, "hidden", chunk_rows=chunk_rows)
     return DeepSpeedTrainer(batch_loss, parameters_of(copy, scope), zero_stage, lr, max_norm)
 
 

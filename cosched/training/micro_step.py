@@ -45,7 +45,7 @@ class BatchLoss(nn.Module):
 
     The drafter's network is the only submodule: the target's embedding and head stay outside, so
     that no optimizer can reach them. Logits, of the student, the teacher and the reference, are made
-    of ``chunk_rows`` rows at a time (``adapt.loss``), and of rows of weight zero not at all.
+    of ``chunk_rows`` rows at a time (``adapt.memory``), and of rows of weight zero not at all.
     ``lost_mass`` is what the teacher of the update's batch says outside of the draft's vocabulary: a
     mean over ``ROWS_OF_LOST_MASS`` of its rows at most, evenly spread over those that count; None
     where the vocabularies are one. An update may be made with one of the ``others`` instead of the
@@ -63,6 +63,7 @@ class BatchLoss(nn.Module):
         teacher_form: TeacherForm,
         others: Sequence[Loss] = (),
         precision: Precision = "float32",
+        chunk_rows: int | None = None,
     ) -> None:
         super().__init__()
         network = drafter.network()
@@ -77,6 +78,7 @@ class BatchLoss(nn.Module):
         self._before = DraftBefore(drafter) if compares else None
         self._reference_RNKH: Tensor | None = None
         self._likeliest: Likeliest | None = None
+        self._chunk_rows = chunk_rows
         self._computing = computing_in(precision, next(network.parameters()).device)
 
     @torch.no_grad()
@@ -132,7 +134,7 @@ class BatchLoss(nn.Module):
             return self._loss.measure(student_MV, teacher_MV, reference_MV)
 
         parameters = list(self.network.parameters())
-        return in_chunks(measure, states_MH, parameters, self._loss.settings.chunk_rows)
+        return in_chunks(measure, states_MH, parameters, self._chunk_rows)
 
     def _measure_likeliest(
         self, states_MH: Tensor, among: Likeliest, reference_MH: Tensor | None

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from cosched.protocols import DrafterSettings, LossSettings, ObjectiveSettings, PolicySettings
 from cosched.registry import DRAFTERS, LOSSES, OBJECTIVES, POLICIES, Registry
 from cosched.settings.schema import Config
+from cosched.settings.serving import is_served
 from cosched.sweep.plan import SweepFile
 from schedulers.defaults import TABLE
 
@@ -241,14 +242,15 @@ def _prose(docstring: str) -> Iterator[str]:
 def _table(fields: Iterable[types.Field], path: str, homes: dict[Struct, str]) -> Iterator[str]:
     rows = [_row(field, path, homes) for field in fields]
     if rows:
-        yield "| key | what it may be | default |\n| --- | --- | --- |"
+        yield "| key | what it may be | default | serve |\n| --- | --- | --- | --- |"
         yield "\n".join(rows) + "\n"
 
 
 def _row(field: types.Field, path: str, homes: dict[Struct, str]) -> str:
     where = f"{path}.{field.encode_name}".lstrip(".")
     allowed = _allowed(field.type, where, homes)
-    return f"| `{field.encode_name}` | {allowed} | {_default(field, where)} |"
+    served = "✓" if path != "sweep" and is_served(where) else ""
+    return f"| `{field.encode_name}` | {allowed} | {_default(field, where)} | {served} |"
 
 
 def _default(field: types.Field, where: str) -> str:

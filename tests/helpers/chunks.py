@@ -58,9 +58,9 @@ def small_target() -> Target:
     return make_target(dtype=torch.float64)
 
 
-def make_loss(kind: str, chunk_rows: int | None, **own: Any) -> Any:
+def make_loss(kind: str, **own: Any) -> Any:
     cls = LOSSES.get(kind)
-    raw = {"kind": kind, **LOSSES_TO_TEST[kind], **own, "chunk_rows": chunk_rows}
+    raw = {"kind": kind, **LOSSES_TO_TEST[kind], **own}
     return cls(msgspec.convert(raw, cls.Settings))
 
 

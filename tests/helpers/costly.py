@@ -16,8 +16,9 @@ class Costly:
     def __init__(self) -> None:
         self.begun: list[float] = []
 
-    def collect(self, round_: VerifyRound) -> None:
+    def collect(self, round_: VerifyRound) -> int:
         self.now += round_.draft_seconds + round_.verify_seconds
+        return 0
 
     def sample(self) -> Any:
         return SimpleNamespace()

@@ -24,7 +24,7 @@ def round_of(lengths: list[int], seconds: float = 0.01, **changes: Any) -> Verif
     blocks = [ServedBlock(str(i), 0, path, None, n - 1, n) for i, n in enumerate(lengths)]
     fields = {"finished": (), "num_running": len(lengths), **changes}
     return VerifyRound(
-        0, 0, (), tuple(blocks), draft_seconds=seconds / 4, verify_seconds=3 * seconds / 4, **fields
+        (), tuple(blocks), draft_seconds=seconds / 4, verify_seconds=3 * seconds / 4, **fields
     )
 
 
@@ -50,4 +50,4 @@ def numbered_round(
     path = torch.tensor([start + 1, start + 2])
     block = ServedBlock(str(request), start, path, rows[:1].expand(2, 3), 1, 2)
     done = (str(request),) if finished else ()
-    return VerifyRound(0, 0, (segment,), (block,), done, 0.0, 0.0, 1)
+    return VerifyRound((segment,), (block,), done, 0.0, 0.0, 1)

@@ -229,6 +229,7 @@ def test_metrics_and_server_info_carry_the_same_figures(
     assert float(shown["draft_version"]) == status["draft_version"] > 0
     assert float(shown["rounds_total"]) == status["rounds"]
     assert float(shown["updates_total"]) == status["updates"]
+    assert float(shown["evicted_requests_total"]) == status["evicted_requests"]
     assert float(shown["adapting"]) == 1
     assert float(shown["failed"]) == 0
     seconds = dict(re.findall(r'cosched:seconds_total\{kind="(\w+)"[^}]*\} (\S+)', metrics))

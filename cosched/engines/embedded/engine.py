@@ -118,7 +118,6 @@ class EmbeddedEngine:
             else None
         )
         self._slots: list[_Slot] = []
-        self._round_index = 0
         self.seconds = EngineSeconds()
 
     @property
@@ -236,7 +235,6 @@ class EmbeddedEngine:
             slot.rounds.append(
                 RoundRow(slot.request.id, generated, version, num_drafted, count, committed)
             )
-        self._round_index += 1
         self.seconds.draft += drafted - started
         self.seconds.verify += verified - drafted
         self._report(tuple(segments), tuple(blocks), drafted - started, verified - drafted)
@@ -333,8 +331,6 @@ class EmbeddedEngine:
             return
         self._observer.on_round(
             VerifyRound(
-                index=self._round_index,
-                draft_version=self.draft_version,
                 segments=segments,
                 blocks=blocks,
                 finished=tuple(slot.request.id for slot in self._slots if slot.done),

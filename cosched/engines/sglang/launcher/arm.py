@@ -141,6 +141,7 @@ class ServedEngine:
         self.counters.guard_seconds = status.guard_seconds
         self.counters.refused = status.refused_updates
         self.counters.rolled_back = status.rollbacks
+        self.counters.evicted = status.evicted_requests
 
 
 def _of_plain(request_id: str, num_tokens: int) -> tuple[RoundRow, ...]:

@@ -30,6 +30,7 @@ from cosched.errors import ConfigError, RunFolderError
 from cosched.memory.sketch import sketch
 from cosched.registry import DRAFTERS
 from cosched.settings.load import check_paths, load_config, to_yaml
+from cosched.settings.serving import check_for_server
 from cosched.telemetry.run_folder import RunFolder, explained
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ def engine(config_file: Path | str, overrides: Sequence[str] = (), **sglang_argu
     Raises:
         CoschedError: as ``serve``.
     """
-    return start_engine(load_config(Path(config_file), overrides), arguments=sglang_arguments)
+    config = load_config(Path(config_file), overrides)
+    check_servable(config)
+    return start_engine(config, arguments=sglang_arguments)
 
 
 def start_engine(
@@ -78,7 +81,9 @@ def start_engine(
     arguments: Mapping[str, Any] | None = None,
     events: Path | None = None,
 ) -> Any:
-    """As ``engine``, for settings that are read; ``events`` is a file that gets every event.
+    """As ``engine``, for settings that are read, an experiment's too.
+
+    ``events`` is a file that gets every event.
 
     ``plain`` decodes without a draft and ``stock`` with SGLang's own algorithm: neither has a
     ``cosched``.
@@ -86,7 +91,7 @@ def start_engine(
     Raises:
         CoschedError: as ``serve``.
     """
-    check_servable(config)
+    check_draft_servable(config)
     _prepare_environment(config)
     fields: set[str] = set(compat.ServerArgs.__struct_fields__)
     words = keyword_arguments(config, arguments or {}, fields, speculation)
@@ -115,8 +120,8 @@ def check_servable(config: Config) -> None:
     """Make sure, without loading anything, that SGLang can serve this.
 
     Raises:
-        CoschedError: SGLang is missing, a folder is missing, stock SGLang cannot run the draft, or
-            there are several.
+        CoschedError: SGLang is missing, a folder is missing, stock SGLang cannot run the draft,
+            there are several, or something is set that only an experiment reads.
     """
     if config.drafts:
         raise ConfigError(
@@ -124,6 +129,7 @@ def check_servable(config: Config) -> None:
             f"drafts out and name that one in drafter (cosched run compares several)"
         )
     check_draft_servable(config)
+    check_for_server(config)
 
 
 def check_draft_servable(config: Config) -> None:

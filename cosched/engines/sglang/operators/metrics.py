@@ -20,6 +20,7 @@ COUNTERS = {
     "rounds": "Verification rounds.",
     "updates": "Updates of the draft.",
     "skipped_steps": "Training steps that were skipped because a loss or gradient was not finite.",
+    "evicted_requests": "Requests whose rows were dropped from the replay buffer for want of room.",
 }
 KINDS = ("draft", "verify", "update", "publish")
 

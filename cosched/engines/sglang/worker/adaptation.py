@@ -59,6 +59,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     refused_updates: int = 0
     rollbacks: int = 0
     guard_seconds: float = 0.0
+    evicted_requests: int = 0
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
@@ -318,4 +319,5 @@ class Adaptation:
             refused_updates=counters.refused,
             rollbacks=counters.rolled_back,
             guard_seconds=counters.guard_seconds,
+            evicted_requests=counters.evicted,
         )

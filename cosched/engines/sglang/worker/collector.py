@@ -83,7 +83,6 @@ class RoundCollector:
         self._waiting: deque[Prefill | Verified] = deque()
         self._texts: OrderedDict[str, _Text] = OrderedDict()
         self._finished: list[str] = []
-        self._index = 0
         self.num_queued = 0  # requests that wait for a place, as far as is known
 
     def prefilled(self, prefill: Prefill) -> None:
@@ -116,7 +115,7 @@ class RoundCollector:
 
     def idle(self) -> VerifyRound:
         """A tick in which nothing runs; it says who has finished, which no other round would."""
-        return self._make(0, (), (), (0.0, 0.0), [])
+        return self._make((), (), (0.0, 0.0), [])
 
     def counted(self, num_accepted: list[int]) -> Iterator[VerifyRound]:
         """Rounds up to the oldest verification that waits, whose counts these are."""
@@ -140,7 +139,7 @@ class RoundCollector:
             text = _Text(end, prompt.prompt_length, prompt.max_length)
             self._remember(prompt.request_id, text)
         segments = tuple(prompt.rows for prompt in prefill if prompt.rows is not None)
-        return self._make(0, segments, (), (0.0, 0.0), [prompt.request_id for prompt in prefill])
+        return self._make(segments, (), (0.0, 0.0), [prompt.request_id for prompt in prefill])
 
     def _round(self, verified: Verified, num_accepted: list[int]) -> VerifyRound:
         segments: list[Segment] = []
@@ -174,13 +173,10 @@ class RoundCollector:
             text.anchor += count
             self._texts.move_to_end(request_id)
         running = [block.request_id for block in blocks]
-        return self._make(
-            verified.version, tuple(segments), tuple(blocks), verified.seconds(), running
-        )
+        return self._make(tuple(segments), tuple(blocks), verified.seconds(), running)
 
     def _make(
         self,
-        version: int,
         segments: tuple[Segment, ...],
         blocks: tuple[ServedBlock, ...],
         seconds: tuple[float, float],
@@ -190,10 +186,7 @@ class RoundCollector:
         known = [tokens for tokens in left if tokens is not None]
         finished = tuple(self._finished)
         self._finished.clear()
-        self._index += bool(blocks)
         return VerifyRound(
-            index=self._index,
-            draft_version=version,
             segments=segments,
             blocks=blocks,
             finished=finished,
