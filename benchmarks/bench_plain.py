@@ -18,10 +18,10 @@ import torch
 from bench_cost_ratio import target_step
 
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
-from cosched.engines.embedded.judges import GreedyJudge
 from cosched.engines.embedded.packing import pack
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.target import Target
+from cosched.engines.embedded.verifiers import GreedyVerifier
 from cosched.engines.request import GenerationRequest
 
 
@@ -33,7 +33,7 @@ def ours(target: Target, prompts_BP: torch.Tensor, tokens: int) -> float:
     ]
     engine = EmbeddedEngine(
         LiveRows(target, batch, length + tokens + 2, ()),
-        GreedyJudge(),
+        GreedyVerifier(),
         None,
         EngineOptions(batch, length + tokens + 2, 0, frozenset()),
         target.device,

@@ -76,10 +76,10 @@ def _operator(config: Config, directory: RunDirectory | None) -> Operator:
     from cosched.engines.sglang import compat
     from cosched.engines.sglang.operators.control import SocketOperator
     from cosched.engines.sglang.operators.metrics import Metrics
-    from cosched.engines.sglang.worker.adaptation import Nobody
+    from cosched.engines.sglang.worker.adaptation import NullOperator
 
     if directory is None:
-        return Nobody()
+        return NullOperator()
     show = None
     if compat.get_observability().enable_metrics:
         show = Metrics(compat.get_serving().served_model_name or config.target.path).show

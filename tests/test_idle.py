@@ -11,7 +11,7 @@ import torch
 
 from cosched.coscheduler import Coscheduler
 from cosched.engines.sglang import compat
-from cosched.engines.sglang.worker.adaptation import Adaptation, Nobody
+from cosched.engines.sglang.worker.adaptation import Adaptation, NullOperator
 from cosched.engines.sglang.worker.collector import RoundCollector
 from cosched.guard.guard import FiniteGuard
 from cosched.loop.replay import ReplayBuffer, ReplayLimits
@@ -147,7 +147,7 @@ class Scheduler:
             watches=True,
             window=64,
             save=lambda _path: None,
-            operator=Nobody(),
+            operator=NullOperator(),
             sink=NoEvents(),
         )
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from cosched.engines.embedded.judges import SamplingJudge
 from cosched.engines.embedded.verification import (
     Outcome,
     RandomStream,
@@ -16,6 +15,7 @@ from cosched.engines.embedded.verification import (
     draw,
     probabilities,
 )
+from cosched.engines.embedded.verifiers import SamplingVerifier
 from cosched.engines.request import GenerationRequest
 from cosched.testing.harness import (
     decode,
@@ -75,10 +75,10 @@ def test_stop_token_ends_inside_a_block(target: Target) -> None:
 # --- sampling: chi-square against exact probabilities, see cosched.testing.sampling ---------
 
 
-class AcceptAll(SamplingJudge):
-    """A broken judge: every draft stands."""
+class AcceptAll(SamplingVerifier):
+    """A broken verifier: every draft is accepted."""
 
-    def rule(self, proposal: Proposal, logits_BSV, uniforms_BU, path_BS) -> Outcome:
+    def verify(self, proposal: Proposal, logits_BSV, uniforms_BU, path_BS) -> Outcome:
         last = probabilities(logits_BSV[:, -1], self.sampling)
         count = torch.full((len(last),), proposal.tokens_BK.shape[1])
         return Outcome(count, draw(last, uniforms_BU[:, -1]))
@@ -108,12 +108,12 @@ def test_sampling_follows_the_target(sampling: SamplingParams, updates: str) -> 
         observer = make_coscheduler(target, drafter, every=2, lr=3e-3)
     elif updates == "scrambled":
         observer = Scrambler(drafter.network())
-    found = p_values(target, drafter, SamplingJudge(sampling), sampling, observer)
+    found = p_values(target, drafter, SamplingVerifier(sampling), sampling, observer)
     assert min(found) > FALSE_ALARM
 
 
 def test_the_chi_square_test_can_fail() -> None:
-    """A judge that accepts every draft is caught at once."""
+    """A verifier that accepts every draft is caught at once."""
     target, sampling = sampling_target(), SamplingParams(1.0)
     drafter = make_drafter(target, num_draft_tokens=2)
     found = p_values(target, drafter, AcceptAll(sampling), sampling, num_draws=600)
@@ -133,10 +133,10 @@ def test_requests_draw_the_same_numbers_whatever_the_batch() -> None:
     """Sampled text does not depend on what else is in the batch, nor on the order."""
     target = make_target()
     drafter = make_drafter(target)
-    judge = SamplingJudge(SamplingParams(1.0))
+    verifier = SamplingVerifier(SamplingParams(1.0))
     requests = make_requests(target, count=4, prompt=5, new=60)
-    alone = decode(make_engine(target, drafter, requests, 1, judge=judge), requests)
-    together = decode(make_engine(target, drafter, requests, 3, judge=judge), requests[::-1])
+    alone = decode(make_engine(target, drafter, requests, 1, verifier=verifier), requests)
+    together = decode(make_engine(target, drafter, requests, 3, verifier=verifier), requests[::-1])
     assert alone == together
 
 

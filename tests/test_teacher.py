@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
-from cosched.engines.embedded.judges import GreedyJudge
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.target import Target
+from cosched.engines.embedded.verifiers import GreedyVerifier
 from cosched.engines.sglang.launcher.launch import check_servable
 from cosched.errors import ConfigError
 from cosched.loop.teacher_rows import pack_best, record_width, unpack_best
@@ -103,7 +103,7 @@ def rounds_with(target: Target, form: TeacherForm, k: int) -> list[VerifyRound]:
     longest, watcher = max(request.max_length for request in requests), Watcher()
     engine = EmbeddedEngine(
         rows=LiveRows(target, 2, longest + 4, drafter.signal.feature_layers),
-        judge=GreedyJudge(),
+        verifier=GreedyVerifier(),
         drafter=drafter,
         options=EngineOptions(2, longest, 0, frozenset(), teacher=form, teacher_top_k=k),
         device=target.device,

@@ -10,17 +10,17 @@ import torch
 
 from cosched.build.coscheduler import build_coscheduler, build_pool
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
-from cosched.engines.embedded.judges import (
-    ForcedJudge,
-    ForcedKind,
-    GreedyJudge,
-    Judge,
-    SamplingJudge,
-)
 from cosched.engines.embedded.packing import pack, rows_are_alike
 from cosched.engines.embedded.rows import LiveRows, RowSource
 from cosched.engines.embedded.target import Target
 from cosched.engines.embedded.verification import SamplingParams
+from cosched.engines.embedded.verifiers import (
+    ForcedKind,
+    ForcedVerifier,
+    GreedyVerifier,
+    SamplingVerifier,
+    Verifier,
+)
 from cosched.engines.trace import RecordedRows, TraceMeta, TraceWriter, read_meta
 from cosched.errors import ConfigError
 from cosched.loop.per_adapter import CoschedulerPool
@@ -186,7 +186,7 @@ def build_arm(
     num_drafted = drafter.num_draft_tokens if drafter else 0
     engine = EmbeddedEngine(
         rows=_rows(world, max_length + num_drafted + 1, layers),
-        judge=_judge(world),
+        verifier=_verifier(world),
         drafter=drafter,
         options=EngineOptions(
             max_batch=config.engine.max_batch,
@@ -248,10 +248,10 @@ def _rows_a_round(config: Config) -> int:
     return 1 + max(own.drafter_settings.num_draft_tokens for own in config.by_draft.values())
 
 
-def _judge(world: World) -> Judge:
+def _verifier(world: World) -> Verifier:
     if world.forced:
-        return ForcedJudge(world.text_kind, world.sampling)
-    return GreedyJudge() if world.sampling.greedy else SamplingJudge(world.sampling)
+        return ForcedVerifier(world.text_kind, world.sampling)
+    return GreedyVerifier() if world.sampling.greedy else SamplingVerifier(world.sampling)
 
 
 def _stop_tokens(world: World) -> frozenset[int]:

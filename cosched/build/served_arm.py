@@ -22,7 +22,7 @@ from cosched.workload.requests import load_requests
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cosched.engines.embedded.judges import ForcedKind
+    from cosched.engines.embedded.verifiers import ForcedKind
     from cosched.engines.request import GenerationRequest
     from cosched.loop.roles import Sink
     from cosched.settings.schema import Config

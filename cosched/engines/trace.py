@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cosched.engines.embedded.judges import ForcedKind
 from cosched.engines.embedded.target import Target, TargetRows
+from cosched.engines.embedded.verifiers import ForcedKind
 from cosched.engines.request import GenerationRequest
 from cosched.errors import CheckpointError, WorkloadError
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
-from cosched.engines.embedded.judges import SamplingJudge
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.verification import SamplingParams
+from cosched.engines.embedded.verifiers import SamplingVerifier
 from cosched.engines.request import FinishedRequest, GenerationRequest
 from cosched.realworld.folders import new_folder
 from cosched.realworld.recorded import FEATURE_LAYERS, KEPT, Recorded, write
@@ -151,7 +151,7 @@ def sampler(
     max_batch = max_batch or len(requests)
     return EmbeddedEngine(
         rows=LiveRows(target, max_batch, max_length, layers),
-        judge=SamplingJudge(SamplingParams(temperature)),
+        verifier=SamplingVerifier(SamplingParams(temperature)),
         drafter=None,
         options=EngineOptions(max_batch, max_length, seed, target.end_tokens),
         device=target.device,

@@ -9,9 +9,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from cosched.coscheduler import Coscheduler
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
-from cosched.engines.embedded.judges import GreedyJudge, Judge
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.target import Target
+from cosched.engines.embedded.verifiers import GreedyVerifier, Verifier
 from cosched.engines.request import GenerationRequest
 from cosched.guard.guard import FiniteGuard
 from cosched.loop.publish import InPlacePublisher
@@ -108,7 +108,7 @@ def make_engine(
     drafter: Drafter | None,
     requests: Sequence[GenerationRequest],
     max_batch: int = 1,
-    judge: Judge | None = None,
+    verifier: Verifier | None = None,
     observer: RoundObserver | None = None,
     window: int | None = None,
     stop_tokens: frozenset[int] = frozenset(),
@@ -116,13 +116,13 @@ def make_engine(
     seed: int = 0,
     admit: Admit | None = None,
 ) -> EmbeddedEngine:
-    """An embedded engine that has room for these requests; greedy unless a judge is given."""
+    """An embedded engine that has room for these requests; greedy unless a verifier is given."""
     longest = max(request.max_length for request in requests)
     layers = drafter.signal.feature_layers if drafter else ()
     extra = drafter.num_draft_tokens if drafter else 0
     return EmbeddedEngine(
         rows=LiveRows(target, max_batch, longest + extra + 1, layers),
-        judge=judge or GreedyJudge(),
+        verifier=verifier or GreedyVerifier(),
         drafter=drafter,
         options=EngineOptions(max_batch, longest, seed, stop_tokens, window),
         device=target.device,

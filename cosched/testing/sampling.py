@@ -18,8 +18,8 @@ from cosched.engines.request import GenerationRequest
 from cosched.testing.harness import decode, make_engine, make_target
 
 if TYPE_CHECKING:
-    from cosched.engines.embedded.judges import Judge
     from cosched.engines.embedded.target import Target
+    from cosched.engines.embedded.verifiers import Verifier
     from cosched.loop.roles import RoundObserver
     from cosched.protocols import Drafter
 
@@ -49,7 +49,7 @@ def exact_texts(target: Target, sampling: SamplingParams) -> Tensor:
 def p_values(
     target: Target,
     drafter: Drafter,
-    judge: Judge,
+    verifier: Verifier,
     sampling: SamplingParams,
     observer: RoundObserver | None = None,
     num_draws: int = 2000,
@@ -57,7 +57,7 @@ def p_values(
     """Of the token at each position and of the joint text; small where the text is not the target's."""
     prompt = torch.tensor(PROMPT)
     requests = [GenerationRequest(f"s{i}", prompt, NUM_TOKENS) for i in range(num_draws)]
-    engine = make_engine(target, drafter, requests, 100, judge=judge, observer=observer)
+    engine = make_engine(target, drafter, requests, 100, verifier=verifier, observer=observer)
     counts = torch.zeros(VOCABULARY, VOCABULARY, VOCABULARY)
     for tokens in decode(engine, requests).values():
         counts[tuple(tokens)] += 1

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from cosched.engines.embedded.judges import SamplingJudge
 from cosched.engines.embedded.verification import SamplingParams
+from cosched.engines.embedded.verifiers import SamplingVerifier
 from cosched.testing.harness import make_coscheduler
 from cosched.testing.sampling import FALSE_ALARM, p_values, sampling_target
 from cosched.testing.specimen import SERVINGS, WINDOW, Feeder, Specimen, close, make_texts
@@ -77,7 +77,7 @@ class ServingContract:
         drafter = specimen.make(target, num_draft_tokens=2)
         observer = make_coscheduler(target, drafter, every=2, lr=3e-3) if taught else None
         sampling = SamplingParams(1.0)
-        found = p_values(target, drafter, SamplingJudge(sampling), sampling, observer, num_draws)
+        found = p_values(target, drafter, SamplingVerifier(sampling), sampling, observer, num_draws)
         assert min(found) > FALSE_ALARM
 
     def test_a_batch_drafts_what_each_would_alone(self, specimen: Specimen) -> None:

@@ -50,7 +50,7 @@ class Ranks:
             singles = [dist.new_group([member], backend=backend) for member in members]
             self.alone = singles[rank]
 
-    def meet(self, well: bool, asked: bool) -> tuple[bool, bool]:
+    def sync(self, well: bool, asked: bool) -> tuple[bool, bool]:
         """Whether every rank is well, and whether any was asked for something."""
         if self._group is not None:
             flags = torch.tensor([well, not asked], dtype=torch.int32)
@@ -64,7 +64,7 @@ class Ranks:
         if not self.parted:
             self.parted = True
             with suppress(RuntimeError):  # they wait for something else, and not for ever
-                self.meet(well=False, asked=False)
+                self.sync(well=False, asked=False)
 
     def agree(self, text: str) -> bool:
         """Whether every rank has the same text."""
@@ -102,7 +102,7 @@ class SamePolicy:
         decision = self._policy.decide(snapshot)
         if self._ranks.size == 1:
             return decision
-        if not self._ranks.meet(well=True, asked=False)[0]:
+        if not self._ranks.sync(well=True, asked=False)[0]:
             raise PartedError("another rank stopped training")
         steps, rate = self._ranks.from_first((decision.num_steps, decision.learning_rate))
         return msgspec.structs.replace(decision, num_steps=steps, learning_rate=rate)

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoTokenizer
 
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
-from cosched.engines.embedded.judges import GreedyJudge
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.target import Target
+from cosched.engines.embedded.verifiers import GreedyVerifier
 from cosched.engines.request import FinishedRequest, GenerationRequest
 from cosched.protocols import DrafterSettings
 from cosched.registry import DRAFTERS
@@ -118,7 +118,7 @@ def embedded(drafter: str, texts: list[list[int]], num_draft_tokens: int = 3) ->
     longest = max(request.max_length for request in requests)
     engine = EmbeddedEngine(
         rows=LiveRows(target, BATCH, longest + num_draft_tokens + 1, draft.signal.feature_layers),
-        judge=GreedyJudge(),
+        verifier=GreedyVerifier(),
         drafter=draft,
         options=EngineOptions(BATCH, longest, seed=0, stop_tokens=frozenset()),
         device=device,

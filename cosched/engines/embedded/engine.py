@@ -21,8 +21,8 @@ from cosched.loop.teacher_rows import pack_best
 from cosched.records import Proposal, RoundRow, Segment, ServedBlock, TeacherForm, VerifyRound
 
 if TYPE_CHECKING:
-    from cosched.engines.embedded.judges import Judge
     from cosched.engines.embedded.rows import RowSource
+    from cosched.engines.embedded.verifiers import Verifier
     from cosched.loop.roles import RoundObserver
     from cosched.protocols import Drafter, ServesAdapters
 
@@ -91,7 +91,7 @@ class EmbeddedEngine:
     def __init__(
         self,
         rows: RowSource,
-        judge: Judge,
+        verifier: Verifier,
         drafter: Drafter | None,
         options: EngineOptions,
         device: torch.device,
@@ -102,7 +102,7 @@ class EmbeddedEngine:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._rows = rows
-        self._judge = judge
+        self._verifier = verifier
         self._drafter = drafter
         self._options = options
         self._device = device
@@ -163,7 +163,7 @@ class EmbeddedEngine:
         if self._admit_to is not None:
             adapters = cast("ServesAdapters", self._drafter)
             adapters.use_adapter(self._state, index, self._admit_to(request))
-        outcome = self._judge.rule(
+        outcome = self._verifier.verify(
             self._nothing(1),
             rows.logits_BTV[:, -1:],
             slot.random.uniforms(num_prompt - 1, 1)[None].to(self._device),
@@ -212,7 +212,7 @@ class EmbeddedEngine:
         starts = torch.tensor([slot.length - 1 for slot in slots], device=self._device)
         positions_BS = starts[:, None] + torch.arange(num_drafted + 1, device=self._device)
         rows = self._rows.verify(ids_BS, positions_BS)
-        outcome = self._judge.rule(proposal, rows.logits_BTV, uniforms_BU, path_BS)
+        outcome = self._verifier.verify(proposal, rows.logits_BTV, uniforms_BU, path_BS)
         accepted = outcome.num_accepted_B.tolist()  # host waits for the device
         verified = self._clock()
         segments, blocks = [], []
@@ -225,10 +225,15 @@ class EmbeddedEngine:
             self._observe(index, rows, index, start, committed)
             segments.append(self._segment(slot, rows, teacher, index, start, committed))
             if num_drafted:
-                judges = None if teacher is None else teacher[index, :num_drafted]
+                teacher_KX = None if teacher is None else teacher[index, :num_drafted]
                 blocks.append(
                     ServedBlock(
-                        slot.request.id, start, proposal.tokens_BK[index], judges, count, committed
+                        slot.request.id,
+                        start,
+                        proposal.tokens_BK[index],
+                        teacher_KX,
+                        count,
+                        committed,
                     )
                 )
             generated = start + 1 - len(slot.request.prompt_P)
@@ -242,7 +247,7 @@ class EmbeddedEngine:
     def _propose(self, anchor_B: Tensor, uniforms_BU: Tensor, path_BS: Tensor) -> Proposal:
         if self._drafter is None:
             return self._nothing(len(anchor_B))
-        choose = self._judge.choose(uniforms_BU, path_BS[:, :-1])
+        choose = self._verifier.choose(uniforms_BU, path_BS[:, :-1])
         return self._drafter.propose(self._state, len(anchor_B), choose)
 
     def _nothing(self, num_slots: int) -> Proposal:

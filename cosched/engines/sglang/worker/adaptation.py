@@ -83,7 +83,7 @@ class Operator(Protocol):
     def show(self, status: Status) -> None: ...
 
 
-class Nobody:
+class NullOperator:
     """No operator."""
 
     def asked(self) -> list[tuple[Command, Answer]]:
@@ -195,7 +195,7 @@ class Adaptation:
         """Do what the operator asked for, and tell the co-scheduler of rounds that are complete."""
         ready, self._ready = self._ready, []
         with torch.inference_mode(False), torch.no_grad():
-            well = self._meet()
+            well = self._sync_ranks()
             self._tell(ready)
             if well and ready:
                 self._look_after()
@@ -218,13 +218,13 @@ class Adaptation:
                 self._ranks.part()  # first of all: others may wait for what this one has to say
                 raise
 
-    def _meet(self) -> bool:
+    def _sync_ranks(self) -> bool:
         """Bring all ranks to the same mind; whether they may go on learning."""
         if self._ranks.parted:
             self._answer_alone(self._operator.asked())
             return False
         commands = self._operator.asked()
-        well, asked = self._ranks.meet(self._failure is None, bool(commands))
+        well, asked = self._ranks.sync(self._failure is None, bool(commands))
         if asked:
             verbs = self._ranks.from_first([command for command, _ in commands])
             answers = [answer for _, answer in commands] or [lambda _answer: None] * len(verbs)

@@ -16,7 +16,7 @@ import torch
 from cosched.engines.sglang import compat
 from cosched.engines.sglang.worker.collector import Prefill, Prompt, Verified
 from cosched.engines.sglang.worker.serving import ServedDraft
-from cosched.engines.sglang.worker.taps import HiddenTap, Stopwatch, held
+from cosched.engines.sglang.worker.taps import HiddenTap, Stopwatch, owned
 from cosched.engines.sglang.worker.target import ServedTarget
 from cosched.errors import ConfigError
 from cosched.records import Segment
@@ -147,8 +147,8 @@ class AdaptedWorker:
                         request_id=request.rid,
                         start=start + length - (kept.stop - kept.start),
                         tokens_R1=torch.cat((tokens_T[kept], next_B[i : i + 1])),
-                        features_RF=None if features is None else held(features[kept]),
-                        teacher_RX=held(teacher_TX[kept]),
+                        features_RF=None if features is None else owned(features[kept]),
+                        teacher_RX=owned(teacher_TX[kept]),
                     )
                 prompt_length = len(request.origin_input_ids)
                 limit = request.sampling_params.max_new_tokens
@@ -168,14 +168,14 @@ class AdaptedWorker:
 
         def verified() -> Verified:
             size = len(requests)
-            teacher = held(self._tap.rows(tokens.numel())) if watching and self._tap else None
+            teacher = owned(self._tap.rows(tokens.numel())) if watching and self._tap else None
             rows = features if watching else None
             return Verified(
                 request_ids=tuple(request.rid for request in requests),
                 version=self.adaptation.version,
                 tokens_BS=tokens.long().view(size, -1).clone(),
                 decided_BS=output.next_token_ids.long().view(size, -1).clone(),
-                features_BSF=None if rows is None else held(rows).view(size, -1, rows.shape[-1]),
+                features_BSF=None if rows is None else owned(rows).view(size, -1, rows.shape[-1]),
                 teacher_BSX=None if teacher is None else teacher.view(size, -1, teacher.shape[-1]),
                 seconds=self._stopwatch.between(*marks),
             )

@@ -65,7 +65,7 @@ class HiddenTap:
         return hidden[:number]
 
 
-def held(tensor: Tensor) -> Tensor:
+def owned(tensor: Tensor) -> Tensor:
     """The tensor in storage that no later forward pass writes to (CUDA graphs have fixed ones)."""
     return tensor.clone() if tensor.is_cuda else tensor
 

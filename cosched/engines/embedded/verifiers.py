@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 ForcedKind = Literal["greedy", "sampled", "document"]
 
 
-class Judge(Protocol):
+class Verifier(Protocol):
     """Picks drafted tokens and rules on them; ``uniforms_BU`` has 2K + 1 numbers a request."""
 
     def choose(self, uniforms_BU: Tensor, path_BK: Tensor) -> Choose: ...
 
-    def rule(
+    def verify(
         self, proposal: Proposal, logits_BSV: Tensor, uniforms_BU: Tensor, path_BS: Tensor
     ) -> Outcome: ...
 
 
-class GreedyJudge:
+class GreedyVerifier:
     """The draft's best token, held against the target's best token."""
 
     def choose(self, uniforms_BU: Tensor, path_BK: Tensor) -> Choose:  # noqa: ARG002
         return lambda _k, logits_BV: logits_BV.argmax(-1)
 
-    def rule(
+    def verify(
         self,
         proposal: Proposal,
         logits_BSV: Tensor,
@@ -52,7 +52,7 @@ class GreedyJudge:
         return verify_greedy(proposal.tokens_BK, logits_BSV)
 
 
-class SamplingJudge:
+class SamplingVerifier:
     """Drafts are sampled from the draft, and kept so that the target's distribution stands."""
 
     def __init__(self, sampling: SamplingParams) -> None:
@@ -64,7 +64,7 @@ class SamplingJudge:
 
         return pick
 
-    def rule(
+    def verify(
         self,
         proposal: Proposal,
         logits_BSV: Tensor,
@@ -81,7 +81,7 @@ class SamplingJudge:
         )
 
 
-class ForcedJudge:
+class ForcedVerifier:
     """The text is given; the draft is led along it and judged by its chance of being accepted.
 
     ``greedy``    stands while the draft's best token is the text's: exact for greedy text.
@@ -99,7 +99,7 @@ class ForcedJudge:
     def choose(self, uniforms_BU: Tensor, path_BK: Tensor) -> Choose:  # noqa: ARG002
         return lambda k, _logits_BV: path_BK[:, k]
 
-    def rule(
+    def verify(
         self, proposal: Proposal, logits_BSV: Tensor, uniforms_BU: Tensor, path_BS: Tensor
     ) -> Outcome:
         path_BK = path_BS[:, :-1]
