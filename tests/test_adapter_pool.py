@@ -156,9 +156,9 @@ def test_an_update_under_way_when_its_request_ends_serves_nobody(
     one, *_ = requests = make_requests(target, count=1, prompt=8, new=40)
     decode(make_engine(target, drafter, requests, observer=observer), [one])
     assert not observer.busy
-    taught = copied(trainer.weights())
+    trained = copied(trainer.weights())
     assert observer.counters.updates == 0
-    assert same(taught, first)
+    assert same(trained, first)
 
 
 def test_a_lent_adapter_comes_back_as_it_was(target: Target, configure: Configure) -> None:

@@ -26,7 +26,7 @@ UNDONE_WITHIN = 64  # rounds from the publication of a draft that loses a token 
 
 
 def poisoned(sample: SignalBatch | None) -> SignalBatch | None:
-    """Random labels: every row is taught what the target said at some other place."""
+    """Random labels: every row is trained on what the target said at some other place."""
     if sample is None:
         return None
     order = torch.randperm(

@@ -1,4 +1,4 @@
-"""Rows that no update has had: what is held out, given as evidence, and taught later."""
+"""Rows that no update has had: what is held out, given as evidence, and trained later."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.helpers.rounds import ROW, numbered_round
     st.sampled_from(["delayed", "accepted", "all"]),
 )
 def test_what_is_held_out_was_in_no_sample(steps, window, held_out, rows) -> None:
-    """No row of a held-out path has been taught before, whatever arrives; rows name their place."""
+    """No row of a held-out path has been trained before, whatever arrives; rows name their place."""
     buffer = ReplayBuffer(
         ReplayLimits(window, 8, 2, 1000, 1 << 20, 12, 12), rows, None, held_out=held_out
     )
     ends: dict[int, int] = {}
-    taught: set[float] = set()
+    trained: set[float] = set()
     for request, count, teacher, finished, gap in steps:
         start = ends.get(request, 1000 * request) + (7 if gap else 0)
         ends[request] = start + count
@@ -31,9 +31,9 @@ def test_what_is_held_out_was_in_no_sample(steps, window, held_out, rows) -> Non
         if finished:
             ends[request] += 100  # its name is used again, and its places are not
         sample = buffer.sample()
-        taught |= places(sample)
+        trained |= places(sample)
         out = places(buffer.held_out(held_out))
-        assert not out & taught
+        assert not out & trained
         if sample is not None and rows == "delayed":
             assert out  # what is trained can be judged
 

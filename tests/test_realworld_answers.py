@@ -1,4 +1,4 @@
-"""The target's own answers, as drafts are taught on them."""
+"""The target's own answers, as drafts are trained on them."""
 
 from __future__ import annotations
 

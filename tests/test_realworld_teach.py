@@ -1,4 +1,4 @@
-"""Drafts of the real model taught on recorded answers: what they see is what the target said."""
+"""Drafts of the real model trained on recorded answers: what they see is what the target said."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_a_row_is_taught_what_the_target_says_there(deep: Target) -> None:
             assert (
                 batch.paths_RNK[r, n].tolist() == answer.tokens_T[anchor + 1 : anchor + 4].tolist()
             )
-            taught = deep.head(batch.teacher_RNKX[r, n])
-            torch.testing.assert_close(taught, logits[anchor : anchor + 3], rtol=1e-4, atol=1e-4)
+            trained = deep.head(batch.teacher_RNKX[r, n])
+            torch.testing.assert_close(trained, logits[anchor : anchor + 3], rtol=1e-4, atol=1e-4)
         assert batch.weights_RNK[r].any(-1).tolist() == [
             n < len(anchors_N) for n in range(batch.weights_RNK.shape[1])
         ]
@@ -73,7 +73,7 @@ def test_a_row_is_taught_what_the_target_says_there(deep: Target) -> None:
 
 
 def test_the_frequent_words_stay_and_others_take_turns(deep: Target) -> None:
-    """A student taught on the frequent words alone could put its mass on all others unpunished."""
+    """A student trained on the frequent words alone could put its mass on all others unpunished."""
     head = next(deep.head.parameters())
     classroom = Classroom(deep, torch.arange(SIZE).flip(0), num_frequent=10, num_others=6)
     frequent, drawn = head[torch.arange(SIZE).flip(0)[:10]], set[int]()

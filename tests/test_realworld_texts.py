@@ -1,4 +1,4 @@
-"""What drafts of the real world are taught on and what they are measured on never meet."""
+"""What drafts of the real world are trained on and what they are measured on never meet."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def test_the_order_of_the_questions_never_changes() -> None:
 
 
 def test_held_out_topics_share_no_word_with_training() -> None:
-    """Otherwise "chat at home" would be judged on what the drafts were taught."""
-    taught = _words([topic.name for topic in TRAINING_TOPICS])
+    """Otherwise "chat at home" would be judged on what the drafts were trained."""
+    trained = _words([topic.name for topic in TRAINING_TOPICS])
     held_out = _words([topic.name for topic in HELD_OUT_TOPICS])
     assert len(HELD_OUT_TOPICS) == 40
-    assert not sorted(taught & held_out)
+    assert not sorted(trained & held_out)
 
 
 def test_no_training_question_asks_for_what_is_measured_as_shifted_traffic() -> None:
@@ -74,7 +74,7 @@ def test_prompts_are_chat_of_our_own_without_near_duplicates(name: str, count: i
 
 
 def test_chat_at_home_asks_about_every_held_out_topic() -> None:
-    """Chat differs from what the drafts were taught by its topics, and by nothing else."""
+    """Chat differs from what the drafts were trained by its topics, and by nothing else."""
     text = " ".join(_prompts("chat").values()).lower()
     missing = [t.name for t in HELD_OUT_TOPICS if t.name.removesuffix("s").lower() not in text]
     assert not missing

@@ -131,7 +131,7 @@ def test_finished_requests_teach_where_no_running_one_can() -> None:
     limits = ReplayLimits(64, 16, K, 1 << 20, 1 << 30, 0, 4 * WIDTH)
     buffer = ReplayBuffer(limits, "delayed", None, keep_finished=True)
 
-    def taught() -> dict[int, int]:
+    def trained() -> dict[int, int]:
         """How many anchors of each request, by the name that its features have."""
         batch = buffer.sample()
         assert batch is not None
@@ -141,11 +141,11 @@ def test_finished_requests_teach_where_no_running_one_can() -> None:
     for number in range(40):
         request = f"done-{number}"
         buffer.collect(named_round(20, request, number, finished=(request,)))
-    assert taught() == dict.fromkeys(range(24, 40), 1)
+    assert trained() == dict.fromkeys(range(24, 40), 1)
     buffer.collect(named_round(3, "runs", 99))
-    assert taught() == dict.fromkeys(range(24, 40), 1)  # too short yet to teach
+    assert trained() == dict.fromkeys(range(24, 40), 1)  # too short yet to teach
     buffer.collect(named_round(30, "runs", 99, grown=27))
-    assert taught() == {99: 16}
+    assert trained() == {99: 16}
 
 
 def test_fresh_anchors_teach_once_also_when_others_finish() -> None:
@@ -204,7 +204,7 @@ def test_context_that_no_window_reaches_is_left_out(kind: str, target: Target) -
 
 @pytest.mark.parametrize(("kind", "weight"), [("eagle3", 1.0), ("dflash", 0.3), ("pard", 0.3)])
 def test_a_chain_keeps_its_own_path(kind: str, weight: float) -> None:
-    """A chain is taught on the path that it drafted itself; a block did not know its own path."""
+    """A chain is trained on the path that it drafted itself; a block did not know its own path."""
     config = load_config(
         SAMPLED,
         [f"drafter.kind={kind}", "adapt.loss.rows=all", "workload.max_prompts=1"],

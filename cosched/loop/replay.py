@@ -1,4 +1,4 @@
-"""The replay buffer: what the last rounds taught, bounded in tokens and in bytes.
+"""The replay buffer: what the last rounds left to train on, bounded in tokens and in bytes.
 
 Letters: K drafted tokens, X teacher width (hidden or vocabulary).
 """
@@ -158,7 +158,7 @@ class ReplayBuffer:
         path, givers = self.limits.path, list[RequestRows]()
 
         def draw(one: RequestRows, share: int, _spare: int) -> Drawn | None:
-            drawn = one.untaught(share, path, once)
+            drawn = one.untrained(share, path, once)
             if drawn is not None:
                 givers.append(one)
             return drawn

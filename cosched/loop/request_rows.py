@@ -55,7 +55,7 @@ class RequestRows:
         self.fresh_from = 0  # position of the first anchor that may be drawn
         self.finished = False
         self.teacher_from: int | None = None
-        self.taught_to = 0  # position behind the newest row that was in a sample
+        self.trained_to = 0  # position behind the newest row that was in a sample
         self.given_to = 0  # position behind the newest anchor that was given once
         self.tokens = first.tokens_R1.new_zeros(size + 1)
         features = first.features_RF
@@ -118,23 +118,23 @@ class RequestRows:
             found = self._served_paths(num_anchors, rows == "refused", refused_weight, newest)
         if found is None:
             return None
-        self.taught_to = max(self.taught_to, self.start + self.count - spare)
+        self.trained_to = max(self.trained_to, self.start + self.count - spare)
         return self._drawn(found)
 
     def newest(self, rows: Rows, path: int, spare: int) -> int:
         """The newest anchor that may be drawn; a served one has its rows with it."""
         return self.count - path - spare if rows == "delayed" or spare else self.count - 1
 
-    def untaught(self, num_anchors: int, path: int, once: bool) -> Drawn | None:
+    def untrained(self, num_anchors: int, path: int, once: bool) -> Drawn | None:
         """The newest anchors behind all rows that were in a sample, or None while there is none."""
         if self.teacher is None or self.teacher_from is None:
             return None
-        first = max(1, max(self.taught_to, self.given_to if once else 0) - self.start)
+        first = max(1, max(self.trained_to, self.given_to if once else 0) - self.start)
         found = self._committed_paths(num_anchors, path, first, self.count)
         return None if found is None else self._drawn(found)
 
     def give(self, path: int) -> None:
-        """What is untaught now has been given once."""
+        """What is untrained now has been given once."""
         self.given_to = self.start + self.count - path + 1
 
     def _drawn(self, found: Found) -> Drawn:

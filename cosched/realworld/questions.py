@@ -1,4 +1,4 @@
-"""The questions on whose answers the drafts are taught: topics times forms, in our own words.
+"""The questions on whose answers the drafts are trained: topics times forms, in our own words.
 
 Everyday chat in English. Code, other languages, tables and very long texts are left out on purpose:
 they are the traffic that the drafts have to get used to. The held-out topics, in the same forms,

@@ -28,7 +28,7 @@ AnyDrafter = Eagle3Drafter | DFlashDrafter | PardDrafter
 
 MASK = 16  # SmolLM2's <empty_output>, which no chat has
 NUM_WORDS = 8_192  # of EAGLE-3's head: 94.5 % of the tokens of other answers; 12,288 are 95.4 %
-NUM_FREQUENT = 8_192  # of those that a student with the target's head is taught to tell apart
+NUM_FREQUENT = 8_192  # of those that a student with the target's head is trained to tell apart
 NUM_OTHERS = 2_048  # and as many of the rest, others in every step
 CHAIN = 4  # tokens that EAGLE-3 drafts
 BLOCK = 7  # that DFlash and PARD do: a block of DFlash has the anchor as well
@@ -42,7 +42,7 @@ PARD_LAYERS = (FEATURE_LAYERS[2], FEATURE_LAYERS[4], LAST_HIDDEN)
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a draft is made, on what it is taught, and how what was taught becomes the draft.
+    """How a draft is made, on what it is trained, and how what was trained becomes the draft.
 
     ``begin(target, classroom, words)`` gives the student, ``num_draft_tokens`` behind each of
     ``anchors`` places of ``batch`` answers teach it in a step (what of an answer is computed for all
@@ -62,7 +62,7 @@ class Recipe:
 
 
 class Classroom:
-    """The target as it is while students are taught that borrow its head: with fewer words.
+    """The target as it is while students are trained that borrow its head: with fewer words.
 
     Softmax over 49,152 words would be most of the work. The frequent words are there in every step;
     of all others some, drawn anew by ``call``, so that a student learns to leave those alone.

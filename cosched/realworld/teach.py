@@ -74,7 +74,7 @@ def teach(
     kept: Path,
     advance: Callable[[int, str], None],
 ) -> tuple[AnyDrafter, float]:
-    """A draft, taught as its recipe says, and the seconds it took.
+    """A draft, trained as its recipe says, and the seconds it took.
 
     What ``kept`` has of an earlier attempt is gone on from, its seconds included. The loss is forward
     KL while the learning rate is whole, and the negative log of the acceptance while it falls: what
@@ -102,8 +102,8 @@ def teach(
         for kind, make in kinds.items()
     )
     network = whole.network.train()
-    taught = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(taught, betas=BETAS, weight_decay=0.01, fused=True)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=BETAS, weight_decay=0.01, fused=True)
     done, steps, spent = 0, recipe.steps, 0.0
     if kept.exists():
         state = torch.load(kept, weights_only=True)
@@ -122,7 +122,7 @@ def teach(
         batch_loss = falling if step / steps > 1 - DECAY_SHARE else whole
         loss = batch_loss(batch_of(chosen, anchors, recipe.num_draft_tokens))
         rate = LEARNING_RATE * rate_share(step, step / steps, WARMUP_STEPS, DECAY_SHARE)
-        take_step(loss, taught, (optimizer,), rate)
+        take_step(loss, trained, (optimizer,), rate)
         seconds = time.perf_counter() - started
         spent += seconds
         advance(1, f"loss {loss.item():.3f}, {seconds:.1f} s a step")

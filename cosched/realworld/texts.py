@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DOMAIN = "manuals"  # prose; the others are code and other languages, which are measured
 LENGTH = 384  # tokens of a text
 NUM_TEXTS = 192  # of a shard
-GIVEN = 2  # tokens before the first that is taught: a draft needs the features of one
+GIVEN = 2  # tokens before the first that is trained on: a draft needs the features of one
 CHARACTERS = 8 * LENGTH  # surely enough for so many tokens
 
 

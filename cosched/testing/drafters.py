@@ -69,7 +69,7 @@ class DrafterContract(ServingContract, LearningContract, AdapterContract, OneThr
 
     def test_what_it_saves_it_loads(self, specimen: Specimen, tmp_path: Path) -> None:
         """Saved and loaded, it has the same weights and proposals, to the bit."""
-        drafter = specimen.taught[0]
+        drafter = specimen.trained[0]
         drafter.save(tmp_path / "draft")
         loaded = specimen.plugin.cls.load(
             specimen.settings(str(tmp_path / "draft")), specimen.target

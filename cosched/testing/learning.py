@@ -73,7 +73,7 @@ class LearningContract:
     def test_replay_passes_a_gradient(self, specimen: Specimen) -> None:
         """To every parameter of the widest scope, and to none of the target's."""
         needs_network(specimen)
-        drafter = specimen.taught[0].clone(torch.float32)
+        drafter = specimen.trained[0].clone(torch.float32)
         network = drafter.network()
         assert network is not None
         network.requires_grad_(True)
@@ -108,7 +108,7 @@ class LearningContract:
     def test_a_clone_is_its_own(self, specimen: Specimen) -> None:
         """A clone replays the same and shares no parameter with what serves."""
         needs_network(specimen)
-        drafter = specimen.taught[0]
+        drafter = specimen.trained[0]
         clone, batch = drafter.clone(torch.float32), specimen.batch("delayed")
         assert torch.equal(drafter.replay(batch), clone.replay(batch))
         ours, theirs = drafter.network(), clone.network()

@@ -32,7 +32,7 @@ class ServingContract:
         The verdict follows: drafts agree with their rows up to the first refusal and not there.
         Rows that are off by one place agree almost nowhere, so the statement can fail.
         """
-        rounds = specimen.taught[1].rounds
+        rounds = specimen.trained[1].rounds
         blocks = [block for round_ in rounds for block in round_.blocks]
         assert sum(block.num_accepted for block in blocks) >= 20, "too little was accepted to tell"
         text = _text_of(rounds, "r0")
@@ -54,7 +54,7 @@ class ServingContract:
 
     def test_greedy_text_is_the_targets_while_it_learns(self, specimen: Specimen) -> None:
         """The same in a batch of three, across many publications."""
-        drafter, served, teacher = specimen.taught
+        drafter, served, teacher = specimen.trained
         assert served.texts == specimen.plain
         if drafter.network() is not None:
             assert teacher.version >= 20
@@ -67,15 +67,15 @@ class ServingContract:
         assert specimen.decode(drafter, 1, WINDOW, teacher).texts == specimen.plain
 
     @pytest.mark.parametrize(
-        ("taught", "num_draws"), [(True, 600), pytest.param(False, 2000, marks=pytest.mark.slow)]
+        ("trained", "num_draws"), [(True, 600), pytest.param(False, 2000, marks=pytest.mark.slow)]
     )
     def test_sampled_text_follows_the_target(
-        self, specimen: Specimen, taught: bool, num_draws: int
+        self, specimen: Specimen, trained: bool, num_draws: int
     ) -> None:
         """Sampled text has the target's exact distribution, frozen and while the draft changes."""
         target = sampling_target()
         drafter = specimen.make(target, num_draft_tokens=2)
-        observer = make_coscheduler(target, drafter, every=2, lr=3e-3) if taught else None
+        observer = make_coscheduler(target, drafter, every=2, lr=3e-3) if trained else None
         sampling = SamplingParams(1.0)
         found = p_values(target, drafter, SamplingVerifier(sampling), sampling, observer, num_draws)
         assert min(found) > FALSE_ALARM

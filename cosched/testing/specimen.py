@@ -60,7 +60,7 @@ class Served:
 
 
 class Specimen:
-    """The example ``key`` of a registered drafter, made anew or taught, over one target."""
+    """The example ``key`` of a registered drafter, made anew or trained, over one target."""
 
     def __init__(self, plugin: Plugin, key: str, target: Target) -> None:
         self.plugin = plugin
@@ -105,7 +105,7 @@ class Specimen:
         return self._served[key]
 
     @cached_property
-    def taught(self) -> tuple[Drafter, Served, Coscheduler]:
+    def trained(self) -> tuple[Drafter, Served, Coscheduler]:
         """A drafter that learns while it serves, what it serves, and who teaches it.
 
         It sees the same few words again and again, so that many of its drafts are accepted and

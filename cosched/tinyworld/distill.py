@@ -1,4 +1,4 @@
-"""Drafts of the tiny world: taught offline on short crops of code, as public drafts are.
+"""Drafts of the tiny world: trained offline on short crops of code, as public drafts are.
 
 The student is trained through the same ``replay`` that adapts it later, so what is published with
 the tiny world also tests that code.
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DistillPlan:
-    """How long and on what a draft is taught."""
+    """How long and on what a draft is trained."""
 
     tokens: int = 3_000_000
     length: int = 256

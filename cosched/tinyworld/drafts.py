@@ -1,4 +1,4 @@
-"""The drafts of the tiny world: one recipe for every family, taught alike."""
+"""The drafts of the tiny world: one recipe for every family, trained alike."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def teach(
 ) -> dict[str, Any]:
     """Teach a draft on short crops of code only, so that length and domain can shift; save it.
 
-    Returns what it reached, for the model card; a draft that is there already is not taught again.
+    Returns what it reached, for the model card; a draft that is there already is not trained again.
     """
     known = directory / f"{name}.json"
     if known.exists():

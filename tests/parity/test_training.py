@@ -104,7 +104,7 @@ def test_dflash(target: Target, tmp_path: Path) -> None:
     """Packed blocks have SpecForge's loss and gradients.
 
     ``sum w_k m CE / sum w_k m``, ``w_k = exp(-(k - 1) / gamma)`` for row k of a block, over blocks
-    at every anchor whose next token is taught.
+    at every anchor whose next token is trained.
     """
     drafter = trainable(make_dflash(target, tmp_path, "specforge", **SLIDING))
     model = specforge_peer.load_dflash(tmp_path)
@@ -132,7 +132,9 @@ def test_dflash(target: Target, tmp_path: Path) -> None:
 def dflash_loss(drafter: Any, batch: SignalBatch, taught_RC: Tensor) -> Tensor:
     ahead_K = torch.arange(1, STEPS + 1)
     place_RNK = batch.anchors_RN[..., None] + ahead_K
-    taught_RNK = torch.stack([taught[at] for taught, at in zip(taught_RC, place_RNK, strict=True)])
+    taught_RNK = torch.stack(
+        [trained[at] for trained, at in zip(taught_RC, place_RNK, strict=True)]
+    )
     weights_RNK = taught_RNK * torch.exp(-(ahead_K - 1) / DFLASH_GAMMA)
     logits_RNKV = drafter.replay(batch)
     losses_M = F.cross_entropy(

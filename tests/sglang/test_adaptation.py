@@ -35,7 +35,7 @@ LENGTH = 128
 
 @functools.cache
 def shifted() -> list[list[int]]:
-    """Prompts of a domain that no draft was taught on, of different lengths."""
+    """Prompts of a domain that no draft was trained on, of different lengths."""
     tokenizer = AutoTokenizer.from_pretrained(WORLD / "target")
     lines = (WORLD / "prompts" / "translated.jsonl").read_text().splitlines()[:8]
     texts = [tokenizer(json.loads(line)["text"])["input_ids"] for line in lines]
