@@ -95,8 +95,6 @@ def run(
         from cosched.runs.experiment import Experiment
 
         experiment = Experiment(loaded, record)
-    for key, problems in experiment.not_for_sglang.items():
-        _say_what_sglang_cannot(problems, key if loaded.drafts else "this draft")
     if not resume:
         folder.create(overwrite)
     with _progress() as progress:

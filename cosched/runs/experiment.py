@@ -66,15 +66,6 @@ class Experiment:
         self._tokens = Counter[str]()
 
     @property
-    def not_for_sglang(self) -> dict[str, list[str]]:
-        """Why stock SGLang cannot run a draft as it is, by the key of its section."""
-        return {
-            self.config.for_arm(one.arm.name).drafter_key: list(one.arm.drafter.not_for_sglang())
-            for one in self._arms
-            if one.arm.drafter is not None
-        }
-
-    @property
     def total_tokens(self) -> int:
         """Tokens that all arms together have to decode, if no request stops early."""
         one = sum(r.max_new_tokens * r.num_turns for r in self.world.requests)
