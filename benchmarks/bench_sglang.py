@@ -126,11 +126,17 @@ class Arm:
 
 def orders(config: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One order a pair: different prompts, so that no answer comes from a cache."""
-    from transformers import AutoTokenizer
+    import torch
 
-    tokenizer = AutoTokenizer.from_pretrained(config.target.folder)
-    lines = [line for file in options.prompts for line in Path(file).read_text().splitlines()]
-    ids = [tokenizer(json.loads(line)["text"])["input_ids"] for line in lines]
+    from cosched.engines.embedded.target import load_tokenizer
+    from cosched.settings.sections import WorkloadSettings
+    from cosched.workload.requests import load_requests
+
+    tokenizer, ids = load_tokenizer(config.target.folder), list[list[int]]()
+    for file in options.prompts:
+        asked = WorkloadSettings(prompts=str(file), max_new_tokens=options.tokens)
+        requests = load_requests(asked, tokenizer, 8192, torch.device("cpu"))
+        ids += [request.prompt_P.tolist() for request in requests]
     made = []
     for pair in range(options.pairs + 1):
         batch = [ids[(pair * options.batch + i) % len(ids)] for i in range(options.batch)]
