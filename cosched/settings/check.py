@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cosched.errors import ConfigError
-from cosched.protocols import ShadowSettings
+from cosched.guard.settings import ShadowSettings
 from cosched.records import LORA, OF_ADAPTERS
 from cosched.registry import LOSSES, POLICIES
 from cosched.settings.arms import (
