@@ -1,6 +1,6 @@
-"""The roles of plugins. Whoever has these methods can play them; nobody has to inherit.
+"""The roles of plugins. A plugin inherits its role, and from it the default of all that it leaves out.
 
-What else the house has roles for is in ``cosched.loop.roles``: no plugin plays those.
+A class that lacks a member of its role is refused when it is registered (``cosched.registry``). What else the house has roles for is in ``cosched.loop.roles``: no plugin plays those.
 
 Shapes: B requests, K drafted tokens, R rows of a request, N anchors, F feature width, V vocabulary,
 M = R * N * K student rows of a batch.
@@ -8,6 +8,7 @@ M = R * N * K student rows of a batch.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
 
@@ -17,6 +18,7 @@ from msgspec import Meta
 from cosched.records import (
     Choice,
     Decision,
+    DraftType,
     Proposal,
     Rows,
     Scope,
@@ -182,29 +184,36 @@ class CheckpointFormats(Protocol):
 class Drafter(Protocol):
     """A draft model: serves proposals, and replays them with gradients.
 
-    A plugin class also has ``Settings``, a subclass of ``DrafterSettings``, and two constructors,
-    ``load(settings, target) -> Drafter`` and ``sketch(settings, target) -> Drafter``, which reads
+    A plugin class also has two constructors, ``load(settings, target) -> Drafter`` and ``sketch(settings, target) -> Drafter``, which reads
     no weights: its target's embedding lies on the meta device, and so does what it makes. It serves
     to see what the drafter would take. ``examples(target, num_draft_tokens) -> Mapping[str, Drafter]``
     makes small ones with random weights, one for each kind of checkpoint: the contract tests
-    (``cosched.testing``) run on them. Its class attribute ``draft_type`` (``cosched.records``) says
-    which defaults are its own. One that can serve several adapters in a batch is also a
-    ``ServesAdapters``. Everything up to ``move_slot`` is about serving; what
-    follows ``network`` is used only where that is not None, ``save`` excepted.
+    (``cosched.testing``) run on them. One that can serve several adapters in a batch is also a
+    ``ServesAdapters``. Everything up to ``save`` is owed by every drafter; what follows ``network`` is
+    used only where that is not None.
+
+    ``draft_type`` says which defaults are its own, and has none itself. ``formats`` is the module of
+    its public formats (``CheckpointFormats``), for ``cosched convert``; None where it has but one.
     """
 
+    Settings: ClassVar[type[DrafterSettings]] = DrafterSettings
+    draft_type: ClassVar[DraftType]
+    formats: ClassVar[Any] = None
     signal: SignalSpec
     num_draft_tokens: int
 
     @property
+    @abstractmethod
     def cache_bytes_per_token(self) -> int:
         """What serving keeps of each token of a request, in bytes."""
         ...
 
+    @abstractmethod
     def new_state(self, max_batch: int, max_length: int, window: int | None) -> Any:
         """Empty serving state: slots, positions in each, and how many tokens back it sees."""
         ...
 
+    @abstractmethod
     def observe(self, state: Any, slot: int, tokens_R1: Tensor, features_RF: Tensor | None) -> None:
         """R rows of the request in ``slot`` were committed: token and features of each.
 
@@ -213,21 +222,29 @@ class Drafter(Protocol):
         """
         ...
 
+    @abstractmethod
     def propose(self, state: Any, num_slots: int, choose: Choose) -> Proposal:
         """Draft ``num_draft_tokens`` for slots ``0..num_slots - 1`` from their newest tokens."""
         ...
 
+    @abstractmethod
     def move_slot(self, state: Any, source: int, destination: int) -> None:
         """The request in slot ``source`` goes on in slot ``destination``, ``source`` is empty."""
         ...
 
+    @abstractmethod
     def not_for_sglang(self) -> Sequence[str]:
         """Why stock SGLang cannot run this draft as it is; empty where it can."""
         ...
 
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write the public checkpoint format of the family."""
+        ...
+
     def network(self) -> nn.Module | None:
         """The weights that serve and that training may change; None if it learns by itself."""
-        ...
+        return None
 
     def scopes(self) -> Mapping[str, Scope]:
         """What of ``network()`` may be trained, by the name that ``adapt.scope.kind`` gives it."""
@@ -259,15 +276,11 @@ class Drafter(Protocol):
 
     def replay(self, batch: SignalBatch) -> Tensor:
         """``project(replay_states(batch))``: student logits with gradient ``[R, N, K, V_draft]``."""
-        ...
+        return self.project(self.replay_states(batch))
 
     def target_ids(self) -> Tensor | None:
         """Target token of each draft token ``[V_draft]``; None where the vocabularies are one."""
-        ...
-
-    def save(self, directory: Path) -> None:
-        """Write the public checkpoint format of the family."""
-        ...
+        return None
 
 
 @runtime_checkable
@@ -297,18 +310,25 @@ class Loss(Protocol):
     """A pure function of student rows, teacher rows and row weights.
 
     It comes in two parts, so that logits need not all be there at once: ``measure`` looks at single
-    rows, ``reduce`` at what was measured of all. ``needs_reference`` says whether it compares the
-    student with the draft before the update as well, whose rows are then given.
+    rows, ``reduce`` at what was measured of all.
 
-    Three things it may say of itself, which the contract tests and the settings go by. ``proper =
-    False``: it is not least at q = p, only where the teacher is certain. ``detaches = True``: it
-    holds factors that depend on the student fixed, so its gradient is not that of its value.
-    ``teaches = False``: it does not look at the teacher, and can only be a part of another.
+    What it says of itself, of the class or, where its settings decide, of the instance:
+    ``needs_reference``  it compares the student also with the draft before the update, whose rows are
+                         then given
+    ``proper``           it is least at q = p; if not, only where the teacher is certain
+    ``detaches``         it holds factors that depend on the student fixed, so its gradient is not that
+                         of its value
+    ``teaches``          it looks at the teacher; if not, it can only be a part of another
     """
 
+    Settings: ClassVar[type[LossSettings]] = LossSettings
     settings: LossSettings
-    needs_reference: bool
+    needs_reference: bool = False
+    proper: bool = True
+    detaches: bool = False
+    teaches: bool = True
 
+    @abstractmethod
     def measure(
         self, student_MV: Tensor, teacher_MV: Tensor, reference_MV: Tensor | None = None
     ) -> Tensor:
@@ -318,6 +338,7 @@ class Loss(Protocol):
         """
         ...
 
+    @abstractmethod
     def reduce(self, measured_RNKQ: Tensor, weights_RNK: Tensor) -> Tensor:
         """One number to step on; rows of weight zero may hold anything."""
         ...
@@ -336,17 +357,28 @@ class Loss(Protocol):
 class Policy(Protocol):
     """When to train, and how much. Pure: the same snapshot gives the same decision.
 
-    One that never trains may say so with a class attribute ``trains = False``: an engine that has
-    to take rows off a device for it can then leave that. One that goes by what a guard has scored
-    may say ``needs_scores = True``: it is refused beside a guard that scores nothing. One that learns
-    from finished requests may say ``needs_finished = True``: it is refused where they are not kept,
-    as is any whose settings have ``idle_steps``, for which there are no others.
+    What it says of itself:
+    ``trains``          if not, an engine that would have to take rows off a device for it leaves that
+    ``needs_scores``    it goes by what a guard has scored: refused beside a guard that scores nothing
+    ``needs_finished``  it learns from finished requests: refused where they are not kept
+    ``idle_steps``      micro-steps that it takes when all requests have finished, so that there are no
+                        others to learn from: refused likewise, unless 0
     """
 
+    Settings: ClassVar[type[PolicySettings]] = PolicySettings
+    trains: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = False
+    needs_finished: ClassVar[bool] = False
+    idle_steps: int = 0
+
+    @abstractmethod
     def decide(self, snapshot: Snapshot) -> Decision: ...
 
 
 class Objective(Protocol):
     """What an update is made with. Pure, as a policy is: the same snapshot gives the same choice."""
 
+    Settings: ClassVar[type[ObjectiveSettings]] = ObjectiveSettings
+
+    @abstractmethod
     def choose(self, snapshot: Snapshot) -> Choice: ...

@@ -87,6 +87,8 @@ class AcceptAll(SamplingVerifier):
 class Scrambler:
     """An observer that replaces the draft's head after every round: the hardest publication."""
 
+    version = 0
+
     def __init__(self, network: torch.nn.Module) -> None:
         self.network = network
         self.generator = torch.Generator().manual_seed(5)

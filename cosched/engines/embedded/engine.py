@@ -122,7 +122,7 @@ class EmbeddedEngine:
 
     @property
     def draft_version(self) -> int:
-        return getattr(self._observer, "version", 0)
+        return 0 if self._observer is None else self._observer.version
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[FinishedRequest]:
         """Decode all requests; each is yielded when it is done, in the order of finishing.

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cosched.errors import CheckpointError
-from cosched.protocols import Choose, DrafterSettings, TargetInfo
+from cosched.protocols import Choose, Drafter, DrafterSettings, TargetInfo
 from cosched.records import Proposal, SignalSpec
 from cosched.registry import DRAFTERS
 
@@ -33,12 +33,11 @@ class State(NamedTuple):
 
 
 @DRAFTERS.register("token_recycling")
-class TokenRecycling:
+class TokenRecycling(Drafter):
     """Token Recycling: drafts what the target would have said the last time."""
 
     Settings: ClassVar = TokenRecyclingSettings
-    draft_type = "none"  # it learns by itself
-    cache_bytes_per_token = 0  # a matrix a slot, however long its text is
+    draft_type = "none"  # it learns by itself: no network, nothing is trained or published
 
     def __init__(self, target: TargetInfo, num_draft_tokens: int, matrix_VC: Tensor) -> None:
         self._target, self._matrix_VC = target, matrix_VC
@@ -75,18 +74,23 @@ class TokenRecycling:
         starts = {"empty": warm_VC * 0 - 1, "warm": warm_VC}
         return {name: cls(target, num_draft_tokens, start) for name, start in starts.items()}
 
-    def network(self) -> None:
-        """There is none: nothing is trained, nothing is published."""
-
     def not_for_sglang(self) -> list[str]:
         return ["it has no network that a worker of SGLang could run"]
 
-    def new_state(self, max_batch: int, _max_length: int, _window: int | None) -> State:
+    @property
+    def cache_bytes_per_token(self) -> int:
+        return 0  # a matrix a slot, however long its text is
+
+    def new_state(self, max_batch: int, max_length: int, window: int | None) -> State:
+        del max_length, window
         start = self._matrix_VC
         return State(start.repeat(max_batch, 1, 1), start.new_zeros(max_batch))
 
     @torch.no_grad()
-    def observe(self, state: State, slot: int, tokens_R1: Tensor, features_RF: Tensor) -> None:
+    def observe(
+        self, state: State, slot: int, tokens_R1: Tensor, features_RF: Tensor | None
+    ) -> None:
+        assert features_RF is not None
         last = {token: row for row, token in enumerate(tokens_R1[:-1].tolist())}
         logits = self._target.head(features_RF[list(last.values())])
         state.matrix_BVC[slot, list(last)] = logits.topk(self._matrix_VC.shape[1]).indices
