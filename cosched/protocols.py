@@ -224,7 +224,11 @@ class Drafter(Protocol):
 
     @abstractmethod
     def propose(self, state: Any, num_slots: int, choose: Choose) -> Proposal:
-        """Draft ``num_draft_tokens`` for slots ``0..num_slots - 1`` from their newest tokens."""
+        """Draft ``num_draft_tokens`` for slots ``0..num_slots - 1`` from their newest tokens.
+
+        Who has logits lets ``choose`` pick from them, token by token, and goes on from what it picked;
+        who has none proposes tokens of its own, which must not depend on what is still to be drawn.
+        """
         ...
 
     @abstractmethod

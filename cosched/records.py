@@ -153,12 +153,15 @@ class SignalBatch:
 class Proposal:
     """Drafted tokens of a batch and the logits they were chosen from, in target vocabulary ids.
 
+    A drafter without distributions gives no logits: it chose its tokens by itself, with certainty.
+    Sampled verification then accepts token d with probability p(d).
+
     One chain a request. A tree would be a proposal with more tokens and, for each, the index of its
     parent; row j would then be judged behind its parents, and training sees paths either way.
     """
 
     tokens_BK: Tensor
-    logits_BKV: Tensor
+    logits_BKV: Tensor | None = None
 
 
 # --- control records: numbers only ---------------------------------------------------------

@@ -208,7 +208,7 @@ class Feeder:
         self.lengths.append(0)
 
     def propose(self) -> Tensor:
-        """Logits ``[B, K, V]`` from the newest tokens on."""
+        """Logits ``[B, K, V]`` from the newest tokens on; of a drafter without any its tokens ``[B, K, 1]``."""
         path_BK = torch.stack(
             [
                 text.tokens_T[at + 1 : at + 1 + self.drafter.num_draft_tokens]
@@ -218,6 +218,8 @@ class Feeder:
         proposal = self.drafter.propose(
             self.state, len(self.texts), lambda k, _logits_BV: path_BK[:, k]
         )
+        if proposal.logits_BKV is None:
+            return proposal.tokens_BK[..., None].float()
         assert torch.equal(proposal.tokens_BK, path_BK), "drafted tokens are those that were chosen"
         return proposal.logits_BKV
 

@@ -208,7 +208,8 @@ class EmbeddedEngine:
         path_BS = self._paths(slots, num_drafted)
         proposal = self._propose(anchor_B, uniforms_BU, path_BS)
         drafted = self._now()
-        ids_BS = torch.cat((anchor_B[:, None], proposal.tokens_BK), 1)
+        tokens_BK = self._verifier.tokens(proposal, path_BS[:, :-1])
+        ids_BS = torch.cat((anchor_B[:, None], tokens_BK), 1)
         starts = torch.tensor([slot.length - 1 for slot in slots], device=self._device)
         positions_BS = starts[:, None] + torch.arange(num_drafted + 1, device=self._device)
         rows = self._rows.verify(ids_BS, positions_BS)
@@ -219,7 +220,7 @@ class EmbeddedEngine:
         teacher = self._teacher(rows)
         for index, slot in enumerate(slots):
             start, count = slot.length - 1, accepted[index]
-            new = torch.cat((proposal.tokens_BK[index, :count], outcome.next_B[index : index + 1]))
+            new = torch.cat((tokens_BK[index, :count], outcome.next_B[index : index + 1]))
             committed = self._commit(slot, new)
             count = min(count, committed)  # drafts past the end of the text were not asked for
             self._observe(index, rows, index, start, committed)
@@ -230,7 +231,7 @@ class EmbeddedEngine:
                     ServedBlock(
                         slot.request.id,
                         start,
-                        proposal.tokens_BK[index],
+                        tokens_BK[index],
                         teacher_KX,
                         count,
                         committed,
@@ -252,10 +253,7 @@ class EmbeddedEngine:
 
     def _nothing(self, num_slots: int) -> Proposal:
         """No drafts: what plain decoding verifies."""
-        return Proposal(
-            torch.zeros(num_slots, 0, dtype=torch.int64, device=self._device),
-            torch.zeros(num_slots, 0, self._rows.vocab_size, device=self._device),
-        )
+        return Proposal(torch.zeros(num_slots, 0, dtype=torch.int64, device=self._device))
 
     def _paths(self, slots: list[_Slot], num_drafted: int) -> Tensor:
         """The next S tokens of forced texts, zeros past their end and for free requests."""
