@@ -46,7 +46,7 @@ def proposal(drafter: Drafter, target: Target, context: int, turns: int) -> Call
     observe(context)
 
     def step() -> None:
-        drafter.propose(state, 1, lambda _k, logits: logits.argmax(-1))
+        drafter.propose(state, 1, lambda _k, logits: logits.argmax(-1), drafter.num_draft_tokens)
         observe(2)
 
     return step

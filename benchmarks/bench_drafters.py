@@ -153,7 +153,7 @@ def shared(drafter: Drafter, target: Target, batch: int, length: int) -> Propose
     def propose(tokens_BN1: Tensor, features_BNF: Tensor) -> Tensor:
         for slot in range(batch):
             drafter.observe(state, slot, tokens_BN1[slot], features_BNF[slot])
-        return drafter.propose(state, batch, lambda _k, logits: logits.argmax(-1)).tokens_BK
+        return drafter.propose(state, batch, lambda _k, logits: logits.argmax(-1), K).tokens_BK
 
     return propose
 

@@ -192,6 +192,7 @@ class Drafter(Protocol):
     ``ServesAdapters``. Everything up to ``save`` is owed by every drafter; what follows ``network`` is
     used only where that is not None.
 
+    ``num_draft_tokens`` is how many it drafts at most, and how many a path has that it is trained on.
     ``draft_type`` says which defaults are its own, and has none itself. ``formats`` is the module of
     its public formats (``CheckpointFormats``), for ``cosched convert``; None where it has but one.
     """
@@ -223,9 +224,13 @@ class Drafter(Protocol):
         ...
 
     @abstractmethod
-    def propose(self, state: Any, num_slots: int, choose: Choose) -> Proposal:
-        """Draft ``num_draft_tokens`` for slots ``0..num_slots - 1`` from their newest tokens.
+    def propose(
+        self, state: Any, num_slots: int, choose: Choose, num_draft_tokens: int
+    ) -> Proposal:
+        """Draft so many tokens for slots ``0..num_slots - 1`` from their newest tokens.
 
+        That may be fewer than the drafter's own ``num_draft_tokens``, and not more: the first of those
+        that it would draft then, for these are what ``replay`` gives.
         Who has logits lets ``choose`` pick from them, token by token, and goes on from what it picked;
         who has none proposes tokens of its own, which must not depend on what is still to be drawn.
         """

@@ -175,7 +175,8 @@ def proposed(drafter: Any) -> Tensor:
     state = drafter.new_state(1, 16, None)
     generator = torch.Generator().manual_seed(7)
     drafter.observe(state, 0, torch.arange(2, 8), torch.randn(5, 96, generator=generator))
-    return drafter.propose(state, 1, lambda _k, logits: logits.argmax(-1)).logits_BKV
+    number = drafter.num_draft_tokens
+    return drafter.propose(state, 1, lambda _k, logits: logits.argmax(-1), number).logits_BKV
 
 
 # --- rope ------------------------------------------------------------------------------------

@@ -134,7 +134,9 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
         return self.num_draft_tokens
 
     @torch.no_grad()
-    def propose(self, state: SlotCache, num_slots: int, choose: Choose) -> Proposal:
+    def propose(
+        self, state: SlotCache, num_slots: int, choose: Choose, num_draft_tokens: int
+    ) -> Proposal:
         network = self._network
         inputs, residual = self._run_pending(state, num_slots)
         self._next_rows(state, 0, num_slots)
@@ -143,7 +145,7 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
         queries = network.queries(inputs, position_B)
         tokens, logits = [], []
         hidden = residual
-        for k in range(self.num_draft_tokens):
+        for k in range(num_draft_tokens):
             if k:
                 inputs, residual = network.inputs(self._embedding(tokens[-1]), hidden)
                 position_B = position_B + 1

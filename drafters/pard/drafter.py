@@ -139,10 +139,12 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
         state.add(slot, tokens_R, features_RF)
 
     @torch.no_grad()
-    def propose(self, state: SlotCache, num_slots: int, choose: Choose) -> Proposal:
+    def propose(
+        self, state: SlotCache, num_slots: int, choose: Choose, num_draft_tokens: int
+    ) -> Proposal:
         pending = state.take(num_slots)
         counts, starts = pending.counts, state.lengths[:num_slots]
-        num_rows = max(counts) + self.num_draft_tokens - 1
+        num_rows = max(counts) + num_draft_tokens - 1
         ids_BT = pending.tokens.new_full((num_slots, num_rows), self._network.config.pard_token)
         features_BTF = None
         if pending.features is not None:
@@ -156,13 +158,13 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
         hidden = self._run(state, 0, starts, ids_BT, features_BTF)
         state.grow(counts)
         if min(counts) == max(counts):  # the anchors' rows and those of their masks are the last
-            hidden = hidden[:, -self.num_draft_tokens :]
+            hidden = hidden[:, -num_draft_tokens:]
         else:
             anchor_B = torch.tensor(counts, device=hidden.device) - 1
-            ahead_K = torch.arange(self.num_draft_tokens, device=hidden.device)
+            ahead_K = torch.arange(num_draft_tokens, device=hidden.device)
             hidden = gather_rows(hidden, anchor_B[:, None] + ahead_K)
         logits = over_target(self.project(hidden), self._target_ids, self._target.vocab_size)
-        tokens = [choose(k, logits[:, k]) for k in range(self.num_draft_tokens)]
+        tokens = [choose(k, logits[:, k]) for k in range(num_draft_tokens)]
         return Proposal(torch.stack(tokens, 1), logits)
 
     def _run(

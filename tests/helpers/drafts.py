@@ -53,11 +53,11 @@ class Lookup(Drafter):
         following.update(pairwise(tokens))
         text[:] = tokens[-1:]
 
-    def propose(self, state, num_slots: int, choose: Choose) -> Proposal:
+    def propose(self, state, num_slots: int, choose: Choose, num_draft_tokens: int) -> Proposal:
         rows = []
         for following, text in state[:num_slots]:
             token, row = text[0], []
-            for _ in range(self.num_draft_tokens):
+            for _ in range(num_draft_tokens):
                 token = following.get(token, (token + 1) % self.vocab_size)
                 row.append(token)
             rows.append(row)

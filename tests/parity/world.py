@@ -160,7 +160,9 @@ def served_logits(drafter: Any, batch: SignalBatch, schedule_AB: Schedule) -> Te
             features = None if batch.features_RCF is None else batch.features_RCF[slot, seen:anchor]
             drafter.observe(state, slot, batch.tokens_RC1[slot, seen : anchor + 1], features)
         paths_BK = torch.stack([batch.paths_RNK[b, a - 1] for b, a in enumerate(anchors_B)])
-        proposal = drafter.propose(state, num_slots, lambda k, _, paths=paths_BK: paths[:, k])
+        proposal = drafter.propose(
+            state, num_slots, lambda k, _, paths=paths_BK: paths[:, k], drafter.num_draft_tokens
+        )
         rounds.append(proposal.logits_BKV)
         seen_B = anchors_B
     logits_BAKV, ids = torch.stack(rounds, 1), drafter.target_ids()

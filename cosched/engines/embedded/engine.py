@@ -249,7 +249,7 @@ class EmbeddedEngine:
         if self._drafter is None:
             return self._nothing(len(anchor_B))
         choose = self._verifier.choose(uniforms_BU, path_BS[:, :-1])
-        return self._drafter.propose(self._state, len(anchor_B), choose)
+        return self._drafter.propose(self._state, len(anchor_B), choose, self._num_drafted)
 
     def _nothing(self, num_slots: int) -> Proposal:
         """No drafts: what plain decoding verifies."""

@@ -33,8 +33,8 @@ def test_it_drafts_what_the_target_said_last_time() -> None:
     assert state.best_BV[0, 6] == expected[1]
     assert state.best_BV[0, 5] == expected[2]  # the later row of the two
     state.best_BV[0, expected[1]] = 9
-    proposal = drafter.propose(state, 1, _nothing_to_choose_from)
-    assert proposal.tokens_BK[0, :2].tolist() == [expected[1], 9]
+    proposal = drafter.propose(state, 1, _nothing_to_choose_from, 2)
+    assert proposal.tokens_BK[0].tolist() == [expected[1], 9]
     assert proposal.logits_BKV is None
 
 
@@ -43,7 +43,7 @@ def test_behind_an_unknown_token_it_comes_again() -> None:
     drafter = TokenRecycling.load(SETTINGS, make_target())
     state = drafter.new_state(2, 16, None)
     state.anchor_B[1] = 5
-    proposal = drafter.propose(state, 2, _nothing_to_choose_from)
+    proposal = drafter.propose(state, 2, _nothing_to_choose_from, 3)
     assert proposal.tokens_BK.tolist() == [[0, 0, 0], [5, 5, 5]]
 
 

@@ -93,11 +93,13 @@ class TokenRecycling(Drafter):
         state.best_BV[slot, list(last)] = logits.argmax(-1)
         state.anchor_B[slot] = tokens_R1[-1]
 
-    def propose(self, state: State, num_slots: int, choose: Choose) -> Proposal:
+    def propose(
+        self, state: State, num_slots: int, choose: Choose, num_draft_tokens: int
+    ) -> Proposal:
         """It has no distribution to choose from: its tokens alone."""
         del choose
         tokens = [state.anchor_B[:num_slots]]
-        for _ in range(self.num_draft_tokens):
+        for _ in range(num_draft_tokens):
             best_B = state.best_BV[range(num_slots), tokens[-1]]
             tokens.append(torch.where(best_B < 0, tokens[-1], best_B))  # unknown: it comes again
         return Proposal(torch.stack(tokens[1:], 1))
