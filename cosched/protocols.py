@@ -22,6 +22,7 @@ from cosched.records import (
     Proposal,
     Rows,
     Scope,
+    SglangWorker,
     SignalBatch,
     SignalSpec,
     Snapshot,
@@ -195,11 +196,13 @@ class Drafter(Protocol):
     ``num_draft_tokens`` is how many it drafts at most, and how many a path has that it is trained on.
     ``draft_type`` says which defaults are its own, and has none itself. ``formats`` is the module of
     its public formats (``CheckpointFormats``), for ``cosched convert``; None where it has but one.
+    ``sglang`` names what drafts with it in SGLang; None where nothing does.
     """
 
     Settings: ClassVar[type[DrafterSettings]] = DrafterSettings
     draft_type: ClassVar[DraftType]
     formats: ClassVar[Any] = None
+    sglang: ClassVar[SglangWorker | None] = None
     signal: SignalSpec
     num_draft_tokens: int
 

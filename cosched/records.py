@@ -60,6 +60,25 @@ class Scope:
 
 
 @dataclass(frozen=True, slots=True)
+class SglangWorker:
+    """How SGLang drafts with a drafter. Names alone: nothing of SGLang's is imported to know them.
+
+    ``algorithm`` is what cosched registers it as, and ``worker`` (``module:Class``) an
+    ``AdaptedWorker`` of ours mixed in before a worker of SGLang's. ``builtin`` is the algorithm that
+    SGLang takes it for, and ``stock`` says whether that one, without cosched, drafts with the same
+    checkpoints. ``has_steps``: SGLang is told how many steps it drafts in, one a token; a block has
+    none. ``algorithm_class`` (``module:function``) makes of ``builtin`` the class it is registered with.
+    """
+
+    algorithm: str
+    worker: str
+    builtin: str
+    stock: bool = True
+    has_steps: bool = True
+    algorithm_class: str = "cosched.engines.sglang.worker.as_builtin:adapted_algorithm"
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """Rows of one request that became part of its text.
 

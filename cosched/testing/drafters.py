@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 import torch
 
+from cosched.engines.sglang.worker.algorithms import has_worker
 from cosched.protocols import Drafter
 from cosched.registry import DRAFTERS
 from cosched.testing.adapters import AdapterContract
@@ -69,6 +70,8 @@ class DrafterContract(ServingContract, LearningContract, AdapterContract, OneThr
         assert knows[specimen.plugin.cls.draft_type] == drafter.signal.conditioning
         assert drafter.cache_bytes_per_token >= 0
         assert all(isinstance(reason, str) for reason in drafter.not_for_sglang())
+        worker = specimen.plugin.cls.sglang
+        assert worker is None or has_worker(worker), "its worker in SGLang is in no module"
 
     def test_what_it_saves_it_loads(self, specimen: Specimen, tmp_path: Path) -> None:
         """Saved and loaded, it has the same weights and proposals, to the bit."""

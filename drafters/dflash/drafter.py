@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cosched.errors import CheckpointError, ConfigError
-from cosched.records import Proposal, SignalBatch
+from cosched.records import Proposal, SglangWorker, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed
 from drafters.base import NetworkDrafter, check_fit, is_copy
@@ -44,6 +44,12 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
     conditioning: ClassVar = "block"
     draft_type: ClassVar = "block"
     borrowed: ClassVar = formats.BORROWED
+    sglang: ClassVar = SglangWorker(
+        "COSCHED_DFLASH",
+        "cosched.engines.sglang.worker.dflash:DFlashWorker",
+        builtin="DFLASH",
+        has_steps=False,
+    )
 
     def __init__(
         self,

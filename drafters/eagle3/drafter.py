@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cosched.errors import CheckpointError
 from cosched.protocols import Choose, DrafterSettings, TargetInfo
-from cosched.records import Proposal, SignalBatch
+from cosched.records import Proposal, SglangWorker, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed, gather_rows
 from drafters.base import NetworkDrafter, check_fit, is_copy
@@ -59,6 +59,9 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
     conditioning: ClassVar = "chain"
     draft_type: ClassVar = "chain"
     borrowed: ClassVar = (EMBEDDING,)
+    sglang: ClassVar = SglangWorker(
+        "COSCHED_EAGLE3", "cosched.engines.sglang.worker.eagle3:Eagle3Worker", builtin="EAGLE3"
+    )
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosched.errors import CheckpointError
-from cosched.records import Proposal, SignalBatch
+from cosched.records import Proposal, SglangWorker, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed, gather_rows
 from drafters.base import NetworkDrafter
@@ -44,6 +44,13 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
     formats: ClassVar = formats
     conditioning: ClassVar = "block"
     draft_type: ClassVar = "parallel"
+    sglang: ClassVar = SglangWorker(
+        "COSCHED_PARD",
+        "cosched.engines.sglang.worker.adapted_pard:AdaptedPardWorker",
+        builtin="STANDALONE",
+        stock=False,
+        algorithm_class="cosched.engines.sglang.worker.pard_algorithm:algorithm",
+    )
 
     def __init__(
         self,
