@@ -22,6 +22,7 @@ from cosched.records import (
     Proposal,
     Rows,
     Scope,
+    Segment,
     SglangWorker,
     SignalBatch,
     SignalSpec,
@@ -218,11 +219,11 @@ class Drafter(Protocol):
         ...
 
     @abstractmethod
-    def observe(self, state: Any, slot: int, tokens_R1: Tensor, features_RF: Tensor | None) -> None:
-        """R rows of the request in ``slot`` were committed: token and features of each.
+    def observe(self, state: Any, slot: int, segment: Segment) -> None:
+        """Rows of the request in ``slot`` were committed, and others refused: the whole segment.
 
-        ``tokens_R1`` has one token more, which the last row decided: the next anchor. A request's
-        first call starts with the first token of its text, each later call with the last anchor.
+        Its last token is the next anchor. A request's first segment starts with the first token of
+        its text, each later one with the last anchor.
         """
         ...
 

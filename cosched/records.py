@@ -79,12 +79,26 @@ class SglangWorker:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """Drafted tokens of a round that did not become text, the target's own in the place of the first.
+
+    Row q is the target's behind token q and all before it; features and teacher as in a ``Segment``.
+    """
+
+    tokens_Q: Tensor
+    features_QF: Tensor | None
+    teacher_QX: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """Rows of one request that became part of its text.
 
     Row i sits at position ``start + i``. ``tokens_R1`` has one token more than there are rows: the
     last is the token that the last row decided. ``features_RF`` and ``teacher_RX`` (X goes by
-    the teacher form) may be None where nobody asked or the engine does not have them.
+    the teacher form) may be None where nobody asked or the engine does not have them. ``refused`` is
+    what the target saw besides; None where that is nothing, where the request has ended, and where the
+    text is given: the rows behind what is committed of it are of its future.
     """
 
     request_id: str
@@ -92,6 +106,7 @@ class Segment:
     tokens_R1: Tensor
     features_RF: Tensor | None
     teacher_RX: Tensor | None
+    refused: Refused | None = None
 
 
 @dataclass(frozen=True, slots=True)

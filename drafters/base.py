@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Self
 
-    from cosched.records import SignalBatch
+    from cosched.records import Segment, SignalBatch
     from drafters.layers import Rotary
 
 C = TypeVar("C", bound=DecoderConfig)
@@ -231,11 +231,9 @@ class NetworkDrafter(Drafter, Generic[C, N]):
         cast("Rotary", self._network.rotary).reserve(length)
         return SlotCache.make(self._config, self._weight, max_batch, length, window)
 
-    def observe(
-        self, state: SlotCache, slot: int, tokens_R1: Tensor, features_RF: Tensor | None
-    ) -> None:
-        assert features_RF is not None, "the engine must capture signal.feature_layers"
-        state.add(slot, tokens_R1[1:], features_RF)
+    def observe(self, state: SlotCache, slot: int, segment: Segment) -> None:
+        assert segment.features_RF is not None, "the engine must capture signal.feature_layers"
+        state.add(slot, segment.tokens_R1[1:], segment.features_RF)
 
     @property
     def _weight(self) -> Tensor:

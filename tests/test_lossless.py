@@ -188,6 +188,7 @@ def test_tokens_alone_do_not_change_a_given_text(target: Target, kind: ForcedKin
     engine = make_engine(target, drafter, [request], verifier=verifier, observer=watcher)
     assert decode(engine, [request])["given"] == text_T[8:].tolist()
     blocks = [block for round_ in watcher.rounds for block in round_.blocks]
+    assert all(s.refused is None for round_ in watcher.rounds for s in round_.segments)
     if kind != "document":  # whose text stands by chance
         assert 0 < sum(block.num_accepted for block in blocks) < 3 * len(blocks)
 

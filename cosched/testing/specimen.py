@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cosched.records import SignalBatch
+from cosched.records import Segment, SignalBatch
 from cosched.testing.harness import (
     Watcher,
     collected,
@@ -193,7 +193,8 @@ class Feeder:
             zip(self.texts, self.lengths, lengths, strict=True)
         ):
             features = None if text.features_TF is None else text.features_TF[start:end]
-            self.drafter.observe(self.state, slot, text.tokens_T[start : end + 1], features)
+            segment = Segment("text", start, text.tokens_T[start : end + 1], features, None)
+            self.drafter.observe(self.state, slot, segment)
         self.lengths = list(lengths)
 
     def move(self, source: int, destination: int) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cosched.protocols import Choose, DrafterSettings, TargetInfo
+    from cosched.records import Segment
     from drafters.cache import SlotCache
     from drafters.checkpoint import Checkpoint
 
@@ -125,12 +126,10 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
         return 2 * self.num_draft_tokens + 2
 
     @torch.no_grad()
-    def observe(
-        self, state: SlotCache, slot: int, tokens_R1: Tensor, features_RF: Tensor | None
-    ) -> None:
-        tokens_R = tokens_R1[1:]
+    def observe(self, state: SlotCache, slot: int, segment: Segment) -> None:
+        tokens_R, features_RF = segment.tokens_R1[1:], segment.features_RF
         if state.lengths[slot] == 0 and not state.rows[slot]:
-            tokens_R = tokens_R1  # the first token of a text has no feature before it
+            tokens_R = segment.tokens_R1  # the first token of a text has no feature before it
             if features_RF is not None:
                 features_RF = F.pad(features_RF, (0, 0, 1, 0))
         if not self.signal.feature_layers:

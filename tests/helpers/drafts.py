@@ -9,7 +9,7 @@ import torch
 
 from cosched.engines.embedded.target import Target
 from cosched.protocols import Choose, Drafter
-from cosched.records import Proposal, SignalSpec
+from cosched.records import Proposal, Segment, SignalSpec
 from drafters.eagle3 import Eagle3Config, Eagle3Drafter
 
 
@@ -47,8 +47,8 @@ class Lookup(Drafter):
     ) -> list[tuple[dict[int, int], list[int]]]:
         return [({}, []) for _ in range(max_batch)]
 
-    def observe(self, state, slot: int, tokens_R1: torch.Tensor, features_RF) -> None:
-        tokens = tokens_R1.tolist()
+    def observe(self, state, slot: int, segment: Segment) -> None:
+        tokens = segment.tokens_R1.tolist()
         following, text = state[slot]
         following.update(pairwise(tokens))
         text[:] = tokens[-1:]

@@ -18,7 +18,15 @@ from cosched.engines.embedded.target import TargetRows
 from cosched.engines.embedded.verification import RandomStream
 from cosched.engines.request import FinishedRequest, GenerationRequest
 from cosched.loop.teacher_rows import pack_best
-from cosched.records import Proposal, RoundRow, Segment, ServedBlock, TeacherForm, VerifyRound
+from cosched.records import (
+    Proposal,
+    Refused,
+    RoundRow,
+    Segment,
+    ServedBlock,
+    TeacherForm,
+    VerifyRound,
+)
 
 if TYPE_CHECKING:
     from cosched.engines.embedded.rows import RowSource
@@ -170,8 +178,9 @@ class EmbeddedEngine:
             self._paths([slot], 0),
         )
         self._commit(slot, outcome.next_B)
-        self._observe(index, rows, 0, 0, num_prompt)
         segment = self._segment(slot, rows, self._teacher(rows), 0, 0, num_prompt)
+        self._observe(index, segment)
+        self._record(slot, rows, 0, 0, num_prompt)
         self.seconds.prefill += self._now() - started
         self._report((segment,), (), 0.0, 0.0)
 
@@ -223,8 +232,10 @@ class EmbeddedEngine:
             new = torch.cat((tokens_BK[index, :count], outcome.next_B[index : index + 1]))
             committed = self._commit(slot, new)
             count = min(count, committed)  # drafts past the end of the text were not asked for
-            self._observe(index, rows, index, start, committed)
-            segments.append(self._segment(slot, rows, teacher, index, start, committed))
+            segment = self._segment(slot, rows, teacher, index, start, committed, tokens_BK[index])
+            self._observe(index, segment)
+            self._record(slot, rows, index, start, committed)
+            segments.append(segment)
             if num_drafted:
                 teacher_KX = None if teacher is None else teacher[index, :num_drafted]
                 blocks.append(
@@ -278,15 +289,13 @@ class EmbeddedEngine:
         slot.length += len(tokens_R)
         return len(tokens_R)
 
-    def _observe(
-        self, slot_index: int, rows: TargetRows, row_index: int, start: int, count: int
-    ) -> None:
-        """Show the draft, and who records, the rows that were committed."""
-        slot = self._slots[slot_index]
+    def _observe(self, slot_index: int, segment: Segment) -> None:
         if self._drafter:
-            tokens_R1 = slot.text[start : start + count + 1]
-            features_RF = _features(rows, row_index, count)
-            self._drafter.observe(self._state, slot_index, tokens_R1, features_RF)
+            self._drafter.observe(self._state, slot_index, segment)
+
+    def _record(
+        self, slot: _Slot, rows: TargetRows, row_index: int, start: int, count: int
+    ) -> None:
         if self._recorder:
             self._recorder(slot.request, rows, row_index, start, count)
 
@@ -298,16 +307,26 @@ class EmbeddedEngine:
         row_index: int,
         start: int,
         count: int,
+        drafted_K: Tensor | None = None,
     ) -> Segment:
-        """The rows that were committed, for who learns from them."""
+        """The rows that were committed and those that were not, for who learns from them."""
         if teacher is not None and teacher.shape[1] < count:
             teacher = None  # a prompt has logits for its last row only
+        refused, kept, rest = None, slice(count), slice(count, None)
+        goes_on = not slot.done and slot.request.forced_T is None
+        if goes_on and drafted_K is not None and count <= len(drafted_K):
+            refused = Refused(
+                drafted_K[count - 1 :],
+                _part(rows.features_BTF, row_index, rest),
+                _part(teacher, row_index, rest),
+            )
         return Segment(
             slot.request.id,
             start,
             slot.text[start : start + count + 1],
-            _features(rows, row_index, count),
-            None if teacher is None else teacher[row_index, :count],
+            _part(rows.features_BTF, row_index, kept),
+            _part(teacher, row_index, kept),
+            refused,
         )
 
     def _teacher(self, rows: TargetRows) -> Tensor | None:
@@ -353,6 +372,5 @@ class EmbeddedEngine:
         return self._clock()
 
 
-def _features(rows: TargetRows, row_index: int, count: int) -> Tensor | None:
-    features = rows.features_BTF
-    return None if features is None else features[row_index, :count]
+def _part(rows_BTX: Tensor | None, index: int, part: slice) -> Tensor | None:
+    return None if rows_BTX is None else rows_BTX[index, part]

@@ -12,6 +12,7 @@ from token_recycling.drafter import TokenRecycling, TokenRecyclingSettings
 from cosched.errors import CheckpointError
 from cosched.memory.footprint import footprint
 from cosched.memory.sketch import sketch
+from cosched.records import Refused, Segment
 from cosched.report.html import write_report
 from cosched.runs.experiment import Experiment
 from cosched.settings.load import load_config
@@ -28,8 +29,11 @@ def test_it_drafts_what_the_target_said_last_time() -> None:
     drafter = TokenRecycling.load(SETTINGS, target)
     state = drafter.new_state(1, 16, None)
     hidden = torch.randn(4, target.hidden_size)
-    drafter.observe(state, 0, torch.tensor([5, 6, 5, 7, 6]), hidden)
+    refused = Refused(torch.tensor([7, 8]), hidden[:2], None)
+    drafter.observe(state, 0, Segment("r", 0, torch.tensor([5, 6, 5, 7, 6]), hidden, None, refused))
     expected = target.head(hidden).argmax(-1)
+    assert state.best_BV[0, 8] == expected[1]  # of a refused draft
+    assert state.best_BV[0, 7] == expected[3]  # refused and committed: what is text counts
     assert state.best_BV[0, 6] == expected[1]
     assert state.best_BV[0, 5] == expected[2]  # the later row of the two
     state.best_BV[0, expected[1]] = 9

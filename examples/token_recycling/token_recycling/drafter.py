@@ -1,7 +1,7 @@
 """Token Recycling (arXiv 2408.08696): what the target nearly said is what it will say next time.
 
-A matrix has for every token the target's best one to follow it, as it was when that token last stood
-in the text. No network, no gradient: to observe is to learn, each request for itself.
+A matrix has for every token the target's best one to follow it, as it was when that token was last
+verified. No network, no gradient: to observe is to learn, each request for itself.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cosched.errors import CheckpointError
 from cosched.protocols import Choose, Drafter, DrafterSettings, TargetInfo
-from cosched.records import Proposal, SignalSpec
+from cosched.records import Proposal, Segment, SignalSpec
 from cosched.registry import DRAFTERS
 
 
@@ -84,20 +84,21 @@ class TokenRecycling(Drafter):
         return State(start.repeat(max_batch, 1), start.new_zeros(max_batch))
 
     @torch.no_grad()
-    def observe(
-        self, state: State, slot: int, tokens_R1: Tensor, features_RF: Tensor | None
-    ) -> None:
+    def observe(self, state: State, slot: int, segment: Segment) -> None:
+        if (refused := segment.refused) is not None:  # first: what is text has the last word
+            self._recycle(state.best_BV[slot], refused.tokens_Q, refused.features_QF)
+        self._recycle(state.best_BV[slot], segment.tokens_R1[:-1], segment.features_RF)
+        state.anchor_B[slot] = segment.tokens_R1[-1]
+
+    def _recycle(self, best_V: Tensor, tokens_R: Tensor, features_RF: Tensor | None) -> None:
         assert features_RF is not None
-        last = {token: row for row, token in enumerate(tokens_R1[:-1].tolist())}
-        logits = self._target.head(features_RF[list(last.values())])
-        state.best_BV[slot, list(last)] = logits.argmax(-1)
-        state.anchor_B[slot] = tokens_R1[-1]
+        last = {token: row for row, token in enumerate(tokens_R.tolist())}
+        best_V[list(last)] = self._target.head(features_RF[list(last.values())]).argmax(-1)
 
     def propose(
         self, state: State, num_slots: int, choose: Choose, num_draft_tokens: int
     ) -> Proposal:
-        """It has no distribution to choose from: its tokens alone."""
-        del choose
+        del choose  # it has no distribution to choose from: its tokens alone
         tokens = [state.anchor_B[:num_slots]]
         for _ in range(num_draft_tokens):
             best_B = state.best_BV[range(num_slots), tokens[-1]]
