@@ -19,6 +19,7 @@ import torch
 from cosched.build.embedded import build_world, load_drafter
 from cosched.engines.embedded.target import Target
 from cosched.protocols import Drafter
+from cosched.records import Segment
 from cosched.settings.load import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -41,12 +42,12 @@ def proposal(drafter: Drafter, target: Target, context: int, turns: int) -> Call
     def observe(count: int) -> None:
         tokens = torch.arange(2, count + 3, device=target.device)
         features = torch.randn(count, width, device=target.device) if width else None
-        drafter.observe(state, 0, tokens, features)
+        drafter.observe(state, 0, Segment("bench", 0, tokens, features, None))
 
     observe(context)
 
     def step() -> None:
-        drafter.propose(state, 1, lambda _k, logits: logits.argmax(-1))
+        drafter.propose(state, 1, lambda _k, logits: logits.argmax(-1), drafter.num_draft_tokens)
         observe(2)
 
     return step

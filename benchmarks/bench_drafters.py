@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cosched.engines.embedded.target import Target
 from cosched.protocols import Drafter
-from cosched.records import SignalBatch
+from cosched.records import Segment, SignalBatch
 from cosched.tinyworld.distill import crops_to_batch
 from cosched.tinyworld.drafts import DRAFTS, NUM_DRAFT_TOKENS
 from drafters.dflash import DFlashDrafter
@@ -152,8 +152,9 @@ def shared(drafter: Drafter, target: Target, batch: int, length: int) -> Propose
 
     def propose(tokens_BN1: Tensor, features_BNF: Tensor) -> Tensor:
         for slot in range(batch):
-            drafter.observe(state, slot, tokens_BN1[slot], features_BNF[slot])
-        return drafter.propose(state, batch, lambda _k, logits: logits.argmax(-1)).tokens_BK
+            segment = Segment("bench", 0, tokens_BN1[slot], features_BNF[slot], None)
+            drafter.observe(state, slot, segment)
+        return drafter.propose(state, batch, lambda _k, logits: logits.argmax(-1), K).tokens_BK
 
     return propose
 

@@ -35,7 +35,7 @@ def family_of(directory: Path) -> str:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
-    asked = [plugin for plugin in DRAFTERS.plugins() if hasattr(plugin.cls, "formats")]
+    asked = [plugin for plugin in DRAFTERS.plugins() if plugin.cls.formats is not None]
     for plugin in asked:
         if isinstance(raw, dict) and plugin.cls.formats.recognises(raw):
             return plugin.name
@@ -61,7 +61,7 @@ def convert(
         raise ConfigError(f"{destination} exists; convert into a new folder")
     kind = kind or family_of(source)
     cls = DRAFTERS.get(kind)
-    if not hasattr(cls, "formats"):
+    if cls.formats is None:
         raise ConfigError(f"--kind: the drafter {kind!r} has no checkpoint formats")
     settings = _settings(cls, kind, source, overrides)
     checkpoint = cls.checkpoint(settings)

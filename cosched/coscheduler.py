@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cosched.loop.roles import Buffer, Guard, Publisher, Sink, Trainer
-    from cosched.protocols import Policy
+    from cosched.loop.roles import Buffer, Decider, Guard, Publisher, Sink, Trainer
     from cosched.records import Decision, Snapshot, UpdateResult, VerifyRound
 
 
@@ -30,7 +29,7 @@ class Coscheduler:
     def __init__(
         self,
         buffer: Buffer,
-        policy: Policy,
+        policy: Decider,
         trainer: Trainer | None,
         guard: Guard,
         publisher: Publisher | None,

@@ -170,7 +170,8 @@ def judge_plugin(seen: dict[str, list[str]], log: str) -> Iterator[Finding]:
     yield Finding("ok", f"the plugin takes hold: {', '.join(served)}")
     for name in seen["without_worker"]:
         yield Finding(
-            "note", f"{name} has no worker in this version of cosched: use another drafter"
+            "note",
+            f"{name} has no worker: the module that its drafter names is missing; use another drafter",
         )
     for target in seen["hooks_missing"]:
         yield Finding("bad", f"SGLang has no {target} to hook into: use a supported version")

@@ -1,6 +1,6 @@
-"""The roles of plugins. Whoever has these methods can play them; nobody has to inherit.
+"""The roles of plugins. A plugin inherits its role, and from it the default of all that it leaves out.
 
-What else the house has roles for is in ``cosched.loop.roles``: no plugin plays those.
+A class that lacks a member of its role is refused when it is registered (``cosched.registry``). What else the house has roles for is in ``cosched.loop.roles``: no plugin plays those.
 
 Shapes: B requests, K drafted tokens, R rows of a request, N anchors, F feature width, V vocabulary,
 M = R * N * K student rows of a batch.
@@ -8,6 +8,7 @@ M = R * N * K student rows of a batch.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
 
@@ -17,9 +18,12 @@ from msgspec import Meta
 from cosched.records import (
     Choice,
     Decision,
+    DraftType,
     Proposal,
     Rows,
     Scope,
+    Segment,
+    SglangWorker,
     SignalBatch,
     SignalSpec,
     Snapshot,
@@ -107,59 +111,6 @@ class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
 
 
-class FiniteSettings(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="finite"
-):
-    """``adapt.guard`` of ``kind: finite``: updates none of whose steps was finite are refused."""
-
-
-Rate = Annotated[float, Meta(gt=0, lt=1)]
-
-
-class ShadowSettings(
-    msgspec.Struct,
-    frozen=True,
-    kw_only=True,
-    forbid_unknown_fields=True,
-    tag_field="kind",
-    tag="shadow",
-):
-    """``adapt.guard`` of ``kind: shadow``: drafts are scored on rows that no update has seen.
-
-    What is learnt serves, from update to update, once there is evidence that it is better than the
-    draft as loaded; ``false_publish`` is the chance that learning which is not better ever serves. The
-    draft as loaded serves again once there is evidence that what was learnt is worse than it;
-    ``false_rollback`` is the chance that such evidence is wrong. Both hold however often is looked
-    (``cosched.guard.statistics``). To serve takes surer evidence than to go back, because the draft as
-    loaded is what users had before. With state per request the evidence is of all requests.
-
-    Each update leaves out the newest ``anchors``, which judge it; later ones are trained on them.
-    Between updates the guard looks every ``check_rounds`` on all rows that no update has had, up to
-    four times ``anchors``, or sooner when the acceptance length has fallen; a quarter as often while
-    the draft as loaded serves, which can do no harm. When the draft as loaded
-    serves again nothing is trained for ``check_rounds``, and for twice as many each time until
-    learning has been shown to pay, but never for more than 32 times as many.
-    """
-
-    replaced: ClassVar[dict[str, str]] = {
-        "every": "anchors (each update is judged)",
-        "tolerance": "false_publish",
-        "patience": "false_rollback",
-        "alarm_tokens": "check_rounds",
-        "check_every": "check_rounds",
-        "confidence": "false_publish",
-        "doubt": "false_rollback",
-        "trials": "adapt.policy (what to spend on a candidate)",
-        "prospect_rows": "adapt.policy (what to spend on a candidate)",
-        "cooldown_rounds": "check_rounds",
-        "prove_first": "kind: finite (to serve at once)",
-    }
-    anchors: Annotated[int, Meta(ge=1)] = 32
-    check_rounds: Annotated[int, Meta(ge=1)] = 256
-    false_publish: Rate = 0.05
-    false_rollback: Rate = 0.2
-
-
 class DrafterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``drafter``: what every drafter has; a drafter adds its own fields in a subclass.
 
@@ -235,52 +186,78 @@ class CheckpointFormats(Protocol):
 class Drafter(Protocol):
     """A draft model: serves proposals, and replays them with gradients.
 
-    A plugin class also has ``Settings``, a subclass of ``DrafterSettings``, and two constructors,
-    ``load(settings, target) -> Drafter`` and ``sketch(settings, target) -> Drafter``, which reads
+    A plugin class also has two constructors, ``load(settings, target) -> Drafter`` and ``sketch(settings, target) -> Drafter``, which reads
     no weights: its target's embedding lies on the meta device, and so does what it makes. It serves
     to see what the drafter would take. ``examples(target, num_draft_tokens) -> Mapping[str, Drafter]``
     makes small ones with random weights, one for each kind of checkpoint: the contract tests
-    (``cosched.testing``) run on them. Its class attribute ``draft_type`` (``cosched.records``) says
-    which defaults are its own. One that can serve several adapters in a batch is also a
-    ``ServesAdapters``. Everything up to ``move_slot`` is about serving; what
-    follows ``network`` is used only where that is not None, ``save`` excepted.
+    (``cosched.testing``) run on them. One that can serve several adapters in a batch is also a
+    ``ServesAdapters``. Everything up to ``save`` is owed by every drafter; what follows ``network`` is
+    used only where that is not None.
+
+    ``num_draft_tokens`` is how many it drafts at most, and how many a path has that it is trained on.
+    ``draft_type`` says which defaults are its own, and has none itself. ``formats`` is the module of
+    its public formats (``CheckpointFormats``), for ``cosched convert``; None where it has but one.
+    ``sglang`` names what drafts with it in SGLang; None where nothing does.
     """
 
+    Settings: ClassVar[type[DrafterSettings]] = DrafterSettings
+    draft_type: ClassVar[DraftType]
+    formats: ClassVar[Any] = None
+    sglang: ClassVar[SglangWorker | None] = None
     signal: SignalSpec
     num_draft_tokens: int
 
     @property
+    @abstractmethod
     def cache_bytes_per_token(self) -> int:
         """What serving keeps of each token of a request, in bytes."""
         ...
 
+    @abstractmethod
     def new_state(self, max_batch: int, max_length: int, window: int | None) -> Any:
         """Empty serving state: slots, positions in each, and how many tokens back it sees."""
         ...
 
-    def observe(self, state: Any, slot: int, tokens_R1: Tensor, features_RF: Tensor | None) -> None:
-        """R rows of the request in ``slot`` were committed: token and features of each.
+    @abstractmethod
+    def observe(self, state: Any, slot: int, segment: Segment) -> None:
+        """Rows of the request in ``slot`` were committed, and others refused: the whole segment.
 
-        ``tokens_R1`` has one token more, which the last row decided: the next anchor. A request's
-        first call starts with the first token of its text, each later call with the last anchor.
+        Its last token is the next anchor. A request's first segment starts with the first token of
+        its text, each later one with the last anchor.
         """
         ...
 
-    def propose(self, state: Any, num_slots: int, choose: Choose) -> Proposal:
-        """Draft ``num_draft_tokens`` for slots ``0..num_slots - 1`` from their newest tokens."""
+    @abstractmethod
+    def propose(
+        self, state: Any, num_slots: int, choose: Choose, num_draft_tokens: int
+    ) -> Proposal:
+        """Draft so many tokens for slots ``0..num_slots - 1`` from their newest tokens.
+
+        That may be fewer than the drafter's own ``num_draft_tokens``, and not more: the first of those
+        that it would draft then, for these are what ``replay`` gives.
+        Who has logits lets ``choose`` pick from them, token by token, and goes on from what it picked;
+        who has none proposes tokens of its own, which must not depend on what is still to be drawn.
+        """
         ...
 
+    @abstractmethod
     def move_slot(self, state: Any, source: int, destination: int) -> None:
         """The request in slot ``source`` goes on in slot ``destination``, ``source`` is empty."""
         ...
 
+    @abstractmethod
     def not_for_sglang(self) -> Sequence[str]:
         """Why stock SGLang cannot run this draft as it is; empty where it can."""
         ...
 
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write the public checkpoint format of the family."""
+        ...
+
     def network(self) -> nn.Module | None:
         """The weights that serve and that training may change; None if it learns by itself."""
-        ...
+        return None
 
     def scopes(self) -> Mapping[str, Scope]:
         """What of ``network()`` may be trained, by the name that ``adapt.scope.kind`` gives it."""
@@ -312,15 +289,11 @@ class Drafter(Protocol):
 
     def replay(self, batch: SignalBatch) -> Tensor:
         """``project(replay_states(batch))``: student logits with gradient ``[R, N, K, V_draft]``."""
-        ...
+        return self.project(self.replay_states(batch))
 
     def target_ids(self) -> Tensor | None:
         """Target token of each draft token ``[V_draft]``; None where the vocabularies are one."""
-        ...
-
-    def save(self, directory: Path) -> None:
-        """Write the public checkpoint format of the family."""
-        ...
+        return None
 
 
 @runtime_checkable
@@ -350,18 +323,25 @@ class Loss(Protocol):
     """A pure function of student rows, teacher rows and row weights.
 
     It comes in two parts, so that logits need not all be there at once: ``measure`` looks at single
-    rows, ``reduce`` at what was measured of all. ``needs_reference`` says whether it compares the
-    student with the draft before the update as well, whose rows are then given.
+    rows, ``reduce`` at what was measured of all.
 
-    Three things it may say of itself, which the contract tests and the settings go by. ``proper =
-    False``: it is not least at q = p, only where the teacher is certain. ``detaches = True``: it
-    holds factors that depend on the student fixed, so its gradient is not that of its value.
-    ``teaches = False``: it does not look at the teacher, and can only be a part of another.
+    What it says of itself, of the class or, where its settings decide, of the instance:
+    ``needs_reference``  it compares the student also with the draft before the update, whose rows are
+                         then given
+    ``proper``           it is least at q = p; if not, only where the teacher is certain
+    ``detaches``         it holds factors that depend on the student fixed, so its gradient is not that
+                         of its value
+    ``teaches``          it looks at the teacher; if not, it can only be a part of another
     """
 
+    Settings: ClassVar[type[LossSettings]] = LossSettings
     settings: LossSettings
-    needs_reference: bool
+    needs_reference: bool = False
+    proper: bool = True
+    detaches: bool = False
+    teaches: bool = True
 
+    @abstractmethod
     def measure(
         self, student_MV: Tensor, teacher_MV: Tensor, reference_MV: Tensor | None = None
     ) -> Tensor:
@@ -371,6 +351,7 @@ class Loss(Protocol):
         """
         ...
 
+    @abstractmethod
     def reduce(self, measured_RNKQ: Tensor, weights_RNK: Tensor) -> Tensor:
         """One number to step on; rows of weight zero may hold anything."""
         ...
@@ -389,17 +370,28 @@ class Loss(Protocol):
 class Policy(Protocol):
     """When to train, and how much. Pure: the same snapshot gives the same decision.
 
-    One that never trains may say so with a class attribute ``trains = False``: an engine that has
-    to take rows off a device for it can then leave that. One that goes by what a guard has scored
-    may say ``needs_scores = True``: it is refused beside a guard that scores nothing. One that learns
-    from finished requests may say ``needs_finished = True``: it is refused where they are not kept,
-    as is any whose settings have ``idle_steps``, for which there are no others.
+    What it says of itself:
+    ``trains``          if not, an engine that would have to take rows off a device for it leaves that
+    ``needs_scores``    it goes by what a guard has scored: refused beside a guard that scores nothing
+    ``needs_finished``  it learns from finished requests: refused where they are not kept
+    ``idle_steps``      micro-steps that it takes when all requests have finished, so that there are no
+                        others to learn from: refused likewise, unless 0
     """
 
+    Settings: ClassVar[type[PolicySettings]] = PolicySettings
+    trains: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = False
+    needs_finished: ClassVar[bool] = False
+    idle_steps: int = 0
+
+    @abstractmethod
     def decide(self, snapshot: Snapshot) -> Decision: ...
 
 
 class Objective(Protocol):
     """What an update is made with. Pure, as a policy is: the same snapshot gives the same choice."""
 
+    Settings: ClassVar[type[ObjectiveSettings]] = ObjectiveSettings
+
+    @abstractmethod
     def choose(self, snapshot: Snapshot) -> Choice: ...

@@ -60,12 +60,45 @@ class Scope:
 
 
 @dataclass(frozen=True, slots=True)
+class SglangWorker:
+    """How SGLang drafts with a drafter. Names alone: nothing of SGLang's is imported to know them.
+
+    ``algorithm`` is what cosched registers it as, and ``worker`` (``module:Class``) an
+    ``AdaptedWorker`` of ours mixed in before a worker of SGLang's. ``builtin`` is the algorithm that
+    SGLang takes it for, and ``stock`` says whether that one, without cosched, drafts with the same
+    checkpoints. ``has_steps``: SGLang is told how many steps it drafts in, one a token; a block has
+    none. ``algorithm_class`` (``module:function``) makes of ``builtin`` the class it is registered with.
+    """
+
+    algorithm: str
+    worker: str
+    builtin: str
+    stock: bool = True
+    has_steps: bool = True
+    algorithm_class: str = "cosched.engines.sglang.worker.as_builtin:adapted_algorithm"
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Drafted tokens of a round that did not become text, the target's own in the place of the first.
+
+    Row q is the target's behind token q and all before it; features and teacher as in a ``Segment``.
+    """
+
+    tokens_Q: Tensor
+    features_QF: Tensor | None
+    teacher_QX: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """Rows of one request that became part of its text.
 
     Row i sits at position ``start + i``. ``tokens_R1`` has one token more than there are rows: the
     last is the token that the last row decided. ``features_RF`` and ``teacher_RX`` (X goes by
-    the teacher form) may be None where nobody asked or the engine does not have them.
+    the teacher form) may be None where nobody asked or the engine does not have them. ``refused`` is
+    what the target saw besides; None where that is nothing, where the request has ended, and where the
+    text is given: the rows behind what is committed of it are of its future.
     """
 
     request_id: str
@@ -73,6 +106,7 @@ class Segment:
     tokens_R1: Tensor
     features_RF: Tensor | None
     teacher_RX: Tensor | None
+    refused: Refused | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +187,15 @@ class SignalBatch:
 class Proposal:
     """Drafted tokens of a batch and the logits they were chosen from, in target vocabulary ids.
 
+    A drafter without distributions gives no logits: it chose its tokens by itself, with certainty.
+    Sampled verification then accepts token d with probability p(d).
+
     One chain a request. A tree would be a proposal with more tokens and, for each, the index of its
     parent; row j would then be judged behind its parents, and training sees paths either way.
     """
 
     tokens_BK: Tensor
-    logits_BKV: Tensor
+    logits_BKV: Tensor | None = None
 
 
 # --- control records: numbers only ---------------------------------------------------------

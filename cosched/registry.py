@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.metadata
+import inspect
 import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
 
 from cosched.errors import PluginError
+from cosched.protocols import Drafter, Loss, Objective, Policy
 from cosched.records import DraftType
 
 if TYPE_CHECKING:
@@ -32,16 +34,17 @@ class Plugin(NamedTuple):
 
 
 class Registry:
-    """Classes of one role by name.
+    """Classes of one role by name; each has all that ``contract``, the role, has.
 
     Built-in plugins are the modules of ``package``; others announce themselves in the entry-point
     group ``cosched.GROUP``, by default that of the package's name, with a module or class that
     registers on import.
     """
 
-    def __init__(self, role: str, package: str, group: str | None = None) -> None:
+    def __init__(self, role: str, package: str, contract: type, group: str | None = None) -> None:
         self.role = role
         self.package = package
+        self.contract = contract
         self.group = f"cosched.{group or package}"
         self._plugins: dict[str, Plugin] = {}
         self._loaded = False
@@ -50,7 +53,7 @@ class Registry:
         """Class decorator; returns the class unchanged.
 
         Raises:
-            PluginError: another class has the name already.
+            PluginError: another class has the name already, or this one lacks what its role has.
         """
 
         def add(cls: T) -> T:
@@ -59,6 +62,11 @@ class Registry:
                 raise PluginError(
                     f"{self.role} {name!r} is registered twice: by {known.origin} and by "
                     f"{_origin(cls)}; rename one of them"
+                )
+            if lacking := _lacking(cls, self.contract):
+                raise PluginError(
+                    f"{self.role} {name!r} ({_origin(cls)}) lacks {', '.join(lacking)}; a class that "
+                    f"inherits from {_origin(self.contract)} has all that has a default"
                 )
             summary = (cls.__doc__ or "").strip().partition("\n")[0]
             self._plugins[name] = Plugin(name, cls, summary, _origin(cls))
@@ -114,24 +122,38 @@ class Registry:
             ) from error
 
 
+def _lacking(cls: type, contract: type) -> list[str]:
+    """Members of a role that a class has not, or has only as the role's abstract ones."""
+    declared = inspect.get_annotations(contract)  # as strings
+    own = {name for name, kind in declared.items() if kind.startswith("ClassVar")} | {
+        *vars(contract)
+    }
+    abstract: frozenset[str] = vars(cls).get("__abstractmethods__", frozenset())
+    return sorted(
+        name
+        for name in own
+        if not name.startswith("_") and (name in abstract or not hasattr(cls, name))
+    )
+
+
 def _origin(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-DRAFTERS = Registry("drafter", "drafters")
-LOSSES = Registry("loss", "losses")
-POLICIES = Registry("policy", "schedulers")
-OBJECTIVES = Registry("objective", "schedulers", "objectives")
+DRAFTERS = Registry("drafter", "drafters", Drafter)
+LOSSES = Registry("loss", "losses", Loss)
+POLICIES = Registry("policy", "schedulers", Policy)
+OBJECTIVES = Registry("objective", "schedulers", Objective, "objectives")
 
 
 def defaults_for(drafter: str) -> dict[str, Any]:
     """What ``adapt`` holds for a drafter where the file does not say: a row of ``schedulers.defaults``.
 
     Raises:
-        PluginError: no such drafter, or it does not say how it drafts.
+        PluginError: no such drafter, or it drafts in no way that is known.
     """
     cls, known = DRAFTERS.get(drafter), get_args(DraftType)
-    draft_type = getattr(cls, "draft_type", None)
+    draft_type = cls.draft_type
     if draft_type not in known:
         raise PluginError(
             f"the drafter {drafter!r} ({_origin(cls)}) has draft_type = {draft_type!r}; one of "

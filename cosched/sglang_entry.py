@@ -1,8 +1,8 @@
 """SGLang's door: it calls ``install`` in every process that finds cosched installed.
 
-Inert unless ``COSCHED_CONFIG`` names a configuration. Then the algorithms ``COSCHED_EAGLE3``,
-``COSCHED_DFLASH`` and ``COSCHED_PARD`` exist, and their workers learn as that file says. SGLang
-only logs a plugin that raises, so nothing is read here: a configuration that cannot be used stops
+Inert unless ``COSCHED_CONFIG`` names a configuration. Then the algorithms that the drafters name
+exist (``COSCHED_EAGLE3`` and the like), and their workers learn as that file says. SGLang only logs
+a plugin that raises, so nothing is read here: a configuration that cannot be used stops
 the worker, and with it the server, when it starts. Under our launcher (``cosched serve``) each
 worker also reports that it stands, and rank 0 listens to operators.
 """

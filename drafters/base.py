@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cosched.errors import CheckpointError
-from cosched.protocols import CheckpointFormats, DrafterSettings, TargetInfo
-from cosched.records import DraftType, Scope, SignalSpec
+from cosched.protocols import CheckpointFormats, Drafter, TargetInfo
+from cosched.records import Scope, SignalSpec
 from drafters import adapters
 from drafters.cache import SlotCache
 from drafters.checkpoint import Checkpoint, check_tensors, tokenizer_vocabulary
@@ -24,24 +24,22 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Self
 
-    from cosched.records import SignalBatch
+    from cosched.records import Segment, SignalBatch
     from drafters.layers import Rotary
 
 C = TypeVar("C", bound=DecoderConfig)
 N = TypeVar("N", bound=nn.Module)
 
 
-class NetworkDrafter(Generic[C, N]):
+class NetworkDrafter(Drafter, Generic[C, N]):
     """A drafter whose network is read from a public checkpoint; serving and replay are the family's.
 
     A family gives ``formats``, ``conditioning``, ``draft_type``, ``Settings``, and the methods below
     that are empty here.
     """
 
-    Settings: ClassVar[type[DrafterSettings]] = DrafterSettings
     formats: ClassVar[CheckpointFormats]
     conditioning: ClassVar[Any]
-    draft_type: ClassVar[DraftType]
     borrowed: ClassVar[
         tuple[str, ...]
     ] = ()  # tensors that a file may have as copies of the target's
@@ -222,9 +220,6 @@ class NetworkDrafter(Generic[C, N]):
     def project(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
         return self.head(states, tokens)
 
-    def replay(self, batch: SignalBatch) -> Tensor:
-        return self.project(self.replay_states(batch))
-
     @property
     def cache_bytes_per_token(self) -> int:
         config = self._config
@@ -236,11 +231,9 @@ class NetworkDrafter(Generic[C, N]):
         cast("Rotary", self._network.rotary).reserve(length)
         return SlotCache.make(self._config, self._weight, max_batch, length, window)
 
-    def observe(
-        self, state: SlotCache, slot: int, tokens_R1: Tensor, features_RF: Tensor | None
-    ) -> None:
-        assert features_RF is not None, "the engine must capture signal.feature_layers"
-        state.add(slot, tokens_R1[1:], features_RF)
+    def observe(self, state: SlotCache, slot: int, segment: Segment) -> None:
+        assert segment.features_RF is not None, "the engine must capture signal.feature_layers"
+        state.add(slot, segment.tokens_R1[1:], segment.features_RF)
 
     @property
     def _weight(self) -> Tensor:

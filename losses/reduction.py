@@ -6,26 +6,16 @@ them, or a few at a time), Q what is kept of each row.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
-from cosched.protocols import LossSettings
+from cosched.protocols import Loss, LossSettings
 
 
-class ReducedLoss(ABC):
-    """A loss whose rows are valued one by one; the reduction is the same for all of them.
-
-    ``needs_reference`` says that ``values`` looks at the draft before the update, ``teaches`` that
-    it looks at the target: without that a draft has nothing to move to.
-    """
-
-    Settings: type[LossSettings] = LossSettings
-    proper: bool = True
-    detaches: bool = False
-    needs_reference: bool = False
-    teaches: bool = True
+class ReducedLoss(Loss):
+    """A loss whose rows are valued one by one; the reduction is the same for all of them."""
 
     def __init__(self, settings: LossSettings) -> None:
         self.settings = settings

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from cosched.protocols import PolicySettings
+from cosched.protocols import Policy, PolicySettings
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
 
@@ -26,7 +26,7 @@ class DriftSettings(PolicySettings, frozen=True, kw_only=True):
 
 
 @POLICIES.register("drift")
-class Drift:
+class Drift(Policy):
     """Trains while the acceptance length has fallen and not yet recovered.
 
     It trains while g >= h, h being ``threshold_tokens`` and g the shortfall: the sum over rounds of

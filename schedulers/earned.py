@@ -6,6 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from cosched.protocols import Policy
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
 from schedulers.costs import CostAwareSettings, expected_update_seconds
@@ -30,7 +31,7 @@ class EarnedSettings(CostAwareSettings, frozen=True, kw_only=True):
 
 
 @POLICIES.register("earned")
-class Earned:
+class Earned(Policy):
     """Trains as long as learning pays its own way.
 
     With U seconds spent on updates and their judgement so far, U' for one more, R rounds that took V
@@ -51,11 +52,12 @@ class Earned:
 
     def __init__(self, settings: EarnedSettings) -> None:
         self.settings = settings
+        self.idle_steps = settings.idle_steps
 
     def decide(self, snapshot: Snapshot) -> Decision:
         settings = self.settings
         if snapshot.num_running == 0:
-            return when_idle(snapshot, settings.idle_steps)
+            return when_idle(snapshot, self.idle_steps)
         if snapshot.rounds_since_update < settings.rounds:
             return Decision(num_steps=0)
         spent = snapshot.seconds_updating + snapshot.seconds_publishing

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from cosched.protocols import PolicySettings
+from cosched.protocols import Policy, PolicySettings
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
 from schedulers.idle import when_idle
@@ -25,17 +25,18 @@ class EveryNRoundsSettings(PolicySettings, frozen=True, kw_only=True):
 
 
 @POLICIES.register("every_n_rounds")
-class EveryNRounds:
+class EveryNRounds(Policy):
     """Trains after every ``rounds`` rounds, ``num_steps`` micro-steps at a time."""
 
     Settings = EveryNRoundsSettings
 
     def __init__(self, settings: EveryNRoundsSettings) -> None:
         self.settings = settings
+        self.idle_steps = settings.idle_steps
 
     def decide(self, snapshot: Snapshot) -> Decision:
         if snapshot.num_running == 0:
-            return when_idle(snapshot, self.settings.idle_steps)
+            return when_idle(snapshot, self.idle_steps)
         if snapshot.rounds_since_update < self.settings.rounds:
             return Decision(num_steps=0)
         return Decision(self.settings.num_steps, reason=f"every {self.settings.rounds} rounds")
@@ -53,7 +54,7 @@ class EveryNTokensSettings(PolicySettings, frozen=True, kw_only=True):
 
 
 @POLICIES.register("every_n_tokens")
-class EveryNTokens:
+class EveryNTokens(Policy):
     """Trains after every ``tokens`` committed tokens, ``num_steps`` micro-steps at a time.
 
     Every update then sees about as much new text, whatever the batch; counted in rounds, a full
@@ -64,10 +65,11 @@ class EveryNTokens:
 
     def __init__(self, settings: EveryNTokensSettings) -> None:
         self.settings = settings
+        self.idle_steps = settings.idle_steps
 
     def decide(self, snapshot: Snapshot) -> Decision:
         if snapshot.num_running == 0:
-            return when_idle(snapshot, self.settings.idle_steps)
+            return when_idle(snapshot, self.idle_steps)
         if snapshot.tokens_since_update < self.settings.tokens:
             return Decision(num_steps=0)
         return Decision(self.settings.num_steps, reason=f"every {self.settings.tokens} tokens")
@@ -85,7 +87,7 @@ class EveryNRequestsSettings(PolicySettings, frozen=True, kw_only=True):
 
 
 @POLICIES.register("every_n_requests")
-class EveryNRequests:
+class EveryNRequests(Policy):
     """Trains after every ``requests`` finished requests, ``num_steps`` micro-steps at a time.
 
     Source: Online Speculative Decoding (arXiv 2310.07177), whose code updates after every 8.

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from cosched.protocols import Policy
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
 from schedulers.costs import CostAwareSettings, expected_update_seconds
@@ -27,7 +28,7 @@ class GoodputSettings(CostAwareSettings, frozen=True, kw_only=True):
 
 
 @POLICIES.register("goodput")
-class Goodput:
+class Goodput(Policy):
     """Trains while the tokens to be gained outweigh what an update costs.
 
     With rounds of C0 seconds that commit t0 tokens a request, and updates of U seconds each of which

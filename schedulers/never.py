@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from cosched.protocols import PolicySettings
+from cosched.protocols import Policy, PolicySettings
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
 
 
 @POLICIES.register("never")
-class Never:
+class Never(Policy):
     """Never trains: the cost of watching, and the frozen control of every comparison."""
 
     Settings = PolicySettings

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from cosched.protocols import ExpertSettings, ObjectiveSettings
+from cosched.protocols import ExpertSettings, Objective, ObjectiveSettings
 from cosched.records import Choice, Snapshot
 from cosched.registry import OBJECTIVES
 
@@ -16,7 +16,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @OBJECTIVES.register("fixed")
-class Fixed:
+class Fixed(Objective):
     """What ``adapt.loss`` and ``adapt.trainer.lr`` say, always."""
 
     Settings = ObjectiveSettings
@@ -43,7 +43,7 @@ class HedgeSettings(ExpertSettings, frozen=True, kw_only=True):
 
 
 @OBJECTIVES.register("hedge")
-class Hedge:
+class Hedge(Objective):
     r"""Hedge: takes experts in proportion to the exponential of what they brought in trials.
 
     .. math:: w_i \propto \exp(\eta S_i), \quad S_i = \sum_t \gamma^{T - t} g_{ti}

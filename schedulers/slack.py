@@ -6,6 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from cosched.protocols import Policy
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
 from schedulers.costs import CostAwareSettings, expected_update_seconds
@@ -29,7 +30,7 @@ class SlackSettings(CostAwareSettings, frozen=True, kw_only=True):
 
 
 @POLICIES.register("slack")
-class Slack:
+class Slack(Policy):
     """Trains when few requests run, none waits, and the latency budget pays for it.
 
     It trains when U <= n b: U seconds for an update of ``num_steps`` as measured, n rounds since the
@@ -41,11 +42,12 @@ class Slack:
 
     def __init__(self, settings: SlackSettings) -> None:
         self.settings = settings
+        self.idle_steps = settings.idle_steps
 
     def decide(self, snapshot: Snapshot) -> Decision:
         settings = self.settings
         if snapshot.num_running == 0:
-            return when_idle(snapshot, settings.idle_steps)
+            return when_idle(snapshot, self.idle_steps)
         busy = (
             snapshot.num_running > settings.max_running or snapshot.num_queued > settings.max_queued
         )

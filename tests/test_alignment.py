@@ -50,6 +50,33 @@ def test_committed_paths_carry_the_rows_of_their_text(
             assert torch.equal(batch.paths_RNK[r, n], path)
 
 
+def test_a_segment_brings_what_was_refused(target: Target, drafter: Eagle3Drafter) -> None:
+    """Row q behind the text is the target's behind refused token q, and of the last round nothing."""
+    rounds = serve(target, drafter, make_requests(target, count=1, prompt=9, new=150))
+    segments = [segment for round_ in rounds for segment in round_.segments]
+    text = torch.cat([segments[0].tokens_R1, *(one.tokens_R1[1:] for one in segments[1:])])
+    assert segments[0].refused is None  # of the prompt
+    seen = 0
+    for segment, round_ in zip(segments[1:-1], rounds[1:-1], strict=True):
+        (block,) = round_.blocks
+        refused, accepted = segment.refused, block.num_accepted
+        if accepted == len(block.path_K):
+            assert refused is None
+            continue
+        assert refused is not None
+        assert torch.equal(refused.tokens_Q, block.path_K[accepted:])
+        seen += 1
+        if seen % 9 == 0:
+            prefix = torch.cat((text[: block.anchor + 1], block.path_K))
+            model = target.model(input_ids=prefix[None], output_hidden_states=True)
+            rows = slice(block.anchor + 1 + accepted, None)
+            expected = model.logits[0, rows]
+            assert torch.allclose(target.head(refused.teacher_QX), expected, atol=1e-3)
+            after = torch.cat([model.hidden_states[layer + 1][0, rows] for layer in (0, 1)], -1)
+            assert torch.allclose(refused.features_QF[:, : after.shape[-1]], after, atol=1e-3)
+    assert seen > 20
+
+
 def test_accepted_rows_end_at_the_refusal(target: Target, drafter: Eagle3Drafter) -> None:
     """``rows: accepted`` keeps rows 0 to a, a being the refused draft; ``all`` keeps K rows."""
     rounds = serve(target, drafter, make_requests(target, count=3, prompt=9, new=150))

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from cosched.errors import PluginError, PublicationError
 from cosched.loop.publish import InPlacePublisher, _folds, checksum
 from cosched.loop.replay import ReplayBuffer, ReplayLimits
+from cosched.protocols import Drafter, Policy
+from cosched.records import NOTHING, Decision, Snapshot
 from cosched.registry import DRAFTERS, LOSSES, POLICIES, Registry
 from cosched.testing.harness import (
     decode,
@@ -219,7 +221,7 @@ def test_builtin_plugins_are_there_with_a_line_each() -> None:
 def test_unknown_and_duplicate_names_are_named() -> None:
     with pytest.raises(PluginError, match="forward_kl"):
         LOSSES.get("nonsense")
-    registry = Registry("loss", "losses")
+    registry = Registry("loss", "losses", object)
 
     @registry.register("one")
     class One:
@@ -233,6 +235,33 @@ def test_unknown_and_duplicate_names_are_named() -> None:
             """Second."""
 
 
+def test_a_class_that_lacks_what_its_role_has_is_named() -> None:
+    """A capability is a member with a default, and one forgotten is known before anything runs."""
+    registry = Registry("policy", "schedulers", Policy)
+    with pytest.raises(
+        PluginError, match=r"'alone' .*Alone\) lacks .*needs_scores.*trains; .*Policy"
+    ):
+
+        @registry.register("alone")
+        class Alone:
+            """Has the method and not the members."""
+
+            def decide(self, snapshot: Snapshot) -> Decision:
+                return NOTHING
+
+    with pytest.raises(PluginError, match=r"'idle' .*Idle\) lacks decide;"):
+
+        @registry.register("idle")
+        class Idle(Policy):
+            """Has the members and not the method."""
+
+    with pytest.raises(PluginError, match=r"lacks cache_bytes_per_token, draft_type, move_slot"):
+
+        @Registry("drafter", "drafters", Drafter).register("bare")
+        class Bare(Drafter):
+            """What has no default is asked for."""
+
+
 def test_a_shadowing_folder_is_named(tmp_path, monkeypatch) -> None:
     """A stranger's ``losses`` package in front of ours is an error that says which and where."""
     import sys
@@ -244,7 +273,7 @@ def test_a_shadowing_folder_is_named(tmp_path, monkeypatch) -> None:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(PluginError, match="shadows"):
-        Registry("loss", "losses").get("forward_kl")
+        Registry("loss", "losses", object).get("forward_kl")
     sys.modules.pop("losses", None)
     sys.modules.update(kept)
 
@@ -266,13 +295,13 @@ def test_another_package_brings_a_policy(tmp_path, monkeypatch) -> None:
     _install_plugin(
         tmp_path,
         "stranger_policy",
-        "from cosched.protocols import PolicySettings\n"
+        "from cosched.protocols import Policy, PolicySettings\n"
         "from cosched.records import Decision\n"
         "from cosched.registry import POLICIES\n"
         "class StrangerSettings(PolicySettings, frozen=True, kw_only=True):\n"
         "    patience: int = 3\n"
         "@POLICIES.register('stranger')\n"
-        "class Stranger:\n"
+        "class Stranger(Policy):\n"
         "    'Waits.'\n"
         "    Settings = StrangerSettings\n"
         "    def __init__(self, settings): self.settings = settings\n"
@@ -294,12 +323,12 @@ def test_another_package_brings_a_policy(tmp_path, monkeypatch) -> None:
 
 
 POLICY = (
-    "from cosched.protocols import PolicySettings\n"
+    "from cosched.protocols import Policy\n"
     "from cosched.registry import POLICIES\n"
     "@POLICIES.register('{name}')\n"
-    "class Stranger:\n"
+    "class Stranger(Policy):\n"
     "    'Waits.'\n"
-    "    Settings = PolicySettings\n"
+    "    def decide(self, snapshot): ...\n"
 )
 
 

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from cosched.guard.monitor import Monitor, Scores
+from cosched.guard.settings import ShadowSettings
 from cosched.guard.statistics import BLOCK, Lead
 from cosched.loop.counters import Counters
-from cosched.protocols import ShadowSettings
 from cosched.records import Verdict
 from tests.helpers.policies import policy
 from tests.helpers.rounds import round_of

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from cosched.convert_checkpoint import convert
 from cosched.engines.embedded.target import Target
+from cosched.records import Segment
 from cosched.registry import DRAFTERS
 from drafters.checkpoint import Checkpoint
 from drafters.eagle3 import Eagle3Config
@@ -174,8 +175,10 @@ def test_a_trained_mask_embedding_stays_with_the_draft(tmp_path: Path, target: T
 def proposed(drafter: Any) -> Tensor:
     state = drafter.new_state(1, 16, None)
     generator = torch.Generator().manual_seed(7)
-    drafter.observe(state, 0, torch.arange(2, 8), torch.randn(5, 96, generator=generator))
-    return drafter.propose(state, 1, lambda _k, logits: logits.argmax(-1)).logits_BKV
+    features = torch.randn(5, 96, generator=generator)
+    drafter.observe(state, 0, Segment("r", 0, torch.arange(2, 8), features, None))
+    number = drafter.num_draft_tokens
+    return drafter.propose(state, 1, lambda _k, logits: logits.argmax(-1), number).logits_BKV
 
 
 # --- rope ------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ from cosched.build.embedded import build_arm
 from cosched.errors import ConfigError, PublicationError
 from cosched.guard.guard import LOOKED_AT, FiniteGuard, ShadowGuard
 from cosched.guard.monitor import Monitor
+from cosched.guard.settings import ShadowSettings
 from cosched.guard.statistics import BLOCK
 from cosched.loop.publish import InPlacePublisher
 from cosched.memory.footprint import footprint
 from cosched.memory.sketch import sketch
-from cosched.protocols import ShadowSettings
 from cosched.records import UpdateResult, Verdict
 from cosched.settings.load import load_config
 from cosched.testing.harness import make_target

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from cosched.build.embedded import build_arm
+from cosched.guard.settings import ShadowSettings
 from cosched.guard.statistics import Evidence
 from cosched.loop.publish import checksum
-from cosched.protocols import ShadowSettings
 from cosched.records import SignalBatch
 from cosched.runs.experiment import Experiment
 from cosched.settings.load import load_config

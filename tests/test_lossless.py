@@ -15,21 +15,29 @@ from cosched.engines.embedded.verification import (
     draw,
     probabilities,
 )
-from cosched.engines.embedded.verifiers import SamplingVerifier
+from cosched.engines.embedded.verifiers import ForcedVerifier, SamplingVerifier
 from cosched.engines.request import GenerationRequest
+from cosched.records import Proposal
 from cosched.testing.harness import (
+    Watcher,
     decode,
     make_coscheduler,
     make_engine,
     make_requests,
     make_target,
 )
-from cosched.testing.sampling import FALSE_ALARM, p_value, p_values, sampling_target
-from tests.helpers.drafts import make_drafter
+from cosched.testing.sampling import (
+    FALSE_ALARM,
+    VOCABULARY,
+    p_value,
+    p_values,
+    sampling_target,
+)
+from tests.helpers.drafts import Lookup, make_drafter
 
 if TYPE_CHECKING:
     from cosched.engines.embedded.target import Target
-    from cosched.records import Proposal
+    from cosched.engines.embedded.verifiers import ForcedKind
 
 
 @pytest.mark.slow
@@ -87,6 +95,8 @@ class AcceptAll(SamplingVerifier):
 class Scrambler:
     """An observer that replaces the draft's head after every round: the hardest publication."""
 
+    version = 0
+
     def __init__(self, network: torch.nn.Module) -> None:
         self.network = network
         self.generator = torch.Generator().manual_seed(5)
@@ -118,6 +128,69 @@ def test_the_chi_square_test_can_fail() -> None:
     drafter = make_drafter(target, num_draft_tokens=2)
     found = p_values(target, drafter, AcceptAll(sampling), sampling, num_draws=600)
     assert min(found) < 1e-12
+
+
+# --- drafts without a distribution ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_batch", [1, 3])
+def test_greedy_text_with_tokens_alone_is_the_targets(target: Target, max_batch: int) -> None:
+    """Greedy verification asks for no logits, and drafts are accepted and refused on the way."""
+    requests = make_requests(target, count=4, prompt=6, new=80)
+    watcher = Watcher()
+    drafter = Lookup(target.vocab_size)
+    engine = make_engine(target, drafter, requests, max_batch, observer=watcher)
+    assert decode(engine, requests) == decode(make_engine(target, None, requests), requests)
+    accepted = [block.num_accepted for round_ in watcher.rounds for block in round_.blocks]
+    assert {0, drafter.num_draft_tokens} <= set(accepted)
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(1.0), SamplingParams(0.7, top_p=0.8)])
+def test_sampling_with_tokens_alone_follows_the_target(sampling: SamplingParams) -> None:
+    """Token d stands with probability p(d), and what follows its refusal is drawn from the rest."""
+    target = sampling_target()
+    found = p_values(target, Lookup(VOCABULARY, 2), SamplingVerifier(sampling), sampling)
+    assert min(found) > FALSE_ALARM
+
+
+def test_a_token_without_a_distribution_is_accepted_as_often_as_it_is_likely() -> None:
+    """Over a grid of all uniform numbers: d is committed with probability p(d), and so is any other.
+
+    A grid of n points meets an interval within 1 / n of its length, on both of its sides.
+    """
+    n, p_V = 400, torch.tensor([0.1, 0.5, 0.0, 0.4])
+    logits_BSV = p_V.log().expand(n * n, 2, -1)
+    grid = (torch.arange(n) + 0.5) / n
+    uniforms_BU = torch.cartesian_prod(grid, grid)  # to accept, and to draw
+    uniforms_BU = torch.cat((uniforms_BU[:, :1], uniforms_BU), 1)  # one for a choice nobody makes
+    for d in range(4):
+        proposal = Proposal(torch.full((n * n, 1), d))
+        outcome = SamplingVerifier(SamplingParams(1.0)).verify(
+            proposal, logits_BSV, uniforms_BU, torch.zeros(n * n, 2)
+        )
+        accepted_B = outcome.num_accepted_B == 1
+        assert float(accepted_B.float().mean()) == pytest.approx(float(p_V[d]), abs=2 / n)
+        committed_B = torch.where(accepted_B, d, outcome.next_B)
+        share_V = committed_B.bincount(minlength=4) / n**2
+        assert torch.allclose(share_V, p_V, atol=4 / n)
+        assert not bool((outcome.next_B[~accepted_B] == d).any())
+
+
+@pytest.mark.parametrize("kind", ["greedy", "sampled", "document"])
+def test_tokens_alone_do_not_change_a_given_text(target: Target, kind: ForcedKind) -> None:
+    """A text that is given is committed, though a draft that cannot be led says something else."""
+    generator = torch.Generator().manual_seed(1)
+    text_T = torch.randint(1, 6, (70,), generator=generator)  # few words: some are guessed
+    request = GenerationRequest("given", text_T[:8], 62, text_T)
+    watcher = Watcher()
+    verifier = ForcedVerifier(kind, SamplingParams(1.0))
+    drafter = Lookup(target.vocab_size)
+    engine = make_engine(target, drafter, [request], verifier=verifier, observer=watcher)
+    assert decode(engine, [request])["given"] == text_T[8:].tolist()
+    blocks = [block for round_ in watcher.rounds for block in round_.blocks]
+    assert all(s.refused is None for round_ in watcher.rounds for s in round_.segments)
+    if kind != "document":  # whose text stands by chance
+        assert 0 < sum(block.num_accepted for block in blocks) < 3 * len(blocks)
 
 
 def test_p_values_are_those_of_scipy() -> None:

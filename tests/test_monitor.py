@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from cosched.guard.monitor import LONGEST_PAUSE, UNHURRIED, Monitor, Scores
+from cosched.guard.settings import ShadowSettings as Settings
 from cosched.guard.statistics import BLOCK, FALL_TOKENS, Evidence, Lead
 from cosched.loop.counters import Counters
-from cosched.protocols import ShadowSettings as Settings
 from cosched.records import Snapshot, Verdict
 from tests.helpers.rounds import snapshot
 

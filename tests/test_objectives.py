@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from cosched.errors import ConfigError
+from cosched.guard.settings import FiniteSettings, ShadowSettings
 from cosched.memory.footprint import footprint
 from cosched.memory.sketch import sketch
-from cosched.protocols import FiniteSettings, LossSettings, ShadowSettings
+from cosched.protocols import LossSettings
 from cosched.registry import DRAFTERS, defaults_for
 from cosched.settings.load import load_config, to_yaml
 from schedulers.defaults import TABLE

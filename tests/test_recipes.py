@@ -9,7 +9,7 @@ import pytest
 
 from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError
-from cosched.protocols import ShadowSettings
+from cosched.guard.settings import ShadowSettings
 from cosched.registry import defaults_for
 from cosched.runs.experiment import Experiment
 from cosched.settings.load import load_config

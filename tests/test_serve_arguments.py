@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ from cosched.engines.sglang.launcher.arguments import (
     fixed_arguments,
     keyword_arguments,
 )
-from cosched.errors import ConfigError
+from cosched.engines.sglang.launcher.launch import check_draft_servable
+from cosched.engines.sglang.worker.algorithms import algorithms, has_worker
+from cosched.errors import ConfigError, PluginError
+from cosched.records import SglangWorker
+from cosched.registry import DRAFTERS
 from cosched.settings.load import load_config
 from tests.helpers.paths import ROOT
 from tests.helpers.serving import config, sglang_parser
@@ -41,6 +46,54 @@ def test_dflash_drafts_a_block_in_one_step() -> None:
     fixed = fixed_arguments(config("drafter.kind=dflash"))
     assert fixed["speculative_num_draft_tokens"].value == 4
     assert not {"speculative_num_steps", "speculative_eagle_topk"} & set(fixed)
+
+
+@pytest.fixture
+def stranger(monkeypatch: pytest.MonkeyPatch) -> type:
+    """A drafter of another package, that brings a worker of its own."""
+
+    class Stranger(DRAFTERS.get("eagle3")):
+        """An EAGLE-3 of somebody else's."""
+
+        sglang = SglangWorker("THEIRS", "stranger.worker:Worker", builtin="EAGLE", stock=False)
+
+    monkeypatch.setattr(DRAFTERS, "_plugins", dict(DRAFTERS._plugins))
+    return DRAFTERS.register("stranger")(Stranger)
+
+
+def test_a_drafter_names_its_own_algorithm(stranger: type) -> None:
+    """No table of ours has to know it: what is registered and asked of SGLang is what it names."""
+    worker = stranger.sglang
+    assert algorithms()["THEIRS"] == worker
+    assert (
+        fixed_arguments(config("drafter.kind=stranger"))["speculative_algorithm"].value == "THEIRS"
+    )
+    assert not has_worker(worker)
+    with pytest.raises(ConfigError, match=r"no stranger; it has dflash, eagle3"):
+        fixed_arguments(config("drafter.kind=stranger"), "stock")
+    with pytest.raises(
+        ConfigError, match=r"drafter\.kind: .*stranger\.worker:Worker.*no such module"
+    ):
+        check_draft_servable(config("drafter.kind=stranger"))
+
+
+def test_one_algorithm_means_one_worker(stranger: type) -> None:
+    """Two drafters may share it; if they differ, one would be served by the other's worker."""
+    shared, stranger.sglang = stranger.sglang, DRAFTERS.get("eagle3").sglang
+    assert "THEIRS" not in algorithms()
+    stranger.sglang = replace(shared, algorithm="COSCHED_EAGLE3")
+    with pytest.raises(
+        PluginError, match=r"'stranger' names stranger\.worker:Worker .*COSCHED_EAGLE3"
+    ):
+        algorithms()
+
+
+def test_stock_sglang_is_asked_for_its_own_algorithm() -> None:
+    """The arm without cosched: the same arguments but for the algorithm."""
+    ours, stock = (fixed_arguments(config(), kind) for kind in ("adapted", "stock"))
+    assert stock.pop("speculative_algorithm").value == "EAGLE3"
+    assert ours.pop("speculative_algorithm").value == "COSCHED_EAGLE3"
+    assert ours == stock
 
 
 @pytest.mark.parametrize(

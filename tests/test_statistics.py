@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cosched.guard.settings import ShadowSettings
 from cosched.guard.statistics import (
     BLOCK,
     FALL_TOKENS,
@@ -28,7 +29,6 @@ from cosched.guard.statistics import (
     Lead,
     blocks,
 )
-from cosched.protocols import ShadowSettings
 
 PUBLISH, ROLLBACK = ShadowSettings().false_publish, ShadowSettings().false_rollback
 ROW_SD = 1.0  # tokens: of the difference of two drafts at one anchor

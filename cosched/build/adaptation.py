@@ -40,7 +40,7 @@ def build_adaptation(
     )
     with torch.random.fork_rng():  # what SGLang samples must not depend on us
         drafter: Drafter = DRAFTERS.get(settings.kind).load(settings, parts.target)
-        trains = getattr(POLICIES.get(config.policy_settings.kind), "trains", True)
+        trains: bool = POLICIES.get(config.policy_settings.kind).trains
         publisher = _publisher_into(parts, drafter, config.adapt.publish) if trains else None
         coscheduler = build_coscheduler(
             config,

@@ -10,12 +10,13 @@ from cosched.build.trainer import build_adapter_trainer, build_learner, build_sc
 from cosched.coscheduler import Coscheduler
 from cosched.errors import ConfigError
 from cosched.guard.guard import FiniteGuard, ShadowGuard
+from cosched.guard.settings import ShadowSettings
 from cosched.loop.budget import WithinTimeShare
 from cosched.loop.per_adapter import CoschedulerPool
 from cosched.loop.publish import InPlacePublisher, Serving
 from cosched.loop.replay import ReplayBuffer
 from cosched.memory.footprint import replay_limits
-from cosched.protocols import ServesAdapters, ShadowSettings
+from cosched.protocols import ServesAdapters
 from cosched.registry import OBJECTIVES, POLICIES
 from cosched.training.lora import on_base_of, weight_names
 from cosched.training.ranks import SamePolicy

@@ -159,7 +159,6 @@ class RecordedRows:
                 f"engine.trace: {directory} has features after layers {list(meta.feature_layers)}, "
                 f"the drafter needs {list(feature_layers)}; record again with this drafter"
             )
-        self.vocab_size = target.vocab_size
         self._target = target
         self._directory = directory
         self._columns = [meta.feature_layers.index(layer) for layer in feature_layers]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from cosched.guard.settings import ShadowSettings
     from cosched.loop.roles import Buffer, Publisher, Scorer
-    from cosched.protocols import ShadowSettings
     from cosched.records import Snapshot, UpdateResult, VerifyRound
 
 LOOKED_AT = 4  # times ``anchors``: rows of a look, at most

@@ -14,7 +14,7 @@ from cosched.records import Standing, Verdict
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cosched.protocols import ShadowSettings
+    from cosched.guard.settings import ShadowSettings
     from cosched.records import Action, Snapshot
 
 UNHURRIED = 4  # times as long between looks while the loaded draft serves: nothing can do harm

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cosched.records import Decision
 
 if TYPE_CHECKING:
-    from cosched.protocols import Policy
+    from cosched.loop.roles import Decider
     from cosched.records import Snapshot
 
 
@@ -29,7 +29,7 @@ class WithinTimeShare:
     ``adapt.memory.chunk_rows``.
     """
 
-    def __init__(self, policy: Policy, max_time_share: float) -> None:
+    def __init__(self, policy: Decider, max_time_share: float) -> None:
         self._policy = policy
         self._share = max_time_share
 

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     )
 
 
+class Decider(Protocol):
+    """Whom the co-scheduler asks whether to train: a policy, or what is wrapped around one."""
+
+    def decide(self, snapshot: Snapshot) -> Decision: ...
+
+
 class Buffer(Protocol):
     """What has been collected of the rounds, bounded."""
 
@@ -187,5 +193,10 @@ class Sink(Protocol):
 
 class RoundObserver(Protocol):
     """Who is called by the engine after every round: the co-scheduler."""
+
+    @property
+    def version(self) -> int:
+        """Of the draft that serves: 0 as loaded, one more with every publication."""
+        ...
 
     def on_round(self, round_: VerifyRound) -> None: ...

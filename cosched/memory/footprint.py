@@ -9,11 +9,11 @@ import torch
 
 from cosched.errors import ConfigError
 from cosched.guard.guard import LOOKED_AT
+from cosched.guard.settings import ShadowSettings
 from cosched.loop.replay import ReplayLimits
 from cosched.loop.teacher_rows import record_width
 from cosched.memory.peaks import loss_peak, scores_peak
 from cosched.memory.sketch import sketch_draft
-from cosched.protocols import ShadowSettings
 from cosched.registry import LOSSES
 from cosched.settings.arms import adapts
 from cosched.settings.schema import own_keys

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cosched.errors import ConfigError
-from cosched.protocols import ShadowSettings
+from cosched.guard.settings import ShadowSettings
 from cosched.records import LORA, OF_ADAPTERS
 from cosched.registry import LOSSES, POLICIES
 from cosched.settings.arms import (
@@ -21,7 +21,7 @@ from cosched.settings.arms import (
 )
 
 if TYPE_CHECKING:
-    from cosched.protocols import LossSettings
+    from cosched.protocols import LossSettings, Policy
     from cosched.settings.schema import Config
     from cosched.settings.sections import ScopeSettings
 
@@ -145,17 +145,18 @@ def _check_finished(config: Config) -> None:
     settings, where = config.policy_settings, config.adapt_key
     if config.adapt.replay.keep_finished:
         return
-    if getattr(POLICIES.get(settings.kind), "needs_finished", False):
+    policy: Policy = POLICIES.get(settings.kind)(settings)
+    if policy.needs_finished:
         why = f"{where}.policy.kind = {settings.kind} learns from finished requests"
-    elif idle_steps := getattr(settings, "idle_steps", 0):
-        why = f"{where}.policy.idle_steps = {idle_steps} are taken when all requests have finished"
+    elif policy.idle_steps:
+        why = f"{where}.policy.idle_steps = {policy.idle_steps} are taken when all requests have finished"
     else:
         return
     raise ConfigError(f"{where}.replay.keep_finished: {why}, got false; use true")
 
 
 def _check_teaches(loss: LossSettings, where: str) -> None:
-    if getattr(LOSSES.get(loss.kind)(loss), "teaches", True):
+    if LOSSES.get(loss.kind)(loss).teaches:
         return
     if hasattr(loss, "terms"):
         raise ConfigError(
@@ -204,7 +205,7 @@ def _check_experts(config: Config) -> None:
 def _check_guard(config: Config) -> None:
     """A guard has the scores that a policy needs, and leaves rows to train on."""
     guard, where, kind = config.adapt.guard, config.adapt_key, config.policy_settings.kind
-    if not isinstance(guard, ShadowSettings) and getattr(POLICIES.get(kind), "needs_scores", False):
+    if not isinstance(guard, ShadowSettings) and POLICIES.get(kind).needs_scores:
         raise ConfigError(
             f"{where}.guard.kind: {where}.policy.kind = {kind} goes by scores, which only shadow "
             f"has, got finite; use shadow, or a policy that needs none, as every_n_rounds"

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cosched.errors import ConfigError, PluginError
-from cosched.protocols import FiniteSettings, ShadowSettings
+from cosched.guard.settings import FiniteSettings, ShadowSettings
 from cosched.records import LORA, OF_ADAPTERS
 from cosched.registry import DRAFTERS, LOSSES, OBJECTIVES, POLICIES, Registry, defaults_for
 

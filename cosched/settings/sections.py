@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from cosched.protocols import FiniteSettings, ShadowSettings
+from cosched.guard.settings import FiniteSettings, ShadowSettings
 from cosched.records import TeacherForm
 from cosched.settings.hub import model_folder
 

@@ -5,11 +5,14 @@ Serving, learning and adapters are stated in modules of their own.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
 
+from cosched.engines.sglang.worker.algorithms import has_worker
+from cosched.protocols import Drafter
 from cosched.registry import DRAFTERS
 from cosched.testing.adapters import AdapterContract
 from cosched.testing.learning import LearningContract
@@ -27,8 +30,6 @@ from cosched.testing.specimen import (
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from cosched.protocols import Drafter
 
 
 class DrafterContract(ServingContract, LearningContract, AdapterContract, OneThread):
@@ -62,10 +63,15 @@ class DrafterContract(ServingContract, LearningContract, AdapterContract, OneThr
         layers = drafter.signal.feature_layers
         assert all(0 <= layer <= specimen.target.num_layers for layer in layers)
         assert (drafter.signal.conditioning == "none") == (drafter.network() is None)
+        if drafter.network() is not None:
+            owed = ("scopes", "clone", "state_width", "replay_states", "project")
+            assert not [name for name in owed if not _gives(drafter, name)], "a network has these"
         knows = {"chain": "chain", "block": "block", "parallel": "block", "none": "none"}
         assert knows[specimen.plugin.cls.draft_type] == drafter.signal.conditioning
         assert drafter.cache_bytes_per_token >= 0
         assert all(isinstance(reason, str) for reason in drafter.not_for_sglang())
+        worker = specimen.plugin.cls.sglang
+        assert worker is None or has_worker(worker), "its worker in SGLang is in no module"
 
     def test_what_it_saves_it_loads(self, specimen: Specimen, tmp_path: Path) -> None:
         """Saved and loaded, it has the same weights and proposals, to the bit."""
@@ -103,6 +109,11 @@ class DrafterContract(ServingContract, LearningContract, AdapterContract, OneThr
             assert {n: s.parameters for n, s in sketch.scopes().items()} == {
                 n: s.parameters for n, s in loaded.scopes().items()
             }
+
+
+def _gives(drafter: Drafter, name: str) -> bool:
+    """Whether a member is the drafter's, and not only what its role says of it."""
+    return inspect.getattr_static(type(drafter), name, None) not in {None, vars(Drafter)[name]}
 
 
 def _shapes(drafter: Drafter) -> dict[str, torch.Size]:

@@ -48,7 +48,7 @@ class LossContract(OneThread):
         that is not ``proper`` owes this to a teacher that is certain of one token.
         """
         teacher, weights = logits(0), torch.ones(SHAPE[:-1], dtype=torch.float64)
-        if not getattr(loss, "proper", True):
+        if not loss.proper:
             teacher = teacher + 60 * F.one_hot(teacher.argmax(-1), SHAPE[-1])
         least, gradient = value_and_gradient(loss, teacher, teacher, weights)
         assert float(gradient.abs().max()) < 1e-12
@@ -62,7 +62,7 @@ class LossContract(OneThread):
 
     def test_gradient_equals_finite_differences(self, loss: Loss) -> None:
         """In float64, through weights of all sizes, to gradcheck's tolerance of 1e-5."""
-        if getattr(loss, "detaches", False):
+        if loss.detaches:
             pytest.skip("it holds factors fixed: its gradient is not that of its value")
         weights = torch.rand(SHAPE[:-1], dtype=torch.float64, generator=generator(3))
         weights[0, 1] = 0
@@ -141,7 +141,7 @@ class LossContract(OneThread):
         changed = value(logits(0), logits(3)) != value(logits(0), reference)
         assert changed == loss.needs_reference
         changed = value(logits(4), reference) != value(logits(0), reference)
-        assert changed == getattr(loss, "teaches", True)
+        assert changed == loss.teaches
 
     def test_sizes_do_not_depend_on_values(self, loss: Loss) -> None:
         """It runs where there are none (`cosched check` adds up its memory so), forwards and back."""

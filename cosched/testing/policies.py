@@ -61,6 +61,17 @@ class PolicyContract:
         other: Policy = plugin.cls(settings)
         assert [other.decide(snapshot) for snapshot in snapshots[100:]] == decisions[100:]
 
+    def test_what_it_says_of_itself_is_so(self, case: tuple[Plugin, Any]) -> None:
+        """Its capabilities are what they are declared as, and one that never trains never does."""
+        plugin, settings = case
+        policy: Policy = plugin.cls(settings)
+        said = (policy.trains, policy.needs_scores, policy.needs_finished)
+        assert all(isinstance(one, bool) for one in said)
+        assert isinstance(policy.idle_steps, int)
+        assert policy.idle_steps >= 0
+        decisions = [policy.decide(random_snapshot(seed)) for seed in range(500)]
+        assert policy.trains or not any(decision.num_steps for decision in decisions)
+
     def test_decisions_make_sense(self, case: tuple[Plugin, Any]) -> None:
         """Steps are not negative, a learning rate is positive, and training is explained."""
         plugin, settings = case

@@ -14,7 +14,15 @@ from cosched.engines.embedded.verification import SamplingParams
 from cosched.engines.embedded.verifiers import SamplingVerifier
 from cosched.testing.harness import make_coscheduler
 from cosched.testing.sampling import FALSE_ALARM, p_values, sampling_target
-from cosched.testing.specimen import SERVINGS, WINDOW, Feeder, Specimen, close, make_texts
+from cosched.testing.specimen import (
+    NUM_DRAFT_TOKENS,
+    SERVINGS,
+    WINDOW,
+    Feeder,
+    Specimen,
+    close,
+    make_texts,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +96,15 @@ class ServingContract:
         for place, text in enumerate(texts):
             alone = Feeder(drafter, [text], first=place).run(12)
             assert close(together[:, place : place + 1], alone)
+
+    def test_fewer_drafts_are_the_first_of_more(self, specimen: Specimen) -> None:
+        """Asked for fewer tokens it drafts the first of those it would, and the next round is as ever."""
+        drafter = specimen.make()
+        texts = make_texts(specimen.target, drafter, count=2, length=64)
+        whole, fewer = Feeder(drafter, texts), Feeder(drafter, texts)
+        for round_ in range(3 * NUM_DRAFT_TOKENS):
+            number = 1 + round_ % NUM_DRAFT_TOKENS
+            assert close(fewer.step(number), whole.step()[:, :number])
 
     def test_a_slot_that_moves_goes_on(self, specimen: Specimen) -> None:
         """After ``move_slot`` the request drafts on in its new slot, and its old one is empty."""

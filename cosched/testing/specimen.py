@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cosched.records import SignalBatch
+from cosched.records import Segment, SignalBatch
 from cosched.testing.harness import (
     Watcher,
     collected,
@@ -193,7 +193,8 @@ class Feeder:
             zip(self.texts, self.lengths, lengths, strict=True)
         ):
             features = None if text.features_TF is None else text.features_TF[start:end]
-            self.drafter.observe(self.state, slot, text.tokens_T[start : end + 1], features)
+            segment = Segment("text", start, text.tokens_T[start : end + 1], features, None)
+            self.drafter.observe(self.state, slot, segment)
         self.lengths = list(lengths)
 
     def move(self, source: int, destination: int) -> None:
@@ -207,21 +208,24 @@ class Feeder:
         self.texts.append(text)
         self.lengths.append(0)
 
-    def propose(self) -> Tensor:
-        """Logits ``[B, K, V]`` from the newest tokens on."""
+    def propose(self, number: int | None = None) -> Tensor:
+        """Logits ``[B, K, V]`` of ``number`` drafts (None: all); tokens ``[B, K, 1]`` where there are none."""
+        number = number or self.drafter.num_draft_tokens
         path_BK = torch.stack(
             [
-                text.tokens_T[at + 1 : at + 1 + self.drafter.num_draft_tokens]
+                text.tokens_T[at + 1 : at + 1 + number]
                 for text, at in zip(self.texts, self.lengths, strict=True)
             ]
         )
         proposal = self.drafter.propose(
-            self.state, len(self.texts), lambda k, _logits_BV: path_BK[:, k]
+            self.state, len(self.texts), lambda k, _logits_BV: path_BK[:, k], number
         )
+        if proposal.logits_BKV is None:
+            return proposal.tokens_BK[..., None].float()
         assert torch.equal(proposal.tokens_BK, path_BK), "drafted tokens are those that were chosen"
         return proposal.logits_BKV
 
-    def step(self) -> Tensor:
+    def step(self, number: int | None = None) -> Tensor:
         """Commit a prompt or a round, of another length for every text, and propose."""
         for_each = range(self._first, self._first + len(self.texts))
         if self._step == 0:
@@ -232,7 +236,7 @@ class Feeder:
             ]
         self._step += 1
         self.observe([length + count for length, count in zip(self.lengths, new, strict=True)])
-        return self.propose()
+        return self.propose(number)
 
     def run(self, steps: int) -> Tensor:
         """Logits of several steps ``[steps, B, K, V]``."""

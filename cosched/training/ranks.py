@@ -17,7 +17,7 @@ import torch.distributed as dist
 from cosched.errors import TrainingError
 
 if TYPE_CHECKING:
-    from cosched.protocols import Policy
+    from cosched.loop.roles import Decider
     from cosched.records import Decision, Snapshot
 
 PATIENCE = timedelta(seconds=60)  # after which a rank that waits for a lost one stops training
@@ -94,7 +94,7 @@ class SamePolicy:
     anything is decided they meet: one that could not keep a round is not waited for.
     """
 
-    def __init__(self, policy: Policy, ranks: Ranks) -> None:
+    def __init__(self, policy: Decider, ranks: Ranks) -> None:
         self._policy = policy
         self._ranks = ranks
 

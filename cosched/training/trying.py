@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cosched.loop.roles import Buffer, Publisher, Scorer, Trainer
-    from cosched.protocols import Objective, Policy
+    from cosched.loop.roles import Buffer, Decider, Publisher, Scorer, Trainer
+    from cosched.protocols import Objective
     from cosched.records import Decision, SignalBatch, Snapshot, UpdateResult
 
 
@@ -25,7 +25,7 @@ class WithObjective:
     """
 
     def __init__(
-        self, policy: Policy, objective: Objective, rates: Sequence[float], warm_tokens: int
+        self, policy: Decider, objective: Objective, rates: Sequence[float], warm_tokens: int
     ) -> None:
         self._policy = policy
         self._objective = objective

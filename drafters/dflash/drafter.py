@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cosched.errors import CheckpointError, ConfigError
-from cosched.records import Proposal, SignalBatch
+from cosched.records import Proposal, SglangWorker, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed
 from drafters.base import NetworkDrafter, check_fit, is_copy
@@ -44,6 +44,12 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
     conditioning: ClassVar = "block"
     draft_type: ClassVar = "block"
     borrowed: ClassVar = formats.BORROWED
+    sglang: ClassVar = SglangWorker(
+        "COSCHED_DFLASH",
+        "cosched.engines.sglang.worker.dflash:DFlashWorker",
+        builtin="DFLASH",
+        has_steps=False,
+    )
 
     def __init__(
         self,
@@ -141,13 +147,16 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
         return self.num_draft_tokens + 1
 
     @torch.no_grad()
-    def propose(self, state: SlotCache, num_slots: int, choose: Choose) -> Proposal:
+    def propose(
+        self, state: SlotCache, num_slots: int, choose: Choose, num_draft_tokens: int
+    ) -> Proposal:
         network = self._network
         pending = state.take(num_slots)
         assert pending.features is not None
         self._next_rows(state, 0, num_slots, pending.counts)
         context = network.context(pending.features)
         anchor_B = pending.tokens[[end - 1 for end in pending.ends]]
+        # The whole block also where less of it is wanted: its rows see each other, as in training.
         block_BS = anchor_B.new_full((num_slots, self.num_draft_tokens + 1), self._mask)
         block_BS[:, 0] = anchor_B
         hidden = network.block(self._target.embedding(block_BS))
@@ -176,9 +185,9 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
                 visible[sliding],
             )
             hidden = layer.finish(hidden, attended)
-        logits = self.head(network.norm(hidden[:, 1:]))
+        logits = self.head(network.norm(hidden[:, 1 : num_draft_tokens + 1]))
         logits = over_target(logits, self._target_ids, self._target.vocab_size)
-        tokens = [choose(k, logits[:, k]) for k in range(self.num_draft_tokens)]
+        tokens = [choose(k, logits[:, k]) for k in range(num_draft_tokens)]
         return Proposal(torch.stack(tokens, 1), logits)
 
     def _visible(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cosched.errors import CheckpointError
 from cosched.protocols import Choose, DrafterSettings, TargetInfo
-from cosched.records import Proposal, SignalBatch
+from cosched.records import Proposal, SglangWorker, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed, gather_rows
 from drafters.base import NetworkDrafter, check_fit, is_copy
@@ -59,6 +59,9 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
     conditioning: ClassVar = "chain"
     draft_type: ClassVar = "chain"
     borrowed: ClassVar = (EMBEDDING,)
+    sglang: ClassVar = SglangWorker(
+        "COSCHED_EAGLE3", "cosched.engines.sglang.worker.eagle3:Eagle3Worker", builtin="EAGLE3"
+    )
 
     def __init__(
         self,
@@ -134,7 +137,9 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
         return self.num_draft_tokens
 
     @torch.no_grad()
-    def propose(self, state: SlotCache, num_slots: int, choose: Choose) -> Proposal:
+    def propose(
+        self, state: SlotCache, num_slots: int, choose: Choose, num_draft_tokens: int
+    ) -> Proposal:
         network = self._network
         inputs, residual = self._run_pending(state, num_slots)
         self._next_rows(state, 0, num_slots)
@@ -143,7 +148,7 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
         queries = network.queries(inputs, position_B)
         tokens, logits = [], []
         hidden = residual
-        for k in range(self.num_draft_tokens):
+        for k in range(num_draft_tokens):
             if k:
                 inputs, residual = network.inputs(self._embedding(tokens[-1]), hidden)
                 position_B = position_B + 1

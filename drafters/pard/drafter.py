@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosched.errors import CheckpointError
-from cosched.records import Proposal, SignalBatch
+from cosched.records import Proposal, SglangWorker, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed, gather_rows
 from drafters.base import NetworkDrafter
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cosched.protocols import Choose, DrafterSettings, TargetInfo
+    from cosched.records import Segment
     from drafters.cache import SlotCache
     from drafters.checkpoint import Checkpoint
 
@@ -44,6 +45,13 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
     formats: ClassVar = formats
     conditioning: ClassVar = "block"
     draft_type: ClassVar = "parallel"
+    sglang: ClassVar = SglangWorker(
+        "COSCHED_PARD",
+        "cosched.engines.sglang.worker.adapted_pard:AdaptedPardWorker",
+        builtin="STANDALONE",
+        stock=False,
+        algorithm_class="cosched.engines.sglang.worker.pard_algorithm:algorithm",
+    )
 
     def __init__(
         self,
@@ -118,12 +126,10 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
         return 2 * self.num_draft_tokens + 2
 
     @torch.no_grad()
-    def observe(
-        self, state: SlotCache, slot: int, tokens_R1: Tensor, features_RF: Tensor | None
-    ) -> None:
-        tokens_R = tokens_R1[1:]
+    def observe(self, state: SlotCache, slot: int, segment: Segment) -> None:
+        tokens_R, features_RF = segment.tokens_R1[1:], segment.features_RF
         if state.lengths[slot] == 0 and not state.rows[slot]:
-            tokens_R = tokens_R1  # the first token of a text has no feature before it
+            tokens_R = segment.tokens_R1  # the first token of a text has no feature before it
             if features_RF is not None:
                 features_RF = F.pad(features_RF, (0, 0, 1, 0))
         if not self.signal.feature_layers:
@@ -139,10 +145,12 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
         state.add(slot, tokens_R, features_RF)
 
     @torch.no_grad()
-    def propose(self, state: SlotCache, num_slots: int, choose: Choose) -> Proposal:
+    def propose(
+        self, state: SlotCache, num_slots: int, choose: Choose, num_draft_tokens: int
+    ) -> Proposal:
         pending = state.take(num_slots)
         counts, starts = pending.counts, state.lengths[:num_slots]
-        num_rows = max(counts) + self.num_draft_tokens - 1
+        num_rows = max(counts) + num_draft_tokens - 1
         ids_BT = pending.tokens.new_full((num_slots, num_rows), self._network.config.pard_token)
         features_BTF = None
         if pending.features is not None:
@@ -156,13 +164,13 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
         hidden = self._run(state, 0, starts, ids_BT, features_BTF)
         state.grow(counts)
         if min(counts) == max(counts):  # the anchors' rows and those of their masks are the last
-            hidden = hidden[:, -self.num_draft_tokens :]
+            hidden = hidden[:, -num_draft_tokens:]
         else:
             anchor_B = torch.tensor(counts, device=hidden.device) - 1
-            ahead_K = torch.arange(self.num_draft_tokens, device=hidden.device)
+            ahead_K = torch.arange(num_draft_tokens, device=hidden.device)
             hidden = gather_rows(hidden, anchor_B[:, None] + ahead_K)
         logits = over_target(self.project(hidden), self._target_ids, self._target.vocab_size)
-        tokens = [choose(k, logits[:, k]) for k in range(self.num_draft_tokens)]
+        tokens = [choose(k, logits[:, k]) for k in range(num_draft_tokens)]
         return Proposal(torch.stack(tokens, 1), logits)
 
     def _run(

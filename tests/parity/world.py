@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from cosched.engines.embedded.target import Target
+from cosched.records import Segment
 from cosched.tinyworld.distill import crops_to_batch
 from drafters.checkpoint import Checkpoint
 from drafters.config import small_layer
@@ -158,9 +159,12 @@ def served_logits(drafter: Any, batch: SignalBatch, schedule_AB: Schedule) -> Te
     for anchors_B in schedule_AB:
         for slot, (seen, anchor) in enumerate(zip(seen_B, anchors_B, strict=True)):
             features = None if batch.features_RCF is None else batch.features_RCF[slot, seen:anchor]
-            drafter.observe(state, slot, batch.tokens_RC1[slot, seen : anchor + 1], features)
+            tokens = batch.tokens_RC1[slot, seen : anchor + 1]
+            drafter.observe(state, slot, Segment("parity", seen, tokens, features, None))
         paths_BK = torch.stack([batch.paths_RNK[b, a - 1] for b, a in enumerate(anchors_B)])
-        proposal = drafter.propose(state, num_slots, lambda k, _, paths=paths_BK: paths[:, k])
+        proposal = drafter.propose(
+            state, num_slots, lambda k, _, paths=paths_BK: paths[:, k], drafter.num_draft_tokens
+        )
         rounds.append(proposal.logits_BKV)
         seen_B = anchors_B
     logits_BAKV, ids = torch.stack(rounds, 1), drafter.target_ids()

@@ -113,7 +113,7 @@ def main() -> None:
         "workers": {},
     }
     algorithms.register(lambda _parts: NotImplemented)
-    for name in algorithms.ALGORITHMS:
+    for name in algorithms.algorithms():
         algorithm = compat.SpeculativeAlgorithm.from_string(name)
         worker = algorithm.create_worker(SimpleNamespace(disable_overlap_schedule=False))
         answer["workers"][name] = looked_at(worker, READ[name] + READ_BY_ALL)

@@ -18,7 +18,15 @@ from cosched.engines.embedded.target import TargetRows
 from cosched.engines.embedded.verification import RandomStream
 from cosched.engines.request import FinishedRequest, GenerationRequest
 from cosched.loop.teacher_rows import pack_best
-from cosched.records import Proposal, RoundRow, Segment, ServedBlock, TeacherForm, VerifyRound
+from cosched.records import (
+    Proposal,
+    Refused,
+    RoundRow,
+    Segment,
+    ServedBlock,
+    TeacherForm,
+    VerifyRound,
+)
 
 if TYPE_CHECKING:
     from cosched.engines.embedded.rows import RowSource
@@ -122,7 +130,7 @@ class EmbeddedEngine:
 
     @property
     def draft_version(self) -> int:
-        return getattr(self._observer, "version", 0)
+        return 0 if self._observer is None else self._observer.version
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[FinishedRequest]:
         """Decode all requests; each is yielded when it is done, in the order of finishing.
@@ -170,8 +178,9 @@ class EmbeddedEngine:
             self._paths([slot], 0),
         )
         self._commit(slot, outcome.next_B)
-        self._observe(index, rows, 0, 0, num_prompt)
         segment = self._segment(slot, rows, self._teacher(rows), 0, 0, num_prompt)
+        self._observe(index, segment)
+        self._record(slot, rows, 0, 0, num_prompt)
         self.seconds.prefill += self._now() - started
         self._report((segment,), (), 0.0, 0.0)
 
@@ -208,7 +217,8 @@ class EmbeddedEngine:
         path_BS = self._paths(slots, num_drafted)
         proposal = self._propose(anchor_B, uniforms_BU, path_BS)
         drafted = self._now()
-        ids_BS = torch.cat((anchor_B[:, None], proposal.tokens_BK), 1)
+        tokens_BK = self._verifier.tokens(proposal, path_BS[:, :-1])
+        ids_BS = torch.cat((anchor_B[:, None], tokens_BK), 1)
         starts = torch.tensor([slot.length - 1 for slot in slots], device=self._device)
         positions_BS = starts[:, None] + torch.arange(num_drafted + 1, device=self._device)
         rows = self._rows.verify(ids_BS, positions_BS)
@@ -219,18 +229,20 @@ class EmbeddedEngine:
         teacher = self._teacher(rows)
         for index, slot in enumerate(slots):
             start, count = slot.length - 1, accepted[index]
-            new = torch.cat((proposal.tokens_BK[index, :count], outcome.next_B[index : index + 1]))
+            new = torch.cat((tokens_BK[index, :count], outcome.next_B[index : index + 1]))
             committed = self._commit(slot, new)
             count = min(count, committed)  # drafts past the end of the text were not asked for
-            self._observe(index, rows, index, start, committed)
-            segments.append(self._segment(slot, rows, teacher, index, start, committed))
+            segment = self._segment(slot, rows, teacher, index, start, committed, tokens_BK[index])
+            self._observe(index, segment)
+            self._record(slot, rows, index, start, committed)
+            segments.append(segment)
             if num_drafted:
                 teacher_KX = None if teacher is None else teacher[index, :num_drafted]
                 blocks.append(
                     ServedBlock(
                         slot.request.id,
                         start,
-                        proposal.tokens_BK[index],
+                        tokens_BK[index],
                         teacher_KX,
                         count,
                         committed,
@@ -248,14 +260,11 @@ class EmbeddedEngine:
         if self._drafter is None:
             return self._nothing(len(anchor_B))
         choose = self._verifier.choose(uniforms_BU, path_BS[:, :-1])
-        return self._drafter.propose(self._state, len(anchor_B), choose)
+        return self._drafter.propose(self._state, len(anchor_B), choose, self._num_drafted)
 
     def _nothing(self, num_slots: int) -> Proposal:
         """No drafts: what plain decoding verifies."""
-        return Proposal(
-            torch.zeros(num_slots, 0, dtype=torch.int64, device=self._device),
-            torch.zeros(num_slots, 0, self._rows.vocab_size, device=self._device),
-        )
+        return Proposal(torch.zeros(num_slots, 0, dtype=torch.int64, device=self._device))
 
     def _paths(self, slots: list[_Slot], num_drafted: int) -> Tensor:
         """The next S tokens of forced texts, zeros past their end and for free requests."""
@@ -280,15 +289,13 @@ class EmbeddedEngine:
         slot.length += len(tokens_R)
         return len(tokens_R)
 
-    def _observe(
-        self, slot_index: int, rows: TargetRows, row_index: int, start: int, count: int
-    ) -> None:
-        """Show the draft, and who records, the rows that were committed."""
-        slot = self._slots[slot_index]
+    def _observe(self, slot_index: int, segment: Segment) -> None:
         if self._drafter:
-            tokens_R1 = slot.text[start : start + count + 1]
-            features_RF = _features(rows, row_index, count)
-            self._drafter.observe(self._state, slot_index, tokens_R1, features_RF)
+            self._drafter.observe(self._state, slot_index, segment)
+
+    def _record(
+        self, slot: _Slot, rows: TargetRows, row_index: int, start: int, count: int
+    ) -> None:
         if self._recorder:
             self._recorder(slot.request, rows, row_index, start, count)
 
@@ -300,16 +307,26 @@ class EmbeddedEngine:
         row_index: int,
         start: int,
         count: int,
+        drafted_K: Tensor | None = None,
     ) -> Segment:
-        """The rows that were committed, for who learns from them."""
+        """The rows that were committed and those that were not, for who learns from them."""
         if teacher is not None and teacher.shape[1] < count:
             teacher = None  # a prompt has logits for its last row only
+        refused, kept, rest = None, slice(count), slice(count, None)
+        goes_on = not slot.done and slot.request.forced_T is None
+        if goes_on and drafted_K is not None and count <= len(drafted_K):
+            refused = Refused(
+                drafted_K[count - 1 :],
+                _part(rows.features_BTF, row_index, rest),
+                _part(teacher, row_index, rest),
+            )
         return Segment(
             slot.request.id,
             start,
             slot.text[start : start + count + 1],
-            _features(rows, row_index, count),
-            None if teacher is None else teacher[row_index, :count],
+            _part(rows.features_BTF, row_index, kept),
+            _part(teacher, row_index, kept),
+            refused,
         )
 
     def _teacher(self, rows: TargetRows) -> Tensor | None:
@@ -355,6 +372,5 @@ class EmbeddedEngine:
         return self._clock()
 
 
-def _features(rows: TargetRows, row_index: int, count: int) -> Tensor | None:
-    features = rows.features_BTF
-    return None if features is None else features[row_index, :count]
+def _part(rows_BTX: Tensor | None, index: int, part: slice) -> Tensor | None:
+    return None if rows_BTX is None else rows_BTX[index, part]

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 class RowSource(Protocol):
     """Answers with the target's rows, slot by slot."""
 
-    vocab_size: int
-
     def prefill(self, slot: int, request: GenerationRequest) -> TargetRows:
         """Rows of a whole prompt ``[1, P]``; logits of its last row only."""
         ...
@@ -49,7 +47,6 @@ class LiveRows:
         feature_layers: tuple[int, ...],
         exact_rows: int | None = None,
     ) -> None:
-        self.vocab_size = target.vocab_size
         self._target = target
         self._round_to = EXACT_POSITIONS if exact_rows else 1
         self._exact_rows = exact_rows

@@ -4,16 +4,22 @@ Letters: B requests, K drafted tokens, S = K + 1 rows, V vocabulary.
 
 Greedy: a draft stands while it equals the target's argmax. Sampling: speculative sampling
 (Leviathan et al., arXiv 2211.17192): draft d stands with probability min(1, p(d) / q(d)); after the
-first refusal the next token is drawn from max(p - q, 0), which makes the whole exactly p.
+first refusal the next token is drawn from max(p - q, 0), which makes the whole exactly p. A draft
+that was proposed without a distribution has q(d) = 1: it stands with probability p(d), and after its
+refusal the next token is drawn from p without d.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from cosched.records import Proposal
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,16 @@ def probabilities(logits: Tensor, sampling: SamplingParams, cut: bool = True) ->
     before = ordered.cumsum(-1) - ordered  # a token stays if the mass before it is below top_p
     kept = torch.where(before < sampling.top_p, ordered, 0.0)
     return torch.zeros_like(probs).scatter(-1, index, kept / kept.sum(-1, keepdim=True))
+
+
+def drafted_from(proposal: Proposal, sampling: SamplingParams, p_BKV: Tensor) -> Tensor:
+    """What drafted tokens were drawn from ``[B, K, V]``; ``p_BKV``, which judges them, gives the shape.
+
+    All of it lies on the token itself where the drafter has no distribution.
+    """
+    if proposal.logits_BKV is None:
+        return torch.zeros_like(p_BKV).scatter(-1, proposal.tokens_BK[..., None], 1.0)
+    return probabilities(proposal.logits_BKV, sampling, cut=False)
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from cosched.engines.embedded.verification import (
     Outcome,
     SamplingParams,
+    drafted_from,
     draw,
     probabilities,
     verify_greedy,
@@ -31,6 +32,10 @@ class Verifier(Protocol):
 
     def choose(self, uniforms_BU: Tensor, path_BK: Tensor) -> Choose: ...
 
+    def tokens(self, proposal: Proposal, path_BK: Tensor) -> Tensor:
+        """The K tokens that the target's rows stand behind, and of which the accepted are committed."""
+        ...
+
     def verify(
         self, proposal: Proposal, logits_BSV: Tensor, uniforms_BU: Tensor, path_BS: Tensor
     ) -> Outcome: ...
@@ -41,6 +46,9 @@ class GreedyVerifier:
 
     def choose(self, uniforms_BU: Tensor, path_BK: Tensor) -> Choose:  # noqa: ARG002
         return lambda _k, logits_BV: logits_BV.argmax(-1)
+
+    def tokens(self, proposal: Proposal, path_BK: Tensor) -> Tensor:  # noqa: ARG002
+        return proposal.tokens_BK
 
     def verify(
         self,
@@ -64,6 +72,9 @@ class SamplingVerifier:
 
         return pick
 
+    def tokens(self, proposal: Proposal, path_BK: Tensor) -> Tensor:  # noqa: ARG002
+        return proposal.tokens_BK
+
     def verify(
         self,
         proposal: Proposal,
@@ -72,10 +83,11 @@ class SamplingVerifier:
         path_BS: Tensor,  # noqa: ARG002
     ) -> Outcome:
         num_drafted = proposal.tokens_BK.shape[1]
+        p_BSV = probabilities(logits_BSV, self.sampling)
         return verify_sampled(
             proposal.tokens_BK,
-            probabilities(proposal.logits_BKV, self.sampling, cut=False),
-            probabilities(logits_BSV, self.sampling),
+            drafted_from(proposal, self.sampling, p_BSV[:, :-1]),
+            p_BSV,
             uniforms_BU[:, num_drafted : 2 * num_drafted].to(torch.float32),
             uniforms_BU[:, -1],
         )
@@ -89,6 +101,10 @@ class ForcedVerifier:
                   P(draft x accepted) = min(p(x), q(x)) and P(x committed) = p(x).
     ``document``  stands with probability sum_v min(p, q), which is what a sampled draft would meet
                   at this place; the text was not the target's, so this is its nearest measure.
+
+    A draft without distributions cannot be led: it goes by tokens of its own, each with q = 1. Where
+    text is greedy or sampled it is exact all the same, for a row counts only where all drafts before
+    it are the text's. In a document it is judged too low behind one that is not.
     """
 
     def __init__(self, kind: ForcedKind, sampling: SamplingParams) -> None:
@@ -99,15 +115,20 @@ class ForcedVerifier:
     def choose(self, uniforms_BU: Tensor, path_BK: Tensor) -> Choose:  # noqa: ARG002
         return lambda k, _logits_BV: path_BK[:, k]
 
+    def tokens(self, proposal: Proposal, path_BK: Tensor) -> Tensor:  # noqa: ARG002
+        return path_BK
+
     def verify(
         self, proposal: Proposal, logits_BSV: Tensor, uniforms_BU: Tensor, path_BS: Tensor
     ) -> Outcome:
         path_BK = path_BS[:, :-1]
         if self.kind == "greedy":
-            stands_BK = proposal.logits_BKV.argmax(-1) == path_BK
+            logits_BKV = proposal.logits_BKV
+            best_BK = proposal.tokens_BK if logits_BKV is None else logits_BKV.argmax(-1)
+            stands_BK = best_BK == path_BK
         else:
-            q_BKV = probabilities(proposal.logits_BKV, self.sampling, cut=False)
             p_BKV = probabilities(logits_BSV[:, :-1], self.sampling)
+            q_BKV = drafted_from(proposal, self.sampling, p_BKV)
             num_drafted = path_BK.shape[1]
             uniform_BK = uniforms_BU[:, num_drafted : 2 * num_drafted].to(torch.float32)
             if self.kind == "document":

@@ -12,6 +12,7 @@ from token_recycling.drafter import TokenRecycling, TokenRecyclingSettings
 from cosched.errors import CheckpointError
 from cosched.memory.footprint import footprint
 from cosched.memory.sketch import sketch
+from cosched.records import Refused, Segment
 from cosched.report.html import write_report
 from cosched.runs.experiment import Experiment
 from cosched.settings.load import load_config
@@ -19,30 +20,39 @@ from cosched.telemetry.run_folder import RunFolder
 from cosched.testing.harness import make_requests, make_target, serve
 
 ROOT = Path(__file__).parents[3]
-SETTINGS = TokenRecyclingSettings(kind="token_recycling", num_draft_tokens=3, num_candidates=4)
+SETTINGS = TokenRecyclingSettings(kind="token_recycling", num_draft_tokens=3)
 
 
 def test_it_drafts_what_the_target_said_last_time() -> None:
-    """Behind a token that stood in the text come the target's best tokens, in their order."""
+    """Behind a token that stood in the text comes the target's best one, and behind that its own."""
     target = make_target()
     drafter = TokenRecycling.load(SETTINGS, target)
     state = drafter.new_state(1, 16, None)
     hidden = torch.randn(4, target.hidden_size)
-    drafter.observe(state, 0, torch.tensor([5, 6, 5, 7, 6]), hidden)
-    proposal = drafter.propose(state, 1, lambda _k, logits: logits.argmax(-1))
-    expected = target.head(hidden).topk(4)
-    assert proposal.tokens_BK[0, 0] == expected.indices[1, 0]  # behind 6, seen in row 1
-    ranked = proposal.logits_BKV[0, 0].topk(5)
-    assert torch.equal(ranked.indices[:4], expected.indices[1])
-    assert ranked.values[4] == -torch.inf
-    assert torch.equal(state.matrix_BVC[0, 5], expected.indices[2])  # the later row of the two
+    refused = Refused(torch.tensor([7, 8]), hidden[:2], None)
+    drafter.observe(state, 0, Segment("r", 0, torch.tensor([5, 6, 5, 7, 6]), hidden, None, refused))
+    expected = target.head(hidden).argmax(-1)
+    assert state.best_BV[0, 8] == expected[1]  # of a refused draft
+    assert state.best_BV[0, 7] == expected[3]  # refused and committed: what is text counts
+    assert state.best_BV[0, 6] == expected[1]
+    assert state.best_BV[0, 5] == expected[2]  # the later row of the two
+    state.best_BV[0, expected[1]] = 9
+    proposal = drafter.propose(state, 1, _nothing_to_choose_from, 2)
+    assert proposal.tokens_BK[0].tolist() == [expected[1], 9]
+    assert proposal.logits_BKV is None
 
 
-def test_behind_an_unknown_token_any_may_come() -> None:
-    """The proposal stays a distribution, as sampled verification asks."""
+def test_behind_an_unknown_token_it_comes_again() -> None:
+    """A proposal is full: what nothing is known of is guessed, and verified as everything is."""
     drafter = TokenRecycling.load(SETTINGS, make_target())
-    proposal = drafter.propose(drafter.new_state(2, 16, None), 2, lambda _k, row: row.argmax(-1))
-    assert not proposal.logits_BKV.any()
+    state = drafter.new_state(2, 16, None)
+    state.anchor_B[1] = 5
+    proposal = drafter.propose(state, 2, _nothing_to_choose_from, 3)
+    assert proposal.tokens_BK.tolist() == [[0, 0, 0], [5, 5, 5]]
+
+
+def _nothing_to_choose_from(k: int, logits_BV: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("it has no logits")
 
 
 def test_a_request_learns_for_itself() -> None:

@@ -1,6 +1,6 @@
 """A cadence that waits until it is needed."""
 
-from cosched.protocols import PolicySettings
+from cosched.protocols import Policy, PolicySettings
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
 
@@ -10,7 +10,7 @@ class WhenLowSettings(PolicySettings, frozen=True, kw_only=True):
 
 
 @POLICIES.register("when_low")
-class WhenLow:
+class WhenLow(Policy):
     """Trains while the acceptance length is below a mark."""
 
     Settings = WhenLowSettings

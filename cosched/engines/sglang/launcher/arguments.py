@@ -11,12 +11,13 @@ import difflib
 import json
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from cosched.engines.sglang.worker.algorithms import ALGORITHM_OF
+from cosched.engines.sglang.worker.algorithms import workers
 from cosched.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
+    from cosched.records import SglangWorker
     from cosched.settings.schema import Config
 
 CPU = {"device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True}
@@ -42,7 +43,6 @@ class Fixed(NamedTuple):
 
 Speculation = Literal["adapted", "stock", "plain"]
 """With our worker; with SGLang's own, as without cosched; without a draft."""
-STOCK = {"eagle3": "EAGLE3", "dflash": "DFLASH"}
 
 
 def fixed_arguments(config: Config, speculation: Speculation = "adapted") -> dict[str, Fixed]:
@@ -57,30 +57,30 @@ def fixed_arguments(config: Config, speculation: Speculation = "adapted") -> dic
             f"engine.kind=sglang"
         )
     drafter = config.drafter_settings
-    if drafter.kind not in ALGORITHM_OF:
-        raise ConfigError(
-            f"drafter.kind: SGLang serves {', '.join(ALGORITHM_OF)}, got {drafter.kind!r}"
-        )
+    worker = worker_of(drafter.kind)
     number = drafter.num_draft_tokens
     fixed = {
         "model_path": Fixed(config.target.folder, "target.path"),
         "dtype": Fixed(config.engine.dtype, "engine.dtype"),
         "max_running_requests": Fixed(config.engine.max_batch, "engine.max_batch"),
         "random_seed": Fixed(config.run.seed, "run.seed"),
-        "speculative_algorithm": Fixed(ALGORITHM_OF[drafter.kind], "drafter.kind"),
+        "speculative_algorithm": Fixed(worker.algorithm, "drafter.kind"),
         "speculative_draft_model_path": Fixed(drafter.path, "drafter.path"),
         # SGLang counts the anchor, which it verifies together with the drafts.
         "speculative_num_draft_tokens": Fixed(number + 1, "drafter.num_draft_tokens"),
     }
-    if drafter.kind != "dflash":
+    if worker.has_steps:
         fixed["speculative_num_steps"] = Fixed(number, "drafter.num_draft_tokens")
         fixed["speculative_eagle_topk"] = Fixed(1, "drafter.kind")
     if drafter.window is not None:
         fixed["speculative_draft_window_size"] = Fixed(drafter.window, "drafter.window")
-    if speculation == "stock" and drafter.kind not in STOCK:
-        raise ConfigError(f"drafter.kind: SGLang itself has no {drafter.kind}; it has {STOCK}")
     if speculation == "stock":
-        fixed["speculative_algorithm"] = Fixed(STOCK[drafter.kind], "drafter.kind")
+        if not worker.stock:
+            stock = [name for name, one in workers().items() if one.stock]
+            raise ConfigError(
+                f"drafter.kind: SGLang itself has no {drafter.kind}; it has {', '.join(stock)}"
+            )
+        fixed["speculative_algorithm"] = Fixed(worker.builtin, "drafter.kind")
     if speculation == "plain":
         fixed = {n: setting for n, setting in fixed.items() if not n.startswith("speculative_")}
     device, _, index = config.engine.device.partition(":")
@@ -91,6 +91,18 @@ def fixed_arguments(config: Config, speculation: Speculation = "adapted") -> dic
         if index:
             fixed["base_gpu_id"] = Fixed(_index(index, config.engine.device), "engine.device")
     return fixed
+
+
+def worker_of(kind: str) -> SglangWorker:
+    """What drafts with a drafter in SGLang.
+
+    Raises:
+        ConfigError: nothing does.
+    """
+    known = workers()
+    if kind not in known:
+        raise ConfigError(f"drafter.kind: SGLang serves {', '.join(known)}, got {kind!r}")
+    return known[kind]
 
 
 def _defaults(config: Config) -> dict[str, Any]:

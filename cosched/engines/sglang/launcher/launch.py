@@ -21,11 +21,12 @@ from cosched.engines.sglang.launcher.arguments import (
     command_line,
     fixed_arguments,
     keyword_arguments,
+    worker_of,
 )
 from cosched.engines.sglang.launcher.run_directory import RunDirectory, version_of
 from cosched.engines.sglang.operators.control import Client
 from cosched.engines.sglang.operators.routes import add_routes
-from cosched.engines.sglang.worker.algorithms import ALGORITHM_OF, has_worker
+from cosched.engines.sglang.worker.algorithms import has_worker
 from cosched.errors import ConfigError, RunFolderError
 from cosched.memory.sketch import sketch
 from cosched.registry import DRAFTERS
@@ -37,9 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
 
     from cosched.engines.sglang.launcher.arguments import Speculation
+    from cosched.protocols import CheckpointFormats
     from cosched.settings.schema import Config
-
-OWN_WORKERS = {"pard"}  # drafters that stock SGLang has no worker for, and we do
 
 
 def serve(config: Config, words: Sequence[str] = ()) -> None:
@@ -141,20 +141,22 @@ def check_draft_servable(config: Config) -> None:
             f"adapt.replay.teacher: {form!r} is for the embedded engine; from SGLang, which changes "
             f"its logits in place, cosched takes the last hidden states: use 'hidden'"
         )
-    if not has_worker(ALGORITHM_OF[settings.kind]):
+    worker = worker_of(settings.kind)
+    if not has_worker(worker):
         raise ConfigError(
-            f"drafter.kind: this version of cosched has no worker in SGLang for {settings.kind!r}"
+            f"drafter.kind: {settings.kind!r} names {worker.worker} as its worker in SGLang, and there "
+            f"is no such module"
         )
     check_paths(config)
     _, drafter = sketch(config)
-    problems = [] if settings.kind in OWN_WORKERS else drafter.not_for_sglang()
+    problems = drafter.not_for_sglang() if worker.stock else ()
     if problems:
         raise ConfigError(
             f"drafter.path: stock SGLang cannot run the draft in {settings.path}: "
             f"{'; '.join(problems)}. No other format changes that; use another draft"
         )
-    _, form, _ = DRAFTERS.get(settings.kind).formats.read_shape(Path(settings.path), settings)
-    if form == "speculators":
+    formats: CheckpointFormats | None = DRAFTERS.get(settings.kind).formats
+    if formats and formats.read_shape(Path(settings.path), settings)[1] == "speculators":
         raise ConfigError(
             f"drafter.path: {settings.path} is in a format that SGLang does not read "
             f"(speculators); write it anew and serve that: cosched convert {settings.path} "
@@ -214,7 +216,7 @@ def _load_plugins(config: Config) -> None:
         ConfigError: it does not.
     """
     compat.load_plugins()
-    algorithm = ALGORITHM_OF[config.drafter_settings.kind]
+    algorithm = worker_of(config.drafter_settings.kind).algorithm
     try:
         compat.SpeculativeAlgorithm.from_string(algorithm)
     except ValueError as error:

@@ -11,21 +11,22 @@ import sys
 from importlib import metadata
 
 from cosched.engines.sglang import compat
-from cosched.engines.sglang.worker.algorithms import ALGORITHMS, has_worker
+from cosched.engines.sglang.worker.algorithms import algorithms, has_worker
 
 GROUP = "sglang.srt.plugins"
 
 
 def probe() -> dict[str, list[str]]:
     """Names of what works: entry points of ours, algorithms, hooks; and workers that are missing."""
+    named = algorithms()
     points = [point.name for point in metadata.entry_points(group=GROUP)]
     compat.load_plugins()
     patched: set[str] = compat.HookRegistry._patched
     hooks = (compat.SCHEDULER_NEXT, compat.SCHEDULER_IDLE, compat.INTERNAL_STATE)
     return {
         "entry_points": [name for name in points if name.startswith("cosched")],
-        "algorithms": [name for name in ALGORITHMS if _is_registered(name)],
-        "without_worker": [name for name in ALGORITHMS if not has_worker(name)],
+        "algorithms": [name for name in named if _is_registered(name)],
+        "without_worker": [name for name, worker in named.items() if not has_worker(worker)],
         "hooks_missing": [target for target in hooks if target not in patched],
     }
 
