@@ -16,11 +16,17 @@ if TYPE_CHECKING:
     from cosched.records import DraftType
 
 _MEASURED: dict[str, dict[str, Any]] = {
-    "policy": {"kind": "earned", "num_steps": 4, "rounds": 32},
+    "policy": {
+        "kind": "earned",
+        "num_steps": 4,
+        "rounds": 32,
+        "credit_rounds": 24,
+        "explore_share": 0.02,
+    },
     "loss": {"kind": "forward_kl", "position_decay": 0.85, "rows": "delayed"},
     "trainer": {"lr": 3e-4},
     "replay": {"anchors": 32},
-    "guard": {"kind": "shadow", "anchors": 16},
+    "guard": {"kind": "shadow", "anchors": 16, "false_publish": 0.2},
 }
 TABLE: dict[DraftType, dict[str, dict[str, Any]]] = {
     "chain": _MEASURED,  # EAGLE-3
