@@ -62,7 +62,7 @@ def test_chunks_equal_the_plain_form(loss: str) -> None:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(noise, alpha=0.05)
     drafter.network().zero_grad()
-    plain = make_loss(loss, None, **own)
+    plain = make_loss(loss, **own)
     reference = before if plain.needs_reference else None
     teacher = modules[0].teacher_logits(batch)
     value = plain(drafter.replay(batch), teacher, batch.weights_RNK, reference)

@@ -43,7 +43,8 @@ def test_ours_is_what_a_file_gets_that_says_nothing() -> None:
     assert adapt.loss == defaults["loss"]
     assert adapt.trainer.lr == defaults["trainer"]["lr"]
     assert adapt.replay.anchors == defaults["replay"]["anchors"]
-    assert adapt.guard == ShadowSettings()
+    own = {key: value for key, value in defaults["guard"].items() if key != "kind"}
+    assert adapt.guard == ShadowSettings(**own)
 
 
 def test_recipes_say_what_their_sources_say() -> None:

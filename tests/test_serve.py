@@ -70,7 +70,7 @@ def test_without_sglang_the_message_says_how_to_get_it(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("override", "key"),
     [
-        ("workload.prompts=x.jsonl", "workload.prompts"),
+        ("workload.prompts=tinyworld/prompts/code.jsonl", "workload.prompts"),
         ("workload.temperature=0.7", "workload.temperature"),
         ("arms=[adapted]", "arms"),
         ("variants={other: {}}", "variants"),

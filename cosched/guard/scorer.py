@@ -133,8 +133,7 @@ class AcceptanceScorer:
         if self._chunk_rows is not None or self._teacher_form != "hidden":
             return self.teacher(rows_MX)
         rows_TX, says_M = rows_MX.unique(dim=0, return_inverse=True)  # host waits for the device
-        p_TD = self.teacher(rows_TX)(slice(None))
-        return lambda rows: p_TD[says_M[rows]]
+        return self.teacher(rows_TX)(slice(None))[says_M].__getitem__
 
     def teacher(self, rows_MX: Tensor) -> Teacher:
         """What kept rows of the target say, for all weights to be held against.

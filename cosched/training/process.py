@@ -167,7 +167,7 @@ class ProcessTrainer:
 
     def update(self, batch: SignalBatch, decision: Decision) -> None:
         """Begin an update; none may be under way."""
-        assert not self.busy, "one update at a time"
+        assert self._under_way is None, "one update at a time"
         self._under_way = self.worker.ask("update", batch, decision)
 
     def finished(self) -> UpdateResult | None:
@@ -296,7 +296,7 @@ def main() -> None:
             return
         while True:
             _do(pipe, learner)
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):
         return
 
 

@@ -71,6 +71,9 @@ class PardNetwork(nn.Module):
     def head(self, hidden: Tensor, tokens_W: Tensor | None = None) -> Tensor:
         """Logits ``[..., U]``, or of some tokens ``[..., W]``."""
         hidden = self.model.norm(hidden)
+        weight = self.model.embed_tokens.weight
+        if self.lm_head is None and not isinstance(weight, nn.Parameter):  # by functional_call
+            return nn.functional.linear(hidden, weight if tokens_W is None else weight[tokens_W])
         head = self.lm_head or self.tied_head
         assert head is not None
         return logits_of(head, hidden, tokens_W)
