@@ -101,14 +101,28 @@ def test_learning_that_brings_nothing_never_serves() -> None:
 
 def test_a_bad_candidate_of_a_trusted_learner_does_not_serve() -> None:
     """One update on wrong labels, or one that made NaN of the weights: the look at it keeps it out, and
-    one look alone is no reason to go back. Too few rows to say anything keep it out as well."""
+    one look alone is no reason to go back. Looks of a single block add up."""
     for ahead in (-0.7, float("nan")):
         monitor = trusted()
         assert candidate(monitor, ahead, seen(), loaded=-0.2, wide=True).action == "wait"
         assert monitor.trusted
-        assert candidate(monitor, 0.05, seen(), loaded=-0.2, wide=True).action == "publish"
+        while candidate(monitor, 0.05, seen(), loaded=-0.2, wide=True).action == "wait":
+            pass
+        assert not monitor.newest
     monitor = trusted()
-    assert candidate(monitor, 0.05, seen(), loaded=-0.2).action == "wait"  # one block
+    found = [candidate(monitor, ahead, seen(), loaded=-0.2).action for ahead in (-0.1, 0.2)]
+    assert found == ["wait", "publish"]
+
+
+def test_training_starts_again_from_what_serves_once_a_candidate_is_worse() -> None:
+    """Which is no reason to give up what serves, nor to wait until it is worse than the loaded draft."""
+    monitor, found = trusted(), []
+    while not found or found[-1].action == "wait":
+        found.append(candidate(monitor, -0.3, seen(version=7), loaded=-0.5))
+    assert 3 <= len(found) <= 16
+    assert (found[-1].action, found[-1].to) == ("roll_back", 7)
+    assert monitor.trusted
+    assert (monitor.pause, monitor.waits, monitor.behind) == (0, False, Evidence())
 
 
 def test_poisoned_updates_never_serve() -> None:

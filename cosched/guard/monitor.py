@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cosched.records import Action, Snapshot
 
 UNHURRIED = 4  # times as long between looks while the loaded draft serves: nothing can do harm
+NEWEST = 8  # blocks on which a trusted learner's candidate is told from what serves
 LONGEST_PAUSE = 32  # times ``check_rounds``: text may change, and then there is much to learn
 
 
@@ -61,6 +62,10 @@ class Monitor:
     trusted: bool = False
     better: Evidence = field(default_factory=Evidence)  # the learner, than the draft as loaded
     worse: Evidence = field(default_factory=Evidence)  # the learner, than the draft as loaded
+    behind: Evidence = field(
+        default_factory=Evidence
+    )  # the candidate, what serves if that is trained
+    newest: list[float] = field(default_factory=list)  # blocks since what serves was published
     lead: Lead = field(default_factory=Lead)  # of the learner over the draft as loaded
     fall: Fall = field(default_factory=Fall)
 
@@ -98,14 +103,36 @@ class Monitor:
             if not self.better.rejects(settings.false_publish):
                 return scores.verdict("wait", f"{ahead}: not known yet")
             self.trusted, self.pause = True, 0
-        if falls_short(blocks(scores.candidate, scores.serving)):
-            return scores.verdict("wait", f"{ahead}, but here less than what serves")
-        self.waits = False
+        return self._tell(blocks(scores.candidate, scores.serving), scores, settings, seen)
+
+    def _tell(
+        self,
+        differences: Sequence[float],
+        scores: Scores,
+        settings: ShadowSettings,
+        seen: Snapshot,
+    ) -> Verdict:
+        """A trusted learner's candidate from what serves: only a bad one does not take its place."""
+        self.newest = [*self.newest, *differences][-NEWEST:]
+        ahead = f"scores {mean(self.newest):+.3f} on what serves"
+        if not seen.serves_loaded:
+            self.behind.add(-difference for difference in differences)
+        if self.behind.rejects(settings.false_rollback):
+            self._begin()
+            return scores.verdict("roll_back", f"{ahead}: worse", to=seen.draft_version)
+        if falls_short(self.newest):
+            return scores.verdict("wait", ahead)
+        self._begin()
         return scores.verdict("publish", ahead)
+
+    def _begin(self) -> None:
+        """Another candidate is to be told from what serves."""
+        self.waits, self.behind, self.newest = False, Evidence(), []
 
     def request_ended(self, round_: int) -> None:
         """The loaded draft serves again; what is known of learning on this traffic stays."""
-        self.waits, self.looked_at = False, round_
+        self._begin()
+        self.looked_at = round_
         self.fall.begin()
 
     def _undo(self, scores: Scores, settings: ShadowSettings) -> Verdict:
@@ -113,7 +140,8 @@ class Monitor:
         usual, loss = settings.check_rounds, -self.lead.mean
         self.pause = min(max(usual, 2 * self.pause), LONGEST_PAUSE * usual)
         self.resumes_at = self.looked_at + self.pause
-        self.waits = self.trusted = False
+        self._begin()
+        self.trusted = False
         self.better, self.worse, self.lead = Evidence(), Evidence(), Lead()
         reason = f"the draft as loaded scores {loss:+.3f}; {self.pause} rounds without an update"
         return scores.verdict("roll_back", reason, to=0)

@@ -8,18 +8,20 @@ are scored on the same rows, so the text's difficulty drops out.
 **Hypothesis.** The one draft is no better than the other: given the blocks before, d is expected to
 be at most 0. ``Evidence`` rejects it. The one is the learner: the newest weights, trained on earlier
 text only, so that at every block they are fixed before it is seen, though they differ from block to
-block. The other is the draft as loaded. The guard asks it twice, each with evidence of its own:
+block. The other is the draft as loaded. The guard asks it twice, and a third time of a candidate and
+what serves, each with evidence of its own:
 
-    learning is better than nothing   false_publish    then what is learnt serves as it comes
-    learning is worse than nothing    false_rollback   then the loaded draft serves
+    learning is better than nothing          false_publish    then what is learnt serves as it comes
+    learning is worse than nothing           false_rollback   then the loaded draft serves
+    the candidate is worse than what serves  false_rollback   then training starts again from there
 
 **Looks.** After every block, for as long as anybody likes. **Error rates.** The chance that the
 hypothesis is ever rejected though it is true is at most the setting, from one time that the loaded
-draft was left alone to the next. ``tests/test_statistics.py`` simulates 10,000 streams: what the
+draft was left alone to the next, for the third from one publication to the next. ``tests/test_statistics.py`` simulates 10,000 streams: what the
 rates come to, and after how many rows a true gain is seen.
 
-A candidate of a trusted learner does not serve while it ``falls_short`` of what serves on the rows of
-its own look: that keeps a single bad update out, and is no test, because the next look asks again.
+A candidate of a trusted learner does not serve while it ``falls_short`` of what serves on the newest
+rows: that keeps a single bad update out, and is no test, because the next look asks again.
 ``Lead`` and ``Fall`` decide nothing. The first estimates by how much what serves is better, for a
 policy that spends what has been earned; the second says when a look cannot wait.
 """
@@ -207,12 +209,10 @@ class Fall:
 
 
 def falls_short(differences: Sequence[float]) -> bool:
-    """Whether the mean of these blocks is more than two standard errors below 0, or has none."""
-    if len(differences) < 2:
-        return True
+    """Whether the mean of these blocks is more than a standard error below 0, which one has not."""
     middle, number = mean(differences), len(differences)
     squares = sum((difference - middle) ** 2 for difference in differences)
-    return middle < -2 * math.sqrt(squares / ((number - 1) * number))
+    return middle < -math.sqrt(squares / (max(1, number - 1) * number))
 
 
 def mean(scores: Sequence[float]) -> float:
