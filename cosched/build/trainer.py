@@ -149,7 +149,7 @@ def _trainer(
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Tables:
     """Of a target what training needs, to be sent to another process."""
 
