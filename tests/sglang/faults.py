@@ -109,10 +109,10 @@ def _one_rank_breaks() -> None:
 
     collect, calls = ReplayBuffer.collect, count(1)
 
-    def broken(self: Any, round_: Any) -> None:
+    def broken(self: Any, round_: Any) -> int:
         if dist.get_rank() == 1 and next(calls) == 11:
             raise MemoryError("rank 1 broke")
-        collect(self, round_)
+        return collect(self, round_)
 
     ReplayBuffer.collect = broken
 
