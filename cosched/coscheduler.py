@@ -113,7 +113,8 @@ class Coscheduler:
 
     def publish(self, verdict: Verdict) -> None:
         """Do it: here alone weights begin to serve, and here alone training goes back."""
-        if verdict.action == "publish" and self._trainer is not None:
+        if verdict.action == "publish":
+            assert self._trainer is not None
             self.counters.published()
             self._serve(self._trainer.weights())
         elif verdict.to is not None:

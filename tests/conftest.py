@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from cosched.engines.embedded.target import Target
+from cosched.settings.schema import Config
 from cosched.testing.harness import make_target
 from tests.helpers.paths import TINYWORLD
 
@@ -57,3 +61,17 @@ def settings(tmp_path: Path, tinyworld: Path) -> dict:
             "guard": {"kind": "finite"},
         },
     }
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    """The tiny world's, anew: a test may give it another template."""
+    return AutoTokenizer.from_pretrained(TINYWORLD / "target")
+
+
+@pytest.fixture
+def configure(tinyworld: Path, tmp_path: Path) -> Callable[..., Config]:
+    """A run of the tiny world with LoRA; its settings may be overridden."""
+    from tests.helpers.adapters import lora_runs  # with DeepSpeed, which few tests need
+
+    return lora_runs(tinyworld, tmp_path)

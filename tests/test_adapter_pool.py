@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,7 +24,6 @@ from cosched.training.scope import lora_of
 from tests.helpers.adapters import (
     Configure,
     copied,
-    lora_runs,
     make_pool,
     owned,
     run_pool,
@@ -33,11 +31,6 @@ from tests.helpers.adapters import (
     serving,
 )
 from tests.helpers.drafts import make_drafter
-
-
-@pytest.fixture
-def configure(tinyworld: Path, tmp_path: Path) -> Configure:
-    return lora_runs(tinyworld, tmp_path)
 
 
 @pytest.fixture

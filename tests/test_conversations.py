@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer
 
 from cosched.engines.embedded.target import Target, load_end_tokens
 from cosched.errors import ConfigError, WorkloadError
@@ -32,13 +31,6 @@ from tests.helpers.conversations import (
     write_lines,
 )
 from tests.helpers.paths import TINYWORLD
-
-
-@pytest.fixture
-def tokenizer() -> Any:
-    """The tiny world's, anew: a test may give it another template."""
-    return AutoTokenizer.from_pretrained(TINYWORLD / "target")
-
 
 # --- several turns -------------------------------------------------------------------------
 

@@ -15,10 +15,8 @@ from cosched.guard.settings import ShadowSettings
 from cosched.guard.statistics import Evidence
 from cosched.loop.publish import checksum
 from cosched.records import SignalBatch
-from cosched.runs.experiment import Experiment
-from cosched.settings.load import load_config
-from cosched.telemetry.run_folder import RunFolder
-from tests.helpers.guarded_runs import FAR, SAMPLED, SOON, Events, decode, world_of
+from tests.helpers.guarded_runs import FAR, SOON, Events, decode, world_of
+from tests.helpers.interruption import CUT, WHOLE, whole_and_cut
 
 LEARNT = 1  # version: before, even random labels of far text teach which words it has
 POISONED = 100  # rounds
@@ -238,41 +236,13 @@ def test_an_interrupted_run_is_guarded_the_same(tmp_path: Path) -> None:
     """With a trained version, refusals and evidence behind it, a resumed run has the same figures and
     the same verdicts, to the bit."""
 
-    def config(name: str) -> Any:
-        return load_config(
-            SAMPLED,
-            [
-                f"run.dir={tmp_path}",
-                f"run.name={name}",
-                "arms=[adapted]",
-                "workload.max_new_tokens=160",
-                "workload.max_prompts=2",
-                "adapt.policy.rounds=4",
-                SOON,
-                "adapt.guard.false_publish=0.9",
-            ],
-        )
-
     def verdicts(name: str) -> list[Any]:
         lines = (tmp_path / name / "events.jsonl").read_text().splitlines()
         return [e["verdict"] for e in map(json.loads, lines) if e["kind"] == "verdict"]
 
-    committed = 0
-
-    def interrupt(_arm: str, number: int) -> None:
-        nonlocal committed
-        committed += number
-        if committed > 200:
-            raise KeyboardInterrupt
-
-    for name in ("whole", "cut"):
-        RunFolder(tmp_path / name).create()
-    expected = Experiment(config("whole")).run(RunFolder(tmp_path / "whole")).arms["adapted"]
-    assert Experiment(config("cut")).run(RunFolder(tmp_path / "cut"), interrupt).run["interrupted"]
-    again = Experiment(config("cut"))
-    found = again.run(RunFolder(tmp_path / "cut"), resume=True).arms["adapted"]
+    expected, found = whole_and_cut(tmp_path, SOON, "adapt.guard.false_publish=0.9")
     assert expected.refused_updates > 0
-    assert any(v["loaded_score"] for v in verdicts("whole"))
-    assert verdicts("cut") == verdicts("whole")
+    assert any(v["loaded_score"] for v in verdicts(WHOLE))
+    assert verdicts(CUT) == verdicts(WHOLE)
     for field in ("tau", "rounds", "versions", "losses", "refused_updates", "rollbacks"):
         assert getattr(found, field) == getattr(expected, field), field

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,17 +24,11 @@ from tests.helpers.adapters import (
     Configure,
     copied,
     examples,
-    lora_runs,
     make_trainer,
     same,
 )
 from tests.helpers.batches import make_batch
 from tests.helpers.drafts import make_drafter
-
-
-@pytest.fixture
-def configure(tinyworld: Path, tmp_path: Path) -> Configure:
-    return lora_runs(tinyworld, tmp_path)
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import msgspec
 import pytest
 
@@ -12,13 +10,8 @@ from cosched.errors import ConfigError
 from cosched.settings.schema import Config
 from cosched.training.lora import find_layers
 from cosched.training.scope import scope_of
-from tests.helpers.adapters import Configure, examples, lora_runs
+from tests.helpers.adapters import Configure, examples
 from tests.helpers.drafts import make_drafter
-
-
-@pytest.fixture
-def configure(tinyworld: Path, tmp_path: Path) -> Configure:
-    return lora_runs(tinyworld, tmp_path)
 
 
 @pytest.fixture

@@ -19,12 +19,7 @@ from cosched.runs.experiment import Experiment
 from cosched.settings.schema import Config
 from cosched.telemetry.run_folder import RunFolder
 from cosched.workload.requests import check_texts
-from tests.helpers.adapters import FAMILIES, Configure, lora_runs, same
-
-
-@pytest.fixture
-def configure(tinyworld: Path, tmp_path: Path) -> Configure:
-    return lora_runs(tinyworld, tmp_path)
+from tests.helpers.adapters import FAMILIES, Configure, same
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cosched.engines.embedded.target import Target
-from cosched.loop.teacher_rows import Teacher
+from cosched.loop.teacher_rows import distinct
 from cosched.protocols import LossSettings
 from cosched.records import Decision, SignalBatch
 from cosched.registry import DRAFTERS
@@ -159,9 +159,8 @@ def test_a_teacher_row_of_several_paths_is_recalled_once(
     target: Target, batch: SignalBatch
 ) -> None:
     """Paths of neighbouring anchors overlap: of K rows of an anchor all but one are the next one's."""
-    teacher = Teacher("hidden", target.head)
     rows_MX = batch.teacher_RNKX.flatten(0, 2)[batch.weights_RNK.flatten() > 0]
-    rows_TX, says_M = teacher.distinct(rows_MX)
+    rows_TX, says_M = distinct(rows_MX, "hidden")
     assert torch.equal(rows_TX[says_M], rows_MX)
     assert len(rows_TX) < len(rows_MX) / 2
     _, module, _ = lacking(target)

@@ -16,17 +16,14 @@ import torch
 from cosched.build.embedded import build_arm
 from cosched.records import Decision
 from cosched.registry import LOSSES
-from cosched.runs.experiment import Experiment
-from cosched.settings.load import load_config
-from cosched.settings.schema import Config
-from cosched.telemetry.run_folder import RunFolder
 from cosched.testing.harness import collected, make_requests, make_target, make_trainer, serve
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
 from cosched.training.scope import parameters_of
 from cosched.training.trying import TryingTrainer
 from tests.helpers.drafts import make_drafter
-from tests.helpers.guarded_runs import SAMPLED, Events, decode, world_of
+from tests.helpers.guarded_runs import Events, decode, world_of
+from tests.helpers.interruption import CUT, WHOLE, whole_and_cut
 from tests.helpers.objectives import ABSURD, GOOD, experts
 
 # --- one trainer, several objectives -------------------------------------------------------
@@ -184,38 +181,15 @@ def test_any_scope_can_be_tried(kind: str) -> None:
 def test_an_interrupted_run_chooses_the_same(tmp_path: Path) -> None:
     """What earlier trials brought is kept: a resumed run takes the same experts, to the bit."""
 
-    def config(name: str) -> Config:
-        return load_config(
-            SAMPLED,
-            [
-                f"run.dir={tmp_path}",
-                f"run.name={name}",
-                "arms=[adapted]",
-                "workload.max_new_tokens=160",
-                "workload.max_prompts=2",
-                "adapt.policy.rounds=4",
-                "adapt.guard.kind=shadow",
-                experts("{lr: 3.0e-4}", "{loss: {kind: reverse_kl}}", "{lr: 1.0e-3}", eta=8),
-            ],
-        )
-
     def made(name: str) -> list[Any]:
         lines = (tmp_path / name / "events.jsonl").read_text().splitlines()
         results = [e["result"] for e in map(json.loads, lines) if e["kind"] == "update"]
         return [(r["objective"], r["trial"], r["losses"]) for r in results]
 
-    committed = 0
-
-    def interrupt(_arm: str, number: int) -> None:
-        nonlocal committed
-        committed += number
-        if committed > 200:
-            raise KeyboardInterrupt
-
-    for name in ("whole", "cut"):
-        RunFolder(tmp_path / name).create()
-    Experiment(config("whole")).run(RunFolder(tmp_path / "whole"))
-    assert Experiment(config("cut")).run(RunFolder(tmp_path / "cut"), interrupt).run["interrupted"]
-    Experiment(config("cut")).run(RunFolder(tmp_path / "cut"), resume=True)
-    assert made("cut") == made("whole")
-    assert len({objective for objective, *_ in made("whole")}) > 1
+    whole_and_cut(
+        tmp_path,
+        "adapt.guard.kind=shadow",
+        experts("{lr: 3.0e-4}", "{loss: {kind: reverse_kl}}", "{lr: 1.0e-3}", eta=8),
+    )
+    assert made(CUT) == made(WHOLE)
+    assert len({objective for objective, *_ in made(WHOLE)}) > 1

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from cosched.errors import WorkloadError
 from cosched.settings.load import load_config
@@ -23,13 +22,6 @@ from tests.helpers.conversations import (
     write_lines,
 )
 from tests.helpers.paths import TINYWORLD
-
-
-@pytest.fixture
-def tokenizer() -> Any:
-    """The tiny world's, anew: a test may give it another template."""
-    return AutoTokenizer.from_pretrained(TINYWORLD / "target")
-
 
 # --- layouts -------------------------------------------------------------------------------
 

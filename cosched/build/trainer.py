@@ -11,7 +11,7 @@ import torch
 
 from cosched.errors import ConfigError
 from cosched.guard.scorer import AcceptanceScorer
-from cosched.loop.teacher_rows import record_width
+from cosched.memory.footprint import no_teacher_rows, replay_limits
 from cosched.records import Decision, SignalBatch
 from cosched.registry import DRAFTERS, LOSSES
 from cosched.training.background import BackgroundTrainer
@@ -23,9 +23,9 @@ from cosched.training.process import ProcessScorer, ProcessTrainer, Worker
 from cosched.training.scope import lora_of, parameters_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from cosched.loop.roles import Scorer, Trainer
     from cosched.protocols import Drafter, TargetInfo
@@ -57,8 +57,8 @@ def build_learner(
             f"use false"
         )
     if background and device.type == "cpu":
-        sent = config, _tables_of(target), drafter.num_draft_tokens, _weights_of(drafter)
-        worker = Worker(partial(_build_alone, *sent, acceptance, temperature))
+        sent = config, _tables_of(target), drafter.num_draft_tokens, acceptance, temperature
+        worker = Worker(partial(_build_alone, *sent))
         return ProcessTrainer(worker), ProcessScorer(worker)
     copy = drafter.clone(torch.float32)
     trainer = build_trainer(config, target, copy, ranks)
@@ -169,27 +169,20 @@ def _tables_of(target: TargetInfo) -> _Tables:
     return _Tables(*sizes, target.embedding, target.head)
 
 
-def _weights_of(drafter: Drafter) -> Mapping[str, Tensor]:
-    network = drafter.network()
-    assert network is not None, "a drafter without a network has nothing to train"
-    return network.state_dict()
-
-
 def _build_alone(
     config: Config,
     target: _Tables,
     num_draft_tokens: int,
-    weights: Mapping[str, Tensor],
     acceptance: Acceptance,
     temperature: float,
 ) -> tuple[Trainer, Scorer]:
-    """The same in a process that does nothing else, warm: the first update takes many times as long."""
+    """In a process that does nothing else, of the draft's checkpoint, as what serves is.
+
+    They come warm: the first update takes many times as long as others.
+    """
     settings = msgspec.structs.replace(config.drafter_settings, num_draft_tokens=num_draft_tokens)
     drafter = DRAFTERS.get(settings.kind).load(settings, target)
     copy: Drafter = drafter.clone(torch.float32)
-    network = copy.network()
-    assert network is not None
-    network.load_state_dict(weights)
     trainer = build_trainer(config, target, copy)
     trainer.update(_blank_batch(config, target, copy), Decision(1))
     trainer.reset()
@@ -198,26 +191,22 @@ def _build_alone(
 
 def _blank_batch(config: Config, target: TargetInfo, copy: Drafter) -> SignalBatch:
     """As many rows of one request as an update has at most, with nothing in them."""
-    replay, path = config.adapt.replay, copy.num_draft_tokens
-    anchors = max(1, min(replay.anchors, replay.window - path))
-    teacher_width = {
-        "hidden": target.hidden_size,
-        "logits": target.vocab_size,
-        "top_k": record_width(replay.teacher_top_k),
-    }[replay.teacher]
-    layers, dtype = len(copy.signal.feature_layers), target.embedding.weight.dtype
+    limits = replay_limits(config, target, copy)
+    window, path = limits.window, limits.path
+    anchors = max(1, min(limits.anchors, window - path))
+    teacher_0X = no_teacher_rows(config, target, limits)
+    width, dtype = (
+        len(copy.signal.feature_layers) * target.hidden_size,
+        target.embedding.weight.dtype,
+    )
     return SignalBatch(
         starts_R=torch.zeros(1, dtype=torch.int64),
-        lengths_R=torch.tensor([replay.window]),
-        tokens_RC1=torch.zeros(1, replay.window + 1, dtype=torch.int64),
-        features_RCF=torch.zeros(1, replay.window, layers * target.hidden_size, dtype=dtype)
-        if layers
-        else None,
+        lengths_R=torch.tensor([window]),
+        tokens_RC1=torch.zeros(1, window + 1, dtype=torch.int64),
+        features_RCF=torch.zeros(1, window, width, dtype=dtype) if width else None,
         anchors_RN=torch.arange(1, anchors + 1)[None],
         paths_RNK=torch.zeros(1, anchors, path, dtype=torch.int64),
-        teacher_RNKX=torch.zeros(
-            1, anchors, path, teacher_width, dtype=dtype if replay.teacher == "hidden" else None
-        ),
+        teacher_RNKX=torch.zeros(1, anchors, path, teacher_0X.shape[-1], dtype=teacher_0X.dtype),
         weights_RNK=torch.ones(1, anchors, path),
         window=config.drafter_settings.window,
     )

@@ -62,9 +62,7 @@ class Monitor:
     trusted: bool = False
     better: Evidence = field(default_factory=Evidence)  # the learner, than the draft as loaded
     worse: Evidence = field(default_factory=Evidence)  # the learner, than the draft as loaded
-    behind: Evidence = field(
-        default_factory=Evidence
-    )  # the candidate, what serves if that is trained
+    behind: Evidence = field(default_factory=Evidence)  # the candidate, a trained one that serves
     newest: list[float] = field(default_factory=list)  # blocks since what serves was published
     lead: Lead = field(default_factory=Lead)  # of the learner over the draft as loaded
     fall: Fall = field(default_factory=Fall)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cosched.loop.teacher_rows import recall
+from cosched.loop.teacher_rows import distinct, recall
 from cosched.training.chunks import in_chunks
 from cosched.training.lora import placed
 from cosched.training.micro_step import share_of
@@ -130,9 +130,9 @@ class AcceptanceScorer:
 
     def _of_rows(self, rows_MX: Tensor) -> Teacher:
         """``teacher``, of which rows that are alike are recalled once: neighbours' paths overlap."""
-        if self._chunk_rows is not None or self._teacher_form != "hidden":
+        if self._chunk_rows is not None:
             return self.teacher(rows_MX)
-        rows_TX, says_M = rows_MX.unique(dim=0, return_inverse=True)  # host waits for the device
+        rows_TX, says_M = distinct(rows_MX, self._teacher_form)
         return self.teacher(rows_TX)(slice(None))[says_M].__getitem__
 
     def teacher(self, rows_MX: Tensor) -> Teacher:

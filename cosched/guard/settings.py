@@ -31,8 +31,9 @@ class ShadowSettings(
     draft as loaded; ``false_publish`` is the chance that learning which is not better ever serves. The
     draft as loaded serves again once there is evidence that what was learnt is worse than it;
     ``false_rollback`` is the chance that such evidence is wrong. Both hold however often is looked
-    (``cosched.guard.statistics``). To serve takes surer evidence than to go back, because the draft as
-    loaded is what users had before. With state per request the evidence is of all requests.
+    (``cosched.guard.statistics``). Here to serve takes surer evidence than to go back, because the draft
+    as loaded is what users had before; what a file gets that says nothing is in
+    ``schedulers/defaults.py``. With state per request the evidence is of all requests.
 
     Each update leaves out the newest ``anchors``, which judge it; later ones are trained on them.
     Between updates the guard looks every ``check_rounds`` on all rows that no update has had, up to

@@ -17,11 +17,13 @@ what serves, each with evidence of its own:
 
 **Looks.** After every block, for as long as anybody likes. **Error rates.** The chance that the
 hypothesis is ever rejected though it is true is at most the setting, from one time that the loaded
-draft was left alone to the next, for the third from one publication to the next. ``tests/test_statistics.py`` simulates 10,000 streams: what the
-rates come to, and after how many rows a true gain is seen.
+draft was left alone to the next, for the third from one publication to the next.
+``tests/test_statistics.py`` simulates 10,000 streams: what the rates come to, and after how many rows
+a true gain is seen.
 
 A candidate of a trusted learner does not serve while it ``falls_short`` of what serves on the newest
 rows: that keeps a single bad update out, and is no test, because the next look asks again.
+
 ``Lead`` and ``Fall`` decide nothing. The first estimates by how much what serves is better, for a
 policy that spends what has been earned; the second says when a look cannot wait.
 """

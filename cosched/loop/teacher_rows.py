@@ -65,15 +65,16 @@ class Teacher:
         kept = logits.index_select(-1, ids_D).logsumexp(-1) - logits.logsumexp(-1)
         return -torch.expm1(kept).clamp_max(0)
 
-    def distinct(self, rows_MX: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of which no two are alike ``[T, X]``, and which of them each row is ``[M]``.
 
-        Anchors that follow one another have most rows of their paths in common. Only rows that need a
-        product with the head are looked at.
-        """
-        if self._form != "hidden":
-            return rows_MX, torch.arange(len(rows_MX), device=rows_MX.device)
-        return rows_MX.unique(dim=0, return_inverse=True)  # host waits for the device
+def distinct(rows_MX: Tensor, form: TeacherForm) -> tuple[Tensor, Tensor]:
+    """Rows of which no two are alike ``[T, X]``, and which of them each row is ``[M]``.
+
+    Anchors that follow one another have most rows of their paths in common. Only rows that need a
+    product with the head are looked at.
+    """
+    if form != "hidden":
+        return rows_MX, torch.arange(len(rows_MX), device=rows_MX.device)
+    return rows_MX.unique(dim=0, return_inverse=True)  # host waits for the device
 
 
 def wide(logits: Tensor) -> Tensor:

@@ -245,7 +245,7 @@ def _loss_peak(
         loss,
         target.head,
         config.adapt.replay.teacher,
-        _no_teacher_rows(config, target, limits),
+        no_teacher_rows(config, target, limits),
         num_rows=limits.anchors * limits.path,
         chunk_rows=config.adapt.memory.chunk_rows,
     )
@@ -269,13 +269,13 @@ def _scores_peak(
         target.embedding.weight.dtype,
         target.head,
         config.adapt.replay.teacher,
-        _no_teacher_rows(config, target, limits),
+        no_teacher_rows(config, target, limits),
         num_rows=num_anchors * limits.path,
         chunk_rows=config.adapt.memory.chunk_rows,
     )
 
 
-def _no_teacher_rows(config: Config, target: TargetSketch, limits: ReplayLimits) -> Tensor:
+def no_teacher_rows(config: Config, target: TargetInfo, limits: ReplayLimits) -> Tensor:
     """Of the width and the type in which they are kept ``[0, X]``."""
     hidden = config.adapt.replay.teacher == "hidden"
     dtype = target.embedding.weight.dtype if hidden else torch.float32

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosched.loop.teacher_rows import Teacher, wide
+from cosched.loop.teacher_rows import Teacher, distinct, wide
 from cosched.training.chunks import in_chunks
 from cosched.training.precision import computing_in
 from cosched.training.reference import DraftBefore
@@ -74,6 +74,7 @@ class BatchLoss(nn.Module):
         self._loss = loss  # that of the update which is being made
         # No module, so that the head is no submodule.
         self._teacher = Teacher(teacher_form, teacher_head)
+        self._teacher_form: TeacherForm = teacher_form
         compares = any(one.needs_reference for one in self._losses)
         self._before = DraftBefore(drafter) if compares else None
         self._reference_RNKH: Tensor | None = None
@@ -100,17 +101,18 @@ class BatchLoss(nn.Module):
             return self._loss_of(batch, reference)
 
     def _loss_of(self, batch: SignalBatch, reference: Tensor | None) -> Tensor:
-        weights_RNK = batch.weights_RNK
-        counts_M = weights_RNK.flatten().nonzero().squeeze(-1)  # host waits for the device
-        states_MH = self._drafter.replay_states(batch).flatten(0, 2).index_select(0, counts_M)
+        weights_RNK, among = batch.weights_RNK, self._likeliest
+        counts_M = _that_count(batch)
+        states_MH = _rows(self._drafter.replay_states(batch), counts_M)
         if reference is not None:
-            reference = reference.flatten(0, 2).index_select(0, counts_M)
-        if self._likeliest is None:
-            teacher_MX = batch.teacher_RNKX.flatten(0, 2).index_select(0, counts_M)
-            measured_MQ = self.measure(states_MH, *self._teacher.distinct(teacher_MX), reference)
+            reference = _rows(reference, counts_M)
+        if among is None:
+            said = self._distinct_rows(batch, counts_M)
+            measured_MQ = self.measure(states_MH, *said, reference)
         else:
-            assert self._likeliest.batch is batch, "an update has one batch"
-            measured_MQ = self._measure_likeliest(states_MH, self._likeliest, reference)
+            assert among.batch is batch, "an update has one batch"
+            said = among.teacher_TW, among.says_M
+            measured_MQ = self.measure(states_MH, *said, reference, among.tokens_W)
         whole_MQ = measured_MQ.new_zeros(weights_RNK.numel(), measured_MQ.shape[-1])
         whole_MQ = whole_MQ.index_copy(0, counts_M, measured_MQ)
         return self._loss.reduce(whole_MQ.unflatten(0, weights_RNK.shape), weights_RNK)
@@ -121,41 +123,40 @@ class BatchLoss(nn.Module):
         teacher_TX: Tensor,
         says_M: Tensor,
         reference_MH: Tensor | None,
+        tokens_W: Tensor | None = None,
     ) -> Tensor:
-        """What the loss measures of rows ``[M, Q]``; ``says_M`` is the teacher's row of each."""
+        """What the loss measures of rows ``[M, Q]``; ``says_M`` is the teacher's row of each.
+
+        Over ``tokens_W`` alone, where they are given: then the teacher's rows are its logits of them.
+        """
 
         def measure(rows: slice, states_MH: Tensor) -> Tensor:
-            student_MV = wide(self._drafter.project(states_MH))
+            student_MV = _logits(self._drafter, states_MH, tokens_W)
             with torch.no_grad():
-                teacher_MV = self._teacher_logits(teacher_TX, says_M[rows])
+                if tokens_W is None:
+                    teacher_MV = self._teacher_logits(teacher_TX, says_M[rows])
+                else:
+                    teacher_MV = teacher_TX.index_select(0, says_M[rows])
                 reference_MV = None
                 if reference_MH is not None and self._before is not None:
-                    reference_MV = wide(self._before.drafter.project(reference_MH[rows]))
+                    before = self._before.drafter
+                    reference_MV = _logits(before, reference_MH[rows], tokens_W)
             return self._loss.measure(student_MV, teacher_MV, reference_MV)
 
         parameters = list(self.network.parameters())
         return in_chunks(measure, states_MH, parameters, self._chunk_rows)
 
-    def _measure_likeliest(
-        self, states_MH: Tensor, among: Likeliest, reference_MH: Tensor | None
-    ) -> Tensor:
-        student_MW = wide(self._drafter.project(states_MH, among.tokens_W))
-        reference_MW = None
-        if reference_MH is not None and self._before is not None:
-            with torch.no_grad():
-                reference_MW = wide(self._before.drafter.project(reference_MH, among.tokens_W))
-        return self._loss.measure(student_MW, among.teacher_TW[among.says_M], reference_MW)
+    def _distinct_rows(self, batch: SignalBatch, counts_M: Tensor) -> tuple[Tensor, Tensor]:
+        return distinct(_rows(batch.teacher_RNKX, counts_M), self._teacher_form)
 
     def _rank(self, batch: SignalBatch, most: int | None) -> Likeliest | None:
         """The tokens among so many likeliest of any row, of the teacher's or of the draft's."""
-        counts_M = batch.weights_RNK.flatten().nonzero().squeeze(-1)  # host waits for the device
-        if most is None or not len(counts_M):
+        if most is None or not len(counts_M := _that_count(batch)):
             return None
-        teacher_MX = batch.teacher_RNKX.flatten(0, 2).index_select(0, counts_M)
-        teacher_TX, says_M = self._teacher.distinct(teacher_MX)
+        teacher_TX, says_M = self._distinct_rows(batch, counts_M)
         with self._computing:
             teacher_TV = wide(self._teacher.logits(teacher_TX, self._drafter.target_ids()))
-            states_MH = self._drafter.replay_states(batch).flatten(0, 2).index_select(0, counts_M)
+            states_MH = _rows(self._drafter.replay_states(batch), counts_M)
             students = (self._drafter.project(rows) for rows in states_MH.split(ROWS_TO_RANK))
             best = [
                 logits.topk(min(most, logits.shape[-1])).indices.flatten()
@@ -183,14 +184,28 @@ class BatchLoss(nn.Module):
         ids = self._drafter.target_ids()
         if ids is None:
             return None
-        weights = batch.weights_RNK.flatten()
-        counts_M = weights.nonzero().squeeze(-1)  # host waits for the device
+        weights, counts_M = batch.weights_RNK.flatten(), _that_count(batch)
         if not len(counts_M):  # a rank's share may have no row that counts
             return weights.new_zeros(())
         step = -(-len(counts_M) // ROWS_OF_LOST_MASS)
         counts_M = counts_M[step // 2 :: step]
         lost_M = self._teacher.lost_mass(batch.teacher_RNKX.flatten(0, 2)[counts_M], ids)
         return (lost_M * weights[counts_M]).sum() / weights[counts_M].sum()
+
+
+def _logits(drafter: Drafter, states_MH: Tensor, tokens_W: Tensor | None) -> Tensor:
+    if tokens_W is None:  # which is all that is asked of a drafter where none are chosen
+        return wide(drafter.project(states_MH))
+    return wide(drafter.project(states_MH, tokens_W))
+
+
+def _that_count(batch: SignalBatch) -> Tensor:
+    """Places of the rows whose weight is not zero ``[M]``."""
+    return batch.weights_RNK.flatten().nonzero().squeeze(-1)  # host waits for the device
+
+
+def _rows(of_RNKX: Tensor, places_M: Tensor) -> Tensor:
+    return of_RNKX.flatten(0, 2).index_select(0, places_M)
 
 
 def share_of(batch: SignalBatch, rank: int, num_ranks: int) -> tuple[SignalBatch, float]:

@@ -26,22 +26,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from cosched.errors import TrainingError
+from cosched.records import UpdateResult
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from cosched.loop.roles import Scorer, Trainer
-    from cosched.records import Decision, SignalBatch, UpdateResult
+    from cosched.records import Decision, SignalBatch
 
 ALIGNMENT = 64  # bytes
 CANDIDATE, SLOTS = 0, 3  # the candidate lies in the first; others are put there to be scored
 PATIENCE_S = 10.0  # for a process that was told to end
+
+R = TypeVar("R")
 
 Build = Callable[[], "tuple[Trainer, Scorer]"]
 """Makes what trains, and what scores its weights."""
@@ -99,12 +102,12 @@ class Worker:
         self._pipe = here
         self._end = weakref.finalize(self, _end, self._process, here, shared)
         self._send((max(1, self._threads // 2), build))
-        well, layout = self._answer()
+        well, answer = self._answer()
         if not well:
             self._end()
-            raise layout
+            raise answer
         # The candidate, and what else is to be scored: what serves, and what was loaded.
-        self.slots = _mapped(shared.fileno(), layout)
+        self.slots = _mapped(shared.fileno(), answer)
 
     @property
     def pid(self) -> int:
@@ -154,28 +157,38 @@ class Worker:
         return TrainingError(f"the process that trains has ended by itself, with exit code {code}")
 
 
-class ProcessTrainer:
+class _OneAtATime(Generic[R]):
+    """Whoever has a worker do one thing at a time."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self._under_way: Pending | None = None
+
+    def _begin(self, method: str, *arguments: Any) -> None:
+        assert self._under_way is None, f"one {method} at a time"
+        self._under_way = self.worker.ask(method, *arguments)
+
+    def finished(self) -> R | None:
+        """What was begun, once it is done; what it raised is raised here."""
+        if self._under_way is None or not self._under_way.done:
+            return None
+        done, self._under_way = self._under_way, None
+        return done.result()
+
+
+class ProcessTrainer(_OneAtATime[UpdateResult]):
     """The trainer in a worker. One update is under way at a time; a ``reset`` drops it.
 
     Everything else waits for what is under way to end.
     """
 
     def __init__(self, worker: Worker) -> None:
-        self.worker = worker
-        self._under_way: Pending | None = None
+        super().__init__(worker)
         self._resetting: Pending | None = None
 
     def update(self, batch: SignalBatch, decision: Decision) -> None:
         """Begin an update; none may be under way."""
-        assert self._under_way is None, "one update at a time"
-        self._under_way = self.worker.ask("update", batch, decision)
-
-    def finished(self) -> UpdateResult | None:
-        """The update that was begun, once it is done; what it raised is raised here."""
-        if self._under_way is None or not self._under_way.done:
-            return None
-        done, self._under_way = self._under_way, None
-        return done.result()
+        self._begin("update", batch, decision)
 
     @property
     def busy(self) -> bool:
@@ -214,18 +227,12 @@ class ProcessTrainer:
                 pending.result()
 
 
-class ProcessScorer:
+class ProcessScorer(_OneAtATime[list[list[float]]]):
     """The scorer in a worker: one look is under way at a time."""
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._under_way: Pending | None = None
-
-    @torch.no_grad()
     def scores(self, batch: SignalBatch, weights: Sequence[Mapping[str, Tensor]]) -> None:
-        """Begin to score; none may be under way, and what serves must not change meanwhile."""
-        assert self._under_way is None, "one look at a time"
-        slots, asked = self._worker.slots, list[int]()
+        """Begin to score; no scores may be under way."""
+        slots, asked = self.worker.slots, list[int]()
         others = iter(range(1, len(slots)))
         for one in weights:
             number = CANDIDATE
@@ -233,14 +240,7 @@ class ProcessScorer:
                 number = next(others)
                 _copy(one, slots[number])
             asked.append(number)
-        self._under_way = self._worker.ask("scores", batch, asked)
-
-    def finished(self) -> list[list[float]] | None:
-        """What was asked for, once it is there."""
-        if self._under_way is None or not self._under_way.done:
-            return None
-        done, self._under_way = self._under_way, None
-        return done.result()
+        self._begin("scores", batch, asked)
 
     @property
     def busy(self) -> bool:

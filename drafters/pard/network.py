@@ -52,12 +52,15 @@ class PardNetwork(nn.Module):
         if self.lm_head is not None:
             return None
         weight = self.model.embed_tokens.weight
-        if not self._tied or self._tied[0].weight is not weight:
-            layer = nn.Linear(1, 1, bias=False, device="meta")
-            layer.out_features, layer.in_features = weight.shape
-            layer.weight = weight
+        if self._tied and self._tied[0].weight is weight:
+            return self._tied[0]
+        layer = nn.Linear(1, 1, bias=False, device="meta")
+        layer.out_features, layer.in_features = weight.shape
+        del layer.weight
+        layer.weight = weight
+        if isinstance(weight, nn.Parameter):  # else functional_call has put it there for the while
             self._tied = [layer]
-        return self._tied[0]
+        return layer
 
     def embed(self, tokens: Tensor, features: Tensor | None) -> Tensor:
         """``[..., E]``: token embeddings, and for PARD-2 the feature before each token."""
@@ -71,9 +74,6 @@ class PardNetwork(nn.Module):
     def head(self, hidden: Tensor, tokens_W: Tensor | None = None) -> Tensor:
         """Logits ``[..., U]``, or of some tokens ``[..., W]``."""
         hidden = self.model.norm(hidden)
-        weight = self.model.embed_tokens.weight
-        if self.lm_head is None and not isinstance(weight, nn.Parameter):  # by functional_call
-            return nn.functional.linear(hidden, weight if tokens_W is None else weight[tokens_W])
         head = self.lm_head or self.tied_head
         assert head is not None
         return logits_of(head, hidden, tokens_W)

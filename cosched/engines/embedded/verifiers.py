@@ -34,21 +34,19 @@ class Verifier(Protocol):
 
     def tokens(self, proposal: Proposal, path_BK: Tensor) -> Tensor:
         """The K tokens that the target's rows stand behind, and of which the accepted are committed."""
-        ...
+        del path_BK
+        return proposal.tokens_BK
 
     def verify(
         self, proposal: Proposal, logits_BSV: Tensor, uniforms_BU: Tensor, path_BS: Tensor
     ) -> Outcome: ...
 
 
-class GreedyVerifier:
+class GreedyVerifier(Verifier):
     """The draft's best token, held against the target's best token."""
 
     def choose(self, uniforms_BU: Tensor, path_BK: Tensor) -> Choose:  # noqa: ARG002
         return lambda _k, logits_BV: logits_BV.argmax(-1)
-
-    def tokens(self, proposal: Proposal, path_BK: Tensor) -> Tensor:  # noqa: ARG002
-        return proposal.tokens_BK
 
     def verify(
         self,
@@ -60,7 +58,7 @@ class GreedyVerifier:
         return verify_greedy(proposal.tokens_BK, logits_BSV)
 
 
-class SamplingVerifier:
+class SamplingVerifier(Verifier):
     """Drafts are sampled from the draft, and kept so that the target's distribution stands."""
 
     def __init__(self, sampling: SamplingParams) -> None:
@@ -71,9 +69,6 @@ class SamplingVerifier:
             return draw(probabilities(logits_BV, self.sampling, cut=False), uniforms_BU[:, k])
 
         return pick
-
-    def tokens(self, proposal: Proposal, path_BK: Tensor) -> Tensor:  # noqa: ARG002
-        return proposal.tokens_BK
 
     def verify(
         self,
@@ -93,7 +88,7 @@ class SamplingVerifier:
         )
 
 
-class ForcedVerifier:
+class ForcedVerifier(Verifier):
     """The text is given; the draft is led along it and judged by its chance of being accepted.
 
     ``greedy``    stands while the draft's best token is the text's: exact for greedy text.
