@@ -123,7 +123,8 @@ def update(
     watch = Stopwatch()
     watch.watch(copy, "replay_states", "replay")
     watch.watch(copy, "project", "student head")
-    for method in ("distinct", "logits", "lost_mass"):
+    watch.watch(batch_loss, "_distinct_rows", "teacher")
+    for method in ("logits", "lost_mass"):
         watch.watch(batch_loss._teacher, method, "teacher")
     watch.watch(loss, "measure", "loss")
     watch.watch(trainer._engine, "backward", "backward")

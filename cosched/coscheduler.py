@@ -56,6 +56,7 @@ class Coscheduler:
         result = self.update(decision)
         verdict = self.judge(round_, snapshot, result)
         self.publish(verdict)
+        self.counters.beside = self.busy
 
     def collect(self, round_: VerifyRound) -> None:
         """Keep its rows; who has finished is known also while nothing is learnt."""
@@ -66,7 +67,7 @@ class Coscheduler:
     def observe(self, round_: VerifyRound) -> Snapshot:
         """Count it: all that a policy may know, in numbers."""
         standing = self._guard.standing
-        self.counters.observe(round_, standing.lead_tokens, beside=self.busy)
+        self.counters.observe(round_, standing.lead_tokens)
         self._guard.observe(round_, self.counters.serves_loaded)
         running, kept = round_.num_running, self._buffer.num_tokens
         return self.counters.snapshot(running, self.version, kept, standing.resumes_at)
@@ -113,8 +114,7 @@ class Coscheduler:
 
     def publish(self, verdict: Verdict) -> None:
         """Do it: here alone weights begin to serve, and here alone training goes back."""
-        if verdict.action == "publish":
-            assert self._trainer is not None
+        if verdict.action == "publish" and self._trainer is not None:
             self.counters.published()
             self._serve(self._trainer.weights())
         elif verdict.to is not None:

@@ -68,6 +68,15 @@ def test_learning_costs_no_more_than_it_brings(gain: float, cost: float) -> None
     assert counters.update_seconds_total <= 100 * 0.02 + cost + 0.005 * 61 + 0.5 * saved * 1.05
 
 
+def test_what_goes_on_beside_rounds_is_charged_for_all_that_it_slowed() -> None:
+    """From the round in which it was begun to the one in which it ended, that one included."""
+    counters, updates = Counters(), [False] * 20 + [True] * 3 + [False] * 20
+    for beside in updates:
+        counters.beside = beside
+        counters.observe(round_of([2], seconds=0.03 if beside else 0.02))
+    assert counters.snapshot(1, 0, 0).seconds_updating == pytest.approx(0.03)
+
+
 def test_nothing_is_earned_without_evidence() -> None:
     """A score that could be chance buys no update; nor does a draft that has gone back."""
     counters, monitor = Counters(serves_loaded=False), Monitor()

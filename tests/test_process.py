@@ -116,6 +116,26 @@ def test_state_goes_there_and_back_to_the_bit(batch: SignalBatch, beside: Any) -
     assert result_of(trainer).losses == next_losses
 
 
+def test_weights_that_are_there_already_are_scored_as_they_were(
+    world: Any, batch: SignalBatch, beside: Any
+) -> None:
+    """A look costs the engine no copy of what the process has; a new version takes an old one's place."""
+    (trainer, scorer), (_, inline) = beside, learner(world, background=False)
+    loaded, second, third = (copied(trainer.weights()) for _ in range(3))
+    for number, weights in enumerate((second, third), start=1):
+        weights.update({name: weight + 0.01 * number for name, weight in weights.items()})
+    for asked in (
+        [loaded],
+        [second, loaded],
+        [loaded, third, trainer.weights()],
+        [third],
+        [second],
+    ):
+        scorer.scores(batch, asked)
+        for ours, plain in zip(result_of(scorer), inline.scores(batch, asked), strict=True):
+            assert ours == pytest.approx(plain, rel=1e-3)
+
+
 def test_a_look_that_nobody_wants_leaves_no_answer_behind(batch: SignalBatch, beside: Any) -> None:
     """Its request has ended: the next answer is that of the next question."""
     trainer, scorer = beside

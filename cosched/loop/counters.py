@@ -41,6 +41,7 @@ class Counters:
     verify_seconds: float = 0.0
     update_seconds_total: float = 0.0  # that the engine waited for
     background_seconds: float = 0.0  # of updates beside it
+    beside: bool = False  # an update, or a look, went on when the newest round began
     slowed_seconds: float = 0.0  # that rounds took longer while something went on beside them
     quiet_round_seconds: float = 0.0  # moving mean of rounds beside which nothing did
     publish_seconds: float = 0.0
@@ -88,11 +89,8 @@ class Counters:
     def _training_seconds(self) -> float:
         return self._lost_seconds + self.publish_seconds
 
-    def observe(self, round_: VerifyRound, lead_tokens: float = 0.0, beside: bool = False) -> None:
-        """Count a round, in which what was learnt was so much better than the draft as loaded.
-
-        ``beside`` says that an update, or a look, went on meanwhile.
-        """
+    def observe(self, round_: VerifyRound, lead_tokens: float = 0.0) -> None:
+        """Count a round, in which what was learnt was so much better than the draft as loaded."""
         committed = round_.num_committed
         seconds = round_.draft_seconds + round_.verify_seconds
         self.draft_seconds += round_.draft_seconds
@@ -101,7 +99,7 @@ class Counters:
             self._observe_length(committed / len(round_.blocks))
             weight = RECENT_WEIGHT if self.rounds > 1 else 1.0
             self.round_seconds += weight * (seconds - self.round_seconds)
-            self._observe_slowing(seconds, beside)
+            self._observe_slowing(seconds)
             if not self.serves_loaded:
                 self.earned_seconds += seconds * lead_tokens / max(1.0, self.recent - lead_tokens)
         self.committed += committed
@@ -111,9 +109,9 @@ class Counters:
         self.tokens_left = round_.tokens_left
         self.queued = round_.num_queued
 
-    def _observe_slowing(self, seconds: float, beside: bool) -> None:
+    def _observe_slowing(self, seconds: float) -> None:
         """What goes on beside a round takes cores and memory from it."""
-        if not beside:
+        if not self.beside:
             weight = RECENT_WEIGHT if self.quiet_round_seconds else 1.0
             self.quiet_round_seconds += weight * (seconds - self.quiet_round_seconds)
         elif self.quiet_round_seconds:

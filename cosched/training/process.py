@@ -228,18 +228,26 @@ class ProcessTrainer(_OneAtATime[UpdateResult]):
 
 
 class ProcessScorer(_OneAtATime[list[list[float]]]):
-    """The scorer in a worker: one look is under way at a time."""
+    """The scorer in a worker: one look is under way at a time.
+
+    Weights that are there already are not sent again: but for the candidate, nobody writes to weights
+    that were given here.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self._there: list[Mapping[str, Tensor] | None] = [None] * SLOTS
+        self._there[CANDIDATE] = worker.slots[CANDIDATE]
 
     def scores(self, batch: SignalBatch, weights: Sequence[Mapping[str, Tensor]]) -> None:
         """Begin to score; no scores may be under way."""
-        slots, asked = self.worker.slots, list[int]()
-        others = iter(range(1, len(slots)))
         for one in weights:
-            number = CANDIDATE
-            if one is not slots[CANDIDATE]:
-                number = next(others)
-                _copy(one, slots[number])
-            asked.append(number)
+            if not _among(one, self._there):
+                free = (n for n in range(SLOTS) if not _among(self._there[n], weights))
+                number = next(n for n in free if n != CANDIDATE)
+                _copy(one, self.worker.slots[number])
+                self._there[number] = one
+        asked = [next(n for n in range(SLOTS) if self._there[n] is one) for one in weights]
         self._begin("scores", batch, asked)
 
     @property
@@ -249,6 +257,10 @@ class ProcessScorer(_OneAtATime[list[list[float]]]):
     def forget(self) -> None:
         """Nobody wants to know any more."""
         self._under_way = None
+
+
+def _among(one: object, others: Sequence[object]) -> bool:
+    return any(one is other for other in others)
 
 
 def _end(process: subprocess.Popen[bytes], pipe: Connection, shared: Any) -> None:
