@@ -1,14 +1,15 @@
 """The real model: what each draft is worth, frozen and learning, on each kind of text; several seeds.
 
 Usage: python benchmarks/bench_real_model.py [--config configs/real_model.yaml] [--seeds 0 1 2]
-           [--work runs/bench_real_model] [--set key.sub=value …]
+           [--work runs/bench_real_model] [--behind 512] [--set key.sub=value …]
 
 Runs the file once for each seed; a run that is there stays, so an interrupted benchmark goes on. The
 texts are answers of the model that lie in the repository, the same for all arms and seeds; a seed draws
 what the draft proposes and what of it is accepted. Prints one table: of each text and arm the acceptance
 length, on all and on novel positions, and the speed over that of plain and of the same draft frozen (with
 or without a window, whichever was faster there), with 95 % intervals over the answers of all seeds, of
-which a run must have six to twelve. `cosched realworld fetch` comes first.
+which a run must have six to twelve. With --behind a second table has the acceptance length on novel
+positions from that place of an answer on, for which answers have to be long. `cosched realworld fetch` comes first.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from cosched.telemetry.metrics import RunSummary
 
 if TYPE_CHECKING:
     from cosched.report.intervals import Ratio
-    from cosched.telemetry.metrics import TextFigures
+    from cosched.telemetry.metrics import Bucket, TextFigures
 
 ALL = "all"
 
@@ -38,9 +39,11 @@ def main() -> None:
     parser.add_argument("--config", default="configs/real_model.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", default="runs/bench_real_model")
+    parser.add_argument("--behind", type=int, help="a place where a bucket of the report begins")
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value")
     options = parser.parse_args()
     figures: dict[tuple[str, str], list[TextFigures]] = defaultdict(list)
+    deep: dict[str, list[Bucket]] = defaultdict(list)
     for seed in options.seeds:
         summary = _once(options.config, options.work, seed, options.overrides)
         for arm, whole in summary.arms.items():
@@ -49,7 +52,13 @@ def main() -> None:
                 own = msgspec.structs.replace(found, parts=list(islice(left, found.requests)))
                 figures[text, arm].append(own)
                 figures[ALL, arm].append(own)
-    Console(width=150).print(_table(figures, len(options.seeds)))
+            deep[arm] += [
+                one for one in whole.tau_by_position if one.start >= (options.behind or 0)
+            ]
+    console = Console(width=150)
+    console.print(_table(figures, len(options.seeds)))
+    if options.behind is not None:
+        console.print(_table_behind(deep, options.behind))
 
 
 def _once(config: str, work: str, seed: int, overrides: list[str]) -> RunSummary:
@@ -85,6 +94,27 @@ def _table(figures: dict[tuple[str, str], list[TextFigures]], seeds: int) -> Tab
         )
         before = text
     return table
+
+
+def _table_behind(deep: dict[str, list[Bucket]], behind: int) -> Table:
+    table = Table(
+        "arm", "novel rounds", "τ novel", "of frozen", "of frozen+window",
+        title=f"from the {behind}th token of an answer on",
+    )  # fmt: skip
+    reached = {arm: _novel_length(found) for arm, found in deep.items()}
+    for arm, length in reached.items():
+        rounds = sum(one.rounds_novel for one in deep[arm])
+        draft = arm.rpartition(".")[0]
+        controls = [f"{draft}.{kind}".removeprefix(".") for kind in ("frozen", "frozen+window")]
+        gains = [f"{length / reached[one] - 1:+.1%}" if one in reached else "" for one in controls]
+        table.add_row(arm, f"{rounds:,}", f"{length:.3f}", *gains)
+    return table
+
+
+def _novel_length(found: list[Bucket]) -> float:
+    """Tokens a round, of rounds that began on novel positions."""
+    tokens = sum(one.rounds_novel * (one.tau_novel or 0.0) for one in found)
+    return tokens / sum(one.rounds_novel for one in found)
 
 
 def _novel(found: list[TextFigures]) -> str:

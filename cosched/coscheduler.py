@@ -37,12 +37,12 @@ class Coscheduler:
         reset_when_finished: bool,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._buffer = buffer
-        self._policy = policy
-        self._trainer = trainer
-        self._guard = guard
-        self._publisher = publisher
-        self._sink = sink
+        self.buffer = buffer
+        self.policy = policy
+        self.trainer = trainer
+        self.guard = guard
+        self.publisher = publisher
+        self.sink = sink
         self._reset_when_finished = reset_when_finished
         self._meter = Meter(clock)
         self.counters = Counters()
@@ -60,16 +60,16 @@ class Coscheduler:
 
     def collect(self, round_: VerifyRound) -> None:
         """Keep its rows; who has finished is known also while nothing is learnt."""
-        if self._trainer is not None:
+        if self.trainer is not None:
             kept = round_ if self._learner else replace(round_, segments=(), blocks=())
-            self.counters.evicted += self._buffer.collect(kept)
+            self.counters.evicted += self.buffer.collect(kept)
 
     def observe(self, round_: VerifyRound) -> Snapshot:
         """Count it: all that a policy may know, in numbers."""
-        standing = self._guard.standing
+        standing = self.guard.standing
         self.counters.observe(round_, standing.lead_tokens)
-        self._guard.observe(round_, self.counters.serves_loaded)
-        running, kept = round_.num_running, self._buffer.num_tokens
+        self.guard.observe(round_, self.counters.serves_loaded)
+        running, kept = round_.num_running, self.buffer.num_tokens
         return self.counters.snapshot(running, self.version, kept, standing.resumes_at)
 
     def decide(self, snapshot: Snapshot) -> Decision:
@@ -77,7 +77,7 @@ class Coscheduler:
         if self._learner is None or self.busy:
             return NOTHING
         with self._meter:
-            return self._policy.decide(snapshot)
+            return self.policy.decide(snapshot)
 
     def update(self, decision: Decision) -> UpdateResult | None:
         """Micro-steps on the trainer's own copy; None while none is done."""
@@ -91,7 +91,7 @@ class Coscheduler:
             self.counters.update_seconds_total += seconds
         if result:
             self.counters.note_update(result, in_background=under_way)
-            self._sink.emit("update", round=self.counters.rounds, result=result)
+            self.sink.emit("update", round=self.counters.rounds, result=result)
         return result
 
     def judge(self, round_: VerifyRound, seen: Snapshot, result: UpdateResult | None) -> Verdict:
@@ -103,20 +103,20 @@ class Coscheduler:
         if self._learner.busy:
             return KEEP  # the copy is in use
         with self._meter:
-            verdict = self._guard.judge(result, seen, self._learner.weights)
+            verdict = self.guard.judge(result, seen, self._learner.weights)
         seconds = self._meter.take()
-        if verdict.reason or self._guard.busy:
+        if verdict.reason or self.guard.busy:
             self.counters.note_look(seconds)
         if verdict.reason:
             self.counters.note_verdict(verdict, self.version)
-            self._sink.emit("verdict", round=self.counters.rounds, verdict=verdict)
+            self.sink.emit("verdict", round=self.counters.rounds, verdict=verdict)
         return verdict
 
     def publish(self, verdict: Verdict) -> None:
         """Do it: here alone weights begin to serve, and here alone training goes back."""
-        if verdict.action == "publish" and self._trainer is not None:
+        if verdict.action == "publish" and self.trainer is not None:
             self.counters.published()
-            self._serve(self._trainer.weights())
+            self._serve(self.trainer.weights())
         elif verdict.to is not None:
             self._go_back(verdict.to, verdict.reason)
 
@@ -126,74 +126,74 @@ class Coscheduler:
         Raises:
             PublicationError: that version is not kept, or this draft is never published.
         """
-        if self._publisher is None:
+        if self.publisher is None:
             raise PublicationError("this draft is not trained here: it has no versions")
         serving = self.version
         self.publish(Verdict("roll_back", "asked for", to=version))
         if self.version == serving:  # again: who asked sees by the number that it was done
-            self._serve(self._publisher.weights_of(version))
-        self._guard.start_anew(self.counters.rounds)
+            self._serve(self.publisher.weights_of(version))
+        self.guard.start_anew(self.counters.rounds)
         return self.version
 
     @property
     def version(self) -> int:
-        return self._publisher.version if self._publisher else 0
+        return self.publisher.version if self.publisher else 0
 
     @property
     def busy(self) -> bool:
         """Whether something goes on beside the decoding: an update, or a look at what came of one."""
-        return self._trainer is not None and (self._trainer.busy or self._guard.busy)
+        return self.trainer is not None and (self.trainer.busy or self.guard.busy)
 
     @property
     def _learner(self) -> Trainer | None:
-        return self._trainer if self.learning else None
+        return self.trainer if self.learning else None
 
     def state(self) -> tuple[Counters, int, Mapping[str, Tensor]]:
         """What a later run goes on from; valid while no request runs, whose rows are not kept."""
-        if self._trainer is None or self._publisher is None:
+        if self.trainer is None or self.publisher is None:
             return self.counters, self.version, {}
-        kept = {**self._trainer.state(), **self._publisher.state(), **self._guard.state()}
+        kept = {**self.trainer.state(), **self.publisher.state(), **self.guard.state()}
         return self.counters, self.version, kept
 
     def restore(self, counters: Counters, version: int, tensors: Mapping[str, Tensor]) -> None:
         """Go on from an earlier run's ``state()``."""
         self.counters = counters
-        if self._trainer is not None and self._publisher is not None and counters.updates:
-            self._trainer.restore(tensors)
-            self._publisher.restore(tensors, version)
-            self._guard.restore(tensors)
+        if self.trainer is not None and self.publisher is not None and counters.updates:
+            self.trainer.restore(tensors)
+            self.publisher.restore(tensors, version)
+            self.guard.restore(tensors)
 
     def _begin(self, trainer: Trainer, decision: Decision) -> UpdateResult | None:
-        batch = self._buffer.sample() if decision.num_steps else None
+        batch = self.buffer.sample() if decision.num_steps else None
         if batch is None:
             self.counters.starved += decision.num_steps > 0
             return None
         self.counters.begin_update(decision.num_steps)
-        self._sink.emit("decision", round=self.counters.rounds, decision=decision)
+        self.sink.emit("decision", round=self.counters.rounds, decision=decision)
         return trainer.update(batch, decision)  # None: it goes on in the background
 
     def _forget(self) -> Verdict:
         """State per request: the next one starts from the draft as it was loaded, and anew."""
-        self._guard.request_ended(self.counters.rounds)
+        self.guard.request_ended(self.counters.rounds)
         if not (self.counters.start_anew() or self.busy):
             return KEEP  # it has learnt nothing
-        self._sink.emit("reset", round=self.counters.rounds)
+        self.sink.emit("reset", round=self.counters.rounds)
         return Verdict("roll_back", "its request has ended", to=0)
 
     def _go_back(self, version: int, reason: str) -> None:
-        assert self._trainer is not None
-        assert self._publisher is not None
-        serving, weights = self.version, self._publisher.weights_of(version)
+        assert self.trainer is not None
+        assert self.publisher is not None
+        serving, weights = self.version, self.publisher.weights_of(version)
         with self._meter:
-            self._trainer.load(weights) if version else self._trainer.reset()
+            self.trainer.load(weights) if version else self.trainer.reset()
         self.counters.update_seconds_total += self._meter.take()
         self.counters.went_back(version, serving)
         if version != serving:
-            self._sink.emit("rollback", round=self.counters.rounds, to=version, reason=reason)
+            self.sink.emit("rollback", round=self.counters.rounds, to=version, reason=reason)
             self._serve(weights)
 
     def _serve(self, weights: Mapping[str, Tensor]) -> None:
-        assert self._publisher is not None
-        version = self._publisher.publish(weights)
+        assert self.publisher is not None
+        version = self.publisher.publish(weights)
         self.counters.publish_seconds += version.seconds
-        self._sink.emit("publication", round=self.counters.rounds, version=version)
+        self.sink.emit("publication", round=self.counters.rounds, version=version)

@@ -54,8 +54,8 @@ def test_tenants_learn_apart_and_lose_nothing(target: Target, per_tenant: Config
     assert not same(a, b)
     assert same(c, first[2])
     assert same({n: p.detach() for n, p in drafter.network().named_parameters()}, base)
-    assert [part.version > 3 for part in pool._parts] == [True, True, False]
-    assert pool.version == sum(part.version for part in pool._parts)
+    assert [part.version > 3 for part in pool.parts] == [True, True, False]
+    assert pool.version == sum(part.version for part in pool.parts)
     assert pool.counters.updates == pool.version
     rows = [row for one in done.values() for row in one.rounds]
     assert pool.counters.committed == sum(row.num_committed for row in rows)
@@ -88,8 +88,8 @@ def test_trainers_stand_on_one_base(target: Target, per_tenant: Config) -> None:
     drafter = make_drafter(target)
     pool = make_pool(per_tenant, target, drafter)
     run_pool(target, drafter, pool, owned(make_requests(target, 3, 8, 40), "a", "b", "c"))
-    trainers: list[Any] = [part._trainer for part in pool._parts]
-    networks = [trainer._batch_loss.network for trainer in trainers]
+    trainers: list[Any] = [part.trainer for part in pool.parts]
+    networks = [trainer.batch_loss.network for trainer in trainers]
     bases = [
         {n: p.data_ptr() for n, p in network.named_parameters() if not p.requires_grad}
         for network in networks
@@ -127,7 +127,7 @@ def test_requests_of_a_batch_learn_apart_and_are_forgotten(
     first = serving(pool)
     done = run_pool(target, drafter, pool, requests)
     assert {name: list(one.tokens) for name, one in done.items()} == plain
-    assert all(part.counters.updates > 3 for part in pool._parts)
+    assert all(part.counters.updates > 3 for part in pool.parts)
     assert all(same(now, was) for now, was in zip(serving(pool), first, strict=True))
 
 
@@ -164,7 +164,7 @@ def test_a_lent_adapter_comes_back_as_it_was(target: Target, configure: Configur
         pool = make_pool(config, target, drafter)
         if before:
             run_pool(target, drafter, pool, before)
-            assert pool._parts[0].counters.updates > 3
+            assert pool.parts[0].counters.updates > 3
         done = run_pool(target, drafter, pool, requests[1:])
         rounds.append([row.num_accepted for row in done["r1"].rounds])
     assert rounds[0] == rounds[1]
@@ -180,7 +180,7 @@ def test_a_pool_counts_what_guards_did(target: Target, configure: Configure) -> 
     pool = make_pool(config, target, drafter)
     requests = make_requests(target, count=2, prompt=8, new=90)
     done = run_pool(target, drafter, pool, requests)
-    counters, parts = pool.counters, [part.counters for part in pool._parts]
+    counters, parts = pool.counters, [part.counters for part in pool.parts]
     assert counters.refused == sum(part.refused for part in parts) > 0
     assert counters.rolled_back == sum(part.rolled_back for part in parts)
     assert 0 < counters.guard_seconds < counters.update_seconds_total

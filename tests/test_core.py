@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -81,6 +83,18 @@ def test_a_request_too_large_for_the_buffer_is_counted() -> None:
     assert (buffer.num_tokens, num_evicted) == (0, 1)
 
 
+def test_who_finishes_makes_room_for_who_begins() -> None:
+    """In one round: nobody has to go for it, and none that has finished is let in again."""
+    buffer = ReplayBuffer(ReplayLimits(16, 8, 2, 48, 1 << 20, 12, 12), "delayed", None)
+    for request in range(3):
+        assert buffer.collect(numbered_round(request, 0, 16, True, False)) == 0
+    last, first = numbered_round(1, 16, 4, True, True), numbered_round(3, 0, 16, True, False)
+    both = replace(last, segments=last.segments + first.segments)
+    assert buffer.collect(both) == 0
+    assert buffer.num_tokens == 48
+    assert buffer.collect(numbered_round(4, 0, 16, True, True)) == 0
+
+
 # --- publication ---------------------------------------------------------------------------
 
 
@@ -151,7 +165,7 @@ def test_a_kept_version_serves_again_to_the_bit() -> None:
                 version = fields["version"]
                 served[version.version] = version.draft_checksum
 
-    observer._sink = Recorder()
+    observer.sink = Recorder()
     requests = make_requests(target, count=1, prompt=6, new=12)
     decode(make_engine(target, drafter, requests, observer=observer), requests)
     newest = observer.version

@@ -196,7 +196,7 @@ def test_sglang_is_told_the_own_draft(tmp_path: Path) -> None:
     config = load_config(file(tmp_path, arms, drafts=drafts, engine={"kind": "sglang"}))
     world = ServedWorld(config, None, [], SamplingParams(0.0, 1.0))
     arm = build_served_arm(world, arms[1], NoEvents(), lambda _n: None)
-    (tmp_path / "told.yaml").write_text(to_yaml(arm.engine._config))
+    (tmp_path / "told.yaml").write_text(to_yaml(arm.engine.config))
     read = load_config(tmp_path / "told.yaml")
     assert (read.drafter_settings.kind, read.drafter_settings.window) == ("pard", 24)
     assert (read.adapt.trainer.lr, read.drafts) == (0.25, {})

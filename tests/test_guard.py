@@ -144,7 +144,7 @@ def test_the_guard_scores_in_the_chunks_of_the_loss() -> None:
     """Else it would hold logits of all rows beside a loss that does not."""
     arm = build_arm(world_of("adapt.memory.chunk_rows=5"), "adapted", Events())
     coscheduler: Any = arm.coscheduler
-    assert coscheduler._guard._scorer._chunk_rows == 5
+    assert coscheduler.guard.scorer.chunk_rows == 5
 
 
 # --- settings ------------------------------------------------------------------------------

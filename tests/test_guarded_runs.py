@@ -50,7 +50,7 @@ def test_a_poisoned_update_is_caught_before_it_serves(monkeypatch) -> None:
     arm = build_arm(world, "adapted", events)
     assert arm.coscheduler is not None
     coscheduler: Any = arm.coscheduler
-    buffer, trainer = coscheduler._buffer, coscheduler._trainer
+    buffer, trainer = coscheduler.buffer, coscheduler.trainer
     honest, load, loaded = buffer.sample, trainer.load, []
     begun: list[tuple[int, int]] = []  # how many events there were, which version served
 
@@ -100,9 +100,9 @@ def test_poison_that_serves_is_undone(monkeypatch) -> None:
     events = Events()
     arm = build_arm(world, "adapted", events)
     coscheduler: Any = arm.coscheduler
-    trainer, publisher = coscheduler._trainer, coscheduler._publisher
+    trainer, publisher = coscheduler.trainer, coscheduler.publisher
     loaded = checksum(publisher.weights_of(0))
-    honest, load = coscheduler._buffer.sample, trainer.load
+    honest, load = coscheduler.buffer.sample, trainer.load
     rejects, always = Evidence.rejects, ShadowSettings().false_publish
     poisoned_at: list[int] = []
     clean: list[bool] = []
@@ -120,7 +120,7 @@ def test_poison_that_serves_is_undone(monkeypatch) -> None:
     monkeypatch.setattr(
         Evidence, "rejects", lambda self, rate: rate == always or rejects(self, rate)
     )
-    monkeypatch.setattr(coscheduler._buffer, "sample", sample)
+    monkeypatch.setattr(coscheduler.buffer, "sample", sample)
     monkeypatch.setattr(trainer, "load", load_and_look)
     tokens = decode(world, arm)
     rollback = events.of("rollback")[0]
@@ -144,7 +144,7 @@ def test_the_default_guard_serves_no_poison(monkeypatch) -> None:
     world, events = world_of(*FAR, "adapt.guard={kind: shadow}", tokens=1200), Events()
     arm = build_arm(world, "adapted", events)
     coscheduler: Any = arm.coscheduler
-    honest = coscheduler._buffer.sample
+    honest = coscheduler.buffer.sample
     begun: list[tuple[int, int]] = []  # round, version
 
     def sample() -> SignalBatch | None:
@@ -154,7 +154,7 @@ def test_the_default_guard_serves_no_poison(monkeypatch) -> None:
         begun.append((coscheduler.counters.rounds, version))
         return poisoned(clean) if coscheduler.counters.rounds < begun[0][0] + POISONED else clean
 
-    monkeypatch.setattr(coscheduler._buffer, "sample", sample)
+    monkeypatch.setattr(coscheduler.buffer, "sample", sample)
     decode(world, arm)
     start, version = begun[0]
     during = [e for e in events.of("publication") if start <= e["round"] < start + POISONED]
@@ -179,7 +179,7 @@ def test_nothing_is_undone_where_learning_pays() -> None:
     assert arm.coscheduler.version == len(events.of("publication")) >= 1
     assert not events.of("rollback")
     coscheduler: Any = arm.coscheduler
-    assert coscheduler._guard.standing.lead_tokens > 0
+    assert coscheduler.guard.standing.lead_tokens > 0
     assert counters.earned_seconds > 0
     assert 0 < counters.guard_seconds < counters.update_seconds_total
 

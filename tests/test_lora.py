@@ -69,7 +69,7 @@ def test_merged_weights_say_what_the_adapters_say(target: Target, config: Config
         merged = drafter.clone(torch.float32)
         merged.network().load_state_dict(trainer.weights(), strict=False)
         expected = make_trainer(config, target, merged).update(batch, Decision(1)).losses[0]
-        batch_loss = trainer._trainer._batch_loss
+        batch_loss = trainer.trainer.batch_loss
         in_its_place = placed(batch_loss.network, dict(merged.network().named_parameters()))
         names = {f"network.{name}": weight for name, weight in in_its_place.items()}
         with torch.no_grad():
@@ -85,8 +85,8 @@ def test_only_adapters_are_trained_and_kept_for(
     """The optimizer holds A and B of each layer and nothing else; what they stand on stays."""
     trainer = make_trainer(config, target, make_drafter(target))
     assert isinstance(trainer, MergingTrainer)
-    deepspeed: Any = trainer._trainer
-    network = deepspeed._batch_loss.network
+    deepspeed: Any = trainer.trainer
+    network = deepspeed.batch_loss.network
     before = copied({n: p.detach() for n, p in network.named_parameters() if "lora_" not in n})
     trainer.update(batch, Decision(3))
     after = {n: p.detach() for n, p in network.named_parameters() if "lora_" not in n}

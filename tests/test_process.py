@@ -18,6 +18,8 @@ from torch import Tensor
 from cosched.build.embedded import build_world, load_drafter
 from cosched.build.trainer import build_learner
 from cosched.errors import ConfigError, TrainingError
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.records import Decision, SignalBatch
 from cosched.settings.load import load_config
 from cosched.settings.schema import Config
@@ -196,6 +198,22 @@ def test_it_ends_with_the_trainer(world: Any) -> None:
     gc.collect()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what it takes")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="its libraries are larger")
+def test_it_takes_the_memory_that_check_says(shared: Any) -> None:
+    config = load_config(WORLD.parent / "configs" / "sampled.yaml", ["engine.device=cpu"])
+    beside = load_config(
+        WORLD.parent / "configs" / "sampled.yaml",
+        ["engine.device=cpu", "adapt.trainer.background=true"],
+    )
+    without, found = (footprint(one, *sketch(one)) for one in (config, beside))
+    assert without.process == 0
+    assert found.added - without.added == found.process
+    status = Path(f"/proc/{shared[0].worker.pid}/status").read_text()
+    (taken,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+    assert 0.7 * found.process < taken * 1024 < 1.4 * found.process
 
 
 def test_what_cannot_be_built_there_is_said_here(world: Any) -> None:

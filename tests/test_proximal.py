@@ -98,7 +98,7 @@ def test_one_step_is_as_without_it(
         moved = change(without, start)
         apart = change(with_it, dict(without.weights()))
         assert apart < 1e-3 * moved
-    assert without._batch_loss._before is None  # a term of weight zero is not paid for
+    assert without.batch_loss.before is None  # a term of weight zero is not paid for
 
 
 @pytest.mark.parametrize("scope", ["full", "body"])
@@ -163,8 +163,8 @@ def test_what_is_frozen_is_shared_with_the_reference(target: Target, batch: Sign
     """Only what is trained is held twice."""
     trainer = make_trainer(target, make_drafter(target), scope="tail", loss=held(1.0))
     trainer.update(batch, Decision(1))
-    loss = trainer._batch_loss
-    behind = dict(loss._before.drafter.network().named_parameters())
+    loss = trainer.batch_loss
+    behind = dict(loss.before.drafter.network().named_parameters())
     trained = trainer.weights()
     assert 0 < len(trained) < len(behind)
     for name, parameter in loss.network.named_parameters():

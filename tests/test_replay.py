@@ -213,7 +213,7 @@ def test_a_chain_keeps_its_own_path(kind: str, weight: float) -> None:
     coscheduler = build_coscheduler(
         config, world.target, load_drafter(world), None, None, NoEvents()
     )
-    assert coscheduler._buffer._refused_weight == weight
+    assert coscheduler.buffer.refused_weight == weight
 
 
 def test_recording_for_other_drafters(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_a_quiet_time_saves_nothing_up() -> None:
     subject = coscheduler(costly, policy("every_n_rounds", rounds=1000), 0.1)
     for _ in range(1000):
         subject.on_round(round_of([2], seconds=0.1))
-    subject._policy = WithinTimeShare(Always(), 0.1)
+    subject.policy = WithinTimeShare(Always(), 0.1)
     for _ in range(200):
         subject.on_round(round_of([2], seconds=0.1))
     assert 2 <= len(costly.begun) <= 4
@@ -79,6 +79,6 @@ def test_the_cap_holds_for_every_policy_that_is_built(kind: str, target: Target)
     }
     would |= {"seconds_earned": 1000.0}
     script = [{"serving_seconds_since_update": s} for s in (0.0, 2.9, 3.1)]
-    decided = steps(built._policy, script, **would)
+    decided = steps(built.policy, script, **would)
     assert decided[:2] == [0, 0]
     assert decided[2] > 0

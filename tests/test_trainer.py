@@ -111,7 +111,7 @@ def test_non_finite_steps_are_skipped_and_counted(
     bad = replace(batch, teacher_RNKX=batch.teacher_RNKX * math.nan)
     result = trainer.update(bad, Decision(2))
     assert (result.num_steps, result.num_skipped) == (2, 2)
-    network = trainer._batch_loss.network
+    network = trainer.batch_loss.network
     handle = network.fc.weight.register_hook(lambda g: g * math.inf)
     result = trainer.update(batch, Decision(1))
     handle.remove()

@@ -208,7 +208,7 @@ def test_only_its_own_section_builds_an_arm(tmp_path: Path) -> None:
     for name in config.arms:
         coscheduler = build_arm(world, name, NoEvents()).coscheduler
         assert coscheduler is not None
-        rates.append(coscheduler._trainer._learning_rate)
+        rates.append(coscheduler.trainer.learning_rate)
     assert rates == [1e-3, 0.25]
 
 
@@ -224,7 +224,7 @@ def test_sglang_is_told_the_variant(tmp_path: Path) -> None:
         ("fast", None, "every_n_tokens"),
         ("fast+window", 48, "every_n_tokens"),
     ):
-        told = build_served_arm(world, name, NoEvents(), lambda _n: None).engine._config
+        told = build_served_arm(world, name, NoEvents(), lambda _n: None).engine.config
         (tmp_path / "told.yaml").write_text(to_yaml(told))
         read = load_config(tmp_path / "told.yaml")
         assert read.policy_settings.kind == policy

@@ -73,7 +73,7 @@ class ShadowGuard:
         self, settings: ShadowSettings, scorer: Scorer, buffer: Buffer, publisher: Publisher
     ) -> None:
         self._settings = settings
-        self._scorer = scorer
+        self.scorer = scorer
         self._buffer = buffer
         self._publisher = publisher
         self._monitor = Monitor()
@@ -81,7 +81,7 @@ class ShadowGuard:
 
     @property
     def busy(self) -> bool:
-        return self._scorer.busy
+        return self.scorer.busy
 
     @property
     def standing(self) -> Standing:
@@ -98,8 +98,8 @@ class ShadowGuard:
         seen: Snapshot,
         candidate: Callable[[], Mapping[str, Tensor]],
     ) -> Verdict:
-        if self._scorer.busy:
-            return self._concluded(self._scorer.finished(), seen)
+        if self.scorer.busy:
+            return self._concluded(self.scorer.finished(), seen)
         if result is not None:
             if result.num_skipped == result.num_steps:
                 return FiniteGuard().judge(result, seen, candidate)
@@ -111,7 +111,7 @@ class ShadowGuard:
             return Verdict("wait", "no held-out rows to score it on") if result else KEEP
         asked = self._asked(seen, candidate() if self._monitor.waits else None)
         self._scored = tuple(asked)
-        return self._concluded(self._scorer.scores(rows, list(asked.values())), seen)
+        return self._concluded(self.scorer.scores(rows, list(asked.values())), seen)
 
     def _asked(
         self, seen: Snapshot, candidate: Mapping[str, Tensor] | None
@@ -132,11 +132,11 @@ class ShadowGuard:
         return self._monitor.look(scores, self._settings, seen)
 
     def request_ended(self, round_: int) -> None:
-        self._scorer.forget()
+        self.scorer.forget()
         self._monitor.request_ended(round_)
 
     def start_anew(self, round_: int) -> None:
-        self._scorer.forget()
+        self.scorer.forget()
         self._monitor = Monitor(looked_at=round_)
 
     def state(self) -> Mapping[str, Tensor]:

@@ -84,7 +84,7 @@ class AcceptanceScorer:
         self._acceptance: Acceptance = acceptance
         self._temperature = temperature
         self._ranks = ranks
-        self._chunk_rows = chunk_rows
+        self.chunk_rows = chunk_rows
         self._computing = computing_in(precision, next(network.parameters()).device)
 
     busy = False  # scores are there when it returns
@@ -130,7 +130,7 @@ class AcceptanceScorer:
 
     def _of_rows(self, rows_MX: Tensor) -> Teacher:
         """``teacher``, of which rows that are alike are recalled once: neighbours' paths overlap."""
-        if self._chunk_rows is not None:
+        if self.chunk_rows is not None:
             return self.teacher(rows_MX)
         rows_TX, says_M = distinct(rows_MX, self._teacher_form)
         return self.teacher(rows_TX)(slice(None))[says_M].__getitem__
@@ -142,7 +142,7 @@ class AcceptanceScorer:
         that is a product with the target's head, and to do it once, all weights would have to be put
         into the network anew for each chunk.
         """
-        if self._chunk_rows is None:
+        if self.chunk_rows is None:
             return self._recalled(rows_MX).__getitem__
         return lambda rows: self._recalled(rows_MX[rows])
 
@@ -171,7 +171,7 @@ class AcceptanceScorer:
             return torch.minimum(p_MD, self._probabilities(logits_MD)).sum(-1)
 
         def kept() -> Tensor:
-            return in_chunks(chances, states(), (), self._chunk_rows)
+            return in_chunks(chances, states(), (), self.chunk_rows)
 
         served = {
             f"network.{name}": weight.to(self._served_as).float()

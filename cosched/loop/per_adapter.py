@@ -74,12 +74,12 @@ class CoschedulerPool:
         self._users: dict[str, int] = {}  # which adapter each running request uses
         names = self._tenants or range(count)
         sinks = [_AdapterEvents(self, sink, name) for name in names]
-        self._parts = [make(index, events) for index, events in enumerate(sinks)]
+        self.parts = [make(index, events) for index, events in enumerate(sinks)]
 
     @property
     def version(self) -> int:
         """Publications of all adapters together: it rises by one with each of them."""
-        return sum(part.version for part in self._parts)
+        return sum(part.version for part in self.parts)
 
     @property
     def rounds(self) -> int:
@@ -87,12 +87,12 @@ class CoschedulerPool:
 
     @property
     def busy(self) -> bool:
-        return any(part.busy for part in self._parts)
+        return any(part.busy for part in self.parts)
 
     @property
     def counters(self) -> Counters:
         """Sums over the adapters, whose own counters are ``parts``; their moving means stay theirs."""
-        parts = [part.counters for part in self._parts]
+        parts = [part.counters for part in self.parts]
         return Counters(
             rounds=self._rounds,
             committed=sum(part.committed for part in parts),
@@ -122,10 +122,10 @@ class CoschedulerPool:
             assert request.tenant is not None
             adapter = self._tenants.index(request.tenant)
         else:
-            free = set(range(len(self._parts))) - set(self._users.values())
+            free = set(range(len(self.parts))) - set(self._users.values())
             if not free:
                 raise WorkloadError(
-                    f"request {request.id} has no adapter: all {len(self._parts)} are in use"
+                    f"request {request.id} has no adapter: all {len(self.parts)} are in use"
                 )
             adapter = min(free)
         self._users[request.id] = adapter
@@ -135,7 +135,7 @@ class CoschedulerPool:
         """Called by the engine after each verification round and after each prefill."""
         self._rounds += bool(round_.blocks)  # a prefill is none
         used = {self._users[segment.request_id] for segment in round_.segments}
-        for index, part in enumerate(self._parts):
+        for index, part in enumerate(self.parts):
             if index in used or part.busy:  # an update in the background may be done
                 part.on_round(self._part_of(round_, index))
         for request_id in round_.finished:
@@ -162,8 +162,8 @@ class CoschedulerPool:
         """As one co-scheduler's; the tensors of adapter i begin with its number."""
         tensors: dict[str, Tensor] = {}
         counters = self.counters
-        counters.versions = [part.version for part in self._parts]
-        for index, part in enumerate(self._parts):
+        counters.versions = [part.version for part in self.parts]
+        for index, part in enumerate(self.parts):
             tensors |= {f"{index}.{name}": tensor for name, tensor in part.state()[2].items()}
         return counters, self.version, tensors
 
@@ -171,7 +171,7 @@ class CoschedulerPool:
         """Go on from an earlier run's ``state()``."""
         del version  # the sum of those of the parts
         self._rounds = counters.rounds
-        kept = zip(self._parts, counters.parts, counters.versions, strict=True)
+        kept = zip(self.parts, counters.parts, counters.versions, strict=True)
         for index, (part, counted, own) in enumerate(kept):
             start = f"{index}."
             mine = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}

@@ -87,7 +87,7 @@ class ReplayBuffer:
         self._fresh = fresh
         self._held_out = held_out
         # What rows behind the first refusal weigh: as set where they are kept, nothing where cut.
-        self._refused_weight = refused_weight if rows == "all" else 0.0
+        self.refused_weight = refused_weight if rows == "all" else 0.0
         self._keep_blocks = rows != "delayed"
         self._request_bytes = limits.request_bytes(self._keep_blocks)
         self._requests: OrderedDict[str, RequestRows] = OrderedDict()
@@ -106,8 +106,13 @@ class ReplayBuffer:
 
         Returns how many requests it has dropped, or not let in, because there was no room.
         """
-        num_evicted = 0
+        num_evicted, finished = 0, set(round_.finished)
+        gone = set() if self._keep_finished else finished
+        for request_id in self._requests.keys() & gone:
+            del self._requests[request_id]  # first, so that nobody has to go for who begins
         for segment in round_.segments:
+            if segment.request_id in gone:
+                continue
             if segment.request_id not in self._requests:
                 num_evicted += self._admit(segment)
             if (rows := self._requests.get(segment.request_id)) is not None:
@@ -117,10 +122,8 @@ class ReplayBuffer:
             for block in round_.blocks:
                 if block.request_id in self._requests:
                     self._requests[block.request_id].blocks.append(_owned(block))
-        for request_id in self._requests.keys() & set(round_.finished):
+        for request_id in self._requests.keys() & finished:
             self._requests[request_id].finished = True
-            if not self._keep_finished:
-                del self._requests[request_id]
         return num_evicted
 
     def _admit(self, segment: Segment) -> int:
@@ -137,7 +140,7 @@ class ReplayBuffer:
 
     def sample(self) -> SignalBatch | None:
         """The newest anchors of the requests; None while none has one."""
-        path, refused_weight = self.limits.path, self._refused_weight
+        path, refused_weight = self.limits.path, self.refused_weight
         drawn = self._shared(
             lambda one, share, spare: one.draw(self.rows, share, path, refused_weight, spare),
             self.limits.anchors,

@@ -17,6 +17,7 @@ from cosched.memory.sketch import sketch_draft
 from cosched.registry import LOSSES
 from cosched.settings.arms import adapts
 from cosched.settings.schema import own_keys
+from cosched.training.process import SLOTS
 from cosched.training.scope import lora_of, scope_of
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from cosched.memory.sketch import TargetSketch
     from cosched.protocols import Drafter, Loss, TargetInfo
     from cosched.settings.schema import Config
+
+
+# Of a process that trains: the interpreter with PyTorch and DeepSpeed, as it begins. Measured.
+PROCESS_BYTES = 400 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,9 @@ class Footprint:
     that logits take at once with all that is made of them, their gradients included, and that of a
     head that is trained once more than in ``gradients``. ``scores`` is the most that a guard takes
     at once which scores drafts: logits again, and the weights that it puts into the draft. It scores
-    between updates, so of ``loss`` and ``scores`` only the larger one adds. (Several adapters that
+    between updates, so of ``loss`` and ``scores`` only the larger one adds. ``process`` is what a
+    process of its own that trains takes besides: itself, the target's embedding and head, and the
+    weights that both sides see. (Several adapters that
     learn in the background may do both at once: each of them by itself is counted as said.)
     """
 
@@ -64,6 +71,7 @@ class Footprint:
     trials: int
     loss: int
     scores: int
+    process: int
     replay: int
     draft_cache: int
     target_cache: int
@@ -88,6 +96,7 @@ class Footprint:
                 self.reference,
                 self.trials,
                 max(self.loss, self.scores),
+                self.process,
                 self.replay,
                 self.draft_cache,
             )
@@ -226,6 +235,7 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
         if trained
         else 0,
         scores=_scores_peak(config, target, drafter, scored, limits) if trained else 0,
+        process=_process(config, target, published) if trained else 0,
         replay=requests * one if trained else 0,
         draft_cache=cache * config.engine.max_batch * longest,
         target_cache=target.cache_width * dtype.itemsize * config.engine.max_batch * longest,
@@ -233,6 +243,16 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
         teacher_bytes_per_row=limits.teacher_row_bytes,
         cache_bytes_per_token=cache,
     )
+
+
+def _process(config: Config, target: TargetSketch, num_published: int) -> int:
+    """Of a trainer that is in a process of its own (``build_learner``); nothing where it is not."""
+    device = config.engine.device
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    if not (on_cpu and config.adapt.trainer.background) or config.num_adapters:
+        return 0
+    table = target.vocab_size * target.hidden_size * target.embedding.weight.dtype.itemsize
+    return PROCESS_BYTES + (1 if target.tied else 2) * table + 4 * SLOTS * num_published
 
 
 def _loss_peak(

@@ -37,6 +37,7 @@ class TargetSketch:
     head: nn.Module
     directory: Path
     cache_width: int
+    tied: bool  # whether the head is the embedding
 
     @classmethod
     def read(cls, path: str, dtype: torch.dtype) -> TargetSketch:
@@ -55,6 +56,7 @@ class TargetSketch:
             heads = int(text["num_attention_heads"])
             head_dim = int(text.get("head_dim") or hidden // heads)
             cache_width = 2 * layers * int(text.get("num_key_value_heads") or heads) * head_dim
+            tied = bool(text.get("tie_word_embeddings", raw.get("tie_word_embeddings")))
         except OSError as error:
             raise CheckpointError(
                 f"target.path: no Hugging Face model folder at {directory}"
@@ -68,7 +70,7 @@ class TargetSketch:
             head = nn.Linear(hidden, vocab, bias=False, dtype=dtype)
         embedding.requires_grad_(False)
         head.requires_grad_(False)
-        return cls(vocab, hidden, layers, longest, embedding, head, directory, cache_width)
+        return cls(vocab, hidden, layers, longest, embedding, head, directory, cache_width, tied)
 
     def token_ids(self) -> Mapping[str, int] | None:
         """The vocabulary of the folder's ``tokenizer.json``; None where it has none."""

@@ -51,6 +51,7 @@ def footprint_table(footprint: Footprint, in_sglang: bool = False) -> Table:
             footprint.scores,
             "logits, and weights in float32; the larger of loss and this adds",
         ),
+        ("process that trains", footprint.process, "itself, and what both sides see"),
         (
             "replay buffer",
             footprint.replay,

@@ -58,8 +58,8 @@ class DeepSpeedTrainer:
         names = set(trainable)
         for name, parameter in batch_loss.network.named_parameters():
             parameter.requires_grad_(name in names)
-        self._batch_loss = batch_loss
-        self._learning_rate = learning_rate
+        self.batch_loss = batch_loss
+        self.learning_rate = learning_rate
         self._clock = clock
         self._zero_stage = zero_stage
         self._group = group
@@ -86,7 +86,7 @@ class DeepSpeedTrainer:
     def update(self, batch: SignalBatch, decision: Decision) -> UpdateResult:
         """``decision.num_steps`` micro-steps on one batch."""
         started = self._clock()
-        rate = decision.rate_share * (decision.learning_rate or self._learning_rate)
+        rate = decision.rate_share * (decision.learning_rate or self.learning_rate)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         losses: list[float] = []
@@ -94,12 +94,12 @@ class DeepSpeedTrainer:
         num_rows = batch.num_rows
         if self._group is not None:
             batch, self._weight = share_of(batch, self._group.rank, self._group.size)
-        self._batch_loss.begin_update(batch, decision.objective)
+        self.batch_loss.begin_update(batch, decision.objective)
         for _ in range(decision.num_steps):
             loss, taken = self.step(batch)
             losses.append(loss)
             num_skipped += not taken
-        lost_mass = self._batch_loss.lost_mass
+        lost_mass = self.batch_loss.lost_mass
         return UpdateResult(
             num_steps=decision.num_steps,
             num_skipped=num_skipped,

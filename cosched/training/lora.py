@@ -133,7 +133,7 @@ class MergingTrainer:
     """
 
     def __init__(self, trainer: Trainer, network: nn.Module, lora: Lora) -> None:
-        self._trainer = trainer
+        self.trainer = trainer
         self._layers: dict[str, Any] = {
             f"{layer}.weight": network.get_submodule(layer) for layer in lora.layers
         }
@@ -141,13 +141,13 @@ class MergingTrainer:
 
     @property
     def busy(self) -> bool:
-        return self._trainer.busy
+        return self.trainer.busy
 
     def update(self, batch: SignalBatch, decision: Decision) -> UpdateResult | None:
-        return self._trainer.update(batch, decision)
+        return self.trainer.update(batch, decision)
 
     def finished(self) -> UpdateResult | None:
-        return self._trainer.finished()
+        return self.trainer.finished()
 
     @torch.no_grad()
     def weights(self) -> Mapping[str, Tensor]:
@@ -158,15 +158,15 @@ class MergingTrainer:
         if self._first is not None:
             self._set_base(self._first)
             self._first = None
-        self._trainer.reset()
+        self.trainer.reset()
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         self._keep_first()
         self._set_base(weights)
-        self._trainer.reset()
+        self.trainer.reset()
 
     def state(self) -> Mapping[str, Tensor]:
-        tensors = dict(self._trainer.state())
+        tensors = dict(self.trainer.state())
         if self._first is not None:
             tensors |= {f"base.{name}": base.clone() for name, base in self._base().items()}
         return tensors
@@ -177,7 +177,7 @@ class MergingTrainer:
         if base:
             self._keep_first()
             self._set_base(base)
-        self._trainer.restore(tensors)
+        self.trainer.restore(tensors)
 
     def _base(self) -> dict[str, Tensor]:
         return {name: layer.get_base_layer().weight for name, layer in self._layers.items()}

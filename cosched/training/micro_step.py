@@ -76,7 +76,7 @@ class BatchLoss(nn.Module):
         self._teacher = Teacher(teacher_form, teacher_head)
         self._teacher_form: TeacherForm = teacher_form
         compares = any(one.needs_reference for one in self._losses)
-        self._before = DraftBefore(drafter) if compares else None
+        self.before = DraftBefore(drafter) if compares else None
         self._reference_RNKH: Tensor | None = None
         self._likeliest: Likeliest | None = None
         self._chunk_rows = chunk_rows
@@ -88,9 +88,9 @@ class BatchLoss(nn.Module):
         self._loss, self._reference_RNKH = self._losses[objective], None
         self.lost_mass = self._lost_mass(batch)
         self._likeliest = self._rank(batch, self._loss.settings.vocab_top_k)
-        if self._before is not None and self._loss.needs_reference:
-            self._before.catch_up()
-            self._reference_RNKH = self._before.drafter.replay_states(batch)
+        if self.before is not None and self._loss.needs_reference:
+            self.before.catch_up()
+            self._reference_RNKH = self.before.drafter.replay_states(batch)
 
     def forward(self, batch: SignalBatch) -> Tensor:
         """Scalar loss of a batch, in float32 or wider."""
@@ -138,8 +138,8 @@ class BatchLoss(nn.Module):
                 else:
                     teacher_MV = teacher_TX.index_select(0, says_M[rows])
                 reference_MV = None
-                if reference_MH is not None and self._before is not None:
-                    before = self._before.drafter
+                if reference_MH is not None and self.before is not None:
+                    before = self.before.drafter
                     reference_MV = _logits(before, reference_MH[rows], tokens_W)
             return self._loss.measure(student_MV, teacher_MV, reference_MV)
 

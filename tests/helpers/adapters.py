@@ -96,5 +96,5 @@ def run_pool(
 
 def serving(pool: CoschedulerPool) -> list[dict[str, Tensor]]:
     """What each adapter's publisher writes into, as it is now."""
-    publishers: list[Any] = [part._publisher for part in pool._parts]
+    publishers: list[Any] = [part.publisher for part in pool.parts]
     return [copied(publisher._serving.draft) for publisher in publishers]

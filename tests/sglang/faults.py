@@ -130,7 +130,7 @@ def _compare_instead_of_training() -> None:
 
     @torch.no_grad()
     def compare(self: Any, batch: Any, _decision: Any) -> UpdateResult:
-        module = self._batch_loss
+        module = self.batch_loss
         best_RNK = module._drafter.replay(batch).argmax(-1)
         ids = module._drafter.target_ids()
         if ids is not None:

@@ -42,7 +42,7 @@ class ServedEngine:
         self.seconds = EngineSeconds()
         self.counters = Counters()
         self.version = 0
-        self._config = config
+        self.config = config
         self._speculation: Speculation = speculation
         self._sampling = sampling
         self._sink = sink
@@ -57,7 +57,7 @@ class ServedEngine:
         with tempfile.TemporaryDirectory(prefix="cosched-") as folder:
             self._events = Path(folder) / "events.jsonl"
             self._engine = start_engine(
-                self._config, self._speculation, {"log_level": "error"}, self._events
+                self.config, self._speculation, {"log_level": "error"}, self._events
             )
             try:
                 yield
