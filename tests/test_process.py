@@ -118,24 +118,34 @@ def test_state_goes_there_and_back_to_the_bit(batch: SignalBatch, beside: Any) -
     assert result_of(trainer).losses == next_losses
 
 
-def test_weights_that_are_there_already_are_scored_as_they_were(
+def test_weights_that_are_there_already_are_scored_as_they_are(
     world: Any, batch: SignalBatch, beside: Any
 ) -> None:
-    """A look costs the engine no copy of what the process has; a new version takes an old one's place."""
+    """A look costs the engine no copy of what the process has. The publisher writes a new version into
+    the storage of an old one, which is then another."""
     (trainer, scorer), (_, inline) = beside, learner(world, background=False)
     loaded, second, third = (copied(trainer.weights()) for _ in range(3))
-    for number, weights in enumerate((second, third), start=1):
-        weights.update({name: weight + 0.01 * number for name, weight in weights.items()})
-    for asked in (
-        [loaded],
-        [second, loaded],
-        [loaded, third, trainer.weights()],
-        [third],
-        [second],
-    ):
+
+    def write(weights: dict[str, Tensor], more: float) -> None:
+        for weight in weights.values():
+            weight += more
+
+    def check(*asked: Mapping[str, Tensor]) -> None:
         scorer.scores(batch, asked)
-        for ours, plain in zip(result_of(scorer), inline.scores(batch, asked), strict=True):
+        found, expected = result_of(scorer), inline.scores(batch, asked)
+        assert len(found) == len(asked)
+        for ours, plain in zip(found, expected, strict=True):
             assert ours == pytest.approx(plain, rel=1e-3)
+
+    write(second, 0.01)
+    write(third, 0.02)
+    check(loaded)
+    check(second, loaded)
+    check(loaded, third, trainer.weights())
+    check(third)
+    check(second, third)
+    write(third, 0.03)
+    check(loaded, third)
 
 
 def test_a_look_that_nobody_wants_leaves_no_answer_behind(batch: SignalBatch, beside: Any) -> None:

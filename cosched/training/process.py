@@ -227,28 +227,46 @@ class ProcessTrainer(_OneAtATime[UpdateResult]):
                 pending.result()
 
 
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """Of which weights a slot holds a copy, and how often those had been written in place by then."""
+
+    of: Mapping[str, Tensor]
+    times_written: int
+
+    def is_still(self, weights: Mapping[str, Tensor]) -> bool:
+        return weights is self.of and _times_written(weights) == self.times_written
+
+
 class ProcessScorer(_OneAtATime[list[list[float]]]):
     """The scorer in a worker: one look is under way at a time.
 
-    Weights that are there already are not sent again: but for the candidate, nobody writes to weights
-    that were given here.
+    Weights that are there already, and were not written to since, are not sent again.
     """
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
-        self._there: list[Mapping[str, Tensor] | None] = [None] * SLOTS
-        self._there[CANDIDATE] = worker.slots[CANDIDATE]
+        self._copies: dict[int, _Copy] = {}  # by slot
 
     def scores(self, batch: SignalBatch, weights: Sequence[Mapping[str, Tensor]]) -> None:
         """Begin to score; no scores may be under way."""
-        for one in weights:
-            if not _among(one, self._there):
-                free = (n for n in range(SLOTS) if not _among(self._there[n], weights))
-                number = next(n for n in free if n != CANDIDATE)
-                _copy(one, self.worker.slots[number])
-                self._there[number] = one
-        asked = [next(n for n in range(SLOTS) if self._there[n] is one) for one in weights]
+        slots = self.worker.slots
+        needed = [n for n, copy in self._copies.items() if any(map(copy.is_still, weights))]
+        free = [n for n in range(SLOTS) if n != CANDIDATE and n not in needed]
+        asked = [
+            CANDIDATE if one is slots[CANDIDATE] else self._slot_of(one, free) for one in weights
+        ]
         self._begin("scores", batch, asked)
+
+    def _slot_of(self, weights: Mapping[str, Tensor], free: list[int]) -> int:
+        """Where they are, or are put now."""
+        for number, copy in self._copies.items():
+            if copy.is_still(weights):
+                return number
+        number = free.pop()
+        _copy(weights, self.worker.slots[number])
+        self._copies[number] = _Copy(weights, _times_written(weights))
+        return number
 
     @property
     def busy(self) -> bool:
@@ -259,8 +277,8 @@ class ProcessScorer(_OneAtATime[list[list[float]]]):
         self._under_way = None
 
 
-def _among(one: object, others: Sequence[object]) -> bool:
-    return any(one is other for other in others)
+def _times_written(weights: Mapping[str, Tensor]) -> int:
+    return sum(weight._version for weight in weights.values())
 
 
 def _end(process: subprocess.Popen[bytes], pipe: Connection, shared: Any) -> None:
