@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from cosched.engines.embedded.attention import grouped_attention
-from cosched.engines.embedded.packing import PackedLinear, layout_of, pack, rows_are_alike
+from cosched.engines.embedded.packing import (
+    PackedLinear,
+    as_at_first,
+    layers_of,
+    layout_of,
+    pack,
+    rows_are_alike,
+)
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.target import Target
 from cosched.errors import ConfigError
+from cosched.loop.publish import InPlacePublisher
 from cosched.registry import DRAFTERS
 from cosched.settings.load import load_config
 
@@ -66,6 +75,35 @@ def test_a_publication_in_place_is_served_at_once():
     torch.testing.assert_close(
         layer(inputs) - layer.bias, 2 * (before - layer.bias), rtol=0.02, atol=0.02
     )  # weights that are rewritten may be rounded to bfloat16
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "pard"])
+def test_the_draft_as_loaded_serves_again_as_it_was_laid_out(kind: str):
+    """A rollback to it lays nothing out: weights that are rewritten are laid out in haste, and read more
+    slowly. What is published between them, and after, is served for all that."""
+    target = Target.load(TARGET, torch.device("cpu"), torch.float32)
+    network = next(iter(DRAFTERS.get(kind).examples(target, 3).values())).network()
+    network.requires_grad_(False)
+    publisher = InPlacePublisher.of_modules(
+        network, target.model, as_loaded=partial(as_at_first, network)
+    )
+    packed = pack(network, rounds=True)
+    layers = [one for one in layers_of(network) if isinstance(one, PackedLinear)]
+    assert len(layers) == packed > 0
+    inputs = [torch.randn(3, one.in_features) for one in layers]
+
+    def products() -> list[torch.Tensor]:
+        return [one(rows) for one, rows in zip(layers, inputs, strict=True)]
+
+    loaded, laid_out = products(), [one._product for one in layers]
+    other = {name: weight * 2 for name, weight in publisher.weights_of(0).items()}
+    for weights, differs in ((other, True), (publisher.weights_of(0), False), (other, True)):
+        publisher.publish(weights)
+        found = products()
+        assert all(torch.equal(*two) != differs for two in zip(found, loaded, strict=True))
+        assert [
+            a is not b for a, b in zip([x._product for x in layers], laid_out, strict=True)
+        ] == ([differs] * packed)
 
 
 def test_gradients_go_through_the_weight_itself():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 
 from cosched.build.coscheduler import build_coscheduler, build_pool
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
-from cosched.engines.embedded.packing import pack, rows_are_alike
+from cosched.engines.embedded.packing import as_at_first, pack, rows_are_alike
 from cosched.engines.embedded.rows import LiveRows, RowSource
 from cosched.engines.embedded.target import Target
 from cosched.engines.embedded.verification import SamplingParams
@@ -159,7 +160,11 @@ def build_arm(
     elif adapts(name) and drafter is not None:
         publish = config.adapt.publish
         publisher = network and InPlacePublisher.of_modules(
-            network, world.target.model, publish.target_check_every, publish.keep
+            network,
+            world.target.model,
+            publish.target_check_every,
+            publish.keep,
+            as_loaded=partial(as_at_first, network),
         )
         acceptance, temperature = world.accepted_at
         coscheduler = build_coscheduler(

@@ -52,7 +52,8 @@ class Serving:
     ``draft`` names views of the runtime's own storage as the drafter's network names them;
     ``target`` is all that must never change. A runtime that shards gives ``share``, this process's
     part of a whole tensor, and ``agree``, whether all processes hold the same text. One that
-    derives something from the draft's weights makes it anew in ``refresh``.
+    derives something from the draft's weights makes it anew in ``refresh``, and in ``as_loaded`` may
+    take up again what it had derived from the weights as loaded, which serve then.
     """
 
     draft: Mapping[str, Tensor]
@@ -60,6 +61,7 @@ class Serving:
     share: Callable[[str, Tensor], Tensor] = lambda _name, whole: whole
     agree: Callable[[str], bool] | None = None
     refresh: Callable[[], None] = lambda: None
+    as_loaded: Callable[[], None] = lambda: None
 
 
 class InPlacePublisher:
@@ -107,10 +109,16 @@ class InPlacePublisher:
 
     @classmethod
     def of_modules(
-        cls, draft: nn.Module, target: nn.Module, target_check_every: int = 1, keep: int = 1
+        cls,
+        draft: nn.Module,
+        target: nn.Module,
+        target_check_every: int = 1,
+        keep: int = 1,
+        as_loaded: Callable[[], None] = lambda: None,
     ) -> InPlacePublisher:
         """For a draft and a target that are modules of this process, under their own names."""
-        serving = Serving(dict(draft.named_parameters()), dict(target.state_dict()))
+        unchanging = dict(target.state_dict())
+        serving = Serving(dict(draft.named_parameters()), unchanging, as_loaded=as_loaded)
         first = {name: p.detach().clone() for name, p in serving.draft.items()}
         return cls(serving, first, target_check_every, keep)
 
@@ -178,6 +186,8 @@ class InPlacePublisher:
         every = self._target_check_every
         checks_target = every > 0 and (self.version + 1) % every == 0
         self._prove(weights, expected, checks_target)
+        if weights is self._first:
+            self._serving.as_loaded()
         self.version += 1
         self._remember(weights)
         return WeightVersion(

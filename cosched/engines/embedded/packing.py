@@ -16,14 +16,15 @@ is kept:
              again, those of a draft that learns.
 
 A product that needs gradients takes the plain way over the weight itself, which stays where it is.
-Written in place, the weight is laid out again at its next use: ``publish`` needs to know nothing.
+Written in place, the weight is laid out again at its next use: ``publish`` needs to know nothing. Who
+writes the very weights that were there at first may say so (``as_at_first``).
 
 Letters: O outputs, I inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast
 
 import torch
@@ -43,6 +44,7 @@ class PackedLinear(nn.Linear):
     _rounds: bool
     _alike: bool
     _product: Product | None
+    _first: Product | None
     _written: int
 
     @classmethod
@@ -51,7 +53,12 @@ class PackedLinear(nn.Linear):
         layer.__class__ = cls
         made = cast("PackedLinear", layer)
         made._rounds, made._alike = rounds, alike
-        made._lay_out(layout)
+        made._first = made._lay_out(layout)
+
+    def as_at_first(self) -> None:
+        """The weight is as it was when it was first laid out, so that need not be done again."""
+        if self._first is not None:
+            self._product, self._written = self._first, self.weight._version
 
     def _lay_out(self, layout: Layout | None) -> Product:
         self._written = self.weight._version
@@ -72,7 +79,7 @@ class PackedLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy lays out its own weight."""
-        return {**self.__dict__, "_product": None}
+        return {**self.__dict__, "_product": None, "_first": None}
 
 
 def pack(module: nn.Module, rounds: bool = False, alike: bool = False) -> int:
@@ -86,14 +93,26 @@ def pack(module: nn.Module, rounds: bool = False, alike: bool = False) -> int:
     that computes every row alike (``rows_are_alike`` tries it).
     """
     packed = 0
-    tied = (getattr(one, "tied_head", None) for one in module.modules())
-    for one in (*module.modules(), *tied):
+    for one in layers_of(module):
         if type(one) is not nn.Linear or one.weight.device.type != "cpu":
             continue  # a subclass has a product of its own
         if (layout := layout_of(one.weight, rounds, alike)) is not None:
             PackedLinear.take_over(one, layout, rounds, alike)
             packed += 1
     return packed
+
+
+def as_at_first(module: nn.Module) -> None:
+    """All weights are again what they were when ``pack`` laid them out."""
+    for one in layers_of(module):
+        if isinstance(one, PackedLinear):
+            one.as_at_first()
+
+
+def layers_of(module: nn.Module) -> Iterator[object]:
+    """Its modules, and the layers that tied heads are shown as."""
+    yield from module.modules()
+    yield from (getattr(one, "tied_head", None) for one in module.modules())
 
 
 @torch.no_grad()
