@@ -132,6 +132,7 @@ class Coscheduler:
         if self.version == serving:  # again: who asked sees by the number that it was done
             self._serve(self._publisher.weights_of(version))
         self._guard.start_anew(self.counters.rounds)
+        self.counters.rolled_back += 1
         return self.version
 
     @property
