@@ -133,7 +133,9 @@ class DeepSpeedTrainer:
         if self._group is None:
             return self._engine(batch) * self._weight
         loss = self._batch_loss(batch) * self._weight
-        found = torch.autograd.grad(loss, list(self._trained.values()), allow_unused=True)
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            loss, list(self._trained.values()), allow_unused=True
+        )
         gradients = {n: g for n, g in zip(self._trained, found, strict=True) if g is not None}
         self._group.meet()
         return self._engine(loss.detach(), gradients)
