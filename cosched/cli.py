@@ -200,6 +200,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 
     loaded = load_config(config, overrides or ())
     check_paths(loaded)
+    from cosched.engines.sglang.launcher.arguments import check_supported
     from cosched.memory.footprint import footprint
     from cosched.memory.sketch import sketch, sketch_draft
     from cosched.report.memory import footprint_table
@@ -208,8 +209,9 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     check_texts(loaded)
     target, drafter = sketch(loaded)
     console.print(to_yaml(loaded), markup=False, highlight=False)
-    in_sglang = loaded.engine.kind == "sglang"
-    console.print(footprint_table(footprint(loaded, target, drafter), in_sglang))
+    check_supported(loaded.engine.arguments, lambda name: f"engine.arguments.{name}")
+    sizes = footprint(loaded, target, drafter)
+    console.print(footprint_table(sizes, in_sglang=loaded.engine.kind == "sglang"))
     for key, own in loaded.by_draft.items():
         problems = sketch_draft(own, target).not_for_sglang()
         _say_what_sglang_cannot(problems, key if loaded.drafts else "this draft")
@@ -218,7 +220,12 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def serve(
-    config: Annotated[Path, typer.Option("-c", help="The settings, a YAML file.")],
+    config: Annotated[
+        Path,
+        typer.Option(
+            "-c", help="The settings, a YAML file (--config is SGLang's, for a file of its)."
+        ),
+    ],
     words: Annotated[
         list[str] | None,
         typer.Argument(
@@ -323,10 +330,8 @@ def report(
     from cosched.report.html import write_report
     from cosched.report.table import load_summary
 
-    summary = load_summary(run_dir)
-    path = write_report(run_dir)
-    _print_tables(summary)
-    console.print(f"report: [bold]{path}[/]", soft_wrap=True)
+    _print_tables(load_summary(run_dir))
+    console.print(f"report: [bold]{write_report(run_dir)}[/]", soft_wrap=True)
 
 
 @tinyworld_app.command("build")

@@ -128,11 +128,11 @@ class Coscheduler:
         """
         if self.publisher is None:
             raise PublicationError("this draft is not trained here: it has no versions")
-        serving = self.version
         self.publish(Verdict("roll_back", "asked for", to=version))
-        if self.version == serving:  # again: who asked sees by the number that it was done
+        if self.version == version:  # again: who asked sees by the number that it was done
             self._serve(self.publisher.weights_of(version))
         self.guard.start_anew(self.counters.rounds)
+        self.counters.rolled_back += 1
         return self.version
 
     @property

@@ -57,6 +57,12 @@ class ControlError(CoschedError, RuntimeError):
     exit_code = 1
 
 
+class ServerError(CoschedError, OSError):
+    """SGLang cannot serve where it was asked to: an address is taken, or is none of this machine."""
+
+    exit_code = 1
+
+
 class TinyWorldError(CoschedError, RuntimeError):
     """The tiny world cannot be built from what this machine has."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from cosched.engines.sglang import CONFIG, EVENTS
+from cosched.engines.sglang import CONFIG, EVENTS, START
 
 if TYPE_CHECKING:
     from cosched.engines.sglang.launcher.run_directory import RunDirectory
@@ -68,8 +68,10 @@ def _adaptation(parts: WorkerParts, directory: RunDirectory | None) -> Adaptatio
     first = parts.ranks.rank == 0
     operator = _operator(config, directory if first else None)
     events = os.environ.get(EVENTS)
-    sink = _sink(events if first else None)
-    return build_adaptation(config, parts, operator, sink, with_rounds=bool(events))
+    start = os.environ.get(START) if first else None
+    sink = _sink(events if first else None, start)
+    checkpoints = None if start is None else Path(start) / "checkpoints"
+    return build_adaptation(config, parts, operator, sink, bool(events), checkpoints)
 
 
 def _operator(config: Config, directory: RunDirectory | None) -> Operator:
@@ -86,13 +88,16 @@ def _operator(config: Config, directory: RunDirectory | None) -> Operator:
     return SocketOperator(directory.socket, show)
 
 
-def _sink(events: str | None) -> Sink:
+def _sink(events: str | None, start: str | None) -> Sink:
+    """Every event into the one file, or else what is worth keeping into the folder of this start."""
+    import time
     from pathlib import Path
 
+    from cosched.telemetry.history import History
     from cosched.telemetry.run_folder import EventLog, NoEvents
 
     if events is None:
-        return NoEvents()
+        return History(Path(start) / "events.jsonl", time.time) if start else NoEvents()
     log = EventLog()
     log.open(Path(events), buffered=False)
     return log.for_arm("served")

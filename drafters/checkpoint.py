@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -168,9 +169,16 @@ def write_checkpoint(
 
 @contextmanager
 def _whole(path: Path) -> Generator[Path]:
-    """A name to write under; the file takes its own when that is done."""
+    """A name to write under; the file takes its own when that is done, and the mode of any new file.
+
+    Libraries differ: safetensors makes files that only their owner can read.
+    """
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    mode = stat.S_IMODE(partial.stat().st_mode)
     yield partial
+    partial.chmod(mode)
     partial.replace(path)
 
 

@@ -115,3 +115,21 @@ def test_a_prompt_that_nothing_follows_is_dropped_and_its_neighbours_stay() -> N
     last = collector.idle()
     assert (last.finished, last.blocks, last.num_running) == (("b",), (), 0)
     assert not collector.idle().finished
+
+
+def test_counts_go_to_the_round_that_they_are_of() -> None:
+    """By order alone, one round whose counts never came shifted all that followed: each was taught with
+    the acceptance of another. What was lost ends its requests, whose places are not known any more."""
+    collector = RoundCollector()
+    collector.prefilled((prompt("a", 0, 4, 4), prompt("b", 0, 3, 3)))
+    collector.verified(verified("a", iteration=7))  # never counted
+    collector.verified(verified("b", iteration=8))
+    rounds = list(collector.counted([2], iteration=8))
+    assert [block.request_id for round_ in rounds for block in round_.blocks] == ["b"]
+    assert rounds[-1].blocks[0].num_accepted == 2
+    assert [name for round_ in rounds for name in round_.finished] == ["a"]
+    assert list(collector.counted([1], iteration=9)) == []  # of one that nobody watched
+    collector.verified(verified("b", iteration=10))
+    assert list(collector.counted([1], iteration=9)) == []
+    (last,) = collector.counted([1], iteration=10)
+    assert last.segments[0].start == 6

@@ -20,6 +20,7 @@ from cosched.engines.sglang.launcher.run_directory import RunDirectory
 from cosched.engines.sglang.operators.control import Client, SocketOperator
 from cosched.engines.sglang.worker.adaptation import Command, Status
 from cosched.errors import ConfigError, ControlError
+from tests.helpers.cli import run_cli
 from tests.helpers.serving import STATUS
 
 # --- reports --------------------------------------------------------------------------------
@@ -161,21 +162,17 @@ def test_a_command_that_was_taken_is_said_to_be_under_way(directory: RunDirector
     assert "under way" in (reply.error or "")
 
 
-def test_a_saved_folder_is_whole(directory: RunDirectory, tmp_path: Path) -> None:
-    """It is written beside its place and moved there: no reader finds half a checkpoint."""
-
-    def write(command: Command) -> Status:
-        path = Path(command.path or "")
-        assert path != tmp_path / "new"
-        path.mkdir()
-        (path / "config.json").write_text("{}")
-        return STATUS
-
-    with served(directory, write) as (client, _):
-        client.save(tmp_path / "new")
-        assert [path.name for path in tmp_path.iterdir()] == ["new"]
-        with pytest.raises(ControlError, match="new exists and is not empty"):
-            client.save(tmp_path / "new")
+def test_a_folder_that_is_taken_is_refused_before_the_scheduler_is_asked(
+    directory: RunDirectory, tmp_path: Path
+) -> None:
+    """Nothing is written over; an empty one is as good as none."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    with served(directory, lambda _: STATUS) as (client, _):
+        with pytest.raises(ControlError, match="taken exists and is not empty"):
+            client.save(tmp_path / "taken")
+        assert client.save(tmp_path / "empty") == STATUS
 
 
 def test_nobody_at_the_socket_is_said_plainly(tmp_path: Path) -> None:
@@ -225,3 +222,20 @@ def test_a_mistake_at_the_command_line_is_one_message(words: list[str], message:
     result = CliRunner().invoke(cli.app, ["control", *words])
     assert result.exit_code != 0
     assert re.search(message, f"{result.output} {result.exception}")
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["frob"], 2),
+        (["rollback", "abc"], 2),
+        (["rollback"], 2),
+        (["save"], 2),
+        (["on", "now"], 2),
+        (["status", "--url", "ftp://x"], 2),
+        (["status", "--url", "http://127.0.0.1:1"], 1),
+    ],
+)
+def test_a_mistake_at_the_command_line_is_bad_input(words: list[str], code: int) -> None:
+    """The documentation says 2 for it, and 1 where a server does not do as it is told."""
+    assert run_cli("control", *words)[0] == code

@@ -67,7 +67,17 @@ def test_a_body_that_is_not_as_documented_is_refused(verb: str, body: bytes) -> 
         ("127.1.2.3", {}, True),
         ("::1", {}, True),
         ("10.0.0.1", {}, False),
+        ("::ffff:127.0.0.1", {}, True),
         ("::ffff:10.0.0.1", {}, False),
+        ("127.0.0.1", {"host": "localhost:30000"}, True),
+        ("127.0.0.1", {"host": "LOCALHOST"}, True),
+        ("127.0.0.1", {"host": "127.0.0.1:30000"}, True),
+        ("::1", {"host": "[::1]:30000"}, True),
+        ("127.0.0.1", {"host": "evil.example:30000"}, False),
+        ("127.0.0.1", {"host": "127.0.0.1.evil.example"}, False),
+        ("127.0.0.1", {"host": "localhost.evil.example"}, False),
+        ("127.0.0.1", {"host": "10.0.0.1:30000"}, False),
+        ("127.0.0.1", {"host": ""}, False),
         ("", {}, False),
         ("unix", {}, False),
         ("127.0.0.1", {"origin": "http://evil.example"}, False),
@@ -77,8 +87,10 @@ def test_a_body_that_is_not_as_documented_is_refused(verb: str, body: bytes) -> 
 def test_without_a_key_only_this_machine_is_answered(
     host: str, headers: dict[str, str], answered: bool
 ) -> None:
-    """SGLang lets every web page call it, so a page open on this machine is refused as well."""
-    refusal = routes.refused(SimpleNamespace(host=host), headers)
+    """SGLang lets every web page call it, so a page open on this machine is refused as well; also one
+    whose name was made to point here after it was opened (DNS rebinding), which sends no ``Origin``
+    with a GET."""
+    refusal = routes.refused(SimpleNamespace(host=host), {"host": "127.0.0.1:30000", **headers})
     assert (refusal is None) is answered
 
 

@@ -9,10 +9,12 @@ import torch
 
 from cosched.build.coscheduler import build_coscheduler
 from cosched.engines.sglang.worker.adaptation import Adaptation
+from cosched.engines.sglang.worker.autosave import Autosave
 from cosched.engines.sglang.worker.collector import RoundCollector
 from cosched.errors import ConfigError
 from cosched.loop.publish import InPlacePublisher, Serving
 from cosched.registry import DRAFTERS, POLICIES
+from cosched.telemetry.whole_folder import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,9 +29,16 @@ if TYPE_CHECKING:
 
 
 def build_adaptation(
-    config: Config, parts: WorkerParts, operator: Operator, sink: Sink, with_rounds: bool
+    config: Config,
+    parts: WorkerParts,
+    operator: Operator,
+    sink: Sink,
+    with_rounds: bool,
+    checkpoints: Path | None = None,
 ) -> Adaptation:
     """The co-scheduler of a worker inside SGLang; ``with_rounds`` tells the sink every round.
+
+    It saves into ``checkpoints`` unasked, as ``adapt.publish`` says; None is nowhere.
 
     Raises:
         CoschedError: the draft cannot be trained there, or the settings do not fit it.
@@ -59,11 +68,17 @@ def build_adaptation(
         network = adapted.network()
         assert network is not None
         network.load_state_dict(weights, strict=False)
-        adapted.save(directory)
+        write_whole(directory, adapted.save)
 
     def on_row(row: RoundRow) -> None:
         sink.emit("round", row=row)
 
+    publish = config.adapt.publish
+    autosave = None
+    if checkpoints is not None and publisher is not None:
+        autosave = Autosave(
+            checkpoints, save, publish.save_every, publish.save_at_end, publish.saves_kept
+        )
     return Adaptation(
         algorithm=parts.algorithm,
         coscheduler=coscheduler,
@@ -74,6 +89,7 @@ def build_adaptation(
         save=save,
         operator=operator,
         sink=sink,
+        autosave=autosave,
     )
 
 

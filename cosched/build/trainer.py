@@ -137,7 +137,7 @@ def _trainer(
     )
     group = None
     if ranks and ranks.size > 1:
-        group = TrainingGroup(ranks.rank, ranks.size, ranks.together, ranks.alone)
+        group = TrainingGroup(ranks.rank, ranks.size, ranks.together, ranks.alone, ranks.meet)
     return DeepSpeedTrainer(
         batch_loss,
         trainable,

@@ -70,7 +70,7 @@ class Counters:
     trials: list[tuple[float, ...]] = field(default_factory=list)  # what each objective brought
     serves_loaded: bool = True  # whether what serves is the draft as loaded
     refused: int = 0  # candidates that were scored and did not serve
-    rolled_back: int = 0  # publications that the guard has undone
+    rolled_back: int = 0  # how often an earlier version was served again, by the guard or by hand
     evicted: int = 0  # requests that the replay buffer had no room for
     # Where several adapters learn: the counters of each, and to go on from them the versions.
     parts: list[Counters] = field(default_factory=list)
@@ -126,7 +126,8 @@ class Counters:
         """
         self.rounds += 1
         first = self.rounds == 1
-        self.recent += (1.0 if first else RECENT_WEIGHT) * (length - self.recent)
+        # The mean of the first rounds, so that none of them alone says what is usual.
+        self.recent += max(RECENT_WEIGHT, 1 / self.rounds) * (length - self.recent)
         self.shortfall += self.reference - length - SHORTFALL_TOLERANCE
         self.reference += max(REFERENCE_WEIGHT, 1 / self.rounds) * (length - self.reference)
         if first or self.recent >= self.reference - SHORTFALL_TOLERANCE:

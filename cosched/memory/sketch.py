@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cosched.errors import CheckpointError
+from cosched.errors import CheckpointError, ConfigError
 from cosched.registry import DRAFTERS
 from cosched.settings.schema import own_keys
+from cosched.settings.weights import header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -92,16 +92,12 @@ class TargetSketch:
 
 def _num_elements(path: Path) -> int:
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
         return sum(
             (entry["data_offsets"][1] - entry["data_offsets"][0])
             // SAFETENSORS_BYTES.get(entry["dtype"], 1)
-            for entry in entries
+            for entry in header(path).values()
         )
-    except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
@@ -110,8 +106,16 @@ def sketch(config: Config) -> tuple[TargetSketch, Drafter]:
 
     Raises:
         CheckpointError: a folder is missing or damaged, or the two do not fit.
+        ConfigError: an answer is to be longer than the target's context.
     """
     target = TargetSketch.read(config.target.folder, getattr(torch, config.engine.dtype))
+    workload, context = config.workload, target.max_length
+    asked = workload.prompts is not None and config.engine.kind != "trace"
+    if asked and 0 < context <= workload.max_new_tokens:
+        raise ConfigError(
+            f"workload.max_new_tokens: {workload.max_new_tokens} and a prompt do not fit into the "
+            f"target's context of {context}; use less"
+        )
     return target, sketch_draft(config, target)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from cosched.errors import ConfigError
@@ -20,6 +21,9 @@ from cosched.settings.arms import (
     split_arm,
 )
 
+FOLDER_NAME = re.compile(r"[^\W_][\w.@-]{0,99}")
+DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+
 if TYPE_CHECKING:
     from cosched.protocols import LossSettings, Policy
     from cosched.settings.schema import Config
@@ -32,6 +36,7 @@ def check_together(config: Config) -> None:
     Raises:
         ConfigError: some do not; the message names their keys.
     """
+    _check_names(config)
     _check_arms(config)
     workload, engine = config.workload, config.engine
     if engine.live and engine.kind != "trace":
@@ -63,6 +68,20 @@ def check_together(config: Config) -> None:
     # The section itself is checked whether or not an arm uses it: servers have no arms.
     for arm in dict.fromkeys((ADAPTED, *(arm for arm in config.arms if adapts(arm)))):
         _check_adapt(config.for_arm(arm), used=arm in config.arms)
+
+
+def _check_names(config: Config) -> None:
+    """What becomes a folder stays in its own, and a device is one that torch knows."""
+    name, device = config.run.name, config.engine.device
+    if not FOLDER_NAME.fullmatch(name):
+        raise ConfigError(
+            f"run.name: a folder of that name is made in run.dir, got {name!r}; use up to 100 letters, "
+            f"digits and . _ @ -, and begin with a letter or digit"
+        )
+    if not config.run.dir:
+        raise ConfigError("run.dir: the folder that runs go into, got ''; use runs, or .")
+    if not DEVICE.fullmatch(device):
+        raise ConfigError(f"engine.device: auto, cpu, cuda or cuda:N is allowed, got {device!r}")
 
 
 def _check_exact(config: Config) -> None:

@@ -26,17 +26,25 @@ if TYPE_CHECKING:
 Step = str | int
 """A key, or the place in a list."""
 
+LARGEST = 2**31 - 1  # of what is counted; far more than any machine holds of it
+LARGEST_BYTES = 2**50  # under a key that ends in bytes
+
 
 def convert(raw: Any, kind: Any, where: str) -> Any:
     """Plain data as ``kind``; ``where`` it stands in the file.
 
     Raises:
-        ConfigError: it is not, or has a number without end; the message names the key, what came
-            and what is allowed.
+        ConfigError: it is not, or has a number without end or beyond all bounds; the message names
+            the key, what came and what is allowed.
     """
     for steps, value in _leaves(raw):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{_shown(where, steps)}: a finite number is allowed, got {value!r}")
+        most = LARGEST_BYTES if str(steps[-1] if steps else "").endswith("bytes") else LARGEST
+        if isinstance(value, int) and abs(value) > most and "arguments" not in steps:
+            raise ConfigError(
+                f"{_shown(where, steps)}: an integer of at most {most} is allowed, got {value}"
+            )
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:

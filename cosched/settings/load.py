@@ -13,6 +13,7 @@ import msgspec
 from omegaconf import OmegaConf
 
 from cosched.errors import ConfigError
+from cosched.registry import DRAFTERS
 from cosched.settings.arms import ADAPTED, BASE_ARMS, DRAFT_MARK, VARIANT_NAME
 from cosched.settings.check import check_together
 from cosched.settings.convert import convert
@@ -22,6 +23,7 @@ from cosched.settings.merge import from_words, merge, over, plain, read_yaml, wi
 from cosched.settings.plugin_settings import plugin_settings
 from cosched.settings.schema import Config
 from cosched.settings.sections import AdaptSettings, Draft
+from cosched.settings.weights import check_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,10 +98,11 @@ def _learning(adapt: dict[str, Any], where: str) -> AdaptSettings:
 
 
 def check_paths(config: Config) -> None:
-    """Every folder and file that the configuration names exists.
+    """Every folder, file and device that the configuration names exists, and weights are whole.
 
     Raises:
         ConfigError: one is missing; the message names its key.
+        CheckpointError: weights are missing, damaged, or of a kind that is not opened.
     """
     workload, engine = config.workload, config.engine
     if model_folder(config.target.path) is None:
@@ -112,6 +115,34 @@ def check_paths(config: Config) -> None:
     for key, path in named.items():
         if not Path(path).exists():
             raise ConfigError(f"{key}: nothing at {path}")
+    _check_device(engine.device)
+    _check_weights(config)
+
+
+def _check_device(device: str) -> None:
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return
+    import torch  # settings alone need no tensor library
+
+    count = torch.cuda.device_count()
+    if int(index or 0) >= count:
+        there = f"{count} of them" if count else "no GPU"
+        raise ConfigError(
+            f"engine.device: {device!r}, and torch sees {there} here; use auto or cpu (cosched doctor "
+            f"says what torch was built for)"
+        )
+
+
+def _check_weights(config: Config) -> None:
+    """SGLang dies of a damaged file in a process of its own, after half a minute and without a reason."""
+    served = config.engine.kind == "sglang"
+    if Path(config.target.folder).is_dir():
+        check_weights("target.path", Path(config.target.folder), pickles=not served)
+    for key, own in config.by_draft.items():
+        settings = own.drafter_settings
+        if DRAFTERS.get(settings.kind).formats is not None:  # others have files of their own kind
+            check_weights(f"{key}.path", Path(settings.path), pickles=not served)
 
 
 def to_yaml(config: Config) -> str:

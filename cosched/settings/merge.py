@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigTypeError,
+    GrammarParseError,
+    InterpolationKeyError,
+    OmegaConfBaseException,
+)
 
 from cosched.errors import ConfigError, PluginError
 from cosched.guard.settings import FiniteSettings, ShadowSettings
@@ -39,12 +45,15 @@ def read_yaml(path: Path) -> DictConfig:
     try:
         with explained(str(path)):
             given = OmegaConf.load(path)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text: byte {error.start} of it is not UTF-8") from error
     except Exception as error:  # PyYAML's errors share no base with OmegaConf's
         if type(error).__module__.startswith("yaml"):
             raise ConfigError(f"{path} is not YAML: {error}") from error
         raise
-    if not isinstance(given, DictConfig):
-        raise ConfigError(f"{path}: expected sections, as in `run: {{name: …}}`")
+    if not isinstance(given, DictConfig) or not given:
+        found = "nothing is in it" if not given else "there are none"
+        raise ConfigError(f"{path}: expected sections, as in `run: {{name: …}}`; {found}")
     return given
 
 
@@ -84,6 +93,7 @@ def merge(given: DictConfig, changes: DictConfig, where: str) -> DictConfig:
         ConfigError: they do not fit, named by ``where`` they come from.
     """
     given = given.copy()
+    _check_sections(_unresolved(given), _unresolved(changes))
     with explained(where):
         for section, kinds in _sections().items():
             for old, new in _places(section, given, changes):
@@ -95,6 +105,23 @@ def merge(given: DictConfig, changes: DictConfig, where: str) -> DictConfig:
         merged = OmegaConf.merge(given, changes)
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _unresolved(config: DictConfig) -> Any:
+    return OmegaConf.to_container(config, resolve=False)
+
+
+def _check_sections(old: Any, new: Any, at: str = "") -> None:
+    """Refuse a list where the other has a section: the two cannot be merged."""
+    for key in old.keys() & new.keys():
+        both = old[key], new[key]
+        if all(isinstance(one, dict) for one in both):
+            _check_sections(*both, f"{at}{key}.")
+        elif any(isinstance(one, dict) for one in both) and any(
+            isinstance(one, list) for one in both
+        ):
+            came = next(one for one in both if isinstance(one, list))
+            raise ConfigError(f"{at}{key}: expected a section, {{key: value, …}}, got {came!r}")
 
 
 def plain(config: DictConfig, where: str) -> dict[str, Any]:
@@ -150,8 +177,29 @@ def explained(where: str) -> Generator[None]:
     """Turn what OmegaConf or the file system says into one line that names the file."""
     try:
         yield
+    except UnicodeDecodeError:
+        raise
     except (OmegaConfBaseException, OSError, ValueError) as error:
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{where}: {_in_words(error)}") from error
+
+
+def _in_words(error: Exception) -> str:
+    """What is wrong with a value, and at which key."""
+    said = str(error).splitlines()[0]
+    key = getattr(error, "full_key", None)
+    at = f"{key}: " if key else ""
+    if isinstance(error, GrammarParseError):
+        return f"{at}a reference is written ${{section.key}}, and this one is not whole: {said}"
+    if isinstance(error, InterpolationKeyError):
+        name = said.removeprefix("Interpolation key ").removesuffix(" not found")
+        return f"{at}it refers to {name}, and there is no such key"
+    if missing := re.search(r"Environment variable '(.+?)' not found", said):
+        name = missing[1]
+        return (
+            f"{at}the environment variable {name} is not set; set it, or give what to take "
+            f"instead: ${{oc.env:{name},VALUE}}"
+        )
+    return f"{at}{said}"
 
 
 def _places(section: str, given: DictConfig, changes: DictConfig) -> Iterator[tuple[Any, Any]]:
@@ -166,11 +214,19 @@ def _places(section: str, given: DictConfig, changes: DictConfig) -> Iterator[tu
             variants = _names(given, f"{at}variants")
             places += [section.replace("adapt", f"{at}variants.{name}", 1) for name in variants]
     for place in places:
-        yield OmegaConf.select(given, place), OmegaConf.select(changes, place)
+        yield _select(given, place), _select(changes, place)
+
+
+def _select(config: DictConfig, key: str) -> Any:
+    """What stands there; None where nothing does, or a list is on the way, named when it is checked."""
+    try:
+        return OmegaConf.select(config, key)
+    except ConfigTypeError:
+        return None
 
 
 def _names(given: DictConfig, key: str) -> list[Any]:
-    found = OmegaConf.select(given, key)
+    found = _select(given, key)
     return list(found) if isinstance(found, DictConfig) else []
 
 

@@ -30,13 +30,13 @@ class RunSettings(Section, frozen=True):
 
     name: str
     dir: str = "runs"
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0)] = 0
 
 
 class EngineSettings(Section, frozen=True):
     """``engine``: what decodes. ``trace`` is the folder that ``kind: trace`` replays.
 
-    ``device`` is ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``; ``dtype`` is that of the
+    ``device`` is ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``; ``dtype`` is that of the
     weights of target and draft; ``max_batch`` requests are decoded at once; ``num_threads`` are CPU
     threads (null: what torch takes, and one where SGLang serves on a CPU).
 
@@ -56,7 +56,7 @@ class EngineSettings(Section, frozen=True):
     kind: Literal["embedded", "trace", "sglang"] = "embedded"
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    max_batch: Positive = 1
+    max_batch: Annotated[int, Meta(ge=1, le=4096)] = 1
     num_threads: Positive | None = None
     trace: str | None = None
     live: bool = False
@@ -226,11 +226,22 @@ class TrainerSettings(Section, frozen=True):
 class PublishSettings(Section, frozen=True):
     """``adapt.publish``: every ``target_check_every``-th one checksums all of the target; 0: none.
 
-    ``keep`` is how many versions can be served again, beside the draft as it was loaded.
+    ``keep`` is how many of the newest versions are kept in memory, that which serves among them; each
+    can be served again, and so can the draft as it was loaded. With 1 that is all there is to go back
+    to; each more takes the draft's size once.
+
+    A server saves what has been learnt into its run folder, as ``checkpoints/auto-VERSION``, and keeps
+    the newest ``saves_kept``. ``save_at_end`` does when it is told to stop (SIGTERM) and has answered
+    everybody: on, for nobody waits any more and else it would be lost. ``save_every`` does with every
+    so many publications, for what ends without a word: off (0), because all requests wait while a
+    draft is written, a second for about a gigabyte.
     """
 
     target_check_every: Annotated[int, Meta(ge=0)] = 16
     keep: Positive = 1
+    save_at_end: bool = True
+    save_every: Annotated[int, Meta(ge=0)] = 0
+    saves_kept: Positive = 2
 
 
 class AdaptSettings(Section, frozen=True):

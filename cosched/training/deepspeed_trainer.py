@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from cosched.errors import TrainingError
@@ -38,7 +38,9 @@ class DeepSpeedTrainer:
 
     ``batch_loss.network`` is trained in place; ``trainable`` names its parameters that move, all
     others are frozen. Steps whose loss or gradient is not finite are skipped and counted. In a
-    ``group`` of ranks, all given the same batches, each takes its share of the anchors.
+    ``group`` of ranks, all given the same batches, each takes its share of the anchors. Whatever may
+    fail on one of them, its own passes forward and backward, is done before they meet: none waits in
+    a collective for one that is not coming, which NCCL answers by ending the process.
 
     Raises:
         TrainingError: DeepSpeed cannot be set up.
@@ -69,7 +71,7 @@ class DeepSpeedTrainer:
         self._weight = 1.0
         self._initial = {name: p.detach().clone() for name, p in self._trained.items()}
         self._engine = _initialize(
-            batch_loss,
+            batch_loss if group is None else _KnownGradient(batch_loss.network, self._trained),
             list(self._trained.values()),
             zero_stage,
             learning_rate,
@@ -113,7 +115,7 @@ class DeepSpeedTrainer:
     def step(self, batch: SignalBatch) -> tuple[float, bool]:
         """One micro-step; returns its loss and whether the weights moved."""
         with torch.enable_grad():
-            loss = self._engine(batch) * self._weight
+            loss = self._loss(batch)
             value = self._over_ranks(loss.detach())
             if not math.isfinite(value):
                 return value, False
@@ -125,6 +127,18 @@ class DeepSpeedTrainer:
             skipped_before = self._engine.skipped_steps
             self._engine.step()
         return value, self._engine.skipped_steps == skipped_before
+
+    def _loss(self, batch: SignalBatch) -> Tensor:
+        """This rank's share of the loss, from which DeepSpeed goes back."""
+        if self._group is None:
+            return self._engine(batch) * self._weight
+        loss = self._batch_loss(batch) * self._weight
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            loss, list(self._trained.values()), allow_unused=True
+        )
+        gradients = {n: g for n, g in zip(self._trained, found, strict=True) if g is not None}
+        self._group.meet()
+        return self._engine(loss.detach(), gradients)
 
     def _over_ranks(self, loss: Tensor) -> float:
         """The loss of the whole batch; not finite on any rank is not finite on all."""
@@ -201,13 +215,43 @@ class DeepSpeedTrainer:
         return getattr(optimizer, "optimizer", optimizer)
 
 
+class _KnownGradient(nn.Module):
+    """A loss whose value and gradient are known already, for who wants to go back from it.
+
+    It is v + sum(p * g) - sum(p * g), the last without a gradient: that of p is g, to the bit.
+    """
+
+    def __init__(self, network: nn.Module, trained: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.network = network
+        self._trained = dict(trained)
+
+    def forward(self, value: Tensor, gradients: Mapping[str, Tensor]) -> Tensor:
+        linear = torch.stack([(self._trained[n] * g).sum() for n, g in gradients.items()]).sum()
+        return value + (linear - linear.detach())
+
+
 def _owners(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """What the moments are of, in an order that does not depend on which had a gradient first."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+@contextmanager
+def _device_for_deepspeed(device: torch.device) -> Generator[None]:
+    """DeepSpeed takes the device that ``LOCAL_RANK`` names, whoever has set it and for what."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
+
+
 def _initialize(
-    module: BatchLoss,
+    module: nn.Module,
     parameters: list[torch.nn.Parameter],
     zero_stage: int,
     learning_rate: float,
@@ -225,25 +269,27 @@ def _initialize(
     )
     # One bucket for everything: a draft is small, and each bucket costs a pass.
     bucket = max(1, sum(p.numel() for p in parameters))
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        model_parameters=parameters,  # pyright: ignore[reportArgumentType]
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": max_grad_norm,
-            "zero_optimization": {
-                "stage": zero_stage,
-                "reduce_bucket_size": bucket,
-                "allgather_bucket_size": bucket,
-            },
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 1_000_000_000,
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": {
+            "stage": zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
         },
-        dist_init_required=False,
-        mpu=group,
-    )
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+    }
+    with _device_for_deepspeed(device):
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            model_parameters=parameters,  # pyright: ignore[reportArgumentType]
+            config=config,
+            dist_init_required=False,
+            mpu=group,
+        )
     if zero_stage == 0 and group is None:
         engine.enable_backward_allreduce = False  # one rank: it would copy all gradients twice
     return engine
@@ -287,7 +333,6 @@ def _output_into(file: IO[bytes]) -> Generator[None]:
 
 def _ensure_process_group(device: torch.device) -> None:
     """A group of one in memory, unless the host (SGLang, torchrun) has made one already."""
-    os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)

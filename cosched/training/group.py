@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,13 +14,17 @@ class TrainingGroup:
     """A data-parallel group for ZeRO, in the terms in which DeepSpeed asks (its ``mpu``).
 
     ``whole`` is the process group of all that train, ``alone`` one of this rank only: the draft
-    itself is whole on each of them.
+    itself is whole on each of them. ``meet`` waits for all of them, elsewhere than in these groups.
+
+    Raises:
+        PartedError: by ``meet``, where one of them has failed.
     """
 
     rank: int
     size: int
     whole: Any
     alone: Any
+    meet: Callable[[], None]
 
     def get_data_parallel_group(self) -> Any:
         return self.whole

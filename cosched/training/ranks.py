@@ -59,6 +59,15 @@ class Ranks:
         self.parted = not well
         return well, asked
 
+    def meet(self) -> None:
+        """Wait until every rank is here.
+
+        Raises:
+            PartedError: one has stopped training instead.
+        """
+        if self.size > 1 and not self.sync(well=True, asked=False)[0]:
+            raise PartedError("another rank stopped training")
+
     def part(self) -> None:
         """This rank stops training. The others learn of it when they meet next, wherever that is."""
         if not self.parted:
@@ -102,7 +111,6 @@ class SamePolicy:
         decision = self._policy.decide(snapshot)
         if self._ranks.size == 1:
             return decision
-        if not self._ranks.sync(well=True, asked=False)[0]:
-            raise PartedError("another rank stopped training")
+        self._ranks.meet()
         steps, rate = self._ranks.from_first((decision.num_steps, decision.learning_rate))
         return msgspec.structs.replace(decision, num_steps=steps, learning_rate=rate)

@@ -16,11 +16,12 @@ def prompt(name: str, start: int, length: int, whole: int) -> Prompt:
     return Prompt(name, start, length, whole, rows)
 
 
-def verified(*names: str, anchor: int = 0, watched: bool = True) -> Verified:
+def verified(*names: str, anchor: int = 0, watched: bool = True, iteration: int = 0) -> Verified:
     """Anchors and drafts are consecutive numbers, and so is what the target decided."""
     tokens = anchor + torch.arange(K + 1).repeat(len(names), 1)
     teacher = torch.arange(len(names) * (K + 1.0) * WIDTH).view(len(names), K + 1, WIDTH)
     return Verified(
+        iteration=iteration,
         request_ids=names,
         version=7,
         tokens_BS=tokens,

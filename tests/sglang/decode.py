@@ -1,7 +1,7 @@
 """Decode prompts with an SGLang engine of its own and print what came; run as a module.
 
 Its argument is JSON: ``{"prompts": [[token, ...], ...], "tokens": n, "engine": {...}, "passes": n,
-"abort": [request, tokens], "linger": seconds}``. All prompts are decoded together, as often as there are passes; in the
+"abort": [request, tokens], "linger": seconds, "sampling": {...}}``. All prompts are decoded together, as often as there are passes; in the
 last one, the request to abort asks for ten times more and is given up after that many tokens. The
 last line of the output is JSON: of the last pass a list of
 ``{"tokens": [...], "rounds": n, "cached": n, "retracted": n}``.
@@ -21,6 +21,7 @@ async def _pass(engine: Any, order: dict[str, Any], abort: list[int] | None) -> 
         name, aborted = f"request-{number}", bool(abort) and number == abort[0]
         wanted = order["tokens"] * (10 if aborted else 1)
         sampling = {"temperature": 0, "max_new_tokens": wanted, "ignore_eos": True}
+        sampling |= order.get("sampling", {})
         answers = await engine.async_generate(
             input_ids=prompt, sampling_params=sampling, rid=name, stream=True
         )

@@ -58,6 +58,7 @@ class Decode:
         engine: dict[str, Any] | None = None,
         num_tokens: int = NUM_TOKENS,
         linger: float = 0,
+        sampling: dict[str, Any] | None = None,
         **settings: Any,
     ) -> Answers:
         arguments = {"model_path": str(WORLD / "target"), "dtype": dtype, **(engine or {})}
@@ -73,6 +74,7 @@ class Decode:
                 "passes": passes,
                 "abort": abort,
                 "linger": linger,
+                "sampling": sampling or {},
             }
         )
         key = order + json.dumps(variables)

@@ -237,7 +237,9 @@ def test_metrics_and_server_info_carry_the_same_figures(
     seconds = dict(re.findall(r'cosched:seconds_total\{kind="(\w+)"[^}]*\} (\S+)', metrics))
     for kind, value in seconds.items():
         assert float(value) == pytest.approx(status[f"{kind}_seconds"])
-    assert len(seconds) == 4
+    assert len(seconds) == 6
+    assert float(shown["rollbacks_total"]) == status["rollbacks"] > 0
+    assert float(shown["refused_updates_total"]) == status["refused_updates"]
     assert metrics.count("\ncosched:draft_version{") == 1
     (state,) = server.get("/server_info")["internal_states"]
     assert state["cosched"]["updates"] == status["updates"]

@@ -94,7 +94,7 @@ def test_a_real_package_that_is_broken_is_an_error(tmp_path: Path) -> None:
     message = run(code, broken)
     assert str(broken) in message
     assert "operator nms does not exist" in message
-    assert "uninstall it" in message
+    assert "pip uninstall torchvision" in message
 
 
 def test_spawned_processes_find_the_stand_ins(tmp_path: Path) -> None:

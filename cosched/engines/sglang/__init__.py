@@ -4,4 +4,5 @@
 # plugin asks for the first of them in every process of every SGLang.
 CONFIG = "COSCHED_CONFIG"  # a YAML file; without it nothing of ours happens
 EVENTS = "COSCHED_EVENTS"  # a file that rank 0 appends every event to, rounds included
+START = "COSCHED_START"  # the folder of this start, absolute: saved drafts and history go there
 RUN = "COSCHED_RUN"  # a folder of the server's; absent where our launcher did not start it

@@ -65,7 +65,13 @@ _OR_ELSE = {  # to 0.5.18
 # Targets of hooks
 INTERNAL_STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
 LAUNCH = "sglang.srt.entrypoints.engine.Engine._launch_subprocesses"
+REQUEST_CHECK = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 PREPARE_LAUNCH = "sglang.srt.entrypoints.engine._set_envs_and_config"
+SCHEDULER_COUNTS = (
+    "sglang.srt.managers.scheduler_components.batch_result_processor."
+    "SchedulerBatchResultProcessor._resolve_spec_v2_tokens"
+)
+SCHEDULER_END = "sglang.srt.managers.scheduler.Scheduler.handle_shutdown"
 SCHEDULER_NEXT = "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run"
 SCHEDULER_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
 
@@ -111,6 +117,11 @@ def gone(request_ids: set[str], plan: Any, scheduler: Any) -> set[str]:
 def is_health_check(request: Any) -> bool:
     """Whether SGLang asks itself whether it answers (``/health``, ``/health_generate``)."""
     return request.rid.startswith(resolve(_PATHS["HEALTH_CHECK_RID_PREFIX"]))
+
+
+def has_pictures(request: Any) -> bool:
+    """Whether a prompt has pictures or sound in it: hashes beyond the vocabulary stand for their tokens."""
+    return getattr(request, "multimodal_inputs", None) is not None
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ folder of its own, so that it is offered only where the real package is absent.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -72,9 +73,10 @@ def _is_installed(package: str) -> bool:
     try:
         importlib.import_module(package)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        names = importlib.metadata.packages_distributions().get(package, [package])
         raise ConfigError(
             f"{package} is installed ({spec.origin}) but cannot be imported: {error}. It is "
-            f"probably built for a GPU or for another torch. To serve on a CPU, uninstall it "
-            f"(cosched stands in for it) or install a build for a CPU."
+            f"probably built for a GPU or for another torch. To serve on a CPU, let cosched stand in "
+            f"for it: pip uninstall {' '.join(sorted(set(names)))}"
         ) from error
     return True

@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from cosched.engines.sglang.worker.algorithms import workers
+from cosched.engines.sglang.worker.supported import check_modes, check_values
 from cosched.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
 
 CPU = {"device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True}
 
-UNSUPPORTED: dict[str, tuple[Any, str]] = {  # the value that it must have, and why
+OF_LAUNCHER: dict[str, tuple[Any, str]] = {  # the value that it must have, and why
     "dp_size": (1, "each replica would learn a draft of its own"),
-    "pp_size": (1, "the draft is trained beside the target's last layer and its embedding"),
     "nnodes": (1, "the launcher watches the processes of one machine"),
     "tokenizer_worker_num": (1, "SGLang checks no key then, and /cosched/ would be open"),
     "use_ray": (False, "the launcher watches the processes that SGLang itself starts"),
@@ -32,6 +32,31 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {  # the value that it must have, and 
     "grpc_mode": (False, "the launcher serves HTTP"),
     "smg_grpc_mode": (False, "the launcher serves HTTP"),
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads SGLang's arguments; a mistake is one line, without the two hundred of what there is."""
+
+    def error(self, message: str) -> NoReturn:
+        _, _, words = message.partition("unrecognized arguments: ")
+        known = [word for action in self._actions for word in action.option_strings]
+        meant = [near for word in words.split() for near in _near(word.partition("=")[0], known)]
+        hint = f"; did you mean {', '.join(meant)}?" if meant else ""
+        raise ConfigError(f"{message}{hint} (sglang serve --help lists what there is)")
+
+
+def _near(word: str, known: Collection[str]) -> list[str]:
+    return difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+
+
+def check_supported(given: Mapping[str, Any], called: Callable[[str], str]) -> None:
+    """Refuse what cosched does not serve with, whether SGLang is installed or not.
+
+    Raises:
+        ConfigError: a value is not the one that it must have.
+    """
+    check_modes(given, called)
+    check_values(OF_LAUNCHER, given, called)
 
 
 class Fixed(NamedTuple):
@@ -89,7 +114,7 @@ def fixed_arguments(config: Config, speculation: Speculation = "adapted") -> dic
     elif device != "auto":
         fixed["device"] = Fixed(device, "engine.device")
         if index:
-            fixed["base_gpu_id"] = Fixed(_index(index, config.engine.device), "engine.device")
+            fixed["base_gpu_id"] = Fixed(int(index), "engine.device")
     return fixed
 
 
@@ -109,12 +134,6 @@ def _defaults(config: Config) -> dict[str, Any]:
     """What is as it were without us, unless the user says otherwise: a model's name is its own."""
     target = config.target
     return {} if target.folder == target.path else {"served_model_name": target.path}
-
-
-def _index(text: str, device: str) -> int:
-    if not text.isdecimal():
-        raise ConfigError(f"engine.device: {device!r} is no device; auto, cpu, cuda, cuda:0 …")
-    return int(text)
 
 
 def keyword_arguments(
@@ -165,7 +184,7 @@ def _check(
 ) -> None:
     for name, value in given.items():
         if name not in allowed:
-            near = difflib.get_close_matches(name, allowed, n=3, cutoff=0.5)
+            near = _near(name, allowed)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise ConfigError(f"{called(name)}: SGLang has no argument {name!r}{hint}")
         if name in fixed and value != fixed[name].value:
@@ -174,11 +193,7 @@ def _check(
                 f"{called(name)}: {value!r} contradicts {setting.key}, which means "
                 f"{setting.value!r}; say it there"
             )
-        must, reason = UNSUPPORTED.get(name, (value, ""))
-        if value != must:
-            raise ConfigError(
-                f"{called(name)}: cosched serves with {must!r} only, got {value!r}: {reason}"
-            )
+    check_supported(given, called)
 
 
 def _given(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ imported before the settings are known to be right and, for a CPU, the environme
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import os
 import signal
@@ -15,9 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosched.engines.sglang import CONFIG, EVENTS, RUN, compat
+from cosched.engines.sglang import CONFIG, EVENTS, RUN, START, compat
 from cosched.engines.sglang.cpu.environment import environment, install_stand_ins
+from cosched.engines.sglang.launcher.admission import check_address, check_tokens
 from cosched.engines.sglang.launcher.arguments import (
+    Parser,
+    check_supported,
     command_line,
     fixed_arguments,
     keyword_arguments,
@@ -27,6 +29,7 @@ from cosched.engines.sglang.launcher.run_directory import RunDirectory, version_
 from cosched.engines.sglang.operators.control import Client
 from cosched.engines.sglang.operators.routes import add_routes
 from cosched.engines.sglang.worker.algorithms import has_worker
+from cosched.engines.sglang.worker.supported import check_resolved
 from cosched.errors import ConfigError, RunFolderError
 from cosched.memory.sketch import sketch
 from cosched.registry import DRAFTERS
@@ -135,6 +138,7 @@ def check_servable(config: Config) -> None:
 def check_draft_servable(config: Config) -> None:
     """The same of the draft of one arm, whichever others there are."""
     fixed_arguments(config)
+    check_supported(config.engine.arguments, lambda name: f"engine.arguments.{name}")
     settings = config.drafter_settings
     if (form := config.adapt.replay.teacher) != "hidden":
         raise ConfigError(
@@ -187,20 +191,23 @@ def _bind_ranks(config: Config, num_ranks: int) -> None:
 
 
 def _run(config: Config, words: Sequence[str], directory: RunDirectory) -> None:
-    parser = argparse.ArgumentParser(prog="cosched serve", allow_abbrev=True)
+    parser = Parser(prog="cosched serve", allow_abbrev=True)
     _load_plugins(config)  # first: they add choices
     compat.ServerArgs.add_cli_args(parser)
     if "--config" in words:
         words = compat.ConfigArgumentMerger(parser).merge_config_with_args(list(words))
     line = command_line(config, words, parser)
     arguments = compat.prepare_server_args(line)
+    check_resolved(arguments)
+    check_address(arguments.host, arguments.port)
     _bind_ranks(config, arguments.tp_size)
     folder = _folder_of_start(config)
     _watch_launch()
     has_key = bool(arguments.api_key or arguments.admin_api_key)
     add_routes(compat.http_app, Client(directory.socket), folder / "checkpoints", has_key)
     try:
-        compat.run_server(arguments)
+        with _variables({START: str(folder)}):
+            compat.run_server(arguments)
     except Exception as error:
         if failure := directory.failure():  # SGLang says that a process died; this is why
             raise ConfigError(f"the server cannot start: {failure}") from error
@@ -229,10 +236,14 @@ def _load_plugins(config: Config) -> None:
 
 def _watch_launch() -> None:
     """Let a launch fail with our reason where a worker cannot be set up or is not ours."""
-    hooks = {compat.LAUNCH: _launched, compat.PREPARE_LAUNCH: _signals_set}
-    for target, hook in hooks.items():
+    hooks = {
+        compat.LAUNCH: (_launched, compat.HookType.AFTER),
+        compat.PREPARE_LAUNCH: (_signals_set, compat.HookType.AFTER),
+        compat.REQUEST_CHECK: (check_tokens, compat.HookType.BEFORE),
+    }
+    for target, (hook, when) in hooks.items():
         if target not in compat.HookRegistry._patched:
-            compat.HookRegistry.register(target, hook, compat.HookType.AFTER)
+            compat.HookRegistry.register(target, hook, when)
     compat.HookRegistry.apply_hooks()
     for target in hooks:
         assert target in compat.HookRegistry._patched, f"SGLang has moved {target}"

@@ -22,7 +22,12 @@ def probe() -> dict[str, list[str]]:
     points = [point.name for point in metadata.entry_points(group=GROUP)]
     compat.load_plugins()
     patched: set[str] = compat.HookRegistry._patched
-    hooks = (compat.SCHEDULER_NEXT, compat.SCHEDULER_IDLE, compat.INTERNAL_STATE)
+    hooks = (
+        compat.SCHEDULER_NEXT,
+        compat.SCHEDULER_IDLE,
+        compat.SCHEDULER_END,
+        compat.INTERNAL_STATE,
+    )
     return {
         "entry_points": [name for name in points if name.startswith("cosched")],
         "algorithms": [name for name in named if _is_registered(name)],

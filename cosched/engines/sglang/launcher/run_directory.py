@@ -6,17 +6,23 @@ process reported when its worker stood, and the socket that operators' requests 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
 from cosched.engines.sglang import RUN
 from cosched.errors import ConfigError
 from cosched.telemetry.run_folder import RunFolder
+
+PREFIX = "cosched-"
+LOCK = "launcher.lock"
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,11 +40,14 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: IO[bytes] | None = None  # of the launcher, for as long as it lives
 
     @classmethod
     def create(cls, config_yaml: str) -> RunDirectory:
-        """A new folder with the settings in it."""
-        directory = cls(Path(tempfile.mkdtemp(prefix="cosched-")))
+        """A new folder with the settings in it; those of this user whose launcher was killed go."""
+        _remove_left_behind(Path(tempfile.gettempdir()))
+        directory = cls(Path(tempfile.mkdtemp(prefix=PREFIX)))
+        directory._lock = _locked(directory.path / LOCK)
         RunFolder(directory.path).write("config.yaml", config_yaml)
         return directory
 
@@ -96,6 +105,28 @@ class RunDirectory:
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
+
+
+def _locked(path: Path) -> IO[bytes] | None:
+    """The file, locked; None where another process has locked it. A lock ends with its process."""
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def _remove_left_behind(parent: Path) -> None:
+    """A launcher that was killed could not remove its folder, nor the socket in it."""
+    for path in parent.glob(f"{PREFIX}*/{LOCK}"):
+        with contextlib.suppress(OSError):  # another user's, or just gone
+            if path.stat().st_uid == os.getuid() and (lock := _locked(path)) is not None:
+                shutil.rmtree(path.parent, ignore_errors=True)
+                lock.close()
 
 
 def version_of(package: str) -> str | None:

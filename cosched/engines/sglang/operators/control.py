@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import socketserver
 import threading
@@ -185,25 +184,7 @@ class _Handler(socketserver.StreamRequestHandler):
             check(command)
         except (msgspec.DecodeError, ControlError) as error:
             return Reply(error=str(error))
-        return self._carry_out(command)
-
-    def _carry_out(self, command: Command) -> Reply:
-        if command.verb != "save" or command.path is None:
-            return cast("_Server", self.server).ask(command)
-        # Written beside its place, then moved there: a folder of that name is a whole checkpoint.
-        path = Path(command.path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        reply = cast("_Server", self.server).ask(
-            msgspec.structs.replace(command, path=str(partial))
-        )
-        if reply.status is not None:
-            try:
-                partial.rename(path)
-            except OSError as error:
-                return Reply(error=f"save: {path} cannot be made of {partial}: {error.strerror}")
-        elif not reply.late:
-            shutil.rmtree(partial, ignore_errors=True)
-        return reply
+        return cast("_Server", self.server).ask(command)
 
 
 class Client:

@@ -20,9 +20,11 @@ COUNTERS = {
     "rounds": "Verification rounds.",
     "updates": "Updates of the draft.",
     "skipped_steps": "Training steps that were skipped because a loss or gradient was not finite.",
+    "refused_updates": "Updates that were scored and did not serve.",
+    "rollbacks": "Times that an earlier version was served again, by the guard or by hand.",
     "evicted_requests": "Requests whose rows were dropped from the replay buffer for want of room.",
 }
-KINDS = ("draft", "verify", "update", "publish")
+KINDS = ("draft", "verify", "update", "publish", "guard", "background")
 
 
 class Metrics:

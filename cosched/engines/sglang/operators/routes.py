@@ -2,7 +2,10 @@
 
 Where the server has ``--api-key`` or ``--admin-api-key``, they need it as SGLang's own routes for
 operators do (with both, the admin key). Where it has none, only clients of the same machine are
-answered, and no web page: a browser says where a request comes from (``Origin``).
+answered, and no web page: a browser says where a request comes from (``Origin``), and by which name
+it found the machine (``Host``): a page may have had its own name point here since it was opened. A
+client is told by the address of its connection: whatever reaches the server through a proxy of this
+machine comes from this machine, unless the proxy passes on the name that it was called by, as most do.
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ import msgspec
 from cosched.engines.sglang import compat
 from cosched.engines.sglang.operators.control import VERBS, Client, Reply, seconds_for
 from cosched.engines.sglang.worker.adaptation import Command, Status
-from cosched.errors import ControlError
+from cosched.errors import ConfigError, ControlError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+HOST = re.compile(r"^\[?([^\[\]]*?)\]?(?::\d+)?$")  # of a header Host, without its port
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a checkpoint
 
 
@@ -79,18 +83,32 @@ def _response(code: int, reply: Reply, **more: Any) -> Any:
 def refused(client: Any, headers: Any) -> str | None:
     """Why a client of a server without a key is not answered; None where it is."""
     host = getattr(client, "host", "")
-    try:
-        here = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        here = False
-    if not here:
+    if not _is_here(host):
         return (
             f"/cosched/ answers clients of its own machine only, not {host or 'unknown ones'}, "
             f"because this server has no --api-key and no --admin-api-key"
         )
     if "origin" in headers:
         return "/cosched/ answers no web pages on a server without --api-key"
+    named = headers.get("host", "")
+    if not _is_here(HOST.sub(r"\1", named)):
+        return (
+            f"/cosched/ on a server without --api-key is called by an address of this machine or as "
+            f"localhost, not as {named or 'nothing'}"
+        )
     return None
+
+
+def _is_here(name: str) -> bool:
+    """Whether an address, or the name of one, is this machine's own for itself."""
+    if name.lower() == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)  # how a socket of both families shows IPv4
+    return (mapped or address).is_loopback
 
 
 def command_of(verb: str, raw: bytes, checkpoints: Path) -> Command:
@@ -121,20 +139,20 @@ def request_body(verb: str, what: str | None) -> dict[str, Any]:
     """What ``cosched control VERB WHAT`` sends.
 
     Raises:
-        ControlError: the verb is unknown, or takes something else.
+        ConfigError: the verb is unknown, or takes something else.
     """
     if verb not in VERBS:
-        raise ControlError(f"{verb!r} is no command; there are {', '.join(VERBS)}")
+        raise ConfigError(f"{verb!r} is no command; there are {', '.join(VERBS)}")
     if verb == "rollback":
         if what is None or not what.isdecimal():
-            raise ControlError(f"rollback: give a version, 0 or more, got {what!r}")
+            raise ConfigError(f"rollback: give a version, 0 or more, got {what!r}")
         return {"version": int(what)}
     if verb == "save":
         if what is None:
-            raise ControlError("save: give a NAME for the checkpoint")
+            raise ConfigError("save: give a NAME for the checkpoint")
         return {"path": what}
     if what is not None:
-        raise ControlError(f"{verb} takes nothing behind it, got {what!r}")
+        raise ConfigError(f"{verb} takes nothing behind it, got {what!r}")
     return {}
 
 
@@ -142,11 +160,12 @@ def call(url: str, verb: str, body: dict[str, Any], api_key: str | None = None) 
     """Ask a running server; returns its status, with ``path`` where a checkpoint was saved.
 
     Raises:
+        ConfigError: ``url`` is no address.
         ControlError: nobody answers, or the server refuses.
     """
     where = f"{url.rstrip('/')}/cosched/{verb}"
     if not where.startswith(("http://", "https://")):
-        raise ControlError(f"--url: {url!r} is no address; e.g. http://127.0.0.1:30000")
+        raise ConfigError(f"--url: {url!r} is no address; e.g. http://127.0.0.1:30000")
     request = urllib.request.Request(
         where,
         data=None if verb == "status" else json.dumps(body).encode(),

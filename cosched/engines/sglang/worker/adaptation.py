@@ -16,11 +16,11 @@ import msgspec
 import torch
 
 from cosched.errors import ConfigError, CoschedError
-from cosched.telemetry.run_folder import explained
 from cosched.training.ranks import PartedError
 
 if TYPE_CHECKING:
     from cosched.coscheduler import Coscheduler
+    from cosched.engines.sglang.worker.autosave import Autosave
     from cosched.engines.sglang.worker.collector import Prefill, RoundCollector, Verified
     from cosched.loop.roles import Sink
     from cosched.records import VerifyRound
@@ -114,7 +114,7 @@ def _never_raises(
 class Adaptation:
     """The co-scheduler inside one scheduler process.
 
-    ``save`` writes the serving draft as a checkpoint. With ``watches`` off (a policy that never
+    ``save`` writes the serving draft as a checkpoint, ``autosave`` does unasked. With ``watches`` off (a policy that never
     trains) no rows are taken from the device and rounds are only counted.
     """
 
@@ -129,6 +129,7 @@ class Adaptation:
         save: Callable[[Path], None],
         operator: Operator,
         sink: Sink,
+        autosave: Autosave | None = None,
     ) -> None:
         self._algorithm = algorithm
         self._coscheduler = coscheduler
@@ -139,7 +140,9 @@ class Adaptation:
         self._save = save
         self._operator = operator
         self._sink = sink
+        self._autosave = autosave
         self._ready: list[VerifyRound] = []
+        self._iteration: int | None = None  # whose counts come next
         self._failure: str | None = None
         self._warning: str | None = None
         self._adapting = True
@@ -169,8 +172,12 @@ class Adaptation:
 
     @_never_raises
     def counted(self, num_accepted: list[int]) -> None:
-        """Accepted drafts of every request of the oldest verification whose counts are not known."""
-        self._ready.extend(self._collector.counted(num_accepted))
+        """Accepted drafts of every request of the verification that was announced."""
+        self._ready.extend(self._collector.counted(num_accepted, self._iteration))
+
+    def counts_follow(self, iteration: int) -> None:
+        """The counts that come next are those of that pass of the scheduler's."""
+        self._iteration = iteration
 
     @_never_raises
     def finished(self, request_id: str) -> None:
@@ -209,6 +216,12 @@ class Adaptation:
             self._tell([self._collector.idle()])
         if self._coscheduler.counters.updates > updates:
             self._look_after()
+
+    def ending(self) -> None:
+        """Everybody has been answered, and the process is about to end."""
+        if self._autosave is not None and not self._coscheduler.counters.serves_loaded:
+            with torch.inference_mode(False), torch.no_grad():
+                self._autosave.end(self.version)
 
     def _tell(self, rounds: Iterable[VerifyRound]) -> None:
         for round_ in rounds:
@@ -250,6 +263,8 @@ class Adaptation:
             self._sink.emit("warning", reason=self._warning)
         elif self._warning and not starved:
             self._warning = None
+        if self._autosave is not None:
+            self._autosave.look(self.version)
         self._operator.show(self.status())
 
     # --- for operators ---------------------------------------------------------------------
@@ -284,8 +299,7 @@ class Adaptation:
             case "save":
                 assert command.path is not None
                 if self._ranks.rank == 0:
-                    with explained(Path(command.path)):  # a full disk stops no training
-                        self._save(Path(command.path))
+                    self._save(Path(command.path))  # a full disk stops no training
             case other:
                 raise ConfigError(f"{other!r} is no command; status, on, off, rollback, save")
         if command.verb != "status":

@@ -7,7 +7,6 @@ Letters: B requests, S = K + 1 verified rows of each, T prompt rows end to end.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +15,7 @@ import torch
 from cosched.engines.sglang import compat
 from cosched.engines.sglang.worker.collector import Prefill, Prompt, Verified
 from cosched.engines.sglang.worker.serving import ServedDraft
+from cosched.engines.sglang.worker.supported import check_resolved
 from cosched.engines.sglang.worker.taps import HiddenTap, Stopwatch, owned
 from cosched.engines.sglang.worker.target import ServedTarget
 from cosched.errors import ConfigError
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from cosched.engines.sglang.worker.adaptation import Adaptation
     from cosched.records import Acceptance
 
-_GRAPH_ROWS = 4096  # rows of a verification that CUDA graphs may be captured for, at most
+_LEAST_ROWS = 4096  # watched at once; prompts are longer than verifications
+_ALIGNMENT = 64  # requests that SGLang may round the batch of a CUDA graph up to
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,6 @@ class AdaptedWorker:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        os.environ.setdefault("LOCAL_RANK", str(max(0, self.gpu_id)))  # DeepSpeed's device
         runner = self.target_worker.model_runner
         target = ServedTarget(runner, getattr(self.target_worker, "tokenizer", None))
         self._tap: HiddenTap | None = None
@@ -79,7 +79,9 @@ class AdaptedWorker:
             )
         )
         if self.adaptation.watching:
-            self._tap = HiddenTap(target.model, _GRAPH_ROWS, target.embedding.weight)
+            most = self.server_args.max_running_requests or 0
+            rows = graph_rows(most, self.speculative_num_draft_tokens)
+            self._tap = HiddenTap(target.model, rows, target.embedding.weight)
 
     # --- what a family gives ---------------------------------------------------------------
 
@@ -104,13 +106,14 @@ class AdaptedWorker:
             )
         if spec.speculative_adaptive:
             raise ConfigError("--speculative-adaptive: cosched needs a fixed number of drafts")
-        # The last two SGLang itself refuses, or leaves out, by the names of its own algorithms.
-        for name in ("dp_attention", "attn_tp_input_scattered", "linear_replayssm_spec"):
+        # SGLang itself refuses, or leaves out, by the names of its own algorithms.
+        for name in ("attn_tp_input_scattered", "linear_replayssm_spec"):
             if getattr(self.server_args, f"enable_{name}", False):
                 flag = f"--enable-{name.replace('_', '-')}"
                 raise ConfigError(f"{flag}: not supported with cosched; leave it out")
-        if (stages := compat.get_parallel().pp_size) != 1:
-            raise ConfigError(f"--pp-size {stages}: not supported with cosched; use 1")
+        check_resolved(self.server_args)
+        # What the ranks came to be: from 0.5.22 on the arguments do not tell.
+        check_resolved(compat.get_parallel())
 
     # --- what SGLang calls -----------------------------------------------------------------
 
@@ -141,7 +144,7 @@ class AdaptedWorker:
                 if compat.is_health_check(request):
                     continue
                 rows = None
-                if teacher_TX is not None:
+                if teacher_TX is not None and not compat.has_pictures(request):
                     kept = slice(end - min(length, self.adaptation.window), end)
                     rows = Segment(
                         request_id=request.rid,
@@ -171,6 +174,7 @@ class AdaptedWorker:
             teacher = owned(self._tap.rows(tokens.numel())) if watching and self._tap else None
             rows = features if watching else None
             return Verified(
+                iteration=batch.forward_iter,
                 request_ids=tuple(request.rid for request in requests),
                 version=self.adaptation.version,
                 tokens_BS=tokens.long().view(size, -1).clone(),
@@ -182,6 +186,12 @@ class AdaptedWorker:
 
         if not batch.forward_mode.is_idle():
             self.adaptation.verified(verified)
+
+
+def graph_rows(max_running: int, rows_each: int) -> int:
+    """Rows of the largest verification that a CUDA graph can be captured for, and no fewer than usual."""
+    batch = -(-max_running // _ALIGNMENT) * _ALIGNMENT
+    return max(_LEAST_ROWS, batch * rows_each)
 
 
 def _acceptance(device: torch.device) -> Acceptance:

@@ -50,8 +50,10 @@ class Verified:
 
     ``features_BSF`` and ``teacher_BSX`` are None where nobody learns from them. ``seconds`` gives
     the time that went into drafting and verifying, and may be asked once the counts are known.
+    ``iteration`` is the scheduler's number of the pass, which rises.
     """
 
+    iteration: int
     request_ids: tuple[str, ...]
     version: int
     tokens_BS: Tensor
@@ -117,14 +119,28 @@ class RoundCollector:
         """A tick in which nothing runs; it says who has finished, which no other round would."""
         return self._make((), (), (0.0, 0.0), [])
 
-    def counted(self, num_accepted: list[int]) -> Iterator[VerifyRound]:
-        """Rounds up to the oldest verification that waits, whose counts these are."""
+    def counted(
+        self, num_accepted: list[int], iteration: int | None = None
+    ) -> Iterator[VerifyRound]:
+        """Rounds up to the verification of that pass, whose counts these are; None: the oldest.
+
+        Counts of one that was not watched change nothing. Requests of one whose counts never came have
+        lost their place in their text: nothing more is taken of them.
+        """
         yield from self.before_counts()
-        if self._waiting:
-            verified = self._waiting.popleft()
+        while self._waiting:
+            verified = self._waiting[0]
             assert isinstance(verified, Verified)
-            assert len(verified.request_ids) == len(num_accepted), "counts of another batch"
-            yield self._round(verified, num_accepted)
+            if iteration is not None and verified.iteration > iteration:
+                return
+            self._waiting.popleft()
+            if iteration is None or verified.iteration == iteration:
+                assert len(verified.request_ids) == len(num_accepted), "counts of another batch"
+                yield self._round(verified, num_accepted)
+                return
+            for request_id in verified.request_ids:
+                self.finish(request_id)
+            yield from self.before_counts()
 
     def before_counts(self) -> Iterator[VerifyRound]:
         """Rounds that wait for no counts: prefills in front."""

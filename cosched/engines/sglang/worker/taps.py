@@ -28,7 +28,7 @@ class HiddenTap:
     They are taken on the way into SGLang's logits processor: before penalties, grammar and
     sampling, which change the logits in place. On a GPU they are copied to ``max_rows`` rows of a
     fixed buffer; the copy is part of a captured CUDA graph and so runs when it is replayed. More
-    rows than that never come from a graph, and are kept as they are.
+    rows than that never come from a graph, and are kept as they are: to capture one of more is refused.
     """
 
     def __init__(self, model: nn.Module, max_rows: int, like: Tensor) -> None:
@@ -53,6 +53,11 @@ class HiddenTap:
         if self._buffer is not None and len(hidden) <= len(self._buffer):
             self._buffer[: len(hidden)].copy_(hidden)
             self._hidden = self._buffer
+        elif self._buffer is not None and torch.cuda.is_current_stream_capturing():
+            raise ConfigError(
+                f"engine.max_batch: a CUDA graph of {len(hidden)} rows is captured, and cosched watches "
+                f"{len(self._buffer)}; raise engine.max_batch, or lower --cuda-graph-max-bs"
+            )
         else:
             self._hidden = hidden
 

@@ -56,5 +56,5 @@ class ServedTarget:
         return None if self._tokenizer is None else self._tokenizer.get_vocab()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that must never change."""
-        return {name: p.data for name, p in self.model.named_parameters()}
+        """All that must never change; of each the count of writes is that of the parameter itself."""
+        return {name: p.detach() for name, p in self.model.named_parameters()}

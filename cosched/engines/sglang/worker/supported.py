@@ -1,0 +1,57 @@
+"""Modes of SGLang's that cosched does not adapt in, refused by name; imports nothing of SGLang's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cosched.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+# The value that an argument must have, and why.
+MODES: dict[str, tuple[Any, str]] = {
+    "pp_size": (1, "the draft is trained beside the target's last layer and its embedding"),
+    "enable_dp_attention": (False, "a rank would see some of the requests only"),
+    "attn_dp_size": (1, "a rank would see some of the requests only"),
+    "enable_layernorm_sp": (False, "a rank would see some rows of the target only"),
+    "disaggregation_mode": ("null", "prompts and answers would be computed by different servers"),
+    "enable_torch_compile": (False, "a compiled forward pass does not run what watches the target"),
+    "enable_memory_saver": (False, "weights that the draft learns from would be taken away"),
+}
+
+
+def check_modes(given: Mapping[str, Any], called: Callable[[str], str]) -> None:
+    """Refuse what was asked for by name; ``called`` is how the user says it.
+
+    Raises:
+        ConfigError: a value is not the one that it must have.
+    """
+    check_values(MODES, given, called)
+
+
+def check_resolved(found: Any) -> None:
+    """The same of what SGLang has made of it: it sets some of them by others, and by the model.
+
+    ``found`` has them as attributes, those that this version has.
+
+    Raises:
+        ConfigError: as ``check_modes``.
+    """
+    values = {name: getattr(found, name) for name in MODES if hasattr(found, name)}
+    check_modes(values, lambda name: f"--{name.replace('_', '-')}")
+
+
+def check_values(
+    table: Mapping[str, tuple[Any, str]], given: Mapping[str, Any], called: Callable[[str], str]
+) -> None:
+    """Whether what was given has the values that a table wants.
+
+    Raises:
+        ConfigError: one has not.
+    """
+    for name, (must, reason) in table.items():
+        if (value := given.get(name, must)) != must:
+            raise ConfigError(
+                f"{called(name)}: cosched serves with {must!r} only, got {value!r}: {reason}"
+            )
