@@ -40,7 +40,6 @@ def build_learner(
     target: TargetInfo,
     drafter: Drafter,
     acceptance: Acceptance,
-    temperature: float,
     ranks: Ranks | None = None,
 ) -> tuple[Trainer, Scorer]:
     """What trains a float32 copy of the serving draft, and what scores its weights for a guard.
@@ -58,11 +57,11 @@ def build_learner(
         )
     if background and device.type == "cpu":
         sent = config, _tables_of(target), drafter.num_draft_tokens, _weights_of(drafter)
-        worker = Worker(partial(_build_alone, *sent, acceptance, temperature))
+        worker = Worker(partial(_build_alone, *sent, acceptance))
         return ProcessTrainer(worker), ProcessScorer(worker)
     copy = drafter.clone(torch.float32)
     trainer = build_trainer(config, target, copy, ranks)
-    scorer = build_scorer(config, target, copy, acceptance, temperature, ranks)
+    scorer = build_scorer(config, target, copy, acceptance, ranks)
     return BackgroundTrainer(trainer, device) if background else trainer, scorer
 
 
@@ -83,7 +82,6 @@ def build_scorer(
     target: TargetInfo,
     copy: Drafter,
     acceptance: Acceptance,
-    temperature: float,
     ranks: Ranks | None = None,
 ) -> AcceptanceScorer:
     """It puts weights into a trainer's ``copy`` for the while."""
@@ -93,7 +91,6 @@ def build_scorer(
         config.adapt.replay.teacher,
         target.embedding.weight.dtype,
         acceptance,
-        temperature,
         ranks,
         config.adapt.memory.chunk_rows,
         config.adapt.trainer.precision,
@@ -181,7 +178,6 @@ def _build_alone(
     num_draft_tokens: int,
     weights: Mapping[str, Tensor],
     acceptance: Acceptance,
-    temperature: float,
 ) -> tuple[Trainer, Scorer]:
     """The same in a process that does nothing else, warm: the first update takes many times as long."""
     settings = msgspec.structs.replace(config.drafter_settings, num_draft_tokens=num_draft_tokens)
@@ -193,7 +189,7 @@ def _build_alone(
     trainer = build_trainer(config, target, copy)
     trainer.update(_blank_batch(config, target, copy), Decision(1))
     trainer.reset()
-    return trainer, build_scorer(config, target, copy, acceptance, temperature)
+    return trainer, build_scorer(config, target, copy, acceptance)
 
 
 def _blank_batch(config: Config, target: TargetInfo, copy: Drafter) -> SignalBatch:

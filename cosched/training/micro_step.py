@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cosched.training.precision import Precision
 
 ROWS_OF_LOST_MASS = 8  # each takes a product with the target's whole head
+LEAST = 1e-3  # temperature: a token that is a hundredth of a nat better has all of the mass
 ROWS_TO_RANK = 32  # of the draft's logits, whose likeliest tokens are looked for at once
 
 
@@ -38,6 +39,7 @@ class Likeliest:
     tokens_W: Tensor
     teacher_TW: Tensor
     says_M: Tensor  # the teacher's row of each that counts
+    temperatures_M: Tensor | None
 
 
 class BatchLoss(nn.Module):
@@ -107,7 +109,9 @@ class BatchLoss(nn.Module):
             reference = reference.flatten(0, 2).index_select(0, counts_M)
         if self._likeliest is None:
             teacher_MX = batch.teacher_RNKX.flatten(0, 2).index_select(0, counts_M)
-            measured_MQ = self.measure(states_MH, *self._teacher.distinct(teacher_MX), reference)
+            temperatures_M = self._temperatures(batch, counts_M)
+            distinct = self._teacher.distinct(teacher_MX)
+            measured_MQ = self.measure(states_MH, *distinct, reference, temperatures_M)
         else:
             assert self._likeliest.batch is batch, "an update has one batch"
             measured_MQ = self._measure_likeliest(states_MH, self._likeliest, reference)
@@ -121,13 +125,21 @@ class BatchLoss(nn.Module):
         teacher_TX: Tensor,
         says_M: Tensor,
         reference_MH: Tensor | None,
+        temperatures_M: Tensor | None = None,
     ) -> Tensor:
-        """What the loss measures of rows ``[M, Q]``; ``says_M`` is the teacher's row of each."""
+        """What the loss measures of rows ``[M, Q]``; ``says_M`` is the teacher's row of each.
+
+        The teacher's logits are divided by ``temperatures_M``, where there are any.
+        """
 
         def measure(rows: slice, states_MH: Tensor) -> Tensor:
             student_MV = wide(self._drafter.project(states_MH))
             with torch.no_grad():
                 teacher_MV = self._teacher_logits(teacher_TX, says_M[rows])
+                if temperatures_M is not None:
+                    teacher_MV.div_(
+                        temperatures_M[rows, None]
+                    )  # rows of its own, as in _measure_likeliest
                 reference_MV = None
                 if reference_MH is not None and self._before is not None:
                     reference_MV = wide(self._before.drafter.project(reference_MH[rows]))
@@ -144,7 +156,10 @@ class BatchLoss(nn.Module):
         if reference_MH is not None and self._before is not None:
             with torch.no_grad():
                 reference_MW = wide(self._before.drafter.project(reference_MH, among.tokens_W))
-        return self._loss.measure(student_MW, among.teacher_TW[among.says_M], reference_MW)
+        teacher_MW = among.teacher_TW[among.says_M]
+        if among.temperatures_M is not None:
+            teacher_MW.div_(among.temperatures_M[:, None])
+        return self._loss.measure(student_MW, teacher_MW, reference_MW)
 
     def _rank(self, batch: SignalBatch, most: int | None) -> Likeliest | None:
         """The tokens among so many likeliest of any row, of the teacher's or of the draft's."""
@@ -162,7 +177,16 @@ class BatchLoss(nn.Module):
                 for logits in (teacher_TV, *students)
             ]
         tokens_W = torch.cat(best).unique()
-        return Likeliest(batch, tokens_W, teacher_TV.index_select(-1, tokens_W), says_M)
+        temperatures_M = self._temperatures(batch, counts_M)
+        teacher_TW = teacher_TV.index_select(-1, tokens_W)
+        return Likeliest(batch, tokens_W, teacher_TW, says_M, temperatures_M)
+
+    def _temperatures(self, batch: SignalBatch, counts_M: Tensor) -> Tensor | None:
+        """Those at which rows that count sample, for a loss that asks for it; greedy ones nearly at 0."""
+        if not self._loss.at_temperature or batch.temperatures is None:
+            return None
+        each_R = torch.tensor(batch.temperatures, device=counts_M.device).clamp_min(LEAST)
+        return each_R[counts_M // batch.weights_RNK[0].numel()]
 
     @torch.no_grad()
     def teacher_logits(self, batch: SignalBatch) -> Tensor:
