@@ -98,8 +98,7 @@ def device() -> Iterator[Finding]:
         )
         yield Finding(
             "note",
-            f"no GPU ({why}): SGLang serves on the CPU with engine.device: cpu, slowly, and there "
-            f"verifies greedily whatever the temperature is",
+            f"no GPU ({why}): SGLang serves on the CPU with engine.device: cpu, slowly",
         )
 
 

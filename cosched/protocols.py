@@ -332,6 +332,7 @@ class Loss(Protocol):
     ``detaches``         it holds factors that depend on the student fixed, so its gradient is not that
                          of its value
     ``teaches``          it looks at the teacher; if not, it can only be a part of another
+    ``at_temperature``   it is given the teacher's logits divided by the temperature of their request
     """
 
     Settings: ClassVar[type[LossSettings]] = LossSettings
@@ -340,6 +341,7 @@ class Loss(Protocol):
     proper: bool = True
     detaches: bool = False
     teaches: bool = True
+    at_temperature: bool = False
 
     @abstractmethod
     def measure(

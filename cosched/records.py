@@ -28,7 +28,7 @@ TeacherForm = Literal["hidden", "logits", "top_k"]
 Acceptance = Literal["sampled", "target_only", "greedy"]
 """How an engine accepts a drafted token (``cosched.guard.scorer``): it was drawn from the draft's
 distribution, and speculative sampling corrects for that; it is the draft's best one, and the target draws
-it; or it is the best one of both."""
+it; or it is the best one of both. Of a request at temperature 0 the last holds whatever the engine's way."""
 
 
 # --- data records: tensors -----------------------------------------------------------------
@@ -98,7 +98,8 @@ class Segment:
     last is the token that the last row decided. ``features_RF`` and ``teacher_RX`` (X goes by
     the teacher form) may be None where nobody asked or the engine does not have them. ``refused`` is
     what the target saw besides; None where that is nothing, where the request has ended, and where the
-    text is given: the rows behind what is committed of it are of its future.
+    text is given: the rows behind what is committed of it are of its future. ``temperature`` is that at
+    which the request samples, 0 where it is greedy.
     """
 
     request_id: str
@@ -107,6 +108,7 @@ class Segment:
     features_RF: Tensor | None
     teacher_RX: Tensor | None
     refused: Refused | None = None
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,8 @@ class SignalBatch:
     padding. ``tokens_RC1`` holds the token at each row and the one after the last. An anchor is an
     index into the context: the draft may see tokens up to and including it, and features before
     it. ``weights_RNK`` is zero where a row must not teach. ``window`` is how many tokens back the
-    draft saw when it served, None for all.
+    draft saw when it served, None for all. ``temperatures`` has one number a request, on the host: that
+    at which it samples, 0 where it is greedy; None where all sample at 1.
     """
 
     starts_R: Tensor
@@ -177,6 +180,7 @@ class SignalBatch:
     teacher_RNKX: Tensor
     weights_RNK: Tensor
     window: int | None = None
+    temperatures: tuple[float, ...] | None = None
 
     @property
     def num_rows(self) -> int:

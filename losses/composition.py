@@ -64,7 +64,8 @@ class Sum(ReducedLoss):
 
     .. math:: \ell_m = \sum_i w_i \ell_{im}
 
-    The weights are used as they are given; a term of weight zero is not computed. Source: such
+    The weights are used as they are given; a term of weight zero is not computed. All terms have one
+    teacher: at the temperature of the request if one of them asks for that. Source: such
     mixtures are usual for drafts, as 0.9 total variation and 0.1 cross-entropy in DSpark, arXiv
     2607.05147.
     """
@@ -79,6 +80,7 @@ class Sum(ReducedLoss):
         self.detaches = self.detaches or any(loss.detaches for loss in losses)
         self.needs_reference = any(loss.needs_reference for loss in losses)
         self.teaches = any(loss.teaches for loss in losses)
+        self.at_temperature = any(loss.at_temperature for loss in losses)
 
     def values(self, student_MV: Tensor, teacher_MV: Tensor, reference_MV: Tensor | None) -> Tensor:
         """Loss of each row ``[M]``, from logits."""

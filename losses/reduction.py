@@ -25,6 +25,10 @@ class ReducedLoss(Loss):
     def values(self, student_MV: Tensor, teacher_MV: Tensor, reference_MV: Tensor | None) -> Tensor:
         """Loss of each row ``[M]``, from logits over the same vocabulary."""
 
+    def accepted(self, student_MV: Tensor, teacher_MV: Tensor) -> Tensor:
+        """Chance that what is drafted in a row is accepted ``[M]``, by which rows are weighed."""
+        return acceptance(student_MV, teacher_MV)
+
     def measure(
         self, student_MV: Tensor, teacher_MV: Tensor, reference_MV: Tensor | None = None
     ) -> Tensor:
@@ -32,7 +36,7 @@ class ReducedLoss(Loss):
         if not self._weighs_by_acceptance:
             return self.values(student_MV, teacher_MV, reference_MV)[:, None]
         with torch.no_grad():  # first: what it needs is gone before the graph of the values is made
-            alpha_M = acceptance(student_MV, teacher_MV)
+            alpha_M = self.accepted(student_MV, teacher_MV)
         return torch.stack((self.values(student_MV, teacher_MV, reference_MV), alpha_M), -1)
 
     def reduce(self, measured_RNKQ: Tensor, weights_RNK: Tensor) -> Tensor:

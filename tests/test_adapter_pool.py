@@ -140,7 +140,7 @@ def test_an_update_under_way_when_its_request_ends_serves_nobody(
     publisher = InPlacePublisher.of_modules(drafter.network(), target.model)
     copy = drafter.clone(torch.float32)
     trainer = BackgroundTrainer(build_trainer(config, target, copy), target.device)
-    learner = trainer, build_scorer(config, target, copy, "sampled", 1.0)
+    learner = trainer, build_scorer(config, target, copy, "sampled")
     observer = build_coscheduler(
         config, target, drafter, publisher, None, NoEvents(), learner=learner
     )

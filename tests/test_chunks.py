@@ -65,6 +65,9 @@ def test_chunks_equal_the_plain_form(loss: str) -> None:
     plain = make_loss(loss, **own)
     reference = before if plain.needs_reference else None
     teacher = modules[0].teacher_logits(batch)
+    if plain.at_temperature:
+        assert batch.temperatures is not None
+        teacher /= torch.tensor(batch.temperatures)[:, None, None, None]
     value = plain(drafter.replay(batch), teacher, batch.weights_RNK, reference)
     value.backward()
     expected = gradients(modules[0])

@@ -13,6 +13,17 @@ def texts(rounds: list[VerifyRound]) -> list[tuple[str, int, list[int]]]:
     return [(s.request_id, s.start, s.tokens_R1.tolist()) for r in rounds for s in r.segments]
 
 
+def test_segments_say_at_which_temperature_their_request_samples() -> None:
+    """That of the prompt's and of each round's, so that a request let into the buffer late has its own."""
+    collector = RoundCollector()
+    greedy, warm = prompt("a", 0, 4, 4), replace(prompt("b", 0, 3, 3), temperature=0.7)
+    greedy = replace(greedy, temperature=0.0)
+    collector.prefilled((greedy, warm))
+    collector.verified(verified("a", "b"))
+    rounds = list(collector.counted([1, 1]))
+    assert [s.temperature for s in rounds[-1].segments] == [0.0, 0.7]
+
+
 def test_rounds_come_in_order_and_go_on_where_the_text_is() -> None:
     """Counts arrive later than what they count; chunks of a prompt come before its first round."""
     rows: list[RoundRow] = []

@@ -25,7 +25,12 @@ from tests.helpers.paths import QUICKSTART
 
 SMOOTH_AND_PROPER = ("forward_kl", "reverse_kl", "jensen_shannon")
 DIVERGENCES = (*SMOOTH_AND_PROPER, "total_variation", "negative_log_acceptance", "lk_hybrid")
-ROW_LOSSES = (*DIVERGENCES, "hard_cross_entropy", "top_k_cross_entropy")
+ROW_LOSSES = (
+    *DIVERGENCES,
+    "hard_cross_entropy",
+    "negative_log_target_only",
+    "top_k_cross_entropy",
+)
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -53,6 +58,7 @@ def test_values_equal_a_second_derivation(seed: int, vocab: int, scale: float) -
         "negative_log_acceptance": -torch.log1p(-(p - q).abs().sum(-1) / 2),
         "lk_hybrid": weight * forward + (1 - weight) * (p - q).abs().sum(-1) / 2,
         "hard_cross_entropy": lse_s - s.gather(-1, t.argmax(-1, keepdim=True))[:, 0],
+        "negative_log_target_only": lse_s + lse_t - (s + t).logsumexp(-1),
     }
     # 1 - |p - q| / 2 cancels where p and q hardly overlap: there the second way is the worse one
     exact = overlap > 1e-3
@@ -80,6 +86,12 @@ def test_gradients_equal_their_closed_forms(seed: int, vocab: int, scale: float)
     close(found["lk_hybrid"], weight * (q - p) + (1 - weight) * variation)
     certain = torch.nn.functional.one_hot(t.argmax(-1), vocab)
     close(found["hard_cross_entropy"], q - certain)
+    accepted = p * q / (p * q).sum(-1, keepdim=True)  # what was drafted, once it has been accepted
+    close(found["negative_log_target_only"], q - accepted)
+    sharp = make_loss("negative_log_target_only", sharpness=3.0)
+    q = (3 * s).softmax(-1)
+    accepted = p * q / (p * q).sum(-1, keepdim=True)
+    close(gradient(lambda s: sharp.rows(s, t), s), 3 * (q - accepted))
 
 
 @few
@@ -183,6 +195,43 @@ def test_limits_of_the_lk_losses(seed: int, vocab: int, scale: float) -> None:
     certain = 1e3 * torch.nn.functional.one_hot(t.argmax(-1), vocab).double()
     expected = make_loss("hard_cross_entropy").rows(s, certain)
     close(make_loss("negative_log_acceptance").rows(s, certain), expected)
+
+
+@few
+@some_rows
+def test_limits_of_the_target_only_loss(seed: int, vocab: int, scale: float) -> None:
+    """Sharp: the chance of the best token, up to its lead over the next; flat: that of any token.
+
+    At a certain teacher it is the cross-entropy. By it rows are weighed too: p of the best token.
+    """
+    s, t = draw(seed, vocab, scale)
+    p = t.softmax(-1)
+    best = p.gather(-1, s.argmax(-1, keepdim=True))[:, 0]
+    first, second = s.topk(2, -1).values.unbind(-1)
+    led = first - second > 1e-3
+    sharp = make_loss("negative_log_target_only", sharpness=1e6).rows(s, t)
+    close(sharp[led], -best.log()[led])
+    flat = make_loss("negative_log_target_only", sharpness=1e-14).rows(s, t)
+    close(flat, torch.full_like(flat, math.log(vocab)))
+    loss = make_loss("negative_log_target_only")
+    certain = 1e3 * torch.nn.functional.one_hot(t.argmax(-1), vocab).double()
+    close(loss.rows(s, certain), make_loss("hard_cross_entropy").rows(s, certain))
+    close(loss.accepted(s, t), best)
+
+
+def test_the_target_only_loss_takes_one_of_two_tokens_that_overlap_does_not() -> None:
+    """What it is for: of a row with two even tokens the draft can only propose one, with half of p.
+
+    The overlap is the same wherever the draft puts its mass on both; this loss wants it on one.
+    """
+    teacher = torch.tensor([[0.0, 0.0, -30.0]], dtype=torch.float64)
+    even, one = teacher.clone(), torch.tensor([[9.0, 0.0, -30.0]], dtype=torch.float64)
+    loss = make_loss("negative_log_target_only")
+    assert float(loss.rows(one, teacher)) == pytest.approx(float(loss.rows(even, teacher)))
+    tilted = torch.tensor([[0.1, 0.0, -30.0]], dtype=torch.float64)  # p prefers the first a little
+    assert float(loss.rows(one, tilted)) < float(loss.rows(even, tilted))
+    overlap = make_loss("negative_log_acceptance")
+    assert float(overlap.rows(one, tilted)) > float(overlap.rows(even, tilted))
 
 
 # --- weights of rows -----------------------------------------------------------------------

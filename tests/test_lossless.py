@@ -38,6 +38,7 @@ from tests.helpers.drafts import Lookup, make_drafter
 if TYPE_CHECKING:
     from cosched.engines.embedded.target import Target
     from cosched.engines.embedded.verifiers import ForcedKind
+    from cosched.records import Acceptance
 
 
 @pytest.mark.slow
@@ -109,8 +110,12 @@ class Scrambler:
 @pytest.mark.slow
 @pytest.mark.parametrize("updates", ["trained", "none", "scrambled"])
 @pytest.mark.parametrize("sampling", [SamplingParams(1.0), SamplingParams(0.7, top_p=0.8)])
-def test_sampling_follows_the_target(sampling: SamplingParams, updates: str) -> None:
-    """Sampled text has the target's exact distribution, cut or not, whatever the draft becomes."""
+@pytest.mark.parametrize("acceptance", ["sampled", "target_only"])
+def test_sampling_follows_the_target(
+    sampling: SamplingParams, updates: str, acceptance: Acceptance
+) -> None:
+    """Sampled text has the target's exact distribution, cut or not, whatever the draft becomes, and
+    whether it proposes samples or its best tokens."""
     target = sampling_target()
     drafter = make_drafter(target, num_draft_tokens=2)
     observer = None
@@ -118,7 +123,8 @@ def test_sampling_follows_the_target(sampling: SamplingParams, updates: str) -> 
         observer = make_coscheduler(target, drafter, every=2, lr=3e-3)
     elif updates == "scrambled":
         observer = Scrambler(drafter.network())
-    found = p_values(target, drafter, SamplingVerifier(sampling), sampling, observer)
+    verifier = SamplingVerifier(sampling, acceptance)
+    found = p_values(target, drafter, verifier, sampling, observer)
     assert min(found) > FALSE_ALARM
 
 
@@ -191,6 +197,28 @@ def test_tokens_alone_do_not_change_a_given_text(target: Target, kind: ForcedKin
     assert all(s.refused is None for round_ in watcher.rounds for s in round_.segments)
     if kind != "document":  # whose text stands by chance
         assert 0 < sum(block.num_accepted for block in blocks) < 3 * len(blocks)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "document"])
+def test_the_best_token_is_accepted_as_often_as_the_target_says_it(kind: ForcedKind) -> None:
+    """Led along a given text, with acceptance target-only, at a temperature of its own.
+
+    Over the text of a row, drawn from p, the draft's best token is met with probability p of it; in a
+    document it stands with that probability, whatever the text is.
+    """
+    n, sampling = 20_000, SamplingParams(0.7)
+    p_V = torch.tensor([0.1, 0.5, 0.15, 0.25])
+    logits_BSV = (p_V.log() * sampling.temperature).expand(n, 2, -1)
+    proposal = Proposal(
+        torch.zeros(n, 1, dtype=torch.int64), torch.tensor([0.0, 1, 2, 3]).expand(n, 1, 4)
+    )
+    generator = torch.Generator().manual_seed(0)
+    uniforms_BU = torch.rand(n, 3, generator=generator)
+    path_BS = p_V.multinomial(2 * n, replacement=True, generator=generator).view(n, 2)
+    verifier = ForcedVerifier(kind, sampling, "target_only")
+    accepted = verifier.verify(proposal, logits_BSV, uniforms_BU, path_BS).num_accepted_B.double()
+    # Four standard errors of a share.
+    assert float(accepted.mean()) == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / n) ** 0.5)
 
 
 def test_p_values_are_those_of_scipy() -> None:

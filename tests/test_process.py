@@ -49,7 +49,7 @@ def learner(world: Any, background: bool, **adapt: Any) -> tuple[Any, Any]:
     overrides = [f"adapt.trainer.background={background}".lower(), "arms=[adapted]"]
     overrides += [f"adapt.{key}={value}" for key, value in adapt.items()]
     config: Config = load_config(WORLD.parent / "configs" / "sampled.yaml", overrides)
-    return build_learner(config, world.target, load_drafter(world), "sampled", 1.0)
+    return build_learner(config, world.target, load_drafter(world), "sampled")
 
 
 @pytest.fixture(scope="module")
@@ -232,4 +232,4 @@ def test_what_cannot_be_built_there_is_said_here(world: Any) -> None:
         ["adapt.trainer.background=true", "adapt.scope.kind=nowhere", "arms=[adapted]"],
     )
     with pytest.raises(ConfigError, match=r"adapt\.scope\.kind"):
-        build_learner(config, world.target, load_drafter(world), "sampled", 1.0)
+        build_learner(config, world.target, load_drafter(world), "sampled")

@@ -40,6 +40,20 @@ def buffer_with_blocks(rows: Rows, refused_weight: float) -> ReplayBuffer:
     return buffer
 
 
+def test_what_is_drawn_says_at_which_temperature_each_request_samples() -> None:
+    """Requests of one batch have their own, held out as sampled."""
+    buffer = ReplayBuffer(ReplayLimits(64, 8, K, 1 << 20, 1 << 30, 0, 4 * WIDTH), "delayed", None)
+    temperatures = {"a": 0.0, "b": 0.7, "c": 1.3}
+    for name, temperature in temperatures.items():
+        rows = torch.randn(20, WIDTH)
+        segment = Segment(name, 0, torch.arange(21), None, rows, temperature=temperature)
+        buffer.collect(VerifyRound((segment,), (), (), 0.0, 0.0, 1))
+    sample, held_out = buffer.sample(), buffer.held_out(8)
+    assert sample is not None
+    assert held_out is None  # all has been in the sample
+    assert sample.temperatures == (0.0, 0.7, 1.3)
+
+
 @pytest.mark.parametrize(
     ("rows", "refused_weight", "expected"),
     [

@@ -154,7 +154,12 @@ def test_gain_error_is_none_for_one_request_and_zero_for_equal_ones(tmp_path: Pa
     [
         ({"text": "sampled", "lossless_reference": None}, "the arms say different texts"),
         ({"text": "document"}, "\u03a3 min(p, q)"),
+        ({"text": "document", "acceptance": "target_only"}, "best token stands with probability p"),
         ({"engine": "trace", "text": "sampled"}, "min(1, q/p)"),
+        (
+            {"engine": "trace", "text": "sampled", "acceptance": "target_only"},
+            "while it is the target's own choice",
+        ),
         ({"text": "greedy"}, "Lossless: every arm said exactly the same tokens as plain"),
     ],
 )

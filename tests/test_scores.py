@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ def scene() -> tuple[Any, Any, SignalBatch]:
         target, drafter, "delayed", None, serve(target, drafter, requests, max_batch=3)
     )
     assert batch is not None
-    return target, drafter, batch
+    assert batch.temperatures == (0, 0, 0)  # they were served greedily
+    return target, drafter, replace(batch, temperatures=None)
 
 
 def scorer_of(target, drafter, dtype=torch.float32, ranks=None) -> AcceptanceScorer:
@@ -32,15 +34,20 @@ def scorer_of(target, drafter, dtype=torch.float32, ranks=None) -> AcceptanceSco
 
 
 @pytest.mark.parametrize(
-    ("acceptance", "temperature"),
-    [("greedy", 1.0), ("target_only", 0.7), ("sampled", 0.7), ("sampled", 1.0)],
+    ("acceptance", "temperatures"),
+    [
+        ("greedy", (1.0, 1.0, 0.7)),
+        ("target_only", (0.7, 0.0, 1.3)),
+        ("sampled", (0.7, 1.0, 0.0)),
+        ("sampled", None),
+    ],
 )
 @pytest.mark.parametrize("reduced", [False, True])
 def test_scores_are_the_chained_acceptance(
-    scene, acceptance: Acceptance, temperature: float, reduced: bool
+    scene, acceptance: Acceptance, temperatures: tuple[float, ...] | None, reduced: bool
 ) -> None:
-    """As the engine accepts: of other weights than the network has, anchor by anchor, against loops in
-    float64; p is not renormalised over a reduced vocabulary, and afterwards the network is what it was."""
+    """As the engine accepts, each request at its own temperature, and greedily those at 0 whatever the
+    engine does: of other weights than the network has, anchor by anchor, against loops in float64; p is not renormalised over a reduced vocabulary, and afterwards the network is what it was."""
     target, drafter, batch = scene
     other = drafter.clone(torch.float32)
     ids = torch.arange(0, target.vocab_size, 2) if reduced else None
@@ -55,7 +62,8 @@ def test_scores_are_the_chained_acceptance(
         whole, project = q_logits, copy.project
         q_logits, copy.project = whole[..., ids], lambda states: project(states)[..., ids]
     before = checksum(dict(copy.network().named_parameters()))
-    scorer = AcceptanceScorer(copy, target.head, "hidden", torch.float32, acceptance, temperature)
+    scorer = AcceptanceScorer(copy, target.head, "hidden", torch.float32, acceptance)
+    batch = replace(batch, temperatures=temperatures)
     found = scorer.scores(batch, [weights])[0]
     assert checksum(dict(copy.network().named_parameters())) == before
 
@@ -66,7 +74,8 @@ def test_scores_are_the_chained_acceptance(
         for k in range(drafter.num_draft_tokens):
             p, q = p_logits[r, n, k], q_logits[r, n, k]
             best = int(q.argmax()) if ids is None else int(ids[q.argmax()])
-            if acceptance == "greedy":
+            temperature = temperatures[r] if temperatures else 1.0
+            if acceptance == "greedy" or temperature == 0:
                 reached *= best == int(p.argmax())
             elif acceptance == "target_only":
                 reached *= float((p / temperature).softmax(-1)[best])

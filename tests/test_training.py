@@ -14,7 +14,7 @@ from cosched.engines.embedded.target import Target
 from cosched.loop.teacher_rows import distinct
 from cosched.protocols import LossSettings
 from cosched.records import Decision, SignalBatch
-from cosched.registry import DRAFTERS
+from cosched.registry import DRAFTERS, LOSSES
 from cosched.testing.harness import collected, make_requests, make_trainer, serve
 from cosched.training.micro_step import ROWS_OF_LOST_MASS, BatchLoss, share_of
 from cosched.training.precision import Precision
@@ -94,6 +94,25 @@ def test_shares_of_a_batch_make_up_the_whole(
 
 def test_position_decay_weighs_later_drafts_less() -> None:
     assert decayed(torch.ones(1, 1, 3), 0.5).flatten().tolist() == [1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("likeliest", [None, 1000])  # the second way, of all tokens there are
+def test_a_loss_is_given_the_teacher_at_the_temperature_of_its_request(
+    target: Target, batch: SignalBatch, likeliest: int | None
+) -> None:
+    """If it asks for it; a greedy request's teacher is certain, and other losses see it as it is."""
+    cls = LOSSES.get("negative_log_target_only")
+    settings = cls.Settings(kind="negative_log_target_only", vocab_top_k=likeliest)
+    drafter = make_drafter(target).clone(torch.float32)
+    temperatures = 0.7, 0.0, 1.0
+    given = replace(batch, temperatures=temperatures)
+    divided = torch.tensor([0.7, 1e-3, 1.0])[:, None, None, None]
+    logits = target.head(batch.teacher_RNKX)
+    for loss, by in ((cls(settings), divided), (kl(), torch.ones(()))):
+        module = BatchLoss(drafter, loss, target.head, "hidden")
+        module.begin_update(given)
+        whole = loss(drafter.replay(batch), logits / by, batch.weights_RNK)
+        torch.testing.assert_close(module(given), whole, rtol=1e-4, atol=1e-6)  # float32
 
 
 def lacking(target: Target) -> tuple[Any, BatchLoss, Tensor]:

@@ -41,14 +41,12 @@ def build_coscheduler(
     sink: Sink,
     ranks: Ranks | None = None,
     acceptance: Acceptance = "sampled",
-    temperature: float = 1.0,
     learner: tuple[Trainer, Scorer] | None = None,
 ) -> Coscheduler:
     """All that adapts a serving draft; ``ranks`` where several train it.
 
-    ``acceptance`` is the engine's and ``temperature`` that of the requests, by which a guard scores; where
-    requests differ, 1: a draft that is nearer to the target is so at any temperature, as a rule. Without a
-    ``learner``, what trains a copy of the draft and what scores it, one is made if anything is published.
+    ``acceptance`` is the engine's, by which a guard scores, at the temperature of each request. Without
+    a ``learner``, what trains a copy of the draft and what scores it, one is made if anything is published.
     """
     adapt, loss, settings = config.adapt, config.loss_settings, config.policy_settings
     chosen, rates = config.objective_settings, [rate for _, rate in config.experts]
@@ -74,7 +72,7 @@ def build_coscheduler(
     trainer: Trainer | None = None
     if publisher is not None:
         if learner is None:
-            learner = build_learner(config, target, drafter, acceptance, temperature, ranks)
+            learner = build_learner(config, target, drafter, acceptance, ranks)
         trainer, scorer = learner
         if shadow is not None:
             guard = ShadowGuard(shadow, scorer, buffer, publisher)
@@ -98,7 +96,6 @@ def build_pool(
     window: int | None,
     sink: Sink,
     acceptance: Acceptance = "sampled",
-    temperature: float = 1.0,
 ) -> CoschedulerPool:
     """A co-scheduler for each adapter: their trainers stand on one frozen copy of the draft.
 
@@ -123,7 +120,7 @@ def build_pool(
 
     def make(index: int, events: Sink) -> Coscheduler:
         trainer = build_adapter_trainer(config, target, copies[index], lora)
-        scorer = build_scorer(config, target, copies[index], acceptance, temperature)
+        scorer = build_scorer(config, target, copies[index], acceptance)
         storage = {
             name: tensor
             for layer, tensors in served[index].items()
@@ -144,7 +141,6 @@ def build_pool(
             window,
             events,
             acceptance=acceptance,
-            temperature=temperature,
             learner=(trainer, scorer),
         )
 

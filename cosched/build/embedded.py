@@ -70,11 +70,9 @@ class World:
         return self.trace is not None or self.config.workload.documents is not None
 
     @property
-    def accepted_at(self) -> tuple[Acceptance, float]:
-        """How drafts are accepted, and at which temperature; documents have none of their own."""
-        if self.text_kind == "greedy":
-            return "greedy", 1.0
-        return "sampled", 1.0 if self.sampling.greedy else self.sampling.temperature
+    def acceptance(self) -> Acceptance:
+        """How a drafted token of a text that is sampled is accepted."""
+        return self.config.engine.acceptance
 
     @property
     def device(self) -> str:
@@ -156,7 +154,7 @@ def build_arm(
     network = drafter.network() if drafter else None
     coscheduler = None
     if adapts(name) and drafter is not None and config.num_adapters:
-        coscheduler = build_pool(config, world.target, drafter, window, sink, *world.accepted_at)
+        coscheduler = build_pool(config, world.target, drafter, window, sink, world.acceptance)
     elif adapts(name) and drafter is not None:
         publish = config.adapt.publish
         publisher = network and InPlacePublisher.of_modules(
@@ -166,7 +164,6 @@ def build_arm(
             publish.keep,
             as_loaded=partial(as_at_first, network),
         )
-        acceptance, temperature = world.accepted_at
         coscheduler = build_coscheduler(
             config,
             world.target,
@@ -174,8 +171,7 @@ def build_arm(
             publisher,
             window,
             sink,
-            acceptance=acceptance,
-            temperature=temperature,
+            acceptance=world.acceptance,
         )
     if network is not None and config.engine.pack and not config.num_adapters:
         pack(network, rounds=True)  # after the trainer has taken its copy
@@ -255,8 +251,10 @@ def _rows_a_round(config: Config) -> int:
 
 def _verifier(world: World) -> Verifier:
     if world.forced:
-        return ForcedVerifier(world.text_kind, world.sampling)
-    return GreedyVerifier() if world.sampling.greedy else SamplingVerifier(world.sampling)
+        return ForcedVerifier(world.text_kind, world.sampling, world.acceptance)
+    if world.sampling.greedy:
+        return GreedyVerifier()
+    return SamplingVerifier(world.sampling, world.acceptance)
 
 
 def _stop_tokens(world: World) -> frozenset[int]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cosched.engines.embedded.verifiers import ForcedKind
     from cosched.engines.request import GenerationRequest
     from cosched.loop.roles import Sink
+    from cosched.records import Acceptance
     from cosched.settings.schema import Config
 
 
@@ -40,6 +41,12 @@ class ServedWorld:
     @property
     def text_kind(self) -> ForcedKind:
         return "greedy" if self.sampling.greedy else "sampled"
+
+    @property
+    def acceptance(self) -> Acceptance:
+        """What is drafted is the draft's best token, unless SGLang is told to sample from the draft."""
+        sampled = self.config.engine.arguments.get("speculative_use_rejection_sampling")
+        return "sampled" if sampled else "target_only"
 
     @property
     def forced(self) -> bool:

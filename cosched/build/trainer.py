@@ -40,7 +40,6 @@ def build_learner(
     target: TargetInfo,
     drafter: Drafter,
     acceptance: Acceptance,
-    temperature: float,
     ranks: Ranks | None = None,
 ) -> tuple[Trainer, Scorer]:
     """What trains a float32 copy of the serving draft, and what scores its weights for a guard.
@@ -57,12 +56,12 @@ def build_learner(
             f"use false"
         )
     if background and device.type == "cpu":
-        sent = config, _tables_of(target), drafter.num_draft_tokens, acceptance, temperature
+        sent = config, _tables_of(target), drafter.num_draft_tokens, acceptance
         worker = Worker(partial(_build_alone, *sent))
         return ProcessTrainer(worker), ProcessScorer(worker)
     copy = drafter.clone(torch.float32)
     trainer = build_trainer(config, target, copy, ranks)
-    scorer = build_scorer(config, target, copy, acceptance, temperature, ranks)
+    scorer = build_scorer(config, target, copy, acceptance, ranks)
     return BackgroundTrainer(trainer, device) if background else trainer, scorer
 
 
@@ -83,7 +82,6 @@ def build_scorer(
     target: TargetInfo,
     copy: Drafter,
     acceptance: Acceptance,
-    temperature: float,
     ranks: Ranks | None = None,
 ) -> AcceptanceScorer:
     """It puts weights into a trainer's ``copy`` for the while."""
@@ -93,7 +91,6 @@ def build_scorer(
         config.adapt.replay.teacher,
         target.embedding.weight.dtype,
         acceptance,
-        temperature,
         ranks,
         config.adapt.memory.chunk_rows,
         config.adapt.trainer.precision,
@@ -174,7 +171,6 @@ def _build_alone(
     target: _Tables,
     num_draft_tokens: int,
     acceptance: Acceptance,
-    temperature: float,
 ) -> tuple[Trainer, Scorer]:
     """In a process that does nothing else, of the draft's checkpoint, as what serves is.
 
@@ -186,7 +182,7 @@ def _build_alone(
     trainer = build_trainer(config, target, copy)
     trainer.update(_blank_batch(config, target, copy), Decision(1))
     trainer.reset()
-    return trainer, build_scorer(config, target, copy, acceptance, temperature)
+    return trainer, build_scorer(config, target, copy, acceptance)
 
 
 def _blank_batch(config: Config, target: TargetInfo, copy: Drafter) -> SignalBatch:

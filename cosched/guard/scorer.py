@@ -44,12 +44,15 @@ class AcceptanceScorer:
         1 + sum_k prod_{j <= k} a_j
 
     where a_j is the chance that drafted token j is accepted, as this engine accepts (``Acceptance``),
-    with the target's p and the draft's q at the ``temperature`` of the requests:
+    with the target's p and the draft's q at the request's own temperature:
 
         sampled       sum_v min(p_v, q_v): a token drawn from q is kept by speculative sampling
                       (Leviathan et al., arXiv 2211.17192)
         target_only   p of the draft's best token: that one is drafted, and kept if p draws it
         greedy        1 where the draft's best token is the target's, else 0
+
+    A request at temperature 0 is scored as ``greedy`` whatever the engine does with others: its p is
+    all at one token. What a request cuts off besides (top-k, top-p) is left out.
 
     The path is committed text, whose tokens are p's and not those that were drafted and kept, so the
     product is a proxy, the same for all weights. Mass outside of the draft's vocabulary is never
@@ -68,7 +71,6 @@ class AcceptanceScorer:
         teacher_form: TeacherForm,
         served_as: torch.dtype,
         acceptance: Acceptance = "sampled",
-        temperature: float = 1.0,
         ranks: Ranks | None = None,
         chunk_rows: int | None = None,
         precision: Precision = "float32",
@@ -82,7 +84,6 @@ class AcceptanceScorer:
         self._teacher_form: TeacherForm = teacher_form
         self._served_as = served_as
         self._acceptance: Acceptance = acceptance
-        self._temperature = temperature
         self._ranks = ranks
         self.chunk_rows = chunk_rows
         self._computing = computing_in(precision, next(network.parameters()).device)
@@ -116,10 +117,11 @@ class AcceptanceScorer:
         for request in range(len(batch.lengths_R)):
             one = _request(batch, request)
             counts_N = one.weights_RNK[0, :, 0] > 0
+            temperature = 1.0 if one.temperatures is None else one.temperatures[0]
             states = partial(self._states, one)
-            teacher = self._of_rows(one.teacher_RNKX.flatten(0, 2))
+            teacher = self._of_rows(one.teacher_RNKX.flatten(0, 2), temperature)
             for lengths, candidate in zip(found, weights, strict=True):
-                kept_M = self.kept(states, teacher, candidate)
+                kept_M = self.kept(states, teacher, candidate, temperature)
                 kept_NK = kept_M.unflatten(0, one.paths_RNK.shape[1:])
                 lengths_N = (1 + kept_NK.cumprod(-1).sum(-1))[counts_N]
                 lengths.append(lengths_N.tolist())  # host waits for the device
@@ -128,35 +130,42 @@ class AcceptanceScorer:
     def _states(self, one: SignalBatch) -> Tensor:
         return self._copy.replay_states(one).flatten(0, 2)
 
-    def _of_rows(self, rows_MX: Tensor) -> Teacher:
+    def _of_rows(self, rows_MX: Tensor, temperature: float) -> Teacher:
         """``teacher``, of which rows that are alike are recalled once: neighbours' paths overlap."""
         if self.chunk_rows is not None:
-            return self.teacher(rows_MX)
+            return self.teacher(rows_MX, temperature)
         rows_TX, says_M = distinct(rows_MX, self._teacher_form)
-        return self.teacher(rows_TX)(slice(None))[says_M].__getitem__
+        return self.teacher(rows_TX, temperature)(slice(None))[says_M].__getitem__
 
-    def teacher(self, rows_MX: Tensor) -> Teacher:
-        """What kept rows of the target say, for all weights to be held against.
+    def teacher(self, rows_MX: Tensor, temperature: float = 1.0) -> Teacher:
+        """What kept rows of the target say at a temperature, for all weights to be held against.
 
         Without chunks it is recalled here, once. A chunk is recalled for each of the weights again:
         that is a product with the target's head, and to do it once, all weights would have to be put
         into the network anew for each chunk.
         """
         if self.chunk_rows is None:
-            return self._recalled(rows_MX).__getitem__
-        return lambda rows: self._recalled(rows_MX[rows])
+            return self._recalled(rows_MX, temperature).__getitem__
+        return lambda rows: self._recalled(rows_MX[rows], temperature)
 
-    def _recalled(self, rows_MX: Tensor) -> Tensor:
+    def _acceptance_at(self, temperature: float) -> Acceptance:
+        return self._acceptance if temperature else "greedy"
+
+    def _recalled(self, rows_MX: Tensor, temperature: float) -> Tensor:
         logits = recall(rows_MX, self._teacher_form, self._teacher_head)
-        if self._acceptance == "greedy":
+        if self._acceptance_at(temperature) == "greedy":
             best = logits.argmax(-1, keepdim=True)
             p_MV = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best, 1)
         else:
-            p_MV = self._probabilities(logits)
+            p_MV = _probabilities(logits, temperature)
         return p_MV if self._target_ids is None else p_MV[..., self._target_ids]
 
     def kept(
-        self, states: Callable[[], Tensor], teacher: Teacher, weights: Mapping[str, Tensor]
+        self,
+        states: Callable[[], Tensor],
+        teacher: Teacher,
+        weights: Mapping[str, Tensor],
+        temperature: float = 1.0,
     ) -> Tensor:
         """The chance a of each row's drafted token to be accepted ``[M]``.
 
@@ -166,9 +175,9 @@ class AcceptanceScorer:
 
         def chances(rows: slice, states_MH: Tensor) -> Tensor:
             p_MD, logits_MD = teacher(rows), self._copy.project(states_MH)
-            if self._acceptance != "sampled":
+            if self._acceptance_at(temperature) != "sampled":
                 return p_MD.gather(-1, logits_MD.argmax(-1, keepdim=True))[..., 0]
-            return torch.minimum(p_MD, self._probabilities(logits_MD)).sum(-1)
+            return torch.minimum(p_MD, _probabilities(logits_MD, temperature)).sum(-1)
 
         def kept() -> Tensor:
             return in_chunks(chances, states(), (), self.chunk_rows)
@@ -179,8 +188,9 @@ class AcceptanceScorer:
         }
         return functional_call(self._exchanging, served, (kept,))
 
-    def _probabilities(self, logits: Tensor) -> Tensor:
-        return (logits.float() / self._temperature).softmax(-1)
+
+def _probabilities(logits: Tensor, temperature: float) -> Tensor:
+    return (logits.float() / temperature).softmax(-1)
 
 
 def _in_order(parts: Sequence[Sequence[Sequence[float]]]) -> list[float]:
@@ -223,4 +233,5 @@ def _request(batch: SignalBatch, index: int) -> SignalBatch:
         paths_RNK=batch.paths_RNK[only],
         teacher_RNKX=batch.teacher_RNKX[only],
         weights_RNK=batch.weights_RNK[only],
+        temperatures=None if batch.temperatures is None else batch.temperatures[only],
     )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Context, anchors and paths of one request."""
+    """Context, anchors and paths of one request, which samples at ``temperature``."""
 
     start: int
     tokens_C1: Tensor
@@ -30,6 +30,7 @@ class Drawn:
     paths_NK: Tensor
     teacher_NKX: Tensor
     weights_NK: Tensor
+    temperature: float
 
 
 CONTEXT_STEP = 64  # rows
@@ -50,6 +51,7 @@ class RequestRows:
         self._draft_window = draft_window
         size = 2 * self.capacity
         self.start = first.start
+        self.temperature = first.temperature
         self.begin = 0
         self.count = 0
         self.fresh_from = 0  # position of the first anchor that may be drawn
@@ -150,6 +152,7 @@ class RequestRows:
             paths_NK=paths,
             teacher_NKX=teacher,
             weights_NK=weights,
+            temperature=self.temperature,
         )
 
     def _committed_paths(self, num_anchors: int, path: int, first: int, end: int) -> Found | None:
@@ -233,4 +236,5 @@ def pad(drawn: list[Drawn], draft_window: int | None) -> SignalBatch:
         teacher_RNKX=stacked([one.teacher_NKX for one in drawn], anchors),
         weights_RNK=stacked([one.weights_NK for one in drawn], anchors),
         window=draft_window,
+        temperatures=tuple(one.temperature for one in drawn),
     )

@@ -136,6 +136,7 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
         "engine": run.get("engine"),
         "text": run.get("text"),
         "temperature": run.get("temperature"),
+        "acceptance": None if run.get("text") == "greedy" else run.get("acceptance"),
         "device": run.get("device"),
         "CPU threads": run.get("num_threads"),
         "machine": run.get("machine"),

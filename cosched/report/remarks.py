@@ -126,18 +126,21 @@ def lossless_line(summary: RunSummary) -> str:
 def text_remark(summary: RunSummary) -> str:
     """Where the text came from, and what that means for comparing arms."""
     kind, run = summary.run.get("text"), summary.run
+    certain = run.get("acceptance") == "target_only"  # what is drafted is the draft's best token
     if kind == "document":
+        stands = (
+            "The draft's best token stands with probability p of it, which is what it"
+            if certain
+            else "A drafted token stands with probability Σ min(p, q), which is what a sampled draft"
+        )
         return (
-            "The text is a given document that every arm is led along: nobody generated it. A "
-            "drafted token stands with probability Σ min(p, q), which is what a sampled draft "
-            "would meet at that place; real text, measured acceptance, no generation."
+            "The text is a given document that every arm is led along: nobody generated it. "
+            f"{stands} would meet at that place; real text, measured acceptance, no generation."
         )
     if is_replay(summary):
-        rule = (
-            "while it is the target's own choice"
-            if kind == "greedy"
-            else "with probability min(1, q/p)"
-        )
+        rule = "while it is the target's own choice"
+        if kind != "greedy" and not certain:
+            rule = "with probability min(1, q/p)"
         return (
             "The text is a recording of the target, the same for every arm: a paired comparison. "
             f"A drafted token stands {rule}."

@@ -80,6 +80,7 @@ def run_summary(
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "engine": config.engine.kind,
             "text": world.text_kind,
+            "acceptance": world.acceptance,
             "temperature": world.sampling.temperature,
             "lossless_reference": running[0].arm.name if greedy else None,
             "max_batch": config.engine.max_batch,

@@ -44,6 +44,11 @@ class EngineSettings(Section, frozen=True):
     verification takes: to compare speeds on the same text.
     With ``kind: sglang``, ``arguments`` are SGLang's own, as ``sglang.Engine`` names them.
 
+    ``acceptance`` is how drafted tokens of a text that is sampled are accepted, without SGLang: they are
+    ``sampled`` from the draft, and kept by speculative sampling; or the draft's best ones, which stay if
+    the target draws them (``target_only``), as SGLang does it. The text has the target's distribution
+    with both; greedy text knows no difference.
+
     ``pack`` lays out the weights of linear layers once for this CPU (``cosched.engines.embedded.packing``); it means
     nothing on a GPU. A row's last digits depend on how many rows are computed with it, so that greedy
     text may part from plain decoding where two tokens are as good as one another. ``exact`` computes
@@ -60,6 +65,7 @@ class EngineSettings(Section, frozen=True):
     num_threads: Positive | None = None
     trace: str | None = None
     live: bool = False
+    acceptance: Literal["sampled", "target_only"] = "sampled"
     pack: bool = True
     exact: bool = False
     arguments: dict[str, Any] = {}

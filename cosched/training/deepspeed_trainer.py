@@ -132,7 +132,7 @@ class DeepSpeedTrainer:
         """This rank's share of the loss, from which DeepSpeed goes back."""
         if self._group is None:
             return self._engine(batch) * self._weight
-        loss = self._batch_loss(batch) * self._weight
+        loss = self.batch_loss(batch) * self._weight
         found: Sequence[Tensor | None] = torch.autograd.grad(
             loss, list(self._trained.values()), allow_unused=True
         )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cosched.training.precision import Precision
 
 ROWS_OF_LOST_MASS = 8  # each takes a product with the target's whole head
+LEAST = 1e-3  # temperature: a token that is a hundredth of a nat better has all of the mass
 ROWS_TO_RANK = 32  # of the draft's logits, whose likeliest tokens are looked for at once
 
 
@@ -106,13 +107,14 @@ class BatchLoss(nn.Module):
         states_MH = _rows(self._drafter.replay_states(batch), counts_M)
         if reference is not None:
             reference = _rows(reference, counts_M)
+        temperatures_M = self._temperatures(batch, counts_M)
         if among is None:
             said = self._distinct_rows(batch, counts_M)
-            measured_MQ = self.measure(states_MH, *said, reference)
+            measured_MQ = self.measure(states_MH, *said, reference, temperatures_M)
         else:
             assert among.batch is batch, "an update has one batch"
             said = among.teacher_TW, among.says_M
-            measured_MQ = self.measure(states_MH, *said, reference, among.tokens_W)
+            measured_MQ = self.measure(states_MH, *said, reference, temperatures_M, among.tokens_W)
         whole_MQ = measured_MQ.new_zeros(weights_RNK.numel(), measured_MQ.shape[-1])
         whole_MQ = whole_MQ.index_copy(0, counts_M, measured_MQ)
         return self._loss.reduce(whole_MQ.unflatten(0, weights_RNK.shape), weights_RNK)
@@ -123,11 +125,13 @@ class BatchLoss(nn.Module):
         teacher_TX: Tensor,
         says_M: Tensor,
         reference_MH: Tensor | None,
+        temperatures_M: Tensor | None = None,
         tokens_W: Tensor | None = None,
     ) -> Tensor:
         """What the loss measures of rows ``[M, Q]``; ``says_M`` is the teacher's row of each.
 
-        Over ``tokens_W`` alone, where they are given: then the teacher's rows are its logits of them.
+        The teacher's logits are divided by ``temperatures_M``, where there are any. Over ``tokens_W``
+        alone, where they are given: then the teacher's rows are its logits of them.
         """
 
         def measure(rows: slice, states_MH: Tensor) -> Tensor:
@@ -137,6 +141,8 @@ class BatchLoss(nn.Module):
                     teacher_MV = self._teacher_logits(teacher_TX, says_M[rows])
                 else:
                     teacher_MV = teacher_TX.index_select(0, says_M[rows])
+                if temperatures_M is not None:
+                    teacher_MV.div_(temperatures_M[rows, None])  # rows of its own
                 reference_MV = None
                 if reference_MH is not None and self.before is not None:
                     before = self.before.drafter
@@ -164,6 +170,13 @@ class BatchLoss(nn.Module):
             ]
         tokens_W = torch.cat(best).unique()
         return Likeliest(batch, tokens_W, teacher_TV.index_select(-1, tokens_W), says_M)
+
+    def _temperatures(self, batch: SignalBatch, counts_M: Tensor) -> Tensor | None:
+        """Those at which rows that count sample, for a loss that asks for it; greedy ones nearly at 0."""
+        if not self._loss.at_temperature or batch.temperatures is None:
+            return None
+        each_R = torch.tensor(batch.temperatures, device=counts_M.device).clamp_min(LEAST)
+        return each_R[counts_M // batch.weights_RNK[0].numel()]
 
     @torch.no_grad()
     def teacher_logits(self, batch: SignalBatch) -> Tensor:

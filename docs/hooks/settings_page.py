@@ -44,7 +44,7 @@ ROLES = {
 # LaTeX of the losses' and objectives' formulas, as text.
 SYMBOLS = {
     r"\tfrac12": "½", r"\sum": "Σ", r"\log": "log ", r"\min": "min", r"\max": "max", r"\exp": "exp",
-    r"\arg": "arg ", r"\ell": "ℓ", r"\alpha": "α", r"\eta": "η", r"\gamma": "γ", r"\propto": "∝",
+    r"\arg": "arg ", r"\ell": "ℓ", r"\alpha": "α", r"\beta": "β", r"\eta": "η", r"\gamma": "γ", r"\propto": "∝",
     r"\quad": "\u2003", r"\in": " in ", r"||": "‖",
 }  # fmt: skip
 

@@ -32,6 +32,7 @@ ROW_LOSSES = {
     "negative_log_acceptance": {},
     "lk_hybrid": {},
     "hard_cross_entropy": {},
+    "negative_log_target_only": {"sharpness": 2.0},
     "top_k_cross_entropy": {"k": 8},
 }
 SUM = {"terms": [{"kind": "forward_kl"}, {"kind": "proximal_kl", "weight": 0.5}]}
@@ -80,7 +81,7 @@ def make_batch(target: Target, drafter: Any, num_anchors: int, num_texts: int = 
     generator = torch.Generator().manual_seed(5)
     shape = (*batch.paths_RNK.shape, target.hidden_size)
     teacher = torch.randn(shape, generator=generator, dtype=target.dtype)
-    return replace(batch, teacher_RNKX=teacher)
+    return replace(batch, teacher_RNKX=teacher, temperatures=(0.7,) * num_texts)
 
 
 def is_logits(operation: Any, result: Tensor) -> bool:
@@ -111,7 +112,7 @@ def make_scorer(
 ) -> AcceptanceScorer:
     copy = drafter.clone(torch.float32)
     return AcceptanceScorer(
-        copy, target.head, "hidden", served_as, acceptance, temperature=0.7, chunk_rows=chunk_rows
+        copy, target.head, "hidden", served_as, acceptance, chunk_rows=chunk_rows
     )
 
 

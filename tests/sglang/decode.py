@@ -1,7 +1,8 @@
 """Decode prompts with an SGLang engine of its own and print what came; run as a module.
 
 Its argument is JSON: ``{"prompts": [[token, ...], ...], "tokens": n, "engine": {...}, "passes": n,
-"abort": [request, tokens], "linger": seconds, "sampling": {...}}``. All prompts are decoded together, as often as there are passes; in the
+"abort": [request, tokens], "linger": seconds, "sampling": [{...}, ...], "repeat": n}``. All prompts are decoded together,
+each so many times, with the sampling parameters that stand at its place, if any do; and all as often as there are passes; in the
 last one, the request to abort asks for ten times more and is given up after that many tokens. The
 last line of the output is JSON: of the last pass a list of
 ``{"tokens": [...], "rounds": n, "cached": n, "retracted": n}``.
@@ -21,7 +22,8 @@ async def _pass(engine: Any, order: dict[str, Any], abort: list[int] | None) -> 
         name, aborted = f"request-{number}", bool(abort) and number == abort[0]
         wanted = order["tokens"] * (10 if aborted else 1)
         sampling = {"temperature": 0, "max_new_tokens": wanted, "ignore_eos": True}
-        sampling |= order.get("sampling", {})
+        if order.get("sampling"):
+            sampling |= order["sampling"][number % len(order["sampling"])]
         answers = await engine.async_generate(
             input_ids=prompt, sampling_params=sampling, rid=name, stream=True
         )
@@ -30,7 +32,8 @@ async def _pass(engine: Any, order: dict[str, Any], abort: list[int] | None) -> 
                 engine.tokenizer_manager.abort_request(name)
         return answer
 
-    return await asyncio.gather(*(one(*each) for each in enumerate(order["prompts"])))
+    prompts = order["prompts"] * order.get("repeat", 1)
+    return await asyncio.gather(*(one(*each) for each in enumerate(prompts)))
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ READ = {
     ),
     "COSCHED_PARD": ("draft_worker", "_draft_worker", "_target_worker"),
 }  # fmt: skip
-READ_BY_ALL = ("gpu_id", "target_worker", "speculative_num_draft_tokens")
+READ_BY_ALL = ("gpu_id", "device", "target_worker", "speculative_num_draft_tokens")
 READ_BY_PARD_DRAFT = (
     "draft_runner", "req_to_token_pool", "target_worker", "speculative_num_steps", "device",
     "tree_mask_mode", "_topk1_parents_prealloc", "_topk1_score_indices_prealloc",

@@ -40,7 +40,10 @@ def prompts() -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Decode:
-    """Decodes prompts greedily with an SGLang engine that takes these arguments; remembers."""
+    """Decodes prompts with an SGLang engine that takes these arguments; remembers.
+
+    Greedily, or with the ``sampling`` parameters at each one's place, and all of them ``repeat`` times.
+    """
 
     environment: dict[str, str]
     known: dict[str, Answers] = field(default_factory=dict)
@@ -58,7 +61,8 @@ class Decode:
         engine: dict[str, Any] | None = None,
         num_tokens: int = NUM_TOKENS,
         linger: float = 0,
-        sampling: dict[str, Any] | None = None,
+        sampling: list[dict[str, Any]] | None = None,
+        repeat: int = 1,
         **settings: Any,
     ) -> Answers:
         arguments = {"model_path": str(WORLD / "target"), "dtype": dtype, **(engine or {})}
@@ -74,7 +78,8 @@ class Decode:
                 "passes": passes,
                 "abort": abort,
                 "linger": linger,
-                "sampling": sampling or {},
+                "sampling": sampling,
+                "repeat": repeat,
             }
         )
         key = order + json.dumps(variables)

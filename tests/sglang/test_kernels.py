@@ -219,3 +219,26 @@ def test_cache_rows_move_as_if_read_before_written() -> None:
     for mine, other, before in zip(ours, theirs, layers, strict=True):
         assert torch.equal(mine, other)
         assert torch.equal(mine[to], before[source])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_probabilities_are_cut_alike(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ties at the border included: SGLang's Triton code, which a CPU is let into here."""
+    from sglang.kernels.ops.sampling import renorm_triton
+
+    from cosched.engines.sglang.cpu import sampling
+
+    monkeypatch.setattr(renorm_triton, "_prepare_probs", lambda probs: probs.float().contiguous())
+    draws = torch.Generator().manual_seed(seed)
+    probs = torch.randint(1, 9, (6, 40), generator=draws).float()  # few values: many ties
+    probs /= probs.sum(-1, keepdim=True)
+    top_ks = torch.randint(1, 60, (6,), generator=draws)
+    top_ps = torch.rand(6, generator=draws).clamp_min(0.02)
+    torch.testing.assert_close(
+        sampling.top_k_renorm_prob(probs, top_ks),
+        renorm_triton.top_k_renorm_probs_triton(probs, top_ks),
+    )
+    torch.testing.assert_close(
+        sampling.top_p_renorm_prob(probs, top_ps),
+        renorm_triton.top_p_renorm_probs_triton(probs, top_ps),
+    )

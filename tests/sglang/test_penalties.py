@@ -24,19 +24,19 @@ def test_a_penalty_means_what_it_means_to_stock_eagle3(
     file = tmp_path / "config.yaml"
     config = load_config(ROOT / "configs/serve_tiny_cpu.yaml", ["adapt.policy.kind=never"])
     file.write_text(to_yaml(config))
-    stock = tokens(decode("float32", "EAGLE3", sampling=PENALTIES, **SHAPE))
+    stock = tokens(decode("float32", "EAGLE3", sampling=[PENALTIES], **SHAPE))
     ours = tokens(
         decode(
             "float32",
             "COSCHED_EAGLE3",
             "eagle3",
-            sampling=PENALTIES,
+            sampling=[PENALTIES],
             variables={"COSCHED_CONFIG": str(file)},
             **SHAPE,
         )
     )
     assert ours == stock
-    plain = tokens(decode("float32", sampling=PENALTIES))
+    plain = tokens(decode("float32", sampling=[PENALTIES]))
     free = tokens(decode("float32"))
     differ = sum(one != other for one, other in zip(stock, plain, strict=True))
     report(

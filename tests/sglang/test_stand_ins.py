@@ -148,8 +148,13 @@ def test_the_plugin_takes_hold(server_environment: dict[str, str]) -> None:
         "from cosched.engines.sglang.cpu import attention, compat\n"
         "assert compat.ATTENTION_BACKENDS['torch_native'] is attention.NativeBackend\n"
         "import pkgutil, sys\n"
-        "for path in (compat.CREATE_DRAFT_BACKEND, compat.DFLASH_ARGUMENTS, compat.DFLASH_ATTENTION):\n"
+        "for path in (compat.CREATE_DRAFT_BACKEND, compat.DFLASH_ARGUMENTS, compat.DFLASH_ATTENTION,\n"
+        "             compat.EAGLE_SAMPLE):\n"
         "    assert hasattr(pkgutil.resolve_name(path), '__wrapped__'), path\n"
+        "from cosched.engines.sglang.cpu import sampling\n"
+        "ours = sampling.tree_speculative_sampling_target_only\n"
+        "assert compat.dflash_utils.tree_speculative_sampling_target_only is ours\n"
+        "assert compat.dflash_utils.is_dflash_sampling_verify_available()\n"
         "print('held')"
     )
     process = subprocess.run(

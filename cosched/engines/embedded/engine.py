@@ -327,6 +327,7 @@ class EmbeddedEngine:
             _part(rows.features_BTF, row_index, kept),
             _part(teacher, row_index, kept),
             refused,
+            self._verifier.temperature,
         )
 
     def _teacher(self, rows: TargetRows) -> Tensor | None:

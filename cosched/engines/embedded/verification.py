@@ -6,7 +6,8 @@ Greedy: a draft stands while it equals the target's argmax. Sampling: speculativ
 (Leviathan et al., arXiv 2211.17192): draft d stands with probability min(1, p(d) / q(d)); after the
 first refusal the next token is drawn from max(p - q, 0), which makes the whole exactly p. A draft
 that was proposed without a distribution has q(d) = 1: it stands with probability p(d), and after its
-refusal the next token is drawn from p without d.
+refusal the next token is drawn from p without d. So has the draft's best token where that one is drafted
+(``target_only``), as SGLang does it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from cosched.records import Proposal
+    from cosched.records import Acceptance, Proposal
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +54,21 @@ def probabilities(logits: Tensor, sampling: SamplingParams, cut: bool = True) ->
     return torch.zeros_like(probs).scatter(-1, index, kept / kept.sum(-1, keepdim=True))
 
 
-def drafted_from(proposal: Proposal, sampling: SamplingParams, p_BKV: Tensor) -> Tensor:
+def drafted_from(
+    proposal: Proposal, sampling: SamplingParams, acceptance: Acceptance, p_BKV: Tensor
+) -> Tensor:
     """What drafted tokens were drawn from ``[B, K, V]``; ``p_BKV``, which judges them, gives the shape.
 
-    All of it lies on the token itself where the drafter has no distribution.
+    All of it lies on the token itself where the drafter has no distribution, and on its best one where
+    that is what was drafted (``target_only``).
     """
     if proposal.logits_BKV is None:
-        return torch.zeros_like(p_BKV).scatter(-1, proposal.tokens_BK[..., None], 1.0)
-    return probabilities(proposal.logits_BKV, sampling, cut=False)
+        certain_BK = proposal.tokens_BK
+    elif acceptance == "sampled":
+        return probabilities(proposal.logits_BKV, sampling, cut=False)
+    else:
+        certain_BK = proposal.logits_BKV.argmax(-1)
+    return torch.zeros_like(p_BKV).scatter(-1, certain_BK[..., None], 1.0)
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:

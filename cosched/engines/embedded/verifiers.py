@@ -22,13 +22,15 @@ from cosched.engines.embedded.verification import (
 
 if TYPE_CHECKING:
     from cosched.protocols import Choose
-    from cosched.records import Proposal
+    from cosched.records import Acceptance, Proposal
 
 ForcedKind = Literal["greedy", "sampled", "document"]
 
 
 class Verifier(Protocol):
     """Picks drafted tokens and rules on them; ``uniforms_BU`` has 2K + 1 numbers a request."""
+
+    temperature: float  # at which drafts are accepted: 0 where only the target's best token is
 
     def choose(self, uniforms_BU: Tensor, path_BK: Tensor) -> Choose: ...
 
@@ -45,6 +47,8 @@ class Verifier(Protocol):
 class GreedyVerifier(Verifier):
     """The draft's best token, held against the target's best token."""
 
+    temperature = 0.0
+
     def choose(self, uniforms_BU: Tensor, path_BK: Tensor) -> Choose:  # noqa: ARG002
         return lambda _k, logits_BV: logits_BV.argmax(-1)
 
@@ -59,12 +63,20 @@ class GreedyVerifier(Verifier):
 
 
 class SamplingVerifier(Verifier):
-    """Drafts are sampled from the draft, and kept so that the target's distribution stands."""
+    """Drafts are sampled from the draft, and kept so that the target's distribution stands.
 
-    def __init__(self, sampling: SamplingParams) -> None:
+    With the acceptance ``target_only`` the draft's best token is drafted instead.
+    """
+
+    def __init__(self, sampling: SamplingParams, acceptance: Acceptance = "sampled") -> None:
         self.sampling = sampling
+        self.temperature = sampling.temperature
+        self.acceptance: Acceptance = acceptance
 
     def choose(self, uniforms_BU: Tensor, path_BK: Tensor) -> Choose:  # noqa: ARG002
+        if self.acceptance != "sampled":
+            return lambda _k, logits_BV: logits_BV.argmax(-1)
+
         def pick(k: int, logits_BV: Tensor) -> Tensor:
             return draw(probabilities(logits_BV, self.sampling, cut=False), uniforms_BU[:, k])
 
@@ -81,7 +93,7 @@ class SamplingVerifier(Verifier):
         p_BSV = probabilities(logits_BSV, self.sampling)
         return verify_sampled(
             proposal.tokens_BK,
-            drafted_from(proposal, self.sampling, p_BSV[:, :-1]),
+            drafted_from(proposal, self.sampling, self.acceptance, p_BSV[:, :-1]),
             p_BSV,
             uniforms_BU[:, num_drafted : 2 * num_drafted].to(torch.float32),
             uniforms_BU[:, -1],
@@ -97,15 +109,22 @@ class ForcedVerifier(Verifier):
     ``document``  stands with probability sum_v min(p, q), which is what a sampled draft would meet
                   at this place; the text was not the target's, so this is its nearest measure.
 
+    With the acceptance ``target_only`` the draft's best token has q = 1 and all others 0: sampled text
+    accepts it where the text is that token, and a document with its probability p.
+
     A draft without distributions cannot be led: it goes by tokens of its own, each with q = 1. Where
     text is greedy or sampled it is exact all the same, for a row counts only where all drafts before
     it are the text's. In a document it is judged too low behind one that is not.
     """
 
-    def __init__(self, kind: ForcedKind, sampling: SamplingParams) -> None:
+    def __init__(
+        self, kind: ForcedKind, sampling: SamplingParams, acceptance: Acceptance = "sampled"
+    ) -> None:
         self.kind = kind
+        self.acceptance: Acceptance = acceptance
         # Documents have no temperature of their own: judge the distributions as they are.
         self.sampling = SamplingParams(1.0) if sampling.greedy else sampling
+        self.temperature = 0.0 if kind == "greedy" else self.sampling.temperature
 
     def choose(self, uniforms_BU: Tensor, path_BK: Tensor) -> Choose:  # noqa: ARG002
         return lambda k, _logits_BV: path_BK[:, k]
@@ -123,7 +142,7 @@ class ForcedVerifier(Verifier):
             stands_BK = best_BK == path_BK
         else:
             p_BKV = probabilities(logits_BSV[:, :-1], self.sampling)
-            q_BKV = drafted_from(proposal, self.sampling, p_BKV)
+            q_BKV = drafted_from(proposal, self.sampling, self.acceptance, p_BKV)
             num_drafted = path_BK.shape[1]
             uniform_BK = uniforms_BU[:, num_drafted : 2 * num_drafted].to(torch.float32)
             if self.kind == "document":

@@ -24,6 +24,9 @@ _PATHS: dict[str, str] = {
     "KVWriteLoc": "sglang.srt.mem_cache.memory_pool:KVWriteLoc",
     "TorchNativeAttnBackend": "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend",
     "add_draft_attention_backend_choices": "sglang.srt.arg_groups.choices:add_draft_attention_backend_choices",
+    "dflash_utils": "sglang.srt.speculative.dflash_utils",
+    "eagle_utils": "sglang.srt.speculative.eagle_utils",
+    "sgl_kernel": "sgl_kernel",
     "speculative_hook": "sglang.srt.arg_groups.speculative_hook",
 }
 
@@ -33,7 +36,11 @@ ABSENT: dict[str, str] = {
     "that a plugin could add to, so DFLASH is refused on a CPU; other drafts take any backend",
 }
 
+# Where versions look for the functions that verify sampled text; each in some of these modules alone.
+SAMPLING_MODULES = ("sgl_kernel", "eagle_utils", "dflash_utils")
+
 # Targets of hooks
+EAGLE_SAMPLE = "sglang.srt.speculative.eagle_utils.eagle_sample"
 CREATE_DRAFT_BACKEND = "sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend"
 DFLASH_ARGUMENTS = "sglang.srt.arg_groups.speculative_hook._handle_dflash"
 DFLASH_ATTENTION = "sglang.srt.models.dflash.DFlashAttention.__init__"

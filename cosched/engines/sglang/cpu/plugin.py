@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    """Teach ``torch_native`` to speculate, and let DFLASH start on a CPU.
+    """Teach ``torch_native`` to speculate and to verify sampled text, and let DFLASH start on a CPU.
 
     Does nothing, and imports nothing, unless ``SGLANG_USE_CPU_ENGINE=1``; nothing either where
     there is a CUDA device.
@@ -34,6 +34,8 @@ def register() -> None:
     compat.ATTENTION_BACKENDS[compat.BACKEND] = NativeBackend
     around = compat.HookType.AROUND
     compat.HookRegistry.register(compat.CREATE_DRAFT_BACKEND, _create_draft_backend, around)
+    _bring_sampling()
+    compat.HookRegistry.register(compat.EAGLE_SAMPLE, _sample, around)
     if compat.add_draft_attention_backend_choices is None:
         compat.HookRegistry.register(compat.DFLASH_ARGUMENTS, _refuse_dflash, around)
         return
@@ -68,6 +70,41 @@ def _create_draft_backend(
 
     backends = {**backend_map, compat.BACKEND: create}
     return original(factory, backend_name, backends, *args, **kwargs)
+
+
+def _bring_sampling() -> None:
+    """Put what verifies sampled text where SGLang looks for it, and tell DFLASH that it is there."""
+    from cosched.engines.sglang.cpu import compat, sampling
+
+    for module in (getattr(compat, name) for name in compat.SAMPLING_MODULES):
+        for function in (
+            sampling.tree_speculative_sampling_target_only,
+            sampling.top_k_renorm_prob,
+            sampling.top_p_renorm_prob,
+        ):
+            setattr(module, function.__name__, function)
+    compat.dflash_utils._DFLASH_SAMPLING_VERIFY_AVAILABLE = True
+
+
+def _sample(
+    original: Callable[..., Any], verify_input: Any, batch: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Verify a batch in which somebody samples as a GPU does; SGLang takes the best tokens on a CPU.
+
+    It asks the module for the device at this one place where nobody is greedy.
+    """
+    from cosched.engines.sglang import compat as engine
+    from cosched.engines.sglang.cpu import compat
+
+    if batch.forward_mode.is_idle() or batch.sampling_info.is_all_greedy:
+        return original(verify_input, batch, *args, **kwargs)
+    if engine.get_spec().speculative_use_rejection_sampling:
+        raise ConfigError("--speculative-use-rejection-sampling: not on a CPU; leave it out")
+    compat.eagle_utils._is_cpu = False
+    try:
+        return original(verify_input, batch, *args, **kwargs)
+    finally:
+        compat.eagle_utils._is_cpu = True
 
 
 def _refuse_dflash(_original: Callable[..., Any], _server_args: Any) -> None:

@@ -106,6 +106,11 @@ class AdaptedWorker:
             )
         if spec.speculative_adaptive:
             raise ConfigError("--speculative-adaptive: cosched needs a fixed number of drafts")
+        if rejection_sampling() and str(self.device).startswith("cpu"):
+            raise ConfigError(
+                "--speculative-use-rejection-sampling: not on a CPU; leave it out, and the target "
+                "draws the draft's best tokens"
+            )
         # SGLang itself refuses, or leaves out, by the names of its own algorithms.
         for name in ("attn_tp_input_scattered", "linear_replayssm_spec"):
             if getattr(self.server_args, f"enable_{name}", False):
@@ -143,7 +148,7 @@ class AdaptedWorker:
                 end += length
                 if compat.is_health_check(request):
                     continue
-                rows = None
+                rows, temperature = None, temperature_of(request.sampling_params)
                 if teacher_TX is not None and not compat.has_pictures(request):
                     kept = slice(end - min(length, self.adaptation.window), end)
                     rows = Segment(
@@ -152,11 +157,14 @@ class AdaptedWorker:
                         tokens_R1=torch.cat((tokens_T[kept], next_B[i : i + 1])),
                         features_RF=None if features is None else owned(features[kept]),
                         teacher_RX=owned(teacher_TX[kept]),
+                        temperature=temperature,
                     )
                 prompt_length = len(request.origin_input_ids)
                 limit = request.sampling_params.max_new_tokens
                 longest = None if limit is None else prompt_length + limit
-                prompts.append(Prompt(request.rid, start, length, prompt_length, rows, longest))
+                prompts.append(
+                    Prompt(request.rid, start, length, prompt_length, rows, longest, temperature)
+                )
             return tuple(prompts)
 
         if not batch.forward_mode.is_idle():
@@ -195,11 +203,24 @@ def graph_rows(max_running: int, rows_each: int) -> int:
 
 
 def _acceptance(device: torch.device) -> Acceptance:
-    """The draft's best token is drafted, and the target draws it or not; a CPU has no kernel for that."""
-    if device.type == "cpu":
-        return "greedy"
-    rejection = getattr(compat.get_spec(), "speculative_use_rejection_sampling", False)
-    return "sampled" if rejection else "target_only"
+    """The draft's best token is drafted, and the target draws it or not.
+
+    A CPU does so too (``cosched.engines.sglang.cpu.sampling``); for AMD's and Intel's devices SGLang has
+    no kernel, and takes the best tokens whatever the temperature.
+    """
+    if rejection_sampling():
+        return "sampled"
+    return "greedy" if device.type == "xpu" or torch.version.hip else "target_only"
+
+
+def rejection_sampling() -> bool:
+    """Whether drafted tokens are drawn from the draft, and speculative sampling corrects for that."""
+    return bool(getattr(compat.get_spec(), "speculative_use_rejection_sampling", False))
+
+
+def temperature_of(sampling_params: Any) -> float:
+    """At which a request samples, 0 where it is greedy: SGLang says so by a top-k of one token."""
+    return 0.0 if sampling_params.top_k <= 1 else float(sampling_params.temperature)
 
 
 def is_prefill(batch: Any) -> bool:

@@ -29,7 +29,8 @@ class Prompt:
 
     ``rows`` are the last of them, as many as are worth keeping, with the token that came out;
     None where nobody learns from them. ``prompt_length`` is that of the whole prompt, ``max_length``
-    that of prompt and answer at most, None where the request has no limit of its own.
+    that of prompt and answer at most, None where the request has no limit of its own. It samples at
+    ``temperature``, 0 where it is greedy.
     """
 
     request_id: str
@@ -38,6 +39,7 @@ class Prompt:
     prompt_length: int
     rows: Segment | None
     max_length: int | None = None
+    temperature: float = 1.0
 
 
 Prefill = tuple[Prompt, ...]
@@ -65,11 +67,12 @@ class Verified:
 
 @dataclass(slots=True)
 class _Text:
-    """Where a request stands: the position of its anchor, how long its prompt was, and its limit."""
+    """Where a request stands: its anchor's position, how long its prompt was, its limit and temperature."""
 
     anchor: int
     prompt_length: int
     max_length: int | None
+    temperature: float
 
     @property
     def left(self) -> int | None:
@@ -152,7 +155,7 @@ class RoundCollector:
     def _prefill_round(self, prefill: Prefill) -> VerifyRound:
         for prompt in prefill:
             end = prompt.start + prompt.length
-            text = _Text(end, prompt.prompt_length, prompt.max_length)
+            text = _Text(end, prompt.prompt_length, prompt.max_length, prompt.temperature)
             self._remember(prompt.request_id, text)
         segments = tuple(prompt.rows for prompt in prefill if prompt.rows is not None)
         return self._make(segments, (), (0.0, 0.0), [prompt.request_id for prompt in prefill])
@@ -175,8 +178,9 @@ class RoundCollector:
                 tokens[1:] = verified.decided_BS[i, :count]
                 features = verified.features_BSF
                 features_RF = None if features is None else features[i, :count]
+                rows_RX, at = teacher[i, :count], text.temperature
                 segments.append(
-                    Segment(request_id, anchor, tokens, features_RF, teacher[i, :count])
+                    Segment(request_id, anchor, tokens, features_RF, rows_RX, temperature=at)
                 )
             rows = None if teacher is None else teacher[i, :-1]
             blocks.append(ServedBlock(request_id, anchor, path_K, rows, accepted, count))
