@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -133,9 +133,9 @@ class DeepSpeedTrainer:
         if self._group is None:
             return self._engine(batch) * self._weight
         loss = self.batch_loss(batch) * self._weight
-        found: Sequence[Tensor | None] = torch.autograd.grad(
-            loss, list(self._trained.values()), allow_unused=True
-        )
+        trained = list(self._trained.values())
+        found = torch.autograd.grad(loss, trained, allow_unused=True)
+        found = cast("Sequence[Tensor | None]", found)
         gradients = {n: g for n, g in zip(self._trained, found, strict=True) if g is not None}
         self._group.meet()
         return self._engine(loss.detach(), gradients)
