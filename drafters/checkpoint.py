@@ -89,12 +89,12 @@ def tensor_names(directory: Path) -> frozenset[str] | None:
     """
     names: set[str] = set()
     files = sorted(directory.glob("*.safetensors"))
-    try:
-        for path in files:
+    for path in files:
+        try:
             with safe_open(path, framework="pt") as opened:
                 names.update(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not files:
         files = sorted(directory.glob("pytorch_model*.bin"))
         names.update(name for path in files for name in read_saved(path, mmap=True))

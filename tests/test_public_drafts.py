@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cosched.memory.sketch import TargetSketch
 from cosched.registry import DRAFTERS
 from cosched.testing.harness import make_target
 from drafters.eagle3 import Eagle3Config
-from tests.helpers.checkpoints import change, example, load, read, refused, same, save
+from tests.helpers.checkpoints import change, example, load, read, refused, same, save, with_tokens
 from tests.helpers.cli import run_cli
 from tests.helpers.paths import QUICKSTART, TINYWORLD
 
@@ -31,13 +32,6 @@ def rewrite(directory: Path, **tensors: Any) -> dict[str, Tensor]:
     new = {**had, **{name.replace("__", "."): tensor for name, tensor in tensors.items()}}
     save_file({n: t.contiguous() for n, t in new.items() if t is not ...}, path)
     return had
-
-
-def with_tokens(target: Target, number: int) -> Target:
-    """The target with a tokenizer of that many tokens."""
-    target = Target(target.model)
-    target.token_ids = lambda: {str(i): i for i in range(number)}
-    return target
 
 
 # --- maps of reduced heads -------------------------------------------------------------------
@@ -228,7 +222,7 @@ def test_boundaries_that_sglang_would_not_capture(tmp_path: Path, target: Target
     save(target, "eagle3", "plain", tmp_path)
     change(tmp_path, eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 2, 3]})
     refused(lambda: load("eagle3", tmp_path, target), "[1, 2, 3]", "boundaries", "gpt_oss", "qwen3")
-    other = Target(target.model)
+    other = copy(target)
     other.model_type = "gpt_oss"
     assert load("eagle3", tmp_path, other).signal.feature_layers == (0, 1, 2)
 

@@ -59,7 +59,7 @@ def window_of(config: Any) -> int | None:
     Models that say nothing of their layers' types and have a ``sliding_window`` have it in all.
     """
     kinds, window = layer_kinds(config), getattr(config, "sliding_window", None)
-    return window if not kinds or kinds == {"sliding_attention"} else None
+    return window if not kinds or kinds == frozenset({"sliding_attention"}) else None
 
 
 def check_head(directory: Path, types: Mapping[str, str]) -> None:
