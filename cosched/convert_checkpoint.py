@@ -77,7 +77,8 @@ def convert(
         raise CheckpointError(f"{destination} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return kind, cls.formats.not_for_sglang(checkpoint.config, frozenset(checkpoint.tensors))
+    config, _, _ = cls.formats.read_shape(destination, settings)  # as it says it now
+    return kind, cls.formats.not_for_sglang(config, frozenset(checkpoint.tensors))
 
 
 def _settings(cls: Any, kind: str, source: Path, overrides: Sequence[str]) -> Any:

@@ -130,12 +130,13 @@ Choose = Callable[[int, "Tensor"], "Tensor"]
 
 
 class TargetInfo(Protocol):
-    """What a drafter may know of the target when it is loaded."""
+    """What a drafter may know of the target when it is loaded; ``model_type`` is transformers' name."""
 
     vocab_size: int
     hidden_size: int
     num_layers: int
     max_length: int
+    model_type: str
     embedding: nn.Embedding
     head: nn.Module
 

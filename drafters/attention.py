@@ -63,6 +63,27 @@ def attend_packed(
     return attended.permute(0, 3, 4, 1, 2, 5).flatten(3, 4)
 
 
+def causal(rows: Tensor, places: Tensor, window: int | None) -> Tensor:
+    """Which places each row sees: none behind itself, and as many as the window has."""
+    visible = places <= rows[..., None]
+    return visible & (places > rows[..., None] - window) if window else visible
+
+
+def attend_context(
+    queries_RCJD: Tensor, keys_RCHD: Tensor, values_RCHD: Tensor, visible_CC: Tensor | None
+) -> Tensor:
+    """Attention of the context over itself, ``[R, C, J, D]``; None is plain causality."""
+    attended = F.scaled_dot_product_attention(
+        queries_RCJD.transpose(1, 2),
+        keys_RCHD.transpose(1, 2),
+        values_RCHD.transpose(1, 2),
+        attn_mask=visible_CC,
+        is_causal=visible_CC is None,
+        enable_gqa=True,
+    )
+    return attended.transpose(1, 2)
+
+
 def gather_rows(rows_RCX: Tensor, index_RN: Tensor) -> Tensor:
     """``[R, N, X]``: rows of each request by index."""
     index = index_RN[..., None].expand(-1, -1, rows_RCX.shape[-1])

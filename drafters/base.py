@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 from abc import abstractmethod
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
@@ -18,7 +20,14 @@ from drafters.cache import SlotCache
 from drafters.checkpoint import Checkpoint, check_tensors, tokenizer_vocabulary
 from drafters.config import DecoderConfig
 from drafters.layers import initialise
-from drafters.vocabulary import check_mapping, check_tokenizers, logits_of, partial_ids
+from drafters.vocabulary import (
+    check_mapping,
+    check_tokenizers,
+    check_vocabularies,
+    check_within,
+    logits_of,
+    partial_ids,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,6 +35,11 @@ if TYPE_CHECKING:
 
     from cosched.records import Segment, SignalBatch
     from drafters.layers import Rotary
+
+FINE_TUNED = 0.5
+"""How far a table may have moved and still be the target's: trained apart, two differ by 1 and more."""
+
+logger = logging.getLogger("cosched")
 
 C = TypeVar("C", bound=DecoderConfig)
 N = TypeVar("N", bound=nn.Module)
@@ -58,7 +72,7 @@ class NetworkDrafter(Drafter, Generic[C, N]):
         self._runs: adapters.Runs | None = None
         self.num_draft_tokens = num_draft_tokens
         self._target_ids = partial_ids(getattr(network, "d2t", None), target.vocab_size)
-        layers = self._config.layers_of(target.num_layers)
+        layers = self._config.layers_of(target.num_layers, target.model_type)
         self.signal = SignalSpec(feature_layers=layers, conditioning=self.conditioning)
 
     # --- what a family gives ---------------------------------------------------------------
@@ -69,9 +83,11 @@ class NetworkDrafter(Drafter, Generic[C, N]):
         """The network for a target of that hidden size; ``names`` are the checkpoint's tensors."""
 
     @classmethod
-    def select_tensors(cls, checkpoint: Checkpoint[C], target: TargetInfo) -> dict[str, Tensor]:
+    def select_tensors(
+        cls, checkpoint: Checkpoint[C], target: TargetInfo, directory: Path
+    ) -> dict[str, Tensor]:
         """The checkpoint's tensors that are the network's own, not copies of the target's."""
-        del target
+        del target, directory
         return dict(checkpoint.tensors)
 
     @abstractmethod
@@ -121,9 +137,9 @@ class NetworkDrafter(Drafter, Generic[C, N]):
         config, _, _ = cls.formats.read_shape(directory, settings)
         cls._check(config, settings, target)  # before any weight is read
         checkpoint = cls.checkpoint(settings)
-        if (vocabulary := tokenizer_vocabulary(directory)) is not None:
-            check_tokenizers(vocabulary, target.token_ids(), directory)
-        tensors = cls.select_tensors(checkpoint, target)
+        tensors = cls.select_tensors(checkpoint, target, directory)
+        if "d2t" in tensors:
+            check_within(tensors["d2t"], target.vocab_size, directory)
         with torch.device("meta"):  # no memory and no time for weights that are overwritten
             network = cls.make_network(config, target.hidden_size, frozenset(tensors))
         network.load_state_dict(tensors, assign=True)
@@ -149,7 +165,11 @@ class NetworkDrafter(Drafter, Generic[C, N]):
     @classmethod
     def _check(cls, config: C, settings: Any, target: TargetInfo) -> None:
         cls.check(config, settings, target)
-        config.layers_of(target.num_layers)
+        directory, drafted = Path(settings.path), getattr(config, "draft_vocab_size", None)
+        check_vocabularies(config.vocab_size, drafted, target, directory)
+        config.layers_of(target.num_layers, target.model_type)
+        if (vocabulary := tokenizer_vocabulary(directory)) is not None:
+            check_tokenizers(vocabulary, target.token_ids(), directory)
 
     @classmethod
     def check(cls, config: C, settings: Any, target: TargetInfo) -> None:
@@ -279,8 +299,30 @@ def check_fit(directory: Path, **sizes: tuple[int, int]) -> None:
             )
 
 
-def is_copy(table: Tensor, theirs: Tensor) -> bool:
-    """Whether a checkpoint's tensor is the target's, up to the rounding of a 16-bit type."""
-    if table.shape != theirs.shape:
+@cache
+def note(text: str) -> None:
+    """Tell who started this process, once, what is no mistake and good to know."""
+    logger.warning("note: %s", text)
+
+
+def is_targets_own(name: str, table: Tensor, theirs: Tensor, directory: Path) -> bool:
+    """Whether a checkpoint's tensor is a copy of the target's, which is then used in its place.
+
+    It is, up to the rounding of a 16-bit type, where the draft was made for this target; a target
+    that was fine-tuned since has moved by some percent, and a note says so. Tables of two models
+    that were trained apart are as far from each other as they are long.
+    """
+    if table.shape[1:] != theirs.shape[1:]:
         return False
-    return torch.allclose(table.float(), theirs.detach().cpu().float(), rtol=0.02, atol=1e-3)
+    rows = min(len(table), len(theirs))  # the rest is padding
+    ours, other = table[:rows].float(), theirs[:rows].detach().cpu().float()
+    if torch.allclose(ours, other, rtol=0.02, atol=1e-3):
+        return True
+    apart = float((ours - other).norm() / other.norm().clamp(min=1e-12))
+    if apart > FINE_TUNED:
+        return False
+    note(
+        f"{name} of the draft {directory} differs from the target's by {apart:.2%} of its length, as "
+        f"that of a base model does from a fine-tuned one's; the target's is used"
+    )
+    return True

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -82,6 +82,26 @@ def read_tensors(directory: Path, extra: Iterable[str] = ()) -> dict[str, Tensor
     return tensors
 
 
+def tensor_names(directory: Path) -> frozenset[str] | None:
+    """Names of all tensors of a folder, without their values; None where it has no weights.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    names: set[str] = set()
+    files = sorted(directory.glob("*.safetensors"))
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as opened:
+                names.update(opened.keys())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not files:
+        files = sorted(directory.glob("pytorch_model*.bin"))
+        names.update(name for path in files for name in read_saved(path, mmap=True))
+    return frozenset(names) if files else None
+
+
 def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix != ".safetensors":
         saved = read_saved(path)
@@ -94,14 +114,14 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def read_saved(path: Path) -> dict[str, Any]:
-    """What ``torch.save`` wrote, without running code that may be in it.
+def read_saved(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """What ``torch.save`` wrote, without running code that may be in it; with ``mmap`` left on disk.
 
     Raises:
         CheckpointError: it is damaged, holds code, or is no dictionary.
     """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         raise CheckpointError(
             f"{path} is not read: it is damaged, or holds code besides tensors ({error})"

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embedding whose angles do not depend on how long the text has become."""
 
+ROPE_KEYS = frozenset({
+    "rope_type", "rope_theta", "factor", "partial_rotary_factor",
+    "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast",
+    "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate", "mrope_section",
+    "mrope_interleaved", "finetuned",
+})  # fmt: skip
+"""What a rotary embedding may be told; the sections of ``mrope`` say nothing to a text."""
+
 C = TypeVar("C", bound="DecoderConfig")
 
 
@@ -56,9 +64,11 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     @property
     def rope(self) -> dict[str, Any]:
         """RoPE as transformers 5 writes it, whichever way the file does: with ``rope_theta`` inside."""
-        rope = {"rope_type": "default", **(self.rope_scaling or {}), **(self.rope_parameters or {})}
-        if "type" in rope:  # the older name
-            rope["rope_type"] = rope.pop("type")
+        rope = {**(self.rope_scaling or {}), **(self.rope_parameters or {})}
+        older = rope.pop("type", None)  # its name before transformers 4.43; the newer one wins
+        rope["rope_type"] = rope.get("rope_type") or older or "default"
+        if rope["rope_type"] == "mrope":  # of text, all sections are at the same position
+            rope["rope_type"] = "default"
         if self.rope_theta is not None:
             rope.setdefault("rope_theta", self.rope_theta)
         return {"rope_theta": 10000.0, **rope}
@@ -106,8 +116,11 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         scaled, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
         return scaled.double(), float(factor)
 
-    def layers_of(self, num_layers: int) -> tuple[int, ...]:
-        """Target layers whose outputs the draft sees: 'after that layer', 0-based."""
+    def layers_of(self, num_layers: int, model_type: str = "") -> tuple[int, ...]:
+        """Target layers whose outputs the draft sees: 'after that layer', 0-based.
+
+        ``model_type`` is the target's, where it is known: some ids mean another thing by it.
+        """
         raise NotImplementedError
 
     @property
@@ -129,6 +142,12 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
             )
         if any(isinstance(value, dict) for value in self.rope.values()):
             found.append("rope_parameters for each type of layer")
+        else:
+            found += [
+                f"{key} = {value!r} in its rope parameters (implemented: {', '.join(sorted(ROPE_KEYS))})"
+                for key, value in self.rope.items()
+                if key not in ROPE_KEYS and value is not None
+            ]
         factor = self.rope.get("partial_rotary_factor", self.partial_rotary_factor)
         if factor not in {None, 1.0}:
             found.append(f"partial_rotary_factor {factor}")
@@ -158,13 +177,13 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 def convert_config(raw: Mapping[str, Any], cls: type[C], where: object) -> C:
-    """A family's configuration from the keys of its file; keys that shape nothing are ignored.
+    """A family's configuration from the keys of its file, which were checked by their names.
 
     Raises:
         CheckpointError: a key is missing or mistyped, or asks for what is not implemented.
     """
     try:
-        config = msgspec.convert(raw, cls)
+        config = msgspec.convert({**raw, "layer_types": _layer_types(raw)}, cls)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{where}: {error}") from error
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
@@ -178,20 +197,15 @@ def convert_config(raw: Mapping[str, Any], cls: type[C], where: object) -> C:
     return config
 
 
-def check_layers(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    """The layers, if a target of ``num_layers`` has each of them, and none is named twice.
-
-    Raises:
-        CheckpointError: it has not.
-    """
-    if not all(0 <= i < num_layers for i in layers):
-        raise CheckpointError(
-            f"the draft wants features after layers {list(layers)}, "
-            f"but the target has layers 0 to {num_layers - 1}"
-        )
-    if len(set(layers)) != len(layers):
-        raise CheckpointError(f"the draft wants features after layers {list(layers)}, one twice")
-    return layers
+def _layer_types(raw: Mapping[str, Any]) -> Any:
+    """``layer_types``, or what Qwen's configurations derive where a file leaves them out."""
+    types, window = raw.get("layer_types"), raw.get("sliding_window")
+    derived = str(raw.get("model_type", "qwen3")).startswith("qwen")
+    if types is not None or not (derived and window and raw.get("use_sliding_window")):
+        return types
+    full, number = raw.get("max_window_layers"), int(raw.get("num_hidden_layers", 1))
+    first = 28 if full is None else int(full)  # transformers' default
+    return ["full_attention" if i < first else "sliding_attention" for i in range(number)]
 
 
 def small_layer(target: TargetInfo, model_type: str) -> dict[str, Any]:

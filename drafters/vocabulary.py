@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from cosched.protocols import TargetInfo
+
 
 def target_ids(d2t_U: Tensor) -> Tensor:
     """Target token of each draft token ``[U]``."""
@@ -31,6 +33,35 @@ def spread_mapping(draft_vocab_size: int, vocab_size: int) -> tuple[Tensor, Tens
     t2d_V = torch.zeros(vocab_size, dtype=torch.bool)
     t2d_V[ids] = True
     return ids - at_U, t2d_V
+
+
+def complete_maps(
+    tensors: dict[str, Tensor], draft_vocab_size: int | None, vocab_size: int
+) -> dict[str, Tensor]:
+    """A head's tensors with the maps that some exporters leave out.
+
+    ``t2d`` follows from ``d2t``; without both, a head over the whole vocabulary drafts the target's
+    own ids. What no map follows from is left missing.
+    """
+    if draft_vocab_size is None or "t2d" in tensors:
+        return tensors
+    d2t_U = tensors.get("d2t")
+    if d2t_U is None:
+        if draft_vocab_size != vocab_size:
+            return tensors
+        d2t_U = torch.zeros(vocab_size, dtype=torch.int64)
+    ids = target_ids(d2t_U).long()
+    t2d_V = torch.zeros(vocab_size, dtype=torch.bool)
+    t2d_V[ids[(ids >= 0) & (ids < vocab_size)]] = True  # others are refused with the map
+    return {**tensors, "d2t": d2t_U, "t2d": t2d_V}
+
+
+def without_identity(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors without maps that map every token to itself: a head that is not there has none."""
+    d2t_U = tensors.get("d2t")
+    if d2t_U is not None and bool((d2t_U != 0).any()):
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if name not in {"d2t", "t2d"}}
 
 
 class OwnHead(nn.Module):
@@ -62,11 +93,7 @@ def check_mapping(d2t_U: Tensor, t2d_V: Tensor, where: object) -> None:
     if d2t_U.is_floating_point() or d2t_U.dtype == torch.bool:
         raise CheckpointError(f"d2t of {where} is {d2t_U.dtype}, expected integers")
     ids, size = target_ids(d2t_U), len(t2d_V)
-    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= size):
-        raise CheckpointError(
-            f"d2t of {where} points at tokens {int(ids.min())} to {int(ids.max())}, "
-            f"the target's vocabulary has {size}"
-        )
+    check_within(d2t_U, size, where)
     said = torch.zeros(size, dtype=torch.bool, device=ids.device)
     said[ids] = True
     if int(said.sum()) != len(ids):
@@ -75,6 +102,20 @@ def check_mapping(d2t_U: Tensor, t2d_V: Tensor, where: object) -> None:
     if len(ids) < size and not torch.equal(said, t2d_V.bool()):
         different = int((said != t2d_V.bool()).sum())
         raise CheckpointError(f"d2t and t2d of {where} disagree on {different} target tokens")
+
+
+def check_within(d2t_U: Tensor, vocab_size: int, where: object) -> None:
+    """Make sure that every draft token is a token of that many.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    ids = target_ids(d2t_U)
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
+        raise CheckpointError(
+            f"d2t of {where} points at tokens {int(ids.min())} to {int(ids.max())}, "
+            f"the target's vocabulary has {vocab_size}"
+        )
 
 
 def partial_ids(d2t_U: Tensor | None, vocab_size: int) -> Tensor | None:
@@ -104,6 +145,39 @@ def logits_of(head: nn.Module, states: Tensor, tokens_W: Tensor | None) -> Tenso
         return head(states)[..., tokens_W]
     bias = cast("Tensor | None", head.bias)
     return F.linear(states, head.weight[tokens_W], None if bias is None else bias[tokens_W])
+
+
+def check_vocabularies(
+    vocab_size: int, drafted: int | None, target: TargetInfo, directory: Path
+) -> None:
+    """Make sure that two tables of unlike length are one vocabulary, padded in two ways.
+
+    Then the tokenizer uses no id that either table lacks. ``drafted`` is how many tokens a head of
+    the draft's own has, if it has one.
+
+    Raises:
+        CheckpointError: it uses one, there is no tokenizer to tell, or the head drafts more tokens
+            than the target has.
+    """
+    if vocab_size == target.vocab_size:
+        return
+    sizes = f"the draft {directory} has vocab_size {vocab_size}, the target has {target.vocab_size}"
+    known = target.token_ids()
+    if not known:
+        raise CheckpointError(
+            f"{sizes}: where the target brings no tokenizer, nobody can say whether only their "
+            f"padding differs; this draft was trained for another target"
+        )
+    used = 1 + max(known.values())
+    if used > min(vocab_size, target.vocab_size):
+        raise CheckpointError(
+            f"{sizes}, and the target's tokenizer uses ids up to {used - 1}: more than their "
+            f"padding differs; this draft was trained for another target"
+        )
+    if drafted is not None and drafted > target.vocab_size:
+        raise CheckpointError(
+            f"{sizes}: its head of {drafted} tokens would draft some that the target lacks"
+        )
 
 
 def check_tokenizers(

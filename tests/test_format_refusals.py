@@ -26,7 +26,7 @@ BAD_CONFIGS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("eagle3", {"hidden_size": "wide"}, ("config.json", "hidden_size", "int")),
     ("eagle3", {"rope_scaling": {"type": "dynamic", "factor": 2}}, ("dynamic", "llama3")),
     ("eagle3", {"hidden_act": "gelu"}, ("gelu", "silu")),
-    ("eagle3", {"num_hidden_layers": 2}, ("num_hidden_layers 2",)),
+    ("eagle3", {"num_hidden_layers": 0}, ("num_hidden_layers 0",)),
     ("eagle3", {"norm_output": True}, ("drafter.norm_output=fed_back", "SpecForge")),
     ("eagle3", {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}, ("eagle_config", "top level")),
     ("eagle3", {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 3]}}, ("[0, 1, 3]", "0 to 2")),

@@ -71,7 +71,7 @@ def comparable(config: Any) -> dict[str, Any]:
     if "sliding_attention" not in keys["layer_types"]:
         for key in ("sliding_window", "sliding_causal", "window_from"):
             keys.pop(key, None)
-    for key in ("spd_type", "use_sliding_window", "pard2_target_dim"):
+    for key in ("spd_type", "use_sliding_window", "pard2_target_dim", "ids_by_target"):
         keys.pop(key, None)
     return keys
 

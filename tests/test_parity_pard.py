@@ -22,6 +22,7 @@ from cosched.engines.embedded.target import Target
 from cosched.records import SignalBatch
 from drafters.attention import attend_packed
 from drafters.pard import PardConfig, PardDrafter
+from tests.helpers.checkpoints import with_tokens
 from tests.parity.world import (
     ROPES,
     STEPS,
@@ -53,7 +54,7 @@ def make_pard(target: Target, folder: Path, **options: Any) -> PardDrafter:
     options = {"num_hidden_layers": 2, **options}
     keys = layer_keys(target, options.pop("model_type")) | {"vocab_size": VOCABULARY}
     config = PardConfig(**keys, pard_token=MASK, **options)
-    return write_draft(PardDrafter, config, target, folder, "amd")
+    return write_draft(PardDrafter, config, with_tokens(target, target.vocab_size), folder, "amd")
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from cosched.build.coscheduler import build_coscheduler, build_pool
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
 from cosched.engines.embedded.packing import as_at_first, pack, rows_are_alike
+from cosched.engines.embedded.proof import prove
 from cosched.engines.embedded.rows import LiveRows, RowSource
 from cosched.engines.embedded.target import Target
 from cosched.engines.embedded.verification import SamplingParams
@@ -129,6 +130,8 @@ def build_world(config: Config) -> World:
         trace = None
         requests = load_requests(workload, tokenizer, target.max_length, device, target.end_tokens)
         sampling = SamplingParams(workload.temperature, workload.top_p)
+    if trace is None or config.engine.live:
+        prove(target, max(request.max_length_of_turns for request in requests))
     check_owners(config, requests)
     return World(config, target, tokenizer, requests, sampling, trace)
 

@@ -23,7 +23,7 @@ from cosched.training.process import ProcessScorer, ProcessTrainer, Worker
 from cosched.training.scope import lora_of, parameters_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -154,16 +154,19 @@ class _Tables:
     hidden_size: int
     num_layers: int
     max_length: int
+    model_type: str
     embedding: nn.Embedding
     head: nn.Module
+    tokens: Mapping[str, int] | None
 
-    def token_ids(self) -> None:
-        """The draft has been checked against them."""
+    def token_ids(self) -> Mapping[str, int] | None:
+        return self.tokens
 
 
 def _tables_of(target: TargetInfo) -> _Tables:
     sizes = target.vocab_size, target.hidden_size, target.num_layers, target.max_length
-    return _Tables(*sizes, target.embedding, target.head)
+    tables = target.model_type, target.embedding, target.head
+    return _Tables(*sizes, *tables, target.token_ids())
 
 
 def _build_alone(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cosched.errors import CheckpointError, ConfigError
+from cosched.memory.targets import check_embedded, check_head
 from cosched.registry import DRAFTERS
 from cosched.settings.schema import own_keys
 from cosched.settings.weights import header
@@ -33,11 +34,13 @@ class TargetSketch:
     hidden_size: int
     num_layers: int
     max_length: int
+    model_type: str
     embedding: nn.Embedding
     head: nn.Module
     directory: Path
     cache_width: int
     tied: bool  # whether the head is the embedding
+    raw: dict[str, Any]
 
     @classmethod
     def read(cls, path: str, dtype: torch.dtype) -> TargetSketch:
@@ -53,6 +56,7 @@ class TargetSketch:
             vocab, hidden = int(text["vocab_size"]), int(text["hidden_size"])
             layers = int(text["num_hidden_layers"])
             longest = int(text.get("max_position_embeddings", 0))
+            kind = str(raw.get("model_type", ""))
             heads = int(text["num_attention_heads"])
             head_dim = int(text.get("head_dim") or hidden // heads)
             cache_width = 2 * layers * int(text.get("num_key_value_heads") or heads) * head_dim
@@ -70,7 +74,9 @@ class TargetSketch:
             head = nn.Linear(hidden, vocab, bias=False, dtype=dtype)
         embedding.requires_grad_(False)
         head.requires_grad_(False)
-        return cls(vocab, hidden, layers, longest, embedding, head, directory, cache_width, tied)
+        return cls(
+            vocab, hidden, layers, longest, kind, embedding, head, directory, cache_width, tied, raw
+        )
 
     def token_ids(self) -> Mapping[str, int] | None:
         """The vocabulary of the folder's ``tokenizer.json``; None where it has none."""
@@ -86,17 +92,30 @@ class TargetSketch:
 
     def num_parameters(self) -> int | None:
         """Elements of the safetensors files, read from their headers; None where there are none."""
-        files = sorted(self.directory.glob("*.safetensors"))
-        return sum(map(_num_elements, files)) if files else None
+        files = self._files()
+        return sum(n for path in files for _, n in _tensors(path).values()) if files else None
+
+    def tensor_types(self) -> dict[str, str]:
+        """Types of the safetensors files' tensors by name, as those files call them."""
+        return {
+            name: dtype for path in self._files() for name, (dtype, _) in _tensors(path).items()
+        }
+
+    def _files(self) -> list[Path]:
+        return sorted(self.directory.glob("*.safetensors"))
 
 
-def _num_elements(path: Path) -> int:
+def _tensors(path: Path) -> dict[str, tuple[str, int]]:
+    """Type and number of elements of each tensor of a safetensors file."""
     try:
-        return sum(
-            (entry["data_offsets"][1] - entry["data_offsets"][0])
-            // SAFETENSORS_BYTES.get(entry["dtype"], 1)
-            for entry in header(path).values()
-        )
+        return {
+            name: (
+                entry["dtype"],
+                (entry["data_offsets"][1] - entry["data_offsets"][0])
+                // SAFETENSORS_BYTES.get(entry["dtype"], 1),
+            )
+            for name, entry in header(path).items()
+        }
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
@@ -116,6 +135,10 @@ def sketch(config: Config) -> tuple[TargetSketch, Drafter]:
             f"workload.max_new_tokens: {workload.max_new_tokens} and a prompt do not fit into the "
             f"target's context of {context}; use less"
         )
+    if config.engine.kind == "sglang":
+        check_head(target.directory, target.tensor_types())
+    else:
+        check_embedded(target.directory, target.raw)
     return target, sketch_draft(config, target)
 
 

@@ -74,6 +74,7 @@ class Classroom:
         self._num_others = min(num_others, len(self._others))
         self.hidden_size, self.num_layers = target.hidden_size, target.num_layers
         self.max_length, self.embedding = target.max_length, target.embedding
+        self.model_type = target.model_type
         self.vocab_size = len(self._frequent_U) + self._num_others
         head = nn.Linear(self.hidden_size, self.vocab_size, bias=False).requires_grad_(False)
         head.weight[: len(self._frequent_U)] = self._rows(self._frequent_U)

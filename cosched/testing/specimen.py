@@ -251,6 +251,7 @@ class MetaTarget:
         self.hidden_size = target.hidden_size
         self.num_layers = target.num_layers
         self.max_length = target.max_length
+        self.model_type = target.model_type
         self._target = target
         with torch.device("meta"):
             self.embedding = nn.Embedding(target.vocab_size, target.hidden_size)

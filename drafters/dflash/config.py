@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from cosched.errors import CheckpointError
-from drafters.config import DecoderConfig, check_layers
+from drafters.config import DecoderConfig
+from drafters.layer_ids import check_layers, dflash_default
 
 
 class DFlashConfig(DecoderConfig, frozen=True, kw_only=True, omit_defaults=True):
@@ -43,23 +44,17 @@ class DFlashConfig(DecoderConfig, frozen=True, kw_only=True, omit_defaults=True)
             found.append(f"block_size {self.block_size}: a block is an anchor and its masks")
         return found
 
-    def layers_of(self, num_layers: int) -> tuple[int, ...]:
+    def layers_of(self, num_layers: int, model_type: str = "") -> tuple[int, ...]:
         """Target layers whose outputs are fused: 'after that layer', 0-based.
 
         Raises:
             CheckpointError: the target does not have them, or it is another target.
         """
+        del model_type  # these ids mean the same for every target
         if self.num_target_layers not in {None, num_layers}:
             raise CheckpointError(
                 f"the draft was trained for a target of {self.num_target_layers} layers, "
                 f"this one has {num_layers}"
             )
-        layers = tuple(self.feature_layers or _spread(num_layers, self.num_hidden_layers))
+        layers = tuple(self.feature_layers or dflash_default(num_layers, self.num_hidden_layers))
         return check_layers(layers, num_layers)
-
-
-def _spread(num_layers: int, count: int) -> list[int]:
-    """z-lab's default: layer n / 2 for one, else evenly from 1 to n - 3, rounded half to even."""
-    if count == 1:
-        return [num_layers // 2]
-    return [round(1 + i * (num_layers - 4) / (count - 1)) for i in range(count)]

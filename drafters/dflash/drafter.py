@@ -21,7 +21,7 @@ from cosched.errors import CheckpointError, ConfigError
 from cosched.records import Proposal, SglangWorker, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed
-from drafters.base import NetworkDrafter, check_fit, is_copy
+from drafters.base import NetworkDrafter, check_fit, is_targets_own
 from drafters.config import small_layer
 from drafters.dflash import formats
 from drafters.dflash.config import DFlashConfig
@@ -63,11 +63,7 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
 
     @classmethod
     def check(cls, config: DFlashConfig, settings: DrafterSettings, target: TargetInfo) -> None:
-        check_fit(
-            Path(settings.path),
-            hidden_size=(config.hidden_size, target.hidden_size),
-            vocab_size=(config.vocab_size, target.vocab_size),
-        )
+        check_fit(Path(settings.path), hidden_size=(config.hidden_size, target.hidden_size))
         if settings.num_draft_tokens >= config.block_size:
             raise ConfigError(
                 f"drafter.num_draft_tokens: {settings.num_draft_tokens} is too many, a block of "
@@ -84,7 +80,7 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
 
     @classmethod
     def select_tensors(
-        cls, checkpoint: Checkpoint[DFlashConfig], target: TargetInfo
+        cls, checkpoint: Checkpoint[DFlashConfig], target: TargetInfo, directory: Path
     ) -> dict[str, Tensor]:
         tensors = dict(checkpoint.tensors)
         theirs = {"embed_tokens.weight": target.embedding.weight}
@@ -92,7 +88,7 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
             theirs["lm_head.weight"] = next(target.head.parameters())
         for name, weight in theirs.items():
             table = tensors.pop(name, None)
-            if table is not None and not is_copy(table, weight):
+            if table is not None and not is_targets_own(name, table, weight, directory):
                 raise CheckpointError(
                     f"{name} of the draft is not the target's, which a DFlash draft borrows: this "
                     f"draft was trained for another target"

@@ -29,6 +29,9 @@ from drafters.checkpoint import (
 )
 from drafters.config import convert_config
 from drafters.dflash.config import DFlashConfig
+from drafters.keys import LAYER_KEYS, KeyTable, refuse_unknown
+from drafters.layer_ids import from_hidden_states, to_hidden_states
+from drafters.vocabulary import complete_maps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,18 +44,32 @@ EMBEDDING = "embed_tokens.weight"
 MASK_FILE, MASK_EMBEDDING = "mask_embedding.pt", "mask_embedding"
 NAMES = {"model.": "", "encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm."}
 BORROWED = (EMBEDDING, "lm_head.weight")  # at most copies of the target's
-# Options of later relatives (DFlash2, Domino, MiMo …) that change the arithmetic, and the value that
-# does not.
-SUCCESSORS: dict[str, Any] = {
-    "final_logit_softcapping": 0,
-    "output_multiplier": 1,
-    "attention_sink_bias": False,
-    "attention_value_scale": None,
-    "projector_type": None,
-    "conv_kernel_size": None,
-    "selector_rank": None,
-    "selector_top_k": None,
+# Options of later relatives (DFlash2, Domino, MiMo …) that change the arithmetic, where they are off.
+SUCCESSORS: dict[str, tuple[Any, ...]] = {
+    "is_causal": (False,),
+    "attention_value_scale": (),
+    "projector_type": (),
+    "conv_kernel_size": (0,),
+    "conv_group_size": (0,),
+    "selector_rank": (0,),
+    "selector_top_k": (0,),
 }
+BLOCK_KEYS = frozenset({"block_size", "mask_token_id", "mask_token", "target_layer_ids"})
+FLAT_KEYS = KeyTable(
+    read=LAYER_KEYS | BLOCK_KEYS | {"dflash_config", "num_target_layers"},
+    harmless={"tie_word_embeddings", "draft_vocab_size"},  # embedding and head are the target's
+    only=SUCCESSORS,
+)
+NESTED_KEYS = KeyTable(read=BLOCK_KEYS | {"num_target_layers"}, only=SUCCESSORS)
+SPECULATORS_KEYS = KeyTable(
+    read={
+        "speculators_model_type", "speculators_config", "transformer_layer_config",
+        "draft_vocab_size", "target_hidden_size", "block_size", "mask_token_id",
+        "aux_hidden_state_layer_ids", "sliding_window_non_causal", "sample_from_anchor",
+    },
+    harmless={"speculators_version", "embed_requires_grad", "tie_word_embeddings", "model_type"},
+)  # fmt: skip
+LAYER_CONFIG_KEYS = KeyTable(read=LAYER_KEYS, harmless={"tie_word_embeddings"})
 
 
 def recognises(raw: Mapping[str, Any]) -> bool:
@@ -83,30 +100,20 @@ def read_shape(
         return _from_speculators(raw, where), "speculators", raw
     nested = raw.get("dflash_config") or {}
     both = {**raw, **nested}
-    wanted = [key for key, neutral in SUCCESSORS.items() if _asks(both.get(key), neutral)]
-    if both.get("is_causal"):
-        wanted.append("is_causal")
-    if wanted:
-        raise CheckpointError(
-            f"{where} asks for {', '.join(wanted)}, which the dflash drafter does not implement"
-        )
     if "aux_hidden_state_layer_ids" in both:
         raise CheckpointError(
             f"{where} has aux_hidden_state_layer_ids, which only speculators files have (they "
             f"count one more); give dflash_config.target_layer_ids, 'after that layer'"
         )
+    found = FLAT_KEYS.problems(raw) + NESTED_KEYS.problems(nested, "dflash_config.")
+    refuse_unknown(where, found)
     keys: dict[str, Any] = {**raw, "feature_layers": both.get("target_layer_ids")}
-    for key in ("block_size", "mask_token_id", "mask_token"):
+    for key in ("block_size", "mask_token_id", "mask_token", "num_target_layers"):
         if both.get(key) is not None:
             keys[key] = both[key]
     keys.pop("draft_vocab_size", None)  # this format has none
     keys["sliding_causal"] = both.get("is_causal") is None  # false frees sliding layers, too
     return convert_config(keys, DFlashConfig, where), "zlab", raw
-
-
-def _asks(value: Any, neutral: Any) -> bool:
-    """Whether an option is there and on; ``True`` is not the number 1 here."""
-    return value is not None and (type(value) is bool or value != neutral) and value is not False
 
 
 def _from_speculators(raw: Mapping[str, Any], where: Path) -> DFlashConfig:
@@ -117,7 +124,15 @@ def _from_speculators(raw: Mapping[str, Any], where: Path) -> DFlashConfig:
             f"{where} has sample_from_anchor: a block that drafts from its anchor as well is DSpark, "
             f"which the dflash drafter does not implement"
         )
-    keys = completed(raw.get("transformer_layer_config", {}))
+    layer = raw.get("transformer_layer_config") or {}
+    found = SPECULATORS_KEYS.problems(raw)
+    found += LAYER_CONFIG_KEYS.problems(layer, "transformer_layer_config.")
+    keys = completed(layer)
+    if raw.get("target_hidden_size") not in {None, keys.get("hidden_size")}:
+        found.append(
+            f"target_hidden_size = {raw['target_hidden_size']}: it is another than its own"
+        )
+    refuse_unknown(where, found)
     keys["block_size"] = raw.get("block_size", 8)
     keys["mask_token_id"] = raw.get("mask_token_id")
     keys["sliding_causal"] = not raw.get("sliding_window_non_causal", False)
@@ -128,7 +143,7 @@ def _from_speculators(raw: Mapping[str, Any], where: Path) -> DFlashConfig:
             f"{where} has no aux_hidden_state_layer_ids; speculators' default for them is not that "
             f"of DFlash, so say which layers the draft was trained on"
         )
-    keys["feature_layers"] = [i - 1 for i in ids]
+    keys["feature_layers"] = from_hidden_states(ids)
     reduced = raw.get("draft_vocab_size", 32000)
     keys["draft_vocab_size"] = None if reduced == keys.get("vocab_size") else reduced
     return convert_config(keys, DFlashConfig, where)
@@ -144,7 +159,9 @@ def read(directory: Path, settings: DrafterSettings | None = None) -> Checkpoint
     tensors = {n: t for n, t in read_tensors(directory).items() if n not in VERIFIERS_OWN}
     if (directory / MASK_FILE).exists():
         tensors[MASK_EMBEDDING] = _read_mask(directory / MASK_FILE, config.mask_token_id)
-    return Checkpoint(config, rename(tensors, NAMES), form, raw)
+    tensors = rename(tensors, NAMES)
+    tensors = complete_maps(tensors, config.draft_vocab_size, config.vocab_size)
+    return Checkpoint(config, tensors, form, raw)
 
 
 def _read_mask(path: Path, mask_token_id: int | None) -> Tensor:
@@ -253,7 +270,7 @@ def _to_zlab(checkpoint: Checkpoint[DFlashConfig]) -> dict[str, Any]:
         **kept,
         **_layer_keys(config),
         "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "rope_scaling": None if rope.keys() == {"rope_type", "rope_theta"} else rope,
         "layer_types": config.layer_types or ["full_attention"] * config.num_hidden_layers,
         "block_size": config.block_size,
         "dflash_config": nested,
@@ -279,7 +296,7 @@ def _to_speculators(checkpoint: Checkpoint[DFlashConfig]) -> dict[str, Any]:
         "transformer_layer_config": {**kept.get("transformer_layer_config", {}), **layer},
         "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         "block_size": config.block_size,
-        "aux_hidden_state_layer_ids": [i + 1 for i in ids],
+        "aux_hidden_state_layer_ids": to_hidden_states(ids),
         "mask_token_id": config.mask_token_id,
         "sliding_window_non_causal": not config.sliding_causal,
         "sample_from_anchor": False,

@@ -1,9 +1,10 @@
 """EAGLE-3 as a drafter.
 
 Row t pairs the target's features after position t with the token at t + 1 and predicts the token
-at t + 2. Its keys and values depend on nothing but its own inputs, so a committed row needs no
-attention at all: only the newest row of a request attends, and the chain goes on from there with
-the layer's own output in place of the features.
+at t + 2. Its keys and values in the top layer depend on nothing but what is below, so in a head of
+one layer a committed row needs no attention at all: only the newest row of a request attends, and
+the chain goes on from there with the top layer's output in place of the features. In a head of more
+layers committed rows attend in all but the top one.
 
 Letters: B slots, R rows, C context rows, N anchors, K drafted tokens, F fused feature width,
 E model width, H key-value heads, J query heads, D head width, V draft vocabulary.
@@ -22,10 +23,11 @@ from cosched.errors import CheckpointError
 from cosched.protocols import Choose, DrafterSettings, TargetInfo
 from cosched.records import Proposal, SglangWorker, SignalBatch
 from cosched.registry import DRAFTERS
-from drafters.attention import attend_cache, attend_packed, gather_rows
-from drafters.base import NetworkDrafter, check_fit, is_copy
+from drafters.attention import attend_cache, attend_context, causal, gather_rows
+from drafters.base import NetworkDrafter, check_fit, is_targets_own, note
 from drafters.config import small_layer
 from drafters.eagle3 import formats
+from drafters.eagle3.chain import Chain, attend_pending
 from drafters.eagle3.config import Eagle3Config
 from drafters.eagle3.network import Eagle3Network
 from drafters.vocabulary import over_target
@@ -37,11 +39,7 @@ if TYPE_CHECKING:
     from drafters.checkpoint import Checkpoint
 
 EMBEDDING = "embed_tokens.weight"
-# Keys and values of committed rows are made of these; everything else may change under them.
-CACHE_WRITERS = (
-    "fc.", "fc_norm.", "input_norm.", "embed_tokens.", "midlayer.input_layernorm.",
-    "midlayer.hidden_norm.", "midlayer.self_attn.k_", "midlayer.self_attn.v_",
-)  # fmt: skip
+FUSION = ("fc.", "fc_norm.", "input_norm.", "embed_tokens.")
 
 
 class Eagle3Settings(DrafterSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -72,6 +70,7 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
     ) -> None:
         super().__init__(network, target, num_draft_tokens, origin)
         self._embedding = target.embedding if network.embed_tokens is None else network.embed_tokens
+        self._is_shorter = self._embedding.num_embeddings < target.vocab_size
 
     @classmethod
     def check(cls, config: Eagle3Config, settings: Eagle3Settings, target: TargetInfo) -> None:
@@ -80,9 +79,10 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
             check_fit(directory, hidden_size=(config.hidden_size, width))
         else:
             check_fit(directory, target_hidden_size=(config.target_hidden_size, width))
-        check_fit(directory, vocab_size=(config.vocab_size, target.vocab_size))
         if config.draft_vocab_size is None:  # it drafts with the target's head
             check_fit(directory, hidden_size=(config.hidden_size, width))
+            if config.misread:
+                note(f"the draft {directory} has no head of its own and borrows the target's")
 
     @classmethod
     def make_network(
@@ -93,15 +93,19 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
 
     @classmethod
     def select_tensors(
-        cls, checkpoint: Checkpoint[Eagle3Config], target: TargetInfo
+        cls, checkpoint: Checkpoint[Eagle3Config], target: TargetInfo, directory: Path
     ) -> dict[str, Tensor]:
         tensors = dict(checkpoint.tensors)
-        if not _own_embedding(checkpoint, target):
+        if not _own_embedding(checkpoint, target, directory):
             tensors.pop(EMBEDDING, None)
         return tensors
 
     def cache_writers(self) -> tuple[str, ...]:
-        return CACHE_WRITERS
+        top = self._network.top
+        below = ("midlayer.", *(f"layers.{i}." for i in range(1, top))) if top else ()
+        last = f"layers.{top}." if top else "midlayer."
+        parts = ("input_layernorm.", "hidden_norm.", "self_attn.k_", "self_attn.v_")
+        return (*FUSION, *below, *(last + part for part in parts))
 
     @classmethod
     def examples(cls, target: TargetInfo, num_draft_tokens: int) -> Mapping[str, Eagle3Drafter]:
@@ -120,6 +124,9 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
                 norm_output=True,
             ),
             "the target's head": Eagle3Config(**llama, norm_before_fc=True),
+            "two layers": Eagle3Config(
+                **llama, num_hidden_layers=2, draft_vocab_size=target.vocab_size, bias=True
+            ),
         }
         features = list(range(min(3, target.num_layers)))
         return {
@@ -145,30 +152,45 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
         self._next_rows(state, 0, num_slots)
         newest = [length - 1 for length in state.lengths[:num_slots]]
         position_B = torch.tensor(newest, device=inputs.device)
-        queries = network.queries(inputs, position_B)
+        queries = network.queries(inputs, position_B, network.top)
+        attended = self._attend(state, network.top, queries, newest, position_B)
+        normed, hidden = network.outputs(network.finish(residual, attended, network.top))
         tokens, logits = [], []
-        hidden = residual
         for k in range(num_draft_tokens):
             if k:
-                inputs, residual = network.inputs(self._embedding(tokens[-1]), hidden)
                 position_B = position_B + 1
                 newest = [row + 1 for row in newest]
-                queries, keys, values = network.project(inputs, position_B)
-                state.put(0, newest, keys[:, None], values[:, None])
-            attended = self._attend(state, queries, newest, position_B)
-            normed, hidden = network.finish(residual, attended)
+                inputs, residual = network.inputs(self._look_up(tokens[-1]), hidden)
+                for layer in range(network.top + 1):
+                    if layer:
+                        inputs, residual = network.inputs_above(hidden, layer)
+                    queries, keys, values = network.project(inputs, position_B, layer)
+                    state.put(layer, newest, keys[:, None], values[:, None])
+                    attended = self._attend(state, layer, queries, newest, position_B)
+                    hidden = network.finish(residual, attended, layer)
+                normed, hidden = network.outputs(hidden)
             logits.append(over_target(self.head(normed), self._target_ids, self._target.vocab_size))
             tokens.append(choose(k, logits[-1]))
         return Proposal(torch.stack(tokens, 1), torch.stack(logits, 1))
 
     def _run_pending(self, state: SlotCache, num_slots: int) -> tuple[Tensor, Tensor]:
-        """Write the keys of all committed rows; returns inputs and residual of each slot's newest."""
+        """Write the keys of all committed rows; returns inputs and residual of each slot's newest.
+
+        They are those of the top layer.
+        """
         network, pending = self._network, state.take(num_slots)
         assert pending.features is not None
         self._next_rows(state, 0, num_slots, pending.counts)
         hidden = network.fuse(pending.features)
-        inputs, residual = network.inputs(self._embedding(pending.tokens), hidden)
-        state.append(0, pending, *network.keys_values(inputs, pending.positions))
+        inputs, residual = network.inputs(self._look_up(pending.tokens), hidden)
+        for layer in range(network.top):
+            queries, keys, values = network.project(inputs, pending.positions, layer)
+            state.append(layer, pending, keys, values)
+            attended = attend_pending(state, layer, pending, queries)
+            hidden = network.finish(residual, attended, layer)
+            inputs, residual = network.inputs_above(hidden, layer + 1)
+        top = network.keys_values(inputs, pending.positions, network.top)
+        state.append(network.top, pending, *top)
         state.grow(pending.counts)
         if num_slots == 1:
             return inputs[-1:], residual[-1:]
@@ -176,7 +198,12 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
         return inputs[newest], residual[newest]
 
     def _attend(
-        self, state: SlotCache, queries_BJD: Tensor, newest: list[int], position_B: Tensor
+        self,
+        state: SlotCache,
+        layer: int,
+        queries_BJD: Tensor,
+        newest: list[int],
+        position_B: Tensor,
     ) -> Tensor:
         """Attention of each slot's newest row over its cache, ``[B, J, D]``."""
         num_slots, end = len(newest), max(newest) + 1
@@ -190,8 +217,8 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
             visible = visible[:, None]
         return attend_cache(
             queries_BJD[:, None],
-            state.keys_YBHLD[0, :num_slots, :, begin:end],
-            state.values_YBHLD[0, :num_slots, :, begin:end],
+            state.keys_YBHLD[layer, :num_slots, :, begin:end],
+            state.values_YBHLD[layer, :num_slots, :, begin:end],
             visible,
         ).squeeze(1)
 
@@ -200,8 +227,8 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
     def replay_states(self, batch: SignalBatch) -> Tensor:
         """Chains from many anchors at once: step-0 keys of the context, then each its own.
 
-        Step s of an anchor sees the context rows before the anchor and the s rows it drafted
-        itself (training-time test, EAGLE-3, arXiv 2503.01840).
+        Step s of an anchor sees, in every layer, the context rows before the anchor and the s rows
+        it drafted itself (training-time test, EAGLE-3, arXiv 2503.01840).
         """
         assert batch.features_RCF is not None, "an EAGLE-3 batch carries features"
         network, dtype = self._network, self._network.fc.weight.dtype
@@ -212,50 +239,62 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
 
         embedded = self._embed(batch.tokens_RC1[:, 1:], dtype)
         inputs_RCX, residual_RCE = network.inputs(embedded, network.fuse(batch.features_RCF))
-        keys_RCHD, values_RCHD = network.keys_values(inputs_RCX, position_RC)
+        contexts: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer
+        visible_CC = causal(at_C, at_C, batch.window) if batch.window else None
+        for layer in range(network.top):
+            queries, keys, values = network.project(inputs_RCX, position_RC, layer)
+            contexts.append((keys, values))
+            attended = attend_context(queries, keys, values, visible_CC)
+            hidden_RCE = network.finish(residual_RCE, attended, layer)
+            inputs_RCX, residual_RCE = network.inputs_above(hidden_RCE, layer + 1)
+        contexts.append(network.keys_values(inputs_RCX, position_RC, network.top))
 
         row_RN = batch.anchors_RN - 1  # the newest row whose features the anchor may use
         inputs, residual = gather_rows(inputs_RCX, row_RN), gather_rows(residual_RCE, row_RN)
         position_RN = batch.starts_R[:, None] + row_RN
-        queries = network.queries(inputs, position_RN)
-        own_keys: list[Tensor] = []
-        own_values: list[Tensor] = []
+        chains = [Chain(*context) for context in contexts]
         states: list[Tensor] = []
         hidden = residual
         for step in range(steps):
-            if step:
-                drafted = self._embed(batch.paths_RNK[..., step - 1], dtype)
-                inputs, residual = network.inputs(drafted, hidden)
-                position_RN = position_RN + 1
-                queries, keys, values = network.project(inputs, position_RN)
-                own_keys.append(keys)
-                own_values.append(values)
             visible_RNC = at_C <= row_RN[..., None]
             if batch.window is not None:
                 visible_RNC = visible_RNC & (at_C > row_RN[..., None] + step - batch.window)
             own_1S = None
             if batch.window is not None and batch.window < step + 1:  # as short as the draft itself
                 own_1S = torch.arange(1, step + 1, device=at_C.device)[None] > step - batch.window
-            attended = attend_packed(
-                queries[:, :, None],
-                keys_RCHD,
-                values_RCHD,
-                visible_RNC[:, :, None],
-                torch.stack(own_keys, 2) if step else None,
-                torch.stack(own_values, 2) if step else None,
-                own_1S,
-            ).squeeze(2)
-            normed, hidden = network.finish(residual, attended)
+            if not step:  # the row is the context's, which has been through all but the top layer
+                queries = network.queries(inputs, position_RN, network.top)
+                attended = chains[-1].attend(queries, visible_RNC, own_1S)
+                hidden = network.finish(residual, attended, network.top)
+            else:
+                drafted = self._embed(batch.paths_RNK[..., step - 1], dtype)
+                inputs, residual = network.inputs(drafted, hidden)
+                position_RN = position_RN + 1
+                for layer, chain in enumerate(chains):
+                    if layer:
+                        inputs, residual = network.inputs_above(hidden, layer)
+                    queries, keys, values = network.project(inputs, position_RN, layer)
+                    chain.extend(keys, values)
+                    attended = chain.attend(queries, visible_RNC, own_1S)
+                    hidden = network.finish(residual, attended, layer)
+            normed, hidden = network.outputs(hidden)
             states.append(normed)
         return torch.stack(states, 2)
 
+    def _look_up(self, tokens: Tensor) -> Tensor:
+        """Embeddings; a token of the target's padding, which a table of one's own may lack, is any."""
+        last = self._embedding.num_embeddings - 1
+        return self._embedding(tokens.clamp(max=last) if self._is_shorter else tokens)
+
     def _embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Embeddings; where they are the target's, training must not reach them."""
-        embedded = self._embedding(tokens)
+        embedded = self._look_up(tokens)
         return embedded.detach().to(dtype) if self._network.embed_tokens is None else embedded
 
 
-def _own_embedding(checkpoint: Checkpoint[Eagle3Config], target: TargetInfo) -> bool:
+def _own_embedding(
+    checkpoint: Checkpoint[Eagle3Config], target: TargetInfo, directory: Path
+) -> bool:
     """Whether the checkpoint's embedding is its own, and not a copy of the target's.
 
     Raises:
@@ -266,7 +305,7 @@ def _own_embedding(checkpoint: Checkpoint[Eagle3Config], target: TargetInfo) -> 
         return False
     if checkpoint.config.target_width != checkpoint.config.hidden_size:
         return True
-    if is_copy(table, target.embedding.weight):
+    if is_targets_own(EMBEDDING, table, target.embedding.weight, directory):
         return False
     if checkpoint.format != "speculators":
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,26 @@ if TYPE_CHECKING:
 
 
 class Eagle3Layer(DecoderLayer):
-    """The one decoder layer, with a norm for each half of its input."""
+    """The first decoder layer, with a norm for each half of its input; most heads have no other."""
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__(config, input_width=2 * config.hidden_size)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
+class Eagle3UpperLayer(DecoderLayer):
+    """A further layer, which sees what is below it alone, under the name SGLang gives its norm."""
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__(config)
+        del self.input_layernorm
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
 class Eagle3Network(OwnHead):
     """The head; how rows attend is left to the caller.
+
+    ``layer`` counts its layers from 0, from the target's features to the head.
 
     Letters: E model width, F fused feature width, J query heads, H key-value heads, D head width.
     """
@@ -34,7 +45,7 @@ class Eagle3Network(OwnHead):
         super().__init__()
         width, eps, features = config.hidden_size, config.rms_norm_eps, config.num_features
         self.config = config
-        self.fc = nn.Linear(features * target_hidden_size, width, bias=False)
+        self.fc = nn.Linear(features * target_hidden_size, width, bias=config.bias)
         self.input_norm = (
             RMSNorm(features * target_hidden_size, eps) if config.norm_before_fc else None
         )
@@ -44,6 +55,9 @@ class Eagle3Network(OwnHead):
             else None
         )
         self.midlayer = Eagle3Layer(config)
+        self.layers = nn.ModuleDict(
+            {str(i): Eagle3UpperLayer(config) for i in range(1, config.num_hidden_layers)}
+        )
         self.norm = RMSNorm(width, eps)
         self.embed_tokens = nn.Embedding(config.vocab_size, width) if own_embedding else None
         self.make_head(width, config.draft_vocab_size, config.vocab_size)
@@ -60,27 +74,49 @@ class Eagle3Network(OwnHead):
             features = torch.cat(normed, -1)
         return self.fc(features)
 
+    @property
+    def top(self) -> int:
+        """The layer next to the head."""
+        return len(self.layers)
+
     def inputs(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What queries, keys and values are made of ``[..., 2E]``, and the residual ``[..., E]``."""
+        """What the first layer's queries, keys and values are made of, and the residual.
+
+        Inputs are ``[..., 2E]``, the residual is ``[..., E]``.
+        """
         layer = self.midlayer
         normed = layer.hidden_norm(hidden)
         inputs = torch.cat((layer.input_layernorm(embedded), normed), -1)
         return inputs, normed if self.config.norm_before_residual else hidden
 
-    def project(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries ``[..., J, D]``, keys and values ``[..., H, D]`` of rows ``[..., 2E]``."""
-        return self.midlayer.self_attn.project(inputs, self.rotary, positions)
+    def inputs_above(self, hidden: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """The same of a further layer, ``[..., E]`` both, from the output of the one below it."""
+        return self._layer(layer).hidden_norm(hidden), hidden
 
-    def keys_values(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[..., H, D]`` of rows ``[..., 2E]``."""
-        return self.midlayer.self_attn.keys_values(inputs, self.rotary, positions)
+    def project(
+        self, inputs: Tensor, positions: Tensor, layer: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[..., J, D]``, keys and values ``[..., H, D]`` of rows of a layer's inputs."""
+        return self._layer(layer).self_attn.project(inputs, self.rotary, positions)
 
-    def queries(self, inputs: Tensor, positions: Tensor) -> Tensor:
-        """Queries ``[..., J, D]`` of rows ``[..., 2E]``."""
-        return self.midlayer.self_attn.queries(inputs, self.rotary, positions)
+    def keys_values(
+        self, inputs: Tensor, positions: Tensor, layer: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[..., H, D]`` of rows of a layer's inputs."""
+        return self._layer(layer).self_attn.keys_values(inputs, self.rotary, positions)
 
-    def finish(self, residual: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        """What the head reads, and what the chain feeds on: both ``[..., E]``."""
-        hidden = self.midlayer.finish(residual, attended)
+    def queries(self, inputs: Tensor, positions: Tensor, layer: int = 0) -> Tensor:
+        """Queries ``[..., J, D]`` of rows of a layer's inputs."""
+        return self._layer(layer).self_attn.queries(inputs, self.rotary, positions)
+
+    def finish(self, residual: Tensor, attended: Tensor, layer: int = 0) -> Tensor:
+        """A layer's output ``[..., E]``."""
+        return self._layer(layer).finish(residual, attended)
+
+    def outputs(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head reads, and what the chain feeds on, of the top layer's: both ``[..., E]``."""
         normed = self.norm(hidden)
         return normed, normed if self.config.norm_output else hidden
+
+    def _layer(self, layer: int) -> Eagle3Layer | Eagle3UpperLayer:
+        return cast("Eagle3UpperLayer", self.layers[str(layer)]) if layer else self.midlayer

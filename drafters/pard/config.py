@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cosched.errors import CheckpointError
 from drafters.config import DecoderConfig
+from drafters.layer_ids import of_pard2
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 
@@ -49,20 +49,11 @@ class PardConfig(DecoderConfig, frozen=True, kw_only=True, omit_defaults=True):
             found.append("PARD-2 without pard2_target_layers")
         return found
 
-    def layers_of(self, num_layers: int) -> tuple[int, ...]:
+    def layers_of(self, num_layers: int, model_type: str = "") -> tuple[int, ...]:
         """Target layers whose outputs are added in: 'after that layer', n for 'after the norm'.
 
         Raises:
             CheckpointError: the target does not have them.
         """
-        if not self.uses_features:
-            return ()
-        states = num_layers + 1
-        given = self.pard2_target_layers or []
-        layers = tuple((i if i >= 0 else states + i) for i in given)
-        if len(set(layers)) != len(layers) or not all(1 <= i <= num_layers for i in layers):
-            raise CheckpointError(
-                f"the draft wants pard2_target_layers {given}, "
-                f"but the target has hidden states 1 to {num_layers} behind its embedding"
-            )
-        return tuple(i if i == num_layers else i - 1 for i in layers)
+        del model_type  # these ids mean the same for every target
+        return of_pard2(self.pard2_target_layers or [], num_layers) if self.uses_features else ()

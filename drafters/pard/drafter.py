@@ -21,7 +21,7 @@ from torch import Tensor
 from cosched.errors import CheckpointError
 from cosched.records import Proposal, SglangWorker, SignalBatch
 from cosched.registry import DRAFTERS
-from drafters.attention import attend_cache, attend_packed, gather_rows
+from drafters.attention import attend_cache, attend_context, attend_packed, causal, gather_rows
 from drafters.base import NetworkDrafter
 from drafters.config import small_layer
 from drafters.pard import formats
@@ -69,7 +69,7 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
 
     @classmethod
     def check(cls, config: PardConfig, settings: DrafterSettings, target: TargetInfo) -> None:
-        layers = config.layers_of(target.num_layers)
+        layers = config.layers_of(target.num_layers, target.model_type)
         width = len(layers) * target.hidden_size
         if config.uses_features and config.pard2_target_dim not in {None, width}:
             raise CheckpointError(
@@ -187,13 +187,13 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
         """
         network = self._network
         self._next_rows(state, first_slot, len(starts))
-        hidden = network.embed(ids_BT, features_BTF)
+        hidden = self._embed(ids_BT, features_BTF)
         end = max(starts) + ids_BT.shape[1]
         at_L = torch.arange(end, device=ids_BT.device)
         position_BT = torch.tensor(starts, device=ids_BT.device)[:, None] + at_L[: ids_BT.shape[1]]
         slots = slice(first_slot, first_slot + len(starts))
         windows = [_narrower(state.window, window) for window in self._config.windows]
-        visible = {window: _causal(position_BT, at_L, window) for window in set(windows)}
+        visible = {window: causal(position_BT, at_L, window) for window in set(windows)}
         for index, (layer, window) in enumerate(zip(network.model.layers, windows, strict=True)):
             queries, keys, values = layer.self_attn.project(
                 layer.input_layernorm(hidden), network.rotary, position_BT
@@ -234,7 +234,7 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
             features_RNMF = gather_rows(features_RCF, anchors_RN)[:, :, None].expand(
                 -1, -1, num_masks, -1
             )
-        hidden = network.embed(tokens_RC, features_RCF)
+        hidden = self._embed(tokens_RC, features_RCF)
         masked = network.embed(
             tokens_RC.new_full(position_RNM.shape, network.config.pard_token), features_RNMF
         )
@@ -248,7 +248,7 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
             queries, keys, values = layer.self_attn.project(
                 layer.input_layernorm(hidden), rotary, position_RC
             )
-            attended = _attend_context(queries, keys, values, visible_CC)
+            attended = attend_context(queries, keys, values, visible_CC)
             hidden = layer.finish(hidden, attended)
             if num_masks:
                 own = layer.self_attn.project(layer.input_layernorm(masked), rotary, position_RNM)
@@ -265,18 +265,18 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
         )
         return top.finish(rows, attended)
 
+    def _embed(self, tokens: Tensor, features: Tensor | None) -> Tensor:
+        """``network.embed``; a token of the target's padding, which this table may lack, is any."""
+        last = self._config.vocab_size - 1
+        shorter = self._config.vocab_size < self._target.vocab_size
+        return self._network.embed(tokens.clamp(max=last) if shorter else tokens, features)
+
     def project(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
         return self._network.head(states, tokens)[..., : self._num_shared]
 
 
 def _narrower(one: int | None, other: int | None) -> int | None:
     return min(one, other) if one and other else one or other
-
-
-def _causal(rows: Tensor, places: Tensor, window: int | None) -> Tensor:
-    """Which places each row sees: none behind itself, and as many as the window has."""
-    visible = places <= rows[..., None]
-    return visible & (places > rows[..., None] - window) if window else visible
 
 
 def _packed_visible(
@@ -290,20 +290,5 @@ def _packed_visible(
     if window:
         place_RNM1 = (anchors_RN[..., None] + ahead_M)[..., None]
         visible_RNMC = visible_RNMC & (at_C > place_RNM1 - window)
-    visible_CC = _causal(at_C, at_C, window) if window else None
-    return visible_CC, visible_RNMC, _causal(ahead_M, ahead_M, window)
-
-
-def _attend_context(
-    queries_RCJD: Tensor, keys_RCHD: Tensor, values_RCHD: Tensor, visible_CC: Tensor | None
-) -> Tensor:
-    """Attention of the context over itself, ``[R, C, J, D]``; None is plain causality."""
-    attended = F.scaled_dot_product_attention(
-        queries_RCJD.transpose(1, 2),
-        keys_RCHD.transpose(1, 2),
-        values_RCHD.transpose(1, 2),
-        attn_mask=visible_CC,
-        is_causal=visible_CC is None,
-        enable_gqa=True,
-    )
-    return attended.transpose(1, 2)
+    visible_CC = causal(at_C, at_C, window) if window else None
+    return visible_CC, visible_RNMC, causal(ahead_M, ahead_M, window)

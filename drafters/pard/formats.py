@@ -12,8 +12,9 @@ import msgspec
 import torch
 
 from cosched.errors import CheckpointError
-from drafters.checkpoint import Checkpoint, completed, read_config, read_tensors, write_checkpoint
+from drafters.checkpoint import Checkpoint, read_config, read_tensors, write_checkpoint
 from drafters.config import DecoderConfig, convert_config
+from drafters.keys import LAYER_KEYS, KeyTable, refuse_unknown
 from drafters.pard.config import PardConfig
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ OLD_KEYS = {
     "pard_scale": "pard2_scale", "feat_scale": "pard2_scale", "proj_bias": "pard2_proj_bias",
     "pard_target_dim": "pard2_target_dim", "target_layers": "pard2_target_layers",
 }  # fmt: skip
+KEYS = KeyTable(read=LAYER_KEYS.union(PardConfig.__struct_fields__, OLD_KEYS))
 
 
 def recognises(raw: Mapping[str, Any]) -> bool:
@@ -69,8 +71,7 @@ def read_shape(
             f"{where} has no pard_token: a language model that was not taught to draft through "
             f"masks is no PARD draft"
         )
-    if raw.get("use_sliding_window") and "layer_types" not in raw:
-        raw = {**raw, "layer_types": completed(raw).get("layer_types")}
+    refuse_unknown(where, KEYS.problems(raw))
     keys = {OLD_KEYS.get(key, key): value for key, value in raw.items()}
     if keys.get("pard2") or keys.get("spd_type") == "pard2":
         keys.setdefault("pard2_target_dim", 4096)  # what AMD's code takes

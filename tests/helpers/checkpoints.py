@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,13 @@ def read(kind: str, directory: Path, **settings: Any) -> Checkpoint:
 def load(kind: str, directory: Path, target: Target, **settings: Any) -> Any:
     cls = DRAFTERS.get(kind)
     return cls.load(cls.Settings(kind=kind, path=str(directory), **settings), target)
+
+
+def with_tokens(target: Target, number: int) -> Target:
+    """The target with a tokenizer of that many tokens, to load a draft for."""
+    other = copy(target)
+    other.token_ids = lambda: {str(i): i for i in range(number)}
+    return other
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -19,11 +19,16 @@ PLAIN: dict[str, Options] = {"plain": {}, "fc_norm": {"fc_norm": True}}
 LINEAR, LLAMA3, YARN = ({f"{name} rope": {"rope_scaling": ROPES[name]}} for name in ROPES)
 FED_BACK: dict[str, Options] = {"norm_output": {"norm_output": True}}
 NORM_BEFORE_FC: dict[str, Options] = {"norm_before_fc": {"norm_before_fc": True}}
+LAYERS: dict[str, Options] = {
+    "two layers": {"num_hidden_layers": 2},
+    "three layers": {"num_hidden_layers": 3, "norm_output": True},
+}
 # It reads yarn as well, but wants keys that transformers has defaults for.
 SPECFORGE = PLAIN | LINEAR | LLAMA3
 SPECULATORS: dict[str, Options] = {
-    **(PLAIN | FED_BACK | NORM_BEFORE_FC | LLAMA3 | YARN),
+    **(PLAIN | FED_BACK | NORM_BEFORE_FC | LLAMA3 | YARN | LAYERS),
     "qwen3": {"model_type": "qwen3"},
+    "two qwen3 layers": {"model_type": "qwen3", "num_hidden_layers": 2},
     "norm_before_residual": {"norm_before_residual": True},
     "whole vocabulary": {"draft_vocab_size": 96},
     "all at once": {
@@ -34,7 +39,8 @@ SPECULATORS: dict[str, Options] = {
     },
 }
 SGLANG: dict[str, Options] = {
-    **(PLAIN | FED_BACK | NORM_BEFORE_FC | LLAMA3 | YARN),
+    **(PLAIN | FED_BACK | NORM_BEFORE_FC | LLAMA3 | YARN | LAYERS),
+    "bias": {"bias": True},
     "the target's head": {"draft_vocab_size": None},
 }
 TRAINERS: dict[str, tuple[Any, dict[str, Options]]] = {

@@ -21,6 +21,7 @@ from cosched.engines.embedded import attention
 from cosched.engines.embedded.kv_cache import SlotCache
 from cosched.errors import CheckpointError, ConfigError
 from cosched.loop.publish import checksum
+from cosched.memory.targets import window_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -54,6 +55,7 @@ class Target:
         self.hidden_size: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
         self.max_length: int = config.max_position_embeddings
+        self.model_type: str = config.model_type
         self.embedding: nn.Embedding = model.get_input_embeddings()
         self.head: nn.Module = model.get_output_embeddings()
         self.device: torch.device = self.embedding.weight.device
@@ -61,7 +63,8 @@ class Target:
         self._capture_layers: tuple[int, ...] = ()
         self._captured: dict[int, Tensor] = {}
         self._hidden: Tensor | None = None
-        self._path = path
+        self.path = path
+        self.window = window_of(config)
         self._token_ids: dict[str, int] | None = None
         decoder = model.get_decoder()
         decoder.register_forward_hook(self._keep_hidden)
@@ -73,24 +76,16 @@ class Target:
         """Load a folder in Hugging Face format; nothing is downloaded.
 
         Raises:
-            CheckpointError: no such folder, or a model that this engine cannot run exactly.
+            CheckpointError: no such folder, or none that transformers can load.
         """
         if not (Path(path) / "config.json").is_file():
             raise CheckpointError(f"target.path: no Hugging Face model folder at {path}")
         transformers_logging.disable_progress_bar()
         try:
-            config = AutoConfig.from_pretrained(path, local_files_only=True)
-            if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-                raise CheckpointError(
-                    f"target.path: {path} has sliding-window attention layers, which the embedded "
-                    f"engine does not mask; serve it with SGLang"
-                )
             model: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, local_files_only=True, attn_implementation=attention.NAME
             )
         except (OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             raise CheckpointError(f"target.path: {path} cannot be loaded: {error}") from error
         return cls(model.to(device), path)
 
@@ -101,12 +96,12 @@ class Target:
         Raises:
             CheckpointError: the folder has none.
         """
-        assert self._path is not None
-        return load_tokenizer(self._path)
+        assert self.path is not None
+        return load_tokenizer(self.path)
 
     def token_ids(self) -> dict[str, int] | None:
         """The vocabulary of the tokenizer beside the model; None for a model without a folder."""
-        if self._path is None:
+        if self.path is None:
             return None
         if self._token_ids is None:
             self._token_ids = dict(self.tokenizer.get_vocab())
@@ -165,12 +160,14 @@ class Target:
         visible += -visible % round_to
         cache.place(positions_BT, visible, first_slot)
         at_L = torch.arange(visible, device=ids_BT.device)
-        mask_B1TL = (at_L <= positions_BT[..., None])[:, None]
+        mask_BTL = at_L <= positions_BT[..., None]
+        if self.window is not None:
+            mask_BTL &= at_L > positions_BT[..., None] - self.window
         with self._capturing(feature_layers):
             output = self.model(
                 input_ids=ids_BT,
                 position_ids=positions_BT,
-                attention_mask=mask_B1TL,
+                attention_mask=mask_BTL[:, None],
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=num_logits or 0,
@@ -213,9 +210,16 @@ def load_tokenizer(path: str) -> Any:
         CheckpointError: the folder has none.
     """
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"target.path: no tokenizer in {path}: {error}") from error
+    # Of a folder without one, transformers makes one that has special tokens alone.
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
+        raise CheckpointError(
+            f"target.path: no tokenizer in {path}: put the model's tokenizer.json and "
+            f"tokenizer_config.json beside its weights"
+        )
+    return tokenizer
 
 
 def load_end_tokens(path: str) -> frozenset[int]:

@@ -155,9 +155,12 @@ def check_draft_servable(config: Config) -> None:
     _, drafter = sketch(config)
     problems = drafter.not_for_sglang() if worker.stock else ()
     if problems:
+        anew = f"cosched convert {settings.path} {settings.path.rstrip('/')}-sglang --format sglang"
+        badly_said = all("cosched convert" in problem for problem in problems)
         raise ConfigError(
             f"drafter.path: stock SGLang cannot run the draft in {settings.path}: "
-            f"{'; '.join(problems)}. No other format changes that; use another draft"
+            f"{'; '.join(problems)}. "
+            + (anew if badly_said else "No other format changes that; use another draft")
         )
     formats: CheckpointFormats | None = DRAFTERS.get(settings.kind).formats
     if formats and formats.read_shape(Path(settings.path), settings)[1] == "speculators":

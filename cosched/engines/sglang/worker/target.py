@@ -32,6 +32,7 @@ class ServedTarget:
         self.hidden_size: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
         self.max_length: int = config.context_len
+        self.model_type: str = getattr(config.hf_config, "model_type", "")
         embedding, head = model.get_embed_and_head()
         self.embedding = nn.Embedding.from_pretrained(self._whole(embedding), freeze=True)
         weight = self.embedding.weight if head is embedding else self._whole(head)
