@@ -47,7 +47,9 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Model:
 
 def test_a_write_to_the_target_is_seen(model: Model) -> None:
     """The count of writes was asked of ``.data``, which has one of its own: it could never rise."""
-    config = SimpleNamespace(vocab_size=8, hidden_size=4, num_hidden_layers=1, context_len=16)
+    config = SimpleNamespace(
+        vocab_size=8, hidden_size=4, num_hidden_layers=1, context_len=16, hf_config=object()
+    )
     target = ServedTarget(SimpleNamespace(model_config=config, model=model), None)
     draft = {"weight": torch.zeros(3)}
     publisher = InPlacePublisher(
