@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cosched.errors import ConfigError
 
 SWITCH = "SGLANG_USE_CPU_ENGINE"
 STAND_INS = Path(__file__).parent / "stand_ins"
+REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 
 _SETTINGS = {
     SWITCH: "1",  # SGLang's own: take the CPU paths although the processor has no AMX
@@ -31,6 +33,12 @@ _SETTINGS = {
 def requested() -> bool:
     """Whether this process was started to serve on a CPU."""
     return os.environ.get(SWITCH) == "1"
+
+
+def install_command() -> str:
+    """What puts SGLang into this environment for a CPU; torch and transformers stay as they are."""
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps"]
+    return shlex.join([*pip, "-r", str(REQUIREMENTS)])
 
 
 def environment() -> dict[str, str]:

@@ -24,6 +24,7 @@ CPU = {"device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph
 
 UNSUPPORTED: dict[str, tuple[Any, str]] = {  # the value that it must have, and why
     "dp_size": (1, "each replica would learn a draft of its own"),
+    "attn_dp_size": (1, "each part of the ranks sees other requests, and all train one draft"),
     "pp_size": (1, "the draft is trained beside the target's last layer and its embedding"),
     "nnodes": (1, "the launcher watches the processes of one machine"),
     "tokenizer_worker_num": (1, "SGLang checks no key then, and /cosched/ would be open"),

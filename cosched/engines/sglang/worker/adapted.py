@@ -105,12 +105,18 @@ class AdaptedWorker:
         if spec.speculative_adaptive:
             raise ConfigError("--speculative-adaptive: cosched needs a fixed number of drafts")
         # The last two SGLang itself refuses, or leaves out, by the names of its own algorithms.
-        for name in ("dp_attention", "attn_tp_input_scattered", "linear_replayssm_spec"):
+        for name in ("attn_tp_input_scattered", "linear_replayssm_spec"):
             if getattr(self.server_args, f"enable_{name}", False):
                 flag = f"--enable-{name.replace('_', '-')}"
                 raise ConfigError(f"{flag}: not supported with cosched; leave it out")
-        if (stages := compat.get_parallel().pp_size) != 1:
-            raise ConfigError(f"--pp-size {stages}: not supported with cosched; use 1")
+        parallel = compat.get_parallel()
+        if parallel.attn_dp_size != 1:  # which --enable-dp-attention sets, too
+            raise ConfigError(
+                f"--attn-dp-size {parallel.attn_dp_size} (--enable-dp-attention): not supported with "
+                f"cosched; use 1"
+            )
+        if parallel.pp_size != 1:
+            raise ConfigError(f"--pp-size {parallel.pp_size}: not supported with cosched; use 1")
 
     # --- what SGLang calls -----------------------------------------------------------------
 
