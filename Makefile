@@ -20,7 +20,7 @@ PARITY_STAMP := .venv-parity/.installed
 SGLANG_STAMP := .venv-parity/.installed-sglang
 SERVE_STAMP := .venv-parity/.installed-cosched
 # Other versions of SGLang than the one that is tested all through (tests/sglang/test_versions.py)
-VERSIONS := 0.5.17 0.5.21 0.5.23
+VERSIONS := 0.5.20 0.5.21
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -64,7 +64,9 @@ examples: $(STAMP)  ## Install the example plugin from examples/ and run the con
 	cd examples/token_recycling && env -u OMP_NUM_THREADS PYTHONPATH=$(abspath build/examples) \
 	  $(abspath $(BIN))/pytest $(PYTEST_ARGS)
 
-$(PARITY_STAMP): tests/parity/requirements.txt constraints.txt
+SGLANG_ON_CPU := cosched/engines/sglang/cpu/requirements.txt
+
+$(PARITY_STAMP): tests/parity/requirements.txt $(SGLANG_ON_CPU) constraints.txt
 	$(CHECK_PYTHON)
 	$(PYTHON) -m venv .venv-parity
 	$(PARITY_BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt torch

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cosched.engines.sglang import CONFIG
-from cosched.engines.sglang.cpu.environment import STAND_INS, environment
+from cosched.engines.sglang.cpu.environment import STAND_INS, environment, install_command
 from cosched.engines.sglang.launcher.launch import check_servable
 from cosched.engines.sglang.launcher.run_directory import version_of
 from cosched.engines.sglang.operators.routes import call, status_of
@@ -30,7 +30,7 @@ SUPPORTED: dict[str, tuple[str, str | None]] = {
     "transformers": ("5.8", "6"),
     "deepspeed": ("0.19.8", "0.20"),
     "peft": ("0.18", None),
-    "sglang": ("0.5.17", "0.5.22"),
+    "sglang": ("0.5.20", "0.5.24"),
 }
 OPTIONAL = {
     "sglang": "cosched run works without it, cosched serve does not",
@@ -72,7 +72,10 @@ def packages() -> Iterator[Finding]:
         if found is None:
             why = OPTIONAL.get(name)
             say = f"{name} is not installed: pip install '{name}{wanted}'"
-            yield Finding("note", f"{say} ({why})") if why else Finding("bad", say)
+            say = f"{say} ({why})" if why else say
+            if name == "sglang":
+                say = f"{say}; without a GPU, this instead:\n{install_command()}"
+            yield Finding("note" if why else "bad", say)
         elif numbers(found) < numbers(oldest) or (below and numbers(found) >= numbers(below)):
             yield Finding("bad", f"{name} {found}: cosched supports {wanted}; install one of these")
         else:

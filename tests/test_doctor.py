@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -42,11 +45,11 @@ def test_an_unsupported_version_is_bad_and_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """SGLang's internals move between releases: the first mistake would be far from its cause."""
-    found = {"sglang": "0.5.23", "deepspeed": None, "peft": None}
+    found = {"sglang": "0.5.24", "deepspeed": None, "peft": None}
     monkeypatch.setattr(doctor, "version_of", lambda name: found.get(name, "5.9"))
     levels = {finding.text.split()[0]: finding for finding in doctor.packages()}
     assert levels["sglang"].level == "bad"
-    assert ">=0.5.17,<0.5.22" in levels["sglang"].text
+    assert ">=0.5.20,<0.5.24" in levels["sglang"].text
     assert levels["deepspeed"].level == "bad"
     assert levels["peft"].level == "note"
 
@@ -59,6 +62,23 @@ def test_the_doctor_works_without_sglang(monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.exit_code == 0, result.output
     assert "sglang is not installed" in result.output
     assert "cosched run works without it" in result.output
+
+
+def test_the_doctor_prints_the_command_that_installs_sglang_for_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SGLang's own requirements are CUDA's, and would replace torch: the file has what a CPU needs,
+    exact, and the version that cosched supports."""
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name == "sglang" else "5.9")
+    (text,) = [found.text for found in doctor.packages() if found.text.startswith("sglang ")]
+    words = shlex.split(text.splitlines()[-1])
+    assert words[:-1] == [sys.executable, "-m", "pip", "install", "--no-deps", "-r"]
+    lines = [line for line in Path(words[-1]).read_text().splitlines() if line[0] != "#"]
+    pins = dict(line.split("==") for line in lines)
+    oldest, below = doctor.SUPPORTED["sglang"]
+    assert below is not None
+    assert doctor.numbers(oldest) <= doctor.numbers(pins["sglang"]) < doctor.numbers(below)
+    assert not {"torch", "transformers"} & pins.keys()
 
 
 SEEN = {

@@ -159,7 +159,7 @@ def test_sizes_and_serving_find_the_model(
 ) -> None:
     """``check``, ``doctor`` and ``serve`` all ask the same place."""
     cache(home)
-    monkeypatch.setattr("cosched.engines.sglang.launcher.launch.version_of", lambda _name: "0.5.20")
+    monkeypatch.setattr("cosched.engines.sglang.launcher.launch.version_of", lambda _name: "0.5.23")
     config = load_config(experiment(tmp_path, kind="sglang", device="cpu"))
     check_draft_servable(config)
     assert sketch(config)[0].num_parameters() > 6_000_000

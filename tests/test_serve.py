@@ -85,7 +85,7 @@ def test_what_only_an_experiment_reads_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, override: str, key: str
 ) -> None:
     """It would have no effect: who sets a temperature there believes that the server has it."""
-    monkeypatch.setattr(launch, "version_of", lambda _name: "0.5.20")
+    monkeypatch.setattr(launch, "version_of", lambda _name: "0.5.23")
     with pytest.raises(ConfigError, match=rf"^{re.escape(key)}: .*no effect.*run, engine, target"):
         check_servable(config(override))
 

@@ -107,7 +107,7 @@ class Footprint:
         """What SGLang's ``mem_fraction_static`` has to hold beside the target and its cache.
 
         SGLang gives its caches what is left of that share when its workers stand
-        (``Scheduler.init_model_worker``, 0.5.17 to 0.5.21). So it holds not only what SGLang loads,
+        (``Scheduler.init_model_worker``, 0.5.20 to 0.5.23). So it holds not only what SGLang loads,
         but what is made with our worker too: the draft as we load it, the one that learns with its
         first weights, and the masters.
         """

@@ -2,7 +2,7 @@
 
 The last line of the output is JSON: the version, per table what could not be resolved, which targets
 of hooks are missing, what our workers override and which of their methods refuse an argument that
-SGLang's take, what they read and SGLang's never mention, and why DFLASH is refused on a CPU.
+SGLang's take, and what they read and SGLang's never mention.
 """
 
 from __future__ import annotations
@@ -34,12 +34,9 @@ def unresolved(table: ModuleType) -> list[str]:
     missing = []
     for name in table._PATHS:
         try:
-            found = getattr(table, name)
+            getattr(table, name)
         except (ImportError, AttributeError) as error:
             missing.append(f"{name}: {error}")
-        else:
-            if found is None:
-                missing.append(name)
     return missing
 
 
@@ -83,22 +80,6 @@ def looked_at(worker: type, read: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def dflash_on_a_cpu() -> str | None:
-    """Why a server does not speculate with DFLASH, if it does not."""
-    from cosched.engines.sglang.cpu import compat as cpu
-    from cosched.engines.sglang.cpu.plugin import register
-    from cosched.errors import ConfigError
-
-    register()
-    cpu.HookRegistry.apply_hooks()
-    try:
-        pkgutil.resolve_name(cpu.DFLASH_ARGUMENTS)(None)
-    except ConfigError as error:
-        return str(error)
-    except AttributeError:  # it went on to look at the arguments, which are none here
-        return None
-
-
 def main() -> None:
     import sglang
 
@@ -120,7 +101,6 @@ def main() -> None:
     from cosched.engines.sglang.worker.pard import PardDraftWorker
 
     answer["workers"]["draft of PARD"] = looked_at(PardDraftWorker, READ_BY_PARD_DRAFT)
-    answer["dflash_refused"] = dflash_on_a_cpu()
     print()
     print(json.dumps(answer))
 

@@ -87,11 +87,12 @@ def draft_worker(device: str) -> Any:
     return worker
 
 
-def a_round(device: str) -> tuple[Any, Any, torch.Tensor]:
+def a_round(device: str, translator: Any = None) -> tuple[Any, Any, torch.Tensor]:
     """Two requests: one committed 3 tokens (its text is 14 long now), one committed 1 (of 6)."""
     from sglang.srt.speculative.eagle_info import EagleDraftInput
 
     worker = draft_worker(device)
+    worker.draft_runner.kv_index_translator = translator
     predicted = torch.tensor([5, 6, 7, 1, 4, 1, 1, 1], dtype=torch.int32, device=device)
     result = SimpleNamespace(
         next_draft_input=EagleDraftInput(bonus_tokens=predicted[[2, 4]]),
@@ -120,6 +121,18 @@ def test_the_rows_of_a_pass() -> None:
     assert seen.positions.tolist() == [11, 12, 13, 14, 15, 15, 5, 6, 7, 7, 7, 7]
     assert seen.out_cache_loc.tolist() == [211, 212, 213, 214, 215, 0, 105, 106, 107, 0, 0, 0]
     assert drafted.tolist() == [[2, 3, 4], [0, 1, 2]]  # the rows of the last token and the masks
+
+
+def test_a_pass_writes_the_rows_that_the_drafts_pool_knows() -> None:
+    """SGLang translates rows for a pool that counts them in a way of its own, but only in batches that
+    it has made; a batch of ours would write over what other requests keep."""
+
+    def translate(batch: Any) -> None:
+        batch.out_cache_loc = batch.out_cache_loc + 1000
+
+    worker, _, _ = a_round("cpu", SimpleNamespace(bind_own_plan=translate))
+    seen = worker.draft_runner.batch
+    assert seen.out_cache_loc.tolist()[:6] == [1211, 1212, 1213, 1214, 1215, 1000]
 
 
 def test_a_round_never_asks_the_device_for_a_value() -> None:
@@ -175,6 +188,7 @@ def test_other_drafts_are_refused(config: dict[str, Any], message: str) -> None:
         ({"speculative_num_steps": 3, "speculative_num_draft_tokens": 3}, "steps \\+ 1"),
         ({"speculative_num_draft_tokens": 1}, "one token or more"),
         ({"enable_dp_attention": True}, "enable-dp-attention"),
+        ({"attn_dp_size": 2}, "attn-dp-size"),
     ],
 )
 def test_other_arguments_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -3,16 +3,14 @@
 The CPU support has a table of its own (``cpu/compat.py``). Where versions differ, the function that
 bridges it stands in one of the two, behind the table.
 
-Versions: written for 0.5.20, with which the tests run. 0.5.17 and 0.5.21 were run on a CPU
-(``make versions`` runs EAGLE3 on both). 0.5.18 and 0.5.19 were only imported: every name below is
-there. So it is in 0.5.23, which ``make versions`` looks up and nothing of ours promises to run on.
+Versions: all tests run with 0.5.23. With 0.5.20 and 0.5.21 ``make versions`` looks up every name
+below and runs the three families on a CPU.
 """
 
 # pyright: reportMissingImports=false
 
 from __future__ import annotations
 
-import functools
 import importlib
 from typing import Any
 
@@ -57,11 +55,6 @@ _PATHS: dict[str, str] = {
     "run_server": "sglang.launch_server:run_server",
 }
 
-# Where some versions have a name instead
-_OR_ELSE = {  # to 0.5.18
-    "ConfigArgumentMerger": "sglang.srt.server_args_config_parser:ConfigArgumentMerger",
-}
-
 # Targets of hooks
 INTERNAL_STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
 LAUNCH = "sglang.srt.entrypoints.engine.Engine._launch_subprocesses"
@@ -76,28 +69,22 @@ SCHEDULER_NEXT = "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run"
 SCHEDULER_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
 
 
-def resolve(path: str, *, optional: bool = False) -> Any:
-    """What ``module`` or ``module:attribute`` names; None if it is optional and not there."""
+def resolve(path: str) -> Any:
+    """What ``module`` or ``module:attribute`` names."""
     module, _, attribute = path.partition(":")
-    try:
-        found = importlib.import_module(module)
-        return getattr(found, attribute) if attribute else found
-    except (ModuleNotFoundError, AttributeError):
-        if optional:
-            return None
-        raise
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
 
 
-@functools.cache
-def _unpadded_field() -> str:
-    fields = resolve(_PATHS["ForwardBatch"]).__dataclass_fields__
-    names = ("global_num_token_non_padded_cpu", "num_token_non_padded_cpu")  # the latter to 0.5.19
-    return next(name for name in names if name in fields)
+def plan_rows(batch: Any, runner: Any) -> None:
+    """Tell SGLang which rows of the cache a batch writes that was made by hand.
 
-
-def unpadded(num_rows: int) -> dict[str, int]:
-    """The argument of ``ForwardBatch`` that says how many of its rows are not padding."""
-    return {_unpadded_field(): num_rows}
+    0.5.23 takes them from a plan wherever a pool counts its rows in a way of its own, as a draft's
+    does that lives in the target's. 0.5.20 and 0.5.21 have neither such a draft nor a plan.
+    """
+    bind = getattr(runner.kv_index_translator, "bind_own_plan", None)
+    if bind is not None:
+        bind(batch)
 
 
 def gone(request_ids: set[str], plan: Any, scheduler: Any) -> set[str]:
@@ -127,8 +114,6 @@ def has_pictures(request: Any) -> bool:
 def __getattr__(name: str) -> Any:
     if name not in _PATHS:
         raise AttributeError(name)
-    value = resolve(_PATHS[name], optional=name in _OR_ELSE)
-    if value is None:
-        value = resolve(_OR_ELSE[name])
+    value = resolve(_PATHS[name])
     globals()[name] = value
     return value

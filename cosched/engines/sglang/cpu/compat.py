@@ -7,13 +7,9 @@ What is said of versions in the backend's table (``cosched/engines/sglang/compat
 
 from __future__ import annotations
 
-import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cosched.engines.sglang.compat import resolve
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 BACKEND = "torch_native"
 
@@ -30,12 +26,6 @@ _PATHS: dict[str, str] = {
     "speculative_hook": "sglang.srt.arg_groups.speculative_hook",
 }
 
-# Names that a version lacks, and why that is well; they are None there.
-ABSENT: dict[str, str] = {
-    "add_draft_attention_backend_choices": "before 0.5.20 a DFLASH draft has no choice of backends "
-    "that a plugin could add to, so DFLASH is refused on a CPU; other drafts take any backend",
-}
-
 # Where versions look for the functions that verify sampled text; each in some of these modules alone.
 SAMPLING_MODULES = ("sgl_kernel", "eagle_utils", "dflash_utils")
 
@@ -47,15 +37,9 @@ DFLASH_ATTENTION = "sglang.srt.models.dflash.DFlashAttention.__init__"
 MODEL_ARGUMENTS = "sglang.srt.model_executor.model_runner.ModelRunner._extend_forward_kwargs"
 
 
-def labelled(backend: Any, create_backend: Callable[..., Any]) -> Any:
-    """A backend as the makers of ``_create_backend`` return it: with its name since 0.5.18."""
-    takes_pairs = "stamps_children" in inspect.signature(create_backend).parameters
-    return (BACKEND, backend) if takes_pairs else backend
-
-
 def __getattr__(name: str) -> Any:
     if name not in _PATHS:
         raise AttributeError(name)
-    value = resolve(_PATHS[name], optional=name in ABSENT)
+    value = resolve(_PATHS[name])
     globals()[name] = value
     return value

@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cosched.errors import ConfigError
 
 SWITCH = "SGLANG_USE_CPU_ENGINE"
 STAND_INS = Path(__file__).parent / "stand_ins"
+REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 
 _SETTINGS = {
     SWITCH: "1",  # SGLang's own: take the CPU paths although the processor has no AMX
@@ -32,6 +34,12 @@ _SETTINGS = {
 def requested() -> bool:
     """Whether this process was started to serve on a CPU."""
     return os.environ.get(SWITCH) == "1"
+
+
+def install_command() -> str:
+    """What puts SGLang into this environment for a CPU; torch and transformers stay as they are."""
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps"]
+    return shlex.join([*pip, "-r", str(REQUIREMENTS)])
 
 
 def environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What SGLang 0.5.20 imports from ``sgl_kernel`` on a CPU, in plain PyTorch.
+"""What SGLang imports from ``sgl_kernel`` on a CPU, in plain PyTorch.
 
 All write into tensors that the caller allocated, as the compiled ones do; names and order of the
 parameters are SGLang's. The *pool* is SGLang's table ``req_to_token``: one line a request slot,

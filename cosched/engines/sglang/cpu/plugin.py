@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cosched.engines.sglang.cpu.environment import requested
-from cosched.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,9 +35,6 @@ def register() -> None:
     compat.HookRegistry.register(compat.CREATE_DRAFT_BACKEND, _create_draft_backend, around)
     _bring_sampling()
     compat.HookRegistry.register(compat.EAGLE_SAMPLE, _sample, around)
-    if compat.add_draft_attention_backend_choices is None:
-        compat.HookRegistry.register(compat.DFLASH_ARGUMENTS, _refuse_dflash, around)
-        return
     compat.add_draft_attention_backend_choices([compat.BACKEND])
     compat.HookRegistry.register(compat.DFLASH_ARGUMENTS, _accept_cpu, around)
     compat.HookRegistry.register(compat.DFLASH_ATTENTION, _without_triton, around)
@@ -61,12 +57,12 @@ def _create_draft_backend(
     from cosched.engines.sglang.cpu import compat
     from cosched.engines.sglang.cpu.attention import DraftStepsBackend, NativeBackend
 
-    def create() -> Any:
+    def create() -> tuple[str, Any]:
         runner = factory.draft_model_runner
         if backend_name == "decode_attention_backend":
             steps = factory.speculative_num_steps
-            return compat.labelled(DraftStepsBackend(runner, factory.topk, steps), original)
-        return compat.labelled(NativeBackend(runner), original)
+            return compat.BACKEND, DraftStepsBackend(runner, factory.topk, steps)
+        return compat.BACKEND, NativeBackend(runner)
 
     backends = {**backend_map, compat.BACKEND: create}
     return original(factory, backend_name, backends, *args, **kwargs)
@@ -105,11 +101,6 @@ def _sample(
         return original(verify_input, batch, *args, **kwargs)
     finally:
         compat.eagle_utils._is_cpu = True
-
-
-def _refuse_dflash(_original: Callable[..., Any], _server_args: Any) -> None:
-    """Say what is the matter, where SGLang says that it wants a GPU."""
-    raise ConfigError("DFLASH on a CPU needs SGLang 0.5.20 or newer; EAGLE3 runs with this one")
 
 
 def _accept_cpu(original: Callable[..., Any], server_args: Any) -> None:

@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosched.engines.sglang import CONFIG, EVENTS, RUN, START, compat
-from cosched.engines.sglang.cpu.environment import environment, install_stand_ins
+from cosched.engines.sglang.cpu.environment import (
+    environment,
+    install_command,
+    install_stand_ins,
+)
 from cosched.engines.sglang.launcher.admission import check_address, check_tokens
 from cosched.engines.sglang.launcher.arguments import (
     Parser,
@@ -171,8 +175,8 @@ def check_draft_servable(config: Config) -> None:
         )
     if version_of("sglang") is None:
         raise ConfigError(
-            "SGLang is not installed: pip install '.[sglang]' in cosched's folder; without a GPU, "
-            "make serve-venv there, and run .venv-parity/bin/cosched"
+            f"SGLang is not installed: pip install '.[sglang]' in cosched's folder; without a GPU "
+            f"{install_command()}"
         )
 
 

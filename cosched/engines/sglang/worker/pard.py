@@ -98,26 +98,24 @@ class PardDraftWorker(compat.StandaloneDraftWorker):
         slot_BT = table[batch.req_pool_indices.long()[:, None], position_BT].long()
         slot_BT = torch.where(is_read_BT, slot_BT, PADDING_SLOT)
 
-        logits = self.draft_runner.forward(
-            compat.ForwardBatch(
-                forward_mode=compat.ForwardMode.TARGET_VERIFY,
-                batch_size=num_requests,
-                input_ids=ids_BT.flatten(),
-                req_pool_indices=batch.req_pool_indices,
-                seq_lens=start_B,
-                # Backends size buffers by the host's lengths: no request starts behind its own.
-                seq_lens_cpu=batch.seq_lens_cpu,
-                seq_lens_sum=batch.seq_lens_sum,
-                out_cache_loc=slot_BT.flatten(),
-                positions=position_BT.flatten(),
-                spec_algorithm=batch.spec_algorithm,
-                spec_info=compat.make_draft_block_spec_info(
-                    draft_token_num=width, device=self.device
-                ),
-                capture_hidden_mode=compat.CaptureHiddenMode.NULL,
-                **compat.unpadded(num_requests * width),
-            )
-        ).logits_output.next_token_logits
+        block = compat.ForwardBatch(
+            forward_mode=compat.ForwardMode.TARGET_VERIFY,
+            batch_size=num_requests,
+            input_ids=ids_BT.flatten(),
+            req_pool_indices=batch.req_pool_indices,
+            seq_lens=start_B,
+            # Backends size buffers by the host's lengths: no request starts behind its own.
+            seq_lens_cpu=batch.seq_lens_cpu,
+            seq_lens_sum=batch.seq_lens_sum,
+            out_cache_loc=slot_BT.flatten(),
+            positions=position_BT.flatten(),
+            spec_algorithm=batch.spec_algorithm,
+            spec_info=compat.make_draft_block_spec_info(draft_token_num=width, device=self.device),
+            capture_hidden_mode=compat.CaptureHiddenMode.NULL,
+            global_num_token_non_padded_cpu=num_requests * width,
+        )
+        compat.plan_rows(block, self.draft_runner)
+        logits = self.draft_runner.forward(block).logits_output.next_token_logits
         best_BT = logits[:, : self._num_shared].argmax(-1).view(num_requests, width)
         ahead_K = torch.arange(num_drafted, device=self.device)
         return best_BT.gather(1, num_new_B[:, None] - 1 + ahead_K)
@@ -136,10 +134,12 @@ class PardDraftWorker(compat.StandaloneDraftWorker):
         target_hidden_states: Tensor | None,
         next_token_ids: Tensor,
         mm_input_embeds: Tensor | None = None,
+        **plan: Any,
     ) -> Any:
         """Run the draft over the prompts' tokens; the first generated token is left for the round.
 
-        STANDALONE runs it over the tokens rotated by one, and so never over the first.
+        STANDALONE runs it over the tokens rotated by one, and so never over the first. ``plan`` has
+        the rows that the target wrote (``kv_loc_plan`` of 0.5.23); the draft writes the same.
         """
         del target_hidden_states, mm_input_embeds  # a PARD draft sees tokens only
         batch.spec_info = compat.EagleDraftExtendInput(
@@ -150,6 +150,7 @@ class PardDraftWorker(compat.StandaloneDraftWorker):
             self.draft_runner,
             capture_hidden_mode=compat.CaptureHiddenMode.NULL,
             return_hidden_states_before_norm=False,
+            **plan,
         )
         forward_batch.return_logprob = False
         self.draft_runner.forward(forward_batch)
@@ -161,9 +162,9 @@ class PardDraftWorker(compat.StandaloneDraftWorker):
         self._leave(state, next_token_ids[:, None], torch.ones_like(next_token_ids))
         return state
 
-    def _draft_extend_for_decode(self, batch: Any, batch_result: Any) -> None:
+    def _draft_extend_for_decode(self, batch: Any, batch_result: Any, **plan: Any) -> None:
         """Note what the round committed; the next one runs the draft over it."""
-        del batch
+        del batch, plan  # nothing is run, so no row is written
         num_requests = len(batch_result.accept_lens)
         committed_BW = batch_result.next_token_ids.view(
             num_requests, self.speculative_num_steps + 1

@@ -48,8 +48,11 @@ def settle_arguments(server_args: Any) -> None:
     path = server_args.speculative_draft_model_path
     if path is None:
         raise ConfigError(f"{NAME} needs --speculative-draft-model-path, the folder of its draft")
-    if server_args.enable_dp_attention:
-        raise ConfigError(f"{NAME} does not go with --enable-dp-attention; leave it out")
+    # 0.5.23 has turned the older flag into the number when it asks us; before, there is no number.
+    if server_args.enable_dp_attention or getattr(server_args, "attn_dp_size", 1) != 1:
+        raise ConfigError(
+            f"{NAME} does not go with --attn-dp-size or --enable-dp-attention; leave it out"
+        )
     if server_args.speculative_eagle_topk not in {None, 1}:
         raise ConfigError(
             f"--speculative-eagle-topk is {server_args.speculative_eagle_topk}, but {NAME} drafts "

@@ -11,8 +11,6 @@ from cosched.engines.sglang.cpu.kernels import (
     verify_tree_greedy_cpu,
 )
 
-__version__ = "0.4.7"  # the oldest that SGLang 0.5.20 takes; it checks
-
 __all__ = [
     "assign_draft_cache_locs_contiguous_cpu",
     "assign_extend_cache_locs_cpu",

@@ -1,0 +1,46 @@
+"""What a worker refuses goes by what SGLang made of its arguments, not by what was typed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cosched.engines.sglang import compat
+from cosched.engines.sglang.worker.adapted import AdaptedWorker
+from cosched.errors import ConfigError
+
+pytestmark = pytest.mark.sglang
+
+SPEC = {"speculative_eagle_topk": 1, "speculative_adaptive": False}
+PARALLEL = {"attn_dp_size": 1, "pp_size": 1}
+
+
+def check(monkeypatch: pytest.MonkeyPatch, **settled: Any) -> None:
+    spec = {name: settled.get(name, value) for name, value in SPEC.items()}
+    parallel = {name: settled.get(name, value) for name, value in PARALLEL.items()}
+    monkeypatch.setattr(compat, "get_spec", lambda: SimpleNamespace(**spec))
+    monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(**parallel))
+    rest = {name: value for name, value in settled.items() if name not in {**SPEC, **PARALLEL}}
+    worker: Any = SimpleNamespace(server_args=SimpleNamespace(**rest))
+    AdaptedWorker._check(worker)
+
+
+@pytest.mark.parametrize(
+    ("settled", "flag"),
+    [
+        ({"speculative_eagle_topk": 4}, "--speculative-eagle-topk 4"),
+        ({"speculative_adaptive": True}, "--speculative-adaptive"),
+        ({"attn_dp_size": 2}, "--attn-dp-size: .* got 2"),
+        ({"pp_size": 2}, "--pp-size: .* got 2"),
+        ({"enable_linear_replayssm_spec": True}, "--enable-linear-replayssm-spec"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused_by_its_flag(
+    monkeypatch: pytest.MonkeyPatch, settled: dict[str, Any], flag: str
+) -> None:
+    """The draft would learn from the rows of other requests, or of trees, as if they were a chain."""
+    check(monkeypatch)
+    with pytest.raises(ConfigError, match=flag):
+        check(monkeypatch, **settled)
