@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cosched.engines.sglang.cpu.environment import requested
+from cosched.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
