@@ -77,7 +77,7 @@ def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_trees_are_arranged_alike(seed: int) -> None:
     """Mask, positions and links decide what a node sees and which path is accepted."""
-    from sglang.srt.speculative.eagle_utils import sgl_build_tree_kernel_triton
+    from sglang.kernels.ops.speculative.spec_tree import sgl_build_tree_kernel_triton
 
     draft = drafted(random.Random(seed))
     equal(
@@ -89,7 +89,7 @@ def test_trees_are_arranged_alike(seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_same_path_is_accepted(seed: int) -> None:
     """Two words only, so that paths of every length occur."""
-    from sglang.srt.speculative.eagle_utils import verify_tree_greedy_triton
+    from sglang.kernels.ops.speculative.spec_tree import verify_tree_greedy_triton
 
     draft = drafted(random.Random(seed), kernels.QLEN_ONLY)
     tree = built(kernels.build_tree_kernel_efficient_cpu, draft)
