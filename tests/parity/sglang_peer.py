@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from sglang.srt import runtime_context
-from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.dp_attention import initialize_dp_attention
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -53,7 +52,7 @@ def start(target_folder: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     init_single_process_dist(port)
-    initialize_dp_attention(args, ModelConfig.from_server_args(args))
+    initialize_dp_attention(args)
     RadixAttention.forward = _attend
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import drafters.dflash.drafter as dflash_drafter
-import drafters.eagle3.drafter as eagle3_drafter
+import drafters.eagle3.chain as eagle3_chain
 from cosched.engines.embedded.target import Target
 from drafters.attention import attend_packed
 from drafters.eagle3.network import Eagle3Network
@@ -65,12 +65,12 @@ def interleaved_rotation(network: Any, patch: Patch) -> None:
 def position_stands_still(network: Eagle3Network, patch: Patch) -> None:
     first: list[Tensor] = []
 
-    def queries(inputs: Tensor, positions: Tensor) -> Tensor:
+    def queries(inputs: Tensor, positions: Tensor, layer: int) -> Tensor:
         first.append(positions)
-        return Eagle3Network.queries(network, inputs, positions)
+        return Eagle3Network.queries(network, inputs, positions, layer)
 
-    def project(inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return Eagle3Network.project(network, inputs, first[0])
+    def project(inputs: Tensor, positions: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        return Eagle3Network.project(network, inputs, first[0] if first else positions, layer)
 
     patch.setattr(network, "queries", queries)
     patch.setattr(network, "project", project)
@@ -97,7 +97,7 @@ def drafted_rows_of_other_anchors(network: Eagle3Network, patch: Patch) -> None:
             visible = torch.cat((visible, earlier), -1)
         return attend_packed(queries, keys, values, visible, None, None, None)
 
-    patch.setattr(eagle3_drafter, "attend_packed", attend)
+    patch.setattr(eagle3_chain, "attend_packed", attend)
 
 
 def causal_block(network: Any, patch: Patch) -> None:
