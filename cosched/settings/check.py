@@ -51,6 +51,11 @@ def check_together(config: Config) -> None:
     elif engine.kind == "sglang":
         if workload.documents is not None:
             raise ConfigError("workload.documents: SGLang decides its own text; use prompts")
+        if engine.acceptance == "target_only":
+            raise ConfigError(
+                f"engine.acceptance: SGLang accepts drafts by a rule of its own, got "
+                f"{engine.acceptance!r}; leave it out"
+            )
     elif (workload.prompts is None) == (workload.documents is None):
         raise ConfigError("workload: give exactly one of prompts and documents")
     for key, path in (files := workload.files).items():
