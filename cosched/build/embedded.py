@@ -109,9 +109,6 @@ def build_world(config: Config) -> World:
             f"engine.exact: this processor computes rows in different ways, {_rows_a_round(config)} "
             f"at a time in {config.engine.dtype}; use false, or engine.dtype: float32"
         )
-    teachers = {config.for_arm(arm).adapt.replay.teacher for arm in config.arms}
-    if "hidden" in teachers or config.engine.kind == "trace":
-        target.require_plain_head()
     tokenizer = target.tokenizer
     workload = config.workload
     if config.engine.kind == "trace":
@@ -132,6 +129,9 @@ def build_world(config: Config) -> World:
         sampling = SamplingParams(workload.temperature, workload.top_p)
     if trace is None or config.engine.live:
         prove(target, max(request.max_length_of_turns for request in requests))
+    teachers = {config.for_arm(arm).adapt.replay.teacher for arm in config.arms}
+    if "hidden" in teachers or config.engine.kind == "trace":
+        target.require_plain_head()
     check_owners(config, requests)
     return World(config, target, tokenizer, requests, sampling, trace)
 

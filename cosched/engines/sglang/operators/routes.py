@@ -88,6 +88,8 @@ def refused(client: Any, headers: Any) -> str | None:
             f"/cosched/ answers clients of its own machine only, not {host or 'unknown ones'}, "
             f"because this server has no --api-key and no --admin-api-key"
         )
+    if "x-forwarded-for" in headers or "forwarded" in headers:
+        return "/cosched/ answers nobody through a proxy on a server without --api-key"
     if "origin" in headers:
         return "/cosched/ answers no web pages on a server without --api-key"
     named = headers.get("host", "")

@@ -263,7 +263,7 @@ class Adaptation:
             self._sink.emit("warning", reason=self._warning)
         elif self._warning and not starved:
             self._warning = None
-        if self._autosave is not None:
+        if self._autosave is not None and not self._coscheduler.counters.serves_loaded:
             self._autosave.look(self.version)
         self._operator.show(self.status())
 
