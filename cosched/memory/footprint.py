@@ -109,11 +109,12 @@ class Footprint:
         SGLang gives its caches what is left of that share when its workers stand
         (``Scheduler.init_model_worker``, 0.5.20 to 0.5.23). So it holds not only what SGLang loads,
         but what is made with our worker too: the draft as we load it, the one that learns with its
-        first weights, and the masters.
+        first weights, and all that an update and a look take, which are rehearsed there.
         """
         loaded = self.draft if self.num_trained else 0
         made = loaded + self.trainer_copy + self.first_weights + self.masters
-        return self.draft + self.draft_cache + made
+        rehearsed = self.moments + self.gradients + self.reference + max(self.loss, self.scores)
+        return self.draft + self.draft_cache + made + rehearsed
 
     @property
     def beside_sglang(self) -> int:
