@@ -45,7 +45,7 @@ def build_learner(
     """What trains a float32 copy of the serving draft, and what scores its weights for a guard.
 
     In the background on a CPU both are in a process of their own, and elsewhere the trainer in a thread.
-    On a GPU they come rehearsed: SGLang gives its caches what memory is left by then.
+    On a GPU they come rehearsed.
 
     Raises:
         ConfigError: it is to train in the background, and several ranks train together.
@@ -193,10 +193,10 @@ def _build_alone(
 def rehearse(
     config: Config, target: TargetInfo, copy: Drafter, trainer: Trainer, scorer: Scorer
 ) -> None:
-    """An update and a look of full size, of which nothing is left but the memory that they take.
+    """An update and a look of full size, of which nothing is left but the memory that the optimizer keeps.
 
-    The first ones take many times as long as others, and what an optimizer keeps is there only after
-    its first step.
+    The first ones take many times as long as others, and moments are there only after the first step:
+    SGLang gives its caches what is left by then.
     """
     batch = _blank_batch(config, target, copy)
     trainer.update(batch, Decision(1))

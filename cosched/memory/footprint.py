@@ -109,12 +109,11 @@ class Footprint:
         SGLang gives its caches what is left of that share when its workers stand
         (``Scheduler.init_model_worker``, 0.5.20 to 0.5.23). So it holds not only what SGLang loads,
         but what is made with our worker too: the draft as we load it, the one that learns with its
-        first weights, and all that an update and a look take, which are rehearsed there.
+        first weights, the masters, and the moments, which an update that is rehearsed there leaves.
         """
         loaded = self.draft if self.num_trained else 0
-        made = loaded + self.trainer_copy + self.first_weights + self.masters
-        rehearsed = self.moments + self.gradients + self.reference + max(self.loss, self.scores)
-        return self.draft + self.draft_cache + made + rehearsed
+        made = loaded + self.trainer_copy + self.first_weights + self.masters + self.moments
+        return self.draft + self.draft_cache + made
 
     @property
     def beside_sglang(self) -> int:
