@@ -11,6 +11,7 @@ import torch
 
 from cosched.errors import ConfigError
 from cosched.guard.scorer import AcceptanceScorer
+from cosched.guard.settings import ShadowSettings
 from cosched.memory.footprint import no_teacher_rows, replay_limits
 from cosched.records import Decision, SignalBatch
 from cosched.registry import DRAFTERS, LOSSES
@@ -182,10 +183,8 @@ def _build_alone(
     settings = msgspec.structs.replace(config.drafter_settings, num_draft_tokens=num_draft_tokens)
     drafter = DRAFTERS.get(settings.kind).load(settings, target)
     copy: Drafter = drafter.clone(torch.float32)
-    trainer, scorer = (
-        build_trainer(config, target, copy),
-        build_scorer(config, target, copy, acceptance),
-    )
+    trainer = build_trainer(config, target, copy)
+    scorer = build_scorer(config, target, copy, acceptance)
     rehearse(config, target, copy, trainer, scorer)
     return trainer, scorer
 
@@ -193,14 +192,15 @@ def _build_alone(
 def rehearse(
     config: Config, target: TargetInfo, copy: Drafter, trainer: Trainer, scorer: Scorer
 ) -> None:
-    """An update and a look of full size, of which nothing is left but the memory that the optimizer keeps.
+    """An update and a look of full size, of which nothing is left but what the optimizer keeps.
 
     The first ones take many times as long as others, and moments are there only after the first step:
     SGLang gives its caches what is left by then.
     """
     batch = _blank_batch(config, target, copy)
     trainer.update(batch, Decision(1))
-    scorer.scores(batch, [trainer.weights()])
+    if isinstance(config.adapt.guard, ShadowSettings) or config.experts:  # else nobody looks
+        scorer.scores(batch, [trainer.weights()])
     trainer.reset()
 
 
