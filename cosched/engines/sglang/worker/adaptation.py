@@ -114,8 +114,8 @@ def _never_raises(
 class Adaptation:
     """The co-scheduler inside one scheduler process.
 
-    ``save`` writes the serving draft as a checkpoint, ``autosave`` does unasked. With ``watches`` off (a policy that never
-    trains) no rows are taken from the device and rounds are only counted.
+    ``save`` writes the serving draft as a checkpoint, ``autosave`` does unasked. With ``watches`` off
+    (a policy that never trains) no rows are taken from the device and rounds are only counted.
     """
 
     def __init__(
