@@ -214,6 +214,16 @@ class Drafter(Protocol):
         """What serving keeps of each token of a request, in bytes."""
         ...
 
+    @property
+    def slot_bytes(self) -> int:
+        """What serving keeps of each request besides, however long it is, in bytes."""
+        return 0
+
+    @property
+    def shared_bytes(self) -> int:
+        """What serving keeps of requests that are done, all together and at most, in bytes."""
+        return 0
+
     @abstractmethod
     def new_state(self, max_batch: int, max_length: int, window: int | None) -> Any:
         """Empty serving state: slots, positions in each, and how many tokens back it sees."""

@@ -41,10 +41,12 @@ class SignalSpec:
     ``feature_layers`` are 0-based and mean "after that layer"; the number of layers itself means
     after the final norm. ``conditioning`` says what drafted token k knows: ``chain`` drafters know
     d_1..d_k, ``block`` drafters only the context, ``none`` learns by itself and replays nothing.
+    ``last_logits`` asks for ``Segment.logits_V``, which verification has computed anyway.
     """
 
     feature_layers: tuple[int, ...]
     conditioning: Literal["chain", "block", "none"]
+    last_logits: bool = False
 
 
 LORA = "lora"  # the scope of adapters, which is none of a drafter's own
@@ -99,7 +101,9 @@ class Segment:
     the teacher form) may be None where nobody asked or the engine does not have them. ``refused`` is
     what the target saw besides; None where that is nothing, where the request has ended, and where the
     text is given: the rows behind what is committed of it are of its future. ``temperature`` is that at
-    which the request samples, 0 where it is greedy.
+    which the request samples, 0 where it is greedy. ``logits_V`` are the target's of the last row, before
+    temperature: what the last token was decided by; None where the drafter does not ask. They are part
+    of the round's own and are copied by who keeps them.
     """
 
     request_id: str
@@ -109,6 +113,7 @@ class Segment:
     teacher_RX: Tensor | None
     refused: Refused | None = None
     temperature: float = 1.0
+    logits_V: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
