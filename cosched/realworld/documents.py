@@ -41,6 +41,7 @@ WANTED = {
     "formats": Wanted(12, 512),
     "languages": Wanted(12, 512),
     "long": Wanted(8, 2048),
+    "summaries": Wanted(12, 384),
 }
 
 

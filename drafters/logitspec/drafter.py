@@ -72,6 +72,8 @@ class LogitSpecDrafter(Drafter):
         self._max_ngram = max_ngram
         self._store = store
         self.num_draft_tokens = num_draft_tokens
+        self.slot_bytes = LOGIT_BYTES * target.vocab_size
+        self.shared_bytes = TOKEN_BYTES * store.num_tokens
         self.signal = SignalSpec((), conditioning="none", last_logits=True)
 
     @classmethod
@@ -103,14 +105,6 @@ class LogitSpecDrafter(Drafter):
     @property
     def cache_bytes_per_token(self) -> int:
         return TOKEN_BYTES
-
-    @property
-    def slot_bytes(self) -> int:
-        return LOGIT_BYTES * self._vocab_size
-
-    @property
-    def shared_bytes(self) -> int:
-        return TOKEN_BYTES * self._store.num_tokens
 
     def new_state(self, max_batch: int, max_length: int, window: int | None) -> State:
         logits_BV = np.full((max_batch, self._vocab_size), UNKNOWN, np.float32)
