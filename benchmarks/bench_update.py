@@ -123,7 +123,7 @@ def update(
     watch = Stopwatch()
     watch.watch(copy, "replay_states", "replay")
     watch.watch(copy, "project", "student head")
-    watch.watch(batch_loss, "_distinct_rows", "teacher")
+    watch.watch(batch_loss, "_prepare", "teacher")
     for method in ("logits", "lost_mass"):
         watch.watch(batch_loss._teacher, method, "teacher")
     watch.watch(loss, "measure", "loss")

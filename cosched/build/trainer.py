@@ -14,7 +14,7 @@ from cosched.guard.scorer import AcceptanceScorer
 from cosched.memory.footprint import no_teacher_rows, replay_limits
 from cosched.records import Decision, SignalBatch
 from cosched.registry import DRAFTERS, LOSSES
-from cosched.training.background import BackgroundTrainer
+from cosched.training.background import BackgroundScorer, BackgroundTrainer
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.group import TrainingGroup
 from cosched.training.lora import MergingTrainer
@@ -44,7 +44,7 @@ def build_learner(
 ) -> tuple[Trainer, Scorer]:
     """What trains a float32 copy of the serving draft, and what scores its weights for a guard.
 
-    In the background on a CPU both are in a process of their own, and elsewhere the trainer in a thread.
+    In the background both are in a process of their own on a CPU, and elsewhere in a thread.
 
     Raises:
         ConfigError: it is to train in the background, and several ranks train together.
@@ -62,7 +62,10 @@ def build_learner(
     copy = drafter.clone(torch.float32)
     trainer = build_trainer(config, target, copy, ranks)
     scorer = build_scorer(config, target, copy, acceptance, ranks)
-    return BackgroundTrainer(trainer, device) if background else trainer, scorer
+    if not background:
+        return trainer, scorer
+    behind = BackgroundTrainer(trainer, device)
+    return behind, BackgroundScorer(scorer, behind)
 
 
 def build_trainer(
@@ -138,7 +141,7 @@ def _trainer(
     return DeepSpeedTrainer(
         batch_loss,
         trainable,
-        zero_stage=adapt.trainer.zero_stage,
+        zero_stage=adapt.trainer.stage_of(group.size if group else 1),
         learning_rate=adapt.trainer.lr,
         max_grad_norm=adapt.trainer.max_grad_norm,
         weight_decay=adapt.trainer.weight_decay,
