@@ -9,14 +9,12 @@ N anchors per request, C rows of context, F feature width, H hidden width, V voc
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -166,13 +164,13 @@ IDLE_TICK = VerifyRound((), (), (), draft_seconds=0.0, verify_seconds=0.0, num_r
 class Layout:
     """What the host knows of a batch that it has put together, so that it need not ask the device.
 
-    ``starts`` and ``weights_RNK`` are the batch's own; teacher rows of the same number in
-    ``says_RNK`` are alike. ``of`` are the batch's tensors that say the same: of others it is void.
+    Teacher rows of the same number in ``says_RNK`` are alike. ``of`` are the batch's starts, weights and
+    teacher: of others it is void.
     """
 
     starts: tuple[int, ...]
-    weights_RNK: NDArray[np.float32]
-    says_RNK: NDArray[np.int64]
+    weights_RNK: NDArray[Any]
+    says_RNK: NDArray[Any]
     of: tuple[Tensor, Tensor, Tensor]
 
 
@@ -185,8 +183,7 @@ class SignalBatch:
     index into the context: the draft may see tokens up to and including it, and features before
     it. ``weights_RNK`` is zero where a row must not teach. ``window`` is how many tokens back the
     draft saw when it served, None for all. ``temperatures`` has one number a request, on the host: that
-    at which it samples, 0 where it is greedy; None where all sample at 1. ``layout`` is what the host
-    knows besides; None where it has to ask.
+    at which it samples, 0 if it is greedy; None where all sample at 1. ``layout`` is what it knows besides.
     """
 
     starts_R: Tensor
@@ -208,15 +205,14 @@ class SignalBatch:
     @property
     def known(self) -> Layout | None:
         """The layout, unless the tensors that it is of have been replaced."""
-        own = self.starts_R, self.weights_RNK, self.teacher_RNKX
-        layout = self.layout
-        return layout if layout and all(map(operator.is_, own, layout.of)) else None
+        known, own = self.layout, (self.starts_R, self.weights_RNK, self.teacher_RNKX)
+        return known if known and list(map(id, own)) == list(map(id, known.of)) else None
 
     @property
     def last_start(self) -> int:
         """The greatest of ``starts_R``, for tables of positions."""
-        known = self.known
-        return max(known.starts) if known else int(self.starts_R.max())  # host waits for the device
+        known = self.known  # without it the host waits for the device
+        return max(known.starts) if known else int(self.starts_R.max())
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,8 +162,8 @@ class AcceptanceScorer:
         rows = counted_rows(batch, self._teacher_form)
         at = self._temperatures(batch, rows.places_M)
         if self.chunk_rows is None:  # what is said of rows that are alike is worked out once
-            said_T = self.teacher(rows.teacher_TX, self._temperatures(batch, rows.first_T))
-            teacher = said_T(slice(None))[rows.says_M].__getitem__
+            at_T = self._temperatures(batch, rows.first_T)
+            teacher = self._recalled(rows.teacher_TX, at_T)[rows.says_M].__getitem__
         else:
             teacher = self.teacher(rows.teacher_TX[rows.says_M], at)
         counts_RN = batch.weights_RNK[..., 0] > 0

@@ -74,7 +74,7 @@ def read(*several: Folded) -> list[str]:
         digest = hashlib.sha256()
         for name in one.names:
             digest.update(name.encode())
-            digest.update(next(found))
+            digest.update(next(found).tobytes())
         checksums.append(digest.hexdigest()[:16])
     return checksums
 

@@ -166,8 +166,8 @@ class RoundCollector:
         segments: list[Segment] = []
         blocks: list[ServedBlock] = []
         teacher = verified.teacher_BSX
-        if teacher is not None:  # once for all of them: an anchor with what came out behind it
-            text_BT = torch.cat((verified.tokens_BS[:, :1], verified.decided_BS), 1)
+        # Once for all of them: an anchor with what came out behind it.
+        text_BT = torch.cat((verified.tokens_BS[:, :1], verified.decided_BS), 1)
         for i, (request_id, accepted) in enumerate(
             zip(verified.request_ids, num_accepted, strict=True)
         ):
