@@ -106,7 +106,9 @@ def _table_behind(deep: dict[str, list[Bucket]], behind: int) -> Table:
         rounds = sum(one.rounds_novel for one in deep[arm])
         draft = arm.rpartition(".")[0]
         controls = [f"{draft}.{kind}".removeprefix(".") for kind in ("frozen", "frozen+window")]
-        gains = [f"{length / reached[one] - 1:+.1%}" if one in reached else "" for one in controls]
+        gains = [
+            f"{length / reached[one] - 1:+.1%}" if reached.get(one) else "" for one in controls
+        ]
         table.add_row(arm, f"{rounds:,}", f"{length:.3f}", *gains)
     return table
 
@@ -114,7 +116,7 @@ def _table_behind(deep: dict[str, list[Bucket]], behind: int) -> Table:
 def _novel_length(found: list[Bucket]) -> float:
     """Tokens a round, of rounds that began on novel positions."""
     tokens = sum(one.rounds_novel * (one.tau_novel or 0.0) for one in found)
-    return tokens / sum(one.rounds_novel for one in found)
+    return tokens / max(1, sum(one.rounds_novel for one in found))
 
 
 def _novel(found: list[TextFigures]) -> str:

@@ -7,6 +7,7 @@ import stat
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -98,7 +99,8 @@ def tensor_names(directory: Path) -> frozenset[str] | None:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not files:
         files = sorted(directory.glob("pytorch_model*.bin"))
-        names.update(name for path in files for name in read_saved(path, mmap=True))
+        for path in files:
+            names.update(read_saved(path, mmap=is_zipfile(path)))  # older files are none
     return frozenset(names) if files else None
 
 

@@ -46,10 +46,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "is_neox_style": (True,),  # SGLang's DFlash
     "rope_is_neox_style": (True,),  # SGLang's Llama
     "rope_interleave": (False,),
-    "position_embedding_type": (
-        "rope",
-        "absolute",
-    ),  # transformers' default, which no decoder reads
+    # transformers' default is absolute, which no decoder reads
+    "position_embedding_type": ("rope", "absolute"),
     "attention_sink_bias": (False,),
     "gating": (False,),
     "logit_scale": (1,),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cosched.build.embedded import build_world, load_drafter
-from cosched.build.trainer import build_learner
+from cosched.build.trainer import build_learner, build_scorer, build_trainer, rehearse
 from cosched.errors import ConfigError, TrainingError
 from cosched.memory.footprint import footprint
 from cosched.memory.sketch import sketch
@@ -98,6 +98,34 @@ def test_it_trains_and_scores_the_same(world: Any, batch: SignalBatch, beside: A
     assert scores[1] != scores[2]
     for one, other in zip(scores, inline_scorer.scores(batch, asked), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dflash", "pard"])
+@pytest.mark.parametrize("max_batch", [1, 3])
+def test_a_rehearsal_leaves_nothing_but_memory(kind: str, max_batch: int) -> None:
+    """SGLang measures what memory is left after it; weights, moments and losses are as without it."""
+    config: Config = load_config(
+        WORLD.parent / "configs" / "sampled.yaml",
+        ["arms=[adapted]", f"drafter.kind={kind}", f"drafter.path=tinyworld/{kind}",
+         f"engine.max_batch={max_batch}", "adapt.guard={kind: shadow}"],
+    )  # fmt: skip
+    world = build_world(config)
+    drafter, requests = load_drafter(world), make_requests(world.target, 2, 9, 60)
+    batch = collected(
+        world.target, drafter, "delayed", None, serve(world.target, drafter, requests, 2)
+    )
+    assert batch is not None
+    losses = []
+    for rehearsed in (False, True):
+        copy = drafter.clone(torch.float32)
+        trainer = build_trainer(config, world.target, copy)
+        scorer = build_scorer(config, world.target, copy, "sampled")
+        before = copied(trainer.weights())
+        if rehearsed:
+            rehearse(config, world.target, copy, trainer, scorer)
+        assert all(torch.equal(w, before[n]) for n, w in trainer.weights().items())
+        losses.append(trainer.update(batch, Decision(3)).losses)
+    assert losses[0] == losses[1]
 
 
 def test_state_goes_there_and_back_to_the_bit(batch: SignalBatch, beside: Any) -> None:

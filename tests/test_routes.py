@@ -82,6 +82,8 @@ def test_a_body_that_is_not_as_documented_is_refused(verb: str, body: bytes) -> 
         ("unix", {}, False),
         ("127.0.0.1", {"origin": "http://evil.example"}, False),
         ("127.0.0.1", {"origin": "null"}, False),
+        ("127.0.0.1", {"x-forwarded-for": "127.0.0.1"}, False),
+        ("127.0.0.1", {"forwarded": "for=127.0.0.1"}, False),
     ],
 )
 def test_without_a_key_only_this_machine_is_answered(
@@ -89,7 +91,7 @@ def test_without_a_key_only_this_machine_is_answered(
 ) -> None:
     """SGLang lets every web page call it, so a page open on this machine is refused as well; also one
     whose name was made to point here after it was opened (DNS rebinding), which sends no ``Origin``
-    with a GET."""
+    with a GET. What a proxy says of its client is anybody's word, and uvicorn may have taken it."""
     refusal = routes.refused(SimpleNamespace(host=host), {"host": "127.0.0.1:30000", **headers})
     assert (refusal is None) is answered
 

@@ -144,11 +144,29 @@ def test_a_full_disk_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING, "cosched"):
         saving.look(2)
     assert "version 2 of the draft is not saved" in caplog.text
+    saving.look(3)
     failing[0] = False
     saving.look(3)
     assert names(tmp_path) == []
     saving.look(4)
     assert names(tmp_path) == ["auto-4"]
+
+
+def test_what_could_not_be_saved_is_saved_at_the_end(tmp_path: Path) -> None:
+    """Though nothing has been published since."""
+    disk = [RunFolderError("No space left on device")]
+
+    def save(path: Path) -> None:
+        if disk:
+            raise disk.pop()
+        fill(path)
+
+    saving = Autosave(tmp_path, save, every=2, at_end=True, keep=2)
+    saving.look(2)
+    assert names(tmp_path) == []
+    saving.end(2)
+    saving.end(2)
+    assert names(tmp_path) == ["auto-2"]
 
 
 @pytest.mark.parametrize("word", ["saves_kept=0", "save_every=-1", "save_at_end=2"])

@@ -90,6 +90,19 @@ def test_what_only_an_experiment_reads_is_refused_by_name(
         check_servable(config(override))
 
 
+@pytest.mark.usefixtures("in_the_repository")
+def test_a_rule_of_acceptance_is_not_told_to_sglang() -> None:
+    """It would be ignored there: SGLang has a rule of its own, and cosched goes by that."""
+    with pytest.raises(ConfigError, match=r"engine\.acceptance: SGLang .*'target_only'"):
+        config("engine.acceptance=target_only")
+
+
+@pytest.mark.usefixtures("in_the_repository")
+def test_rejection_sampling_is_refused_on_a_cpu_before_anything_is_loaded() -> None:
+    with pytest.raises(ConfigError, match=r"speculative_use_rejection_sampling: .* GPUs only"):
+        check_servable(config("engine.arguments.speculative_use_rejection_sampling=true"))
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs").glob("serve_*.yaml")), ids=lambda path: path.stem
 )

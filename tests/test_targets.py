@@ -71,6 +71,14 @@ def test_a_window_without_layer_types_is_kept(make: Any) -> None:
     assert random_target(make(None)).window is None
 
 
+def test_half_precision_is_told_from_a_mistake() -> None:
+    """It rounds between layers, in both ways, and by less than a window that is ignored shows."""
+    target = random_target(WINDOWED[0](16).bfloat16())
+    assert prove(target, 120) < proof.HALF
+    target.window = None
+    refused(lambda: prove(target, 120), "differ from the model's own")
+
+
 def test_text_behind_a_window_is_the_models_own() -> None:
     """Greedy text of 60 tokens over a window of 16 is what the model itself generates."""
     target = random_target(WINDOWED[0](16))

@@ -11,7 +11,7 @@ from cosched.build.coscheduler import build_coscheduler
 from cosched.engines.sglang.worker.adaptation import Adaptation
 from cosched.engines.sglang.worker.autosave import Autosave
 from cosched.engines.sglang.worker.collector import RoundCollector
-from cosched.errors import ConfigError
+from cosched.errors import ConfigError, RunFolderError
 from cosched.loop.publish import InPlacePublisher, Serving
 from cosched.registry import DRAFTERS, POLICIES
 from cosched.telemetry.whole_folder import write_whole
@@ -63,7 +63,10 @@ def build_adaptation(
         )
 
     def save(directory: Path) -> None:
-        adapted = drafter.clone(parts.target.embedding.weight.dtype)
+        try:
+            adapted = drafter.clone(parts.target.embedding.weight.dtype)
+        except RuntimeError as error:  # the device's memory, which requests need more than a save
+            raise RunFolderError(f"{directory}: no copy of the draft to save: {error}") from error
         weights = publisher.weights_of(publisher.version) if publisher else {}
         network = adapted.network()
         assert network is not None

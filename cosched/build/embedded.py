@@ -31,6 +31,7 @@ from cosched.memory.footprint import footprint
 from cosched.memory.sketch import sketch
 from cosched.registry import DRAFTERS
 from cosched.settings.arms import PLAIN, adapts, split_arm
+from cosched.settings.device import device_of
 from cosched.settings.load import check_paths
 from cosched.workload.requests import check_owners, first_of_each, load_requests
 
@@ -98,7 +99,7 @@ def build_world(config: Config) -> World:
     """
     check_paths(config)
     footprint(config, *sketch(config))  # what does not fit is named before anything is loaded
-    device = _device(config.engine.device)
+    device = device_of(config.engine.device)
     if config.engine.num_threads is not None:
         torch.set_num_threads(config.engine.num_threads)
     target = Target.load(config.target.folder, device, getattr(torch, config.engine.dtype))
@@ -109,9 +110,6 @@ def build_world(config: Config) -> World:
             f"engine.exact: this processor computes rows in different ways, {_rows_a_round(config)} "
             f"at a time in {config.engine.dtype}; use false, or engine.dtype: float32"
         )
-    teachers = {config.for_arm(arm).adapt.replay.teacher for arm in config.arms}
-    if "hidden" in teachers or config.engine.kind == "trace":
-        target.require_plain_head()
     tokenizer = target.tokenizer
     workload = config.workload
     if config.engine.kind == "trace":
@@ -132,6 +130,9 @@ def build_world(config: Config) -> World:
         sampling = SamplingParams(workload.temperature, workload.top_p)
     if trace is None or config.engine.live:
         prove(target, max(request.max_length_of_turns for request in requests))
+    teachers = {config.for_arm(arm).adapt.replay.teacher for arm in config.arms}
+    if "hidden" in teachers or config.engine.kind == "trace":
+        target.require_plain_head()
     check_owners(config, requests)
     return World(config, target, tokenizer, requests, sampling, trace)
 
@@ -264,19 +265,3 @@ def _stop_tokens(world: World) -> frozenset[int]:
     if world.forced or not world.config.workload.stop_at_end_of_text:
         return frozenset()
     return world.target.end_tokens
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"engine.device: {name!r} is no device; auto, cpu, cuda, cuda:0 …"
-        ) from error
-    if device.type not in {"cpu", "cuda"}:
-        raise ConfigError(f"engine.device: {name!r} is not supported; use auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"engine.device: {name!r}, but this machine has no CUDA device")
-    return device

@@ -11,6 +11,7 @@ import torch
 
 from cosched.errors import ConfigError
 from cosched.guard.scorer import AcceptanceScorer
+from cosched.guard.settings import ShadowSettings
 from cosched.memory.footprint import no_teacher_rows, replay_limits
 from cosched.records import Decision, SignalBatch
 from cosched.registry import DRAFTERS, LOSSES
@@ -25,7 +26,7 @@ from cosched.training.scope import lora_of, parameters_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from cosched.loop.roles import Scorer, Trainer
     from cosched.protocols import Drafter, TargetInfo
@@ -44,7 +45,8 @@ def build_learner(
 ) -> tuple[Trainer, Scorer]:
     """What trains a float32 copy of the serving draft, and what scores its weights for a guard.
 
-    In the background both are in a process of their own on a CPU, and elsewhere in a thread.
+    In the background both are in a process of their own on a CPU, and elsewhere in a thread. On a GPU
+    they come rehearsed.
 
     Raises:
         ConfigError: it is to train in the background, and several ranks train together.
@@ -62,6 +64,8 @@ def build_learner(
     copy = drafter.clone(torch.float32)
     trainer = build_trainer(config, target, copy, ranks)
     scorer = build_scorer(config, target, copy, acceptance, ranks)
+    if device.type == "cuda":
+        rehearse(config, target, copy, trainer, scorer)
     if not background:
         return trainer, scorer
     behind = BackgroundTrainer(trainer, device)
@@ -178,37 +182,51 @@ def _build_alone(
     num_draft_tokens: int,
     acceptance: Acceptance,
 ) -> tuple[Trainer, Scorer]:
-    """In a process that does nothing else, of the draft's checkpoint, as what serves is.
-
-    They come warm: the first update takes many times as long as others.
-    """
+    """In a process that does nothing else, of the draft's checkpoint, as what serves is; rehearsed."""
     settings = msgspec.structs.replace(config.drafter_settings, num_draft_tokens=num_draft_tokens)
     drafter = DRAFTERS.get(settings.kind).load(settings, target)
     copy: Drafter = drafter.clone(torch.float32)
     trainer = build_trainer(config, target, copy)
-    trainer.update(_blank_batch(config, target, copy), Decision(1))
+    scorer = build_scorer(config, target, copy, acceptance)
+    rehearse(config, target, copy, trainer, scorer)
+    return trainer, scorer
+
+
+def rehearse(
+    config: Config, target: TargetInfo, copy: Drafter, trainer: Trainer, scorer: Scorer
+) -> None:
+    """An update and a look of full size, of which nothing is left but what the optimizer keeps.
+
+    The first ones take many times as long as others, and moments are there only after the first step:
+    SGLang gives its caches what is left by then.
+    """
+    batch = _blank_batch(config, target, copy)
+    trainer.update(batch, Decision(1))
+    if isinstance(config.adapt.guard, ShadowSettings) or config.experts:  # else nobody looks
+        scorer.scores(batch, [trainer.weights()])
     trainer.reset()
-    return trainer, build_scorer(config, target, copy, acceptance)
 
 
 def _blank_batch(config: Config, target: TargetInfo, copy: Drafter) -> SignalBatch:
-    """As many rows of one request as an update has at most, with nothing in them."""
-    limits = replay_limits(config, target, copy)
+    """As many rows as an update has at most, of all requests that run, with nothing in them."""
+    limits, device = replay_limits(config, target, copy), target.embedding.weight.device
     window, path = limits.window, limits.path
-    anchors = max(1, min(limits.anchors, window - path))
+    requests = max(1, min(config.engine.max_batch, limits.anchors))
+    anchors = max(1, min(limits.anchors // requests, window - path))
     teacher_0X = no_teacher_rows(config, target, limits)
-    width, dtype = (
-        len(copy.signal.feature_layers) * target.hidden_size,
-        target.embedding.weight.dtype,
-    )
+    width = len(copy.signal.feature_layers) * target.hidden_size
+
+    def blank(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(requests, *shape, dtype=dtype, device=device)
+
     return SignalBatch(
-        starts_R=torch.zeros(1, dtype=torch.int64),
-        lengths_R=torch.tensor([window]),
-        tokens_RC1=torch.zeros(1, window + 1, dtype=torch.int64),
-        features_RCF=torch.zeros(1, window, width, dtype=dtype) if width else None,
-        anchors_RN=torch.arange(1, anchors + 1)[None],
-        paths_RNK=torch.zeros(1, anchors, path, dtype=torch.int64),
-        teacher_RNKX=torch.zeros(1, anchors, path, teacher_0X.shape[-1], dtype=teacher_0X.dtype),
-        weights_RNK=torch.ones(1, anchors, path),
+        starts_R=blank(),
+        lengths_R=blank() + window,
+        tokens_RC1=blank(window + 1),
+        features_RCF=blank(window, width, dtype=target.embedding.weight.dtype) if width else None,
+        anchors_RN=torch.arange(1, anchors + 1, device=device).expand(requests, -1),
+        paths_RNK=blank(anchors, path),
+        teacher_RNKX=blank(anchors, path, teacher_0X.shape[-1], dtype=teacher_0X.dtype),
+        weights_RNK=blank(anchors, path, dtype=torch.float32) + 1,
         window=config.drafter_settings.window,
     )

@@ -16,6 +16,7 @@ from cosched.memory.peaks import loss_peak, scores_peak
 from cosched.memory.sketch import sketch_draft
 from cosched.registry import LOSSES
 from cosched.settings.arms import adapts
+from cosched.settings.device import device_of
 from cosched.settings.schema import own_keys
 from cosched.training.process import SLOTS
 from cosched.training.scope import lora_of, scope_of
@@ -50,8 +51,8 @@ class Footprint:
     at once which scores drafts: logits again, and the weights that it puts into the draft. It scores
     between updates, so of ``loss`` and ``scores`` only the larger one adds. ``process`` is what a
     process of its own that trains takes besides: itself, the target's embedding and head, and the
-    weights that both sides see. (Several adapters that
-    learn in the background may do both at once: each of them by itself is counted as said.)
+    weights that both sides see. (Several adapters that learn in the background may do both at once:
+    each of them by itself is counted as said.)
     """
 
     num_target_parameters: int | None
@@ -109,10 +110,10 @@ class Footprint:
         SGLang gives its caches what is left of that share when its workers stand
         (``Scheduler.init_model_worker``, 0.5.20 to 0.5.23). So it holds not only what SGLang loads,
         but what is made with our worker too: the draft as we load it, the one that learns with its
-        first weights, and the masters.
+        first weights, the masters, and the moments, which an update that is rehearsed there leaves.
         """
         loaded = self.draft if self.num_trained else 0
-        made = loaded + self.trainer_copy + self.first_weights + self.masters
+        made = loaded + self.trainer_copy + self.first_weights + self.masters + self.moments
         return self.draft + self.draft_cache + made
 
     @property
@@ -248,8 +249,7 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
 
 def _process(config: Config, target: TargetSketch, num_published: int) -> int:
     """Of a trainer that is in a process of its own (``build_learner``); nothing where it is not."""
-    device = config.engine.device
-    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    on_cpu = device_of(config.engine.device).type == "cpu"
     if not (on_cpu and config.adapt.trainer.background) or config.num_adapters:
         return 0
     table = target.vocab_size * target.hidden_size * target.embedding.weight.dtype.itemsize

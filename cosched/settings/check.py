@@ -20,14 +20,14 @@ from cosched.settings.arms import (
     draft_of,
     split_arm,
 )
-
-FOLDER_NAME = re.compile(r"[^\W_][\w.@-]{0,99}")
-DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+from cosched.settings.device import check_name
 
 if TYPE_CHECKING:
     from cosched.protocols import LossSettings, Policy
     from cosched.settings.schema import Config
     from cosched.settings.sections import ScopeSettings
+
+FOLDER_NAME = re.compile(r"[^\W_][\w.@-]{0,99}")
 
 
 def check_together(config: Config) -> None:
@@ -51,6 +51,11 @@ def check_together(config: Config) -> None:
     elif engine.kind == "sglang":
         if workload.documents is not None:
             raise ConfigError("workload.documents: SGLang decides its own text; use prompts")
+        if engine.acceptance == "target_only":
+            raise ConfigError(
+                f"engine.acceptance: SGLang accepts drafts by a rule of its own, got "
+                f"{engine.acceptance!r}; leave it out"
+            )
     elif (workload.prompts is None) == (workload.documents is None):
         raise ConfigError("workload: give exactly one of prompts and documents")
     for key, path in (files := workload.files).items():
@@ -72,7 +77,7 @@ def check_together(config: Config) -> None:
 
 def _check_names(config: Config) -> None:
     """What becomes a folder stays in its own, and a device is one that torch knows."""
-    name, device = config.run.name, config.engine.device
+    name = config.run.name
     if not FOLDER_NAME.fullmatch(name):
         raise ConfigError(
             f"run.name: a folder of that name is made in run.dir, got {name!r}; use up to 100 letters, "
@@ -80,8 +85,7 @@ def _check_names(config: Config) -> None:
         )
     if not config.run.dir:
         raise ConfigError("run.dir: the folder that runs go into, got ''; use runs, or .")
-    if not DEVICE.fullmatch(device):
-        raise ConfigError(f"engine.device: auto, cpu, cuda or cuda:N is allowed, got {device!r}")
+    check_name(config.engine.device)
 
 
 def _check_exact(config: Config) -> None:

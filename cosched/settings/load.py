@@ -17,6 +17,7 @@ from cosched.registry import DRAFTERS
 from cosched.settings.arms import ADAPTED, BASE_ARMS, DRAFT_MARK, VARIANT_NAME
 from cosched.settings.check import check_together
 from cosched.settings.convert import convert
+from cosched.settings.device import check_there
 from cosched.settings.drafts import require_draft, stand_in, take_drafts, whole_draft
 from cosched.settings.hub import model_folder, not_found
 from cosched.settings.merge import from_words, merge, over, plain, read_yaml, with_defaults
@@ -115,23 +116,8 @@ def check_paths(config: Config) -> None:
     for key, path in named.items():
         if not Path(path).exists():
             raise ConfigError(f"{key}: nothing at {path}")
-    _check_device(engine.device)
+    check_there(engine.device)
     _check_weights(config)
-
-
-def _check_device(device: str) -> None:
-    kind, _, index = device.partition(":")
-    if kind != "cuda":
-        return
-    import torch  # settings alone need no tensor library
-
-    count = torch.cuda.device_count()
-    if int(index or 0) >= count:
-        there = f"{count} of them" if count else "no GPU"
-        raise ConfigError(
-            f"engine.device: {device!r}, and torch sees {there} here; use auto or cpu (cosched doctor "
-            f"says what torch was built for)"
-        )
 
 
 def _check_weights(config: Config) -> None:

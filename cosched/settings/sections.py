@@ -36,9 +36,9 @@ class RunSettings(Section, frozen=True):
 class EngineSettings(Section, frozen=True):
     """``engine``: what decodes. ``trace`` is the folder that ``kind: trace`` replays.
 
-    ``device`` is ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``; ``dtype`` is that of the
-    weights of target and draft; ``max_batch`` requests are decoded at once; ``num_threads`` are CPU
-    threads (null: what torch takes, and one where SGLang serves on a CPU).
+    ``device`` is ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``; ``dtype`` is that
+    of the weights of target and draft; ``max_batch`` requests are decoded at once; ``num_threads`` are
+    CPU threads (null: what torch takes, and one where SGLang serves on a CPU).
 
     A trace has the target's rows; ``live`` computes them all the same, which takes the time that
     verification takes: to compare speeds on the same text.

@@ -15,6 +15,7 @@ from cosched.errors import CheckpointError
 if TYPE_CHECKING:
     from pathlib import Path
 
+PICKLED = "pytorch_model*.bin"
 INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the format
 
@@ -48,15 +49,17 @@ def header(path: Path) -> dict[str, Any]:
 def check_weights(key: str, folder: Path, pickles: bool) -> None:
     """Make sure that the weights of a model are there and whole; ``key`` says where it is named.
 
-    ``pickles`` says whether whoever loads it reads ``*.bin`` files too.
+    ``pickles`` says whether whoever loads it reads ``pytorch_model.bin`` too, as Hugging Face names it.
 
     Raises:
         CheckpointError: they are not.
     """
     files = sorted(folder.glob("*.safetensors"))
-    if not files and not (pickles and any(folder.glob("*.bin"))):
+    if not files and not (pickles and any(folder.glob(PICKLED))):
         others = [path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind)]
         has = f"only {', '.join(others)}, which are not opened" if others else "none"
+        if any(folder.glob(PICKLED)) and not key.startswith("target"):
+            has += "; cosched convert writes a draft anew"
         raise CheckpointError(f"{key}: {folder} needs weights in *.safetensors, and has {has}")
     try:
         for path in files:

@@ -73,11 +73,15 @@ class Server:
         return self.process.wait(60)
 
 
-def launch(config: str, words: Sequence[str], folder: Path, environment: dict[str, str]) -> Server:
-    """Begin to start one on a free port; what it writes goes below ``folder``."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def launch(config: str, words: Sequence[str], folder: Path, environment: dict[str, str]) -> Server:
+    """Begin to start one on a free port; what it writes goes below ``folder``."""
+    port = free_port()
     first = next((i for i, w in enumerate(words) if w.startswith("--")), len(words))
     runs = os.path.relpath(folder / "runs", ROOT)  # as every shipped file has it
     ours = [f"run.dir={runs}", *words[:first]]

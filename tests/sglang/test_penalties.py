@@ -38,6 +38,7 @@ def test_a_penalty_means_what_it_means_to_stock_eagle3(
     assert ours == stock
     plain = tokens(decode("float32", sampling=[PENALTIES]))
     free = tokens(decode("float32"))
+    assert plain != free  # they do something
     differ = sum(one != other for one, other in zip(stock, plain, strict=True))
     report(
         f"texts of {len(plain)} that differ from no speculation with the same penalties: {differ}; "

@@ -19,6 +19,7 @@ from torch import Tensor
 from cosched.engines.embedded.target import Target
 from cosched.engines.sglang.cpu.sampling import top_k_renorm_prob, top_p_renorm_prob
 from cosched.settings.load import load_config, to_yaml
+from cosched.testing.sampling import p_value
 from tests.sglang.serving import ROOT, WORLD, Answers, Decode, accept_length, prompts, tokens
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]  # several engines a test
@@ -77,23 +78,6 @@ def p_values(answers: Answers) -> list[float]:
             expected[at[tuple(text[i] for i in picked)]] += chance * number
         found.append(p_value(observed, expected))
     return found
-
-
-def p_value(observed: Tensor, expected: Tensor) -> float:
-    """Pearson's chi-square; cells that expect fewer than five are one."""
-    common = expected >= 5
-    rare = [(cells[~common].sum()[None]) for cells in (observed, expected)]
-    if rare[1] >= 5:
-        observed, expected = (
-            torch.cat((cells[common], rest))
-            for cells, rest in zip((observed, expected), rare, strict=True)
-        )
-    else:
-        observed, expected = observed[common], expected[common]
-    expected = expected * observed.sum() / expected.sum()
-    statistic = ((observed - expected) ** 2 / expected).sum().double()
-    degrees = torch.tensor(len(expected) - 1.0, dtype=torch.float64)
-    return float(torch.special.gammaincc(degrees / 2, statistic / 2))
 
 
 def sampled(decode: Decode, *args: Any, **more: Any) -> Answers:

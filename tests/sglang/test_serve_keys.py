@@ -96,7 +96,7 @@ def test_sglangs_middleware_guards_our_routes(
 
     async def ask() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app, client=(host, 1234))
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             return [
                 await http.get("/cosched/status", headers=headers),
                 await http.post("/cosched/off", headers=headers),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import socket
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from cosched.errors import ServerError
@@ -20,7 +22,9 @@ def check_address(host: str, port: int) -> None:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, kind, protocol, _, address in found:
-            with socket.socket(family, kind, protocol) as probe:
+            with _socket(family, kind, protocol) as probe:
+                if probe is None:
+                    continue
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
                 probe.bind(address)
     except OSError as error:
@@ -28,6 +32,16 @@ def check_address(host: str, port: int) -> None:
             f"--host {host} --port {port}: the server cannot listen there: "
             f"{error.strerror or error}; use another --port, or stop what has it"
         ) from error
+
+
+def _socket(family: int, kind: int, protocol: int) -> AbstractContextManager[socket.socket | None]:
+    """None for a family that this kernel has not, as IPv6 where only a file names it."""
+    try:
+        return socket.socket(family, kind, protocol)
+    except OSError as error:
+        if error.errno != errno.EAFNOSUPPORT:
+            raise
+        return nullcontext()
 
 
 def check_tokens(manager: Any, _request: Any, input_ids: Sequence[int] | None) -> None:

@@ -143,6 +143,11 @@ def check_draft_servable(config: Config) -> None:
     """The same of the draft of one arm, whichever others there are."""
     fixed_arguments(config)
     check_supported(config.engine.arguments, lambda name: f"engine.arguments.{name}")
+    rejection = "speculative_use_rejection_sampling"
+    if config.engine.device == "cpu" and config.engine.arguments.get(rejection):
+        raise ConfigError(
+            f"engine.arguments.{rejection}: SGLang has it for GPUs only; leave it out"
+        )
     settings = config.drafter_settings
     if (form := config.adapt.replay.teacher) != "hidden":
         raise ConfigError(

@@ -3,9 +3,9 @@
 Where the server has ``--api-key`` or ``--admin-api-key``, they need it as SGLang's own routes for
 operators do (with both, the admin key). Where it has none, only clients of the same machine are
 answered, and no web page: a browser says where a request comes from (``Origin``), and by which name
-it found the machine (``Host``): a page may have had its own name point here since it was opened. A
-client is told by the address of its connection: whatever reaches the server through a proxy of this
-machine comes from this machine, unless the proxy passes on the name that it was called by, as most do.
+it found the machine (``Host``): a page may have had its own name point here since it was opened. Nor
+is anybody whom a proxy passes on and says so. Behind one of this machine that neither says so nor
+passes on the name that it was called by, all clients seem to be of this machine.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ def refused(client: Any, headers: Any) -> str | None:
             f"/cosched/ answers clients of its own machine only, not {host or 'unknown ones'}, "
             f"because this server has no --api-key and no --admin-api-key"
         )
+    if "x-forwarded-for" in headers or "forwarded" in headers:
+        return "/cosched/ answers nobody through a proxy on a server without --api-key"
     if "origin" in headers:
         return "/cosched/ answers no web pages on a server without --api-key"
     named = headers.get("host", "")

@@ -114,8 +114,8 @@ def _never_raises(
 class Adaptation:
     """The co-scheduler inside one scheduler process.
 
-    ``save`` writes the serving draft as a checkpoint, ``autosave`` does unasked. With ``watches`` off (a policy that never
-    trains) no rows are taken from the device and rounds are only counted.
+    ``save`` writes the serving draft as a checkpoint, ``autosave`` does unasked. With ``watches`` off
+    (a policy that never trains) no rows are taken from the device and rounds are only counted.
     """
 
     def __init__(
@@ -263,7 +263,7 @@ class Adaptation:
             self._sink.emit("warning", reason=self._warning)
         elif self._warning and not starved:
             self._warning = None
-        if self._autosave is not None:
+        if self._autosave is not None and not self._coscheduler.counters.serves_loaded:
             self._autosave.look(self.version)
         self._operator.show(self.status())
 

@@ -30,21 +30,21 @@ class Autosave:
         self._every = every
         self._at_end = at_end
         self._keep = keep
-        self._newest = 0
+        self._tried = self._stored = 0  # versions
         self._saved: list[Path] = []
 
     def look(self, version: int) -> None:
         """After a round: requests wait while it saves."""
-        if self._every and version - self._newest >= self._every:
+        if self._every and version - self._tried >= self._every:
             self._store(version)
 
     def end(self, version: int) -> None:
         """When the last request is answered."""
-        if self._at_end and version > self._newest:
+        if self._at_end and version > self._stored:
             self._store(version)
 
     def _store(self, version: int) -> None:
-        self._newest = version  # what fails is tried again with the next one
+        self._tried = version  # what fails is tried again so many later, and at the end
         path = self._folder / f"auto-{version}"
         try:
             self._save(path)
@@ -52,6 +52,7 @@ class Autosave:
             logger.warning("cosched: version %d of the draft is not saved: %s", version, error)
             return
         logger.info("cosched: version %d of the draft is in %s", version, path)
+        self._stored = version
         self._saved.append(path)
         while len(self._saved) > self._keep:
             shutil.rmtree(self._saved.pop(0), ignore_errors=True)
