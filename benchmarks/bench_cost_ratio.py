@@ -1,6 +1,6 @@
 """What a round is made of: a plain step, a verification, a proposal; and what a draft must reach to pay.
 
-Usage: python benchmarks/bench_cost_ratio.py [--context 512] [--turns 60] [--threads 2]
+Usage: python benchmarks/bench_cost_ratio.py [--context 512] [--turns 60] [--threads 2] [--json FILE]
 
 Break-even is the acceptance length at which speculation is as fast as plain decoding:
 (verification of K + 1 rows + proposal) / plain step. All parts run in turns in one process.
@@ -9,6 +9,7 @@ Break-even is the acceptance length at which speculation is as fast as plain dec
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from cosched.settings.load import load_config
 ROOT = Path(__file__).parent.parent
 
 
+@torch.no_grad()
 def target_step(target: Target, context: int, rows: int) -> Callable[[], object]:
     """A forward of some rows behind a context; the cache is written again at the same place."""
     cache = target.new_cache(1, context + rows)
@@ -34,6 +36,7 @@ def target_step(target: Target, context: int, rows: int) -> Callable[[], object]
     return lambda: target.forward(ids[:, context:], at[:, context:], cache)
 
 
+@torch.no_grad()
 def proposal(drafter: Drafter, target: Target, context: int, turns: int) -> Callable[[], object]:
     """A round of the draft: two newly committed tokens, then K drafts."""
     state = drafter.new_state(1, context + 2 * (turns + 10), None)
@@ -53,13 +56,13 @@ def proposal(drafter: Drafter, target: Target, context: int, turns: int) -> Call
     return step
 
 
-@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--turns", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--drafters", nargs="+", default=["eagle3", "dflash", "pard"])
+    parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     steps: dict[str, Callable[[], object]] = {}
     for kind in options.drafters:
@@ -75,7 +78,8 @@ def main() -> None:
     for turn in range(options.turns + 5):
         for name, step in steps.items():
             started = time.perf_counter()
-            step()
+            with torch.no_grad():
+                step()
             if target.device.type == "cuda":
                 torch.cuda.synchronize()
             if turn >= 5:
@@ -84,6 +88,7 @@ def main() -> None:
     print(
         f"{options.context} tokens of context, {options.threads} threads, {rows - 1} drafts a round"
     )
+    figures: dict[str, float] = {}
     for name, seconds in times.items():
         median = statistics.median(seconds)
         share = f"{median / plain:6.3f} plain steps"
@@ -91,8 +96,12 @@ def main() -> None:
             share += (
                 f", one of {rows - 1} tokens {plain / (median / (rows - 1)):5.1f} times cheaper"
             )
-            share += f", break-even at {(verify + median) / plain:.2f}"
+            figures[f"{name} break-even"] = (verify + median) / plain
+            share += f", break-even at {figures[f'{name} break-even']:.2f}"
         print(f"{name:<14} {median * 1e3:7.2f} ms  {share}")
+        figures[f"{name} ms"] = median * 1e3
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

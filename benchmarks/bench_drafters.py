@@ -1,6 +1,6 @@
 """What the shared interface costs: ``propose`` and ``replay`` against loops written by hand.
 
-Usage: python benchmarks/bench_drafters.py [--pairs 200] [--threads 1] [--device cuda]
+Usage: python benchmarks/bench_drafters.py [--pairs 200] [--threads 1] [--device cuda] [--json FILE]
 
 Every family of the tiny world, over the very same module. The hand-written serving loop knows that
 all slots have the same length, keeps its own cache, masks only what it must and has no window. The
@@ -12,6 +12,7 @@ Both sides of a pair run in turns, so that a busy machine hits both.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -80,7 +81,8 @@ def eagle3_loop(drafter: Eagle3Drafter, target: Target, batch: int, length: int)
                 inputs, residual = network.inputs(target.embedding(drafted[-1]), hidden)
                 queries, keys, values = network.project(inputs, positions[-1:] + k)
                 cache.put(at + k - 1, keys, values)
-            normed, hidden = network.finish(residual, cache.attend(queries, at + k))
+            finished = network.finish(residual, cache.attend(queries, at + k))
+            normed, hidden = network.outputs(finished)
             assert network.lm_head is not None
             drafted.append(network.lm_head(normed).float().argmax(-1))
         return torch.cat(drafted, 1)
@@ -185,7 +187,7 @@ def plain_eagle3(drafter: Eagle3Drafter, target: Target, batch: SignalBatch) -> 
         attended = weights[..., :length] @ values[0]
         for i, one in enumerate(values[1:]):
             attended = attended + weights[..., length + i : length + i + 1] * one
-        normed, hidden = network.finish(residual, attended.transpose(1, 2))
+        normed, hidden = network.outputs(network.finish(residual, attended.transpose(1, 2)))
         assert network.lm_head is not None
         logits.append(network.lm_head(normed))
     rows = torch.stack(logits, 2)
@@ -336,28 +338,32 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--families", nargs="+", default=list(LOOPS))
+    parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_default_device(options.device)  # of everything that the loops make
     device = torch.device(options.device)
     target = Target.load(str(ROOT / "tinyworld/target"), device, torch.float32)
     print(f"{'':<8}{'':<22}{'shared':>10}{'by hand':>10}{'ratio':>8}")
+    figures: dict[str, float] = {}
     for name in options.families:
         for batch in (1, 8):
-            figures = time_propose(name, target, batch, options.pairs)
+            times = time_propose(name, target, batch, options.pairs)
             print(
-                "{:<8}propose, batch {:<7}{:>8.2f}ms{:>8.2f}ms{:>8.3f}".format(
-                    name, batch, *figures
-                )
+                "{:<8}propose, batch {:<7}{:>8.2f}ms{:>8.2f}ms{:>8.3f}".format(name, batch, *times)
             )
+            figures[f"{name} propose, batch {batch}, / by hand"] = times[-1]
         for batch in (1, 8):
-            figures = time_replay(name, target, batch, max(4, options.pairs // 10))
+            times = time_replay(name, target, batch, max(4, options.pairs // 10))
             print(
                 "{:<8}replay, requests {:<5}{:>8.2f}ms{:>8.2f}ms{:>8.3f}".format(
-                    name, batch, *figures
+                    name, batch, *times
                 )
             )
+            figures[f"{name} replay, requests {batch}, / by hand"] = times[-1]
     print("aim: at most 1.15 each")
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":
