@@ -53,7 +53,10 @@ class BackgroundTrainer:
     def begin(self, work: Callable[[], R | None]) -> Future[R]:
         """Have something done in the thread, behind what the engine has given the device until now."""
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            engines = torch.cuda.current_stream(self._device)
+            while self._stream == engines:  # PyTorch has a few, and hands them out in turns
+                self._stream = torch.cuda.Stream(self._device)
+            self._stream.wait_stream(engines)
         return self._thread.submit(self._run, work)
 
     def _leave(self, number: int) -> None:
