@@ -103,7 +103,8 @@ def test_operations_and_launches_are_those_of_a_micro_step(
     assert found == pytest.approx(operations.get_total_flops(), rel=0.05)
     # Another version of PyTorch may put an operator together from others.
     assert launches.number == pytest.approx(expected.launches, rel=0.1)
-    assert forwards.number == pytest.approx(expected.forward, rel=0.1)
+    # Several requests are padded to one length: some masks more than one has.
+    assert forwards.number == pytest.approx(expected.forward, rel=0.1 if requests == 1 else 0.15)
 
 
 def test_the_page_has_the_tables_that_the_script_prints(model: Any) -> None:

@@ -29,5 +29,7 @@ class Copies:
     def make(self) -> None:
         """Make those that wait."""
         for destinations, sources in self._waiting.values():
-            torch._foreach_copy_(destinations, sources)
+            torch._foreach_copy_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+                destinations, sources
+            )
         self._waiting.clear()

@@ -10,6 +10,7 @@ import torch
 
 from cosched.errors import PublicationError
 from cosched.loop.checksum import checksum, fold, fold_together, read
+from cosched.loop.copies import Copies
 from cosched.records import WeightVersion
 
 if TYPE_CHECKING:
@@ -215,6 +216,7 @@ class InPlacePublisher:
 
 
 def _write(storage: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """All of them in one call, which a GPU does in few kernels."""
-    if values:
-        torch._foreach_copy_([storage[name] for name in values], list(values.values()))
+    copies = Copies()
+    for name, value in values.items():
+        copies.add(storage[name], value)
+    copies.make()

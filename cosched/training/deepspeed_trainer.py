@@ -119,8 +119,7 @@ class DeepSpeedTrainer:
             if self._zero_stage:
                 return value, self._step_of_zero(loss, value)
             self._engine.backward(loss)
-            gradients = [p.grad for p in self._trained.values() if p.grad is not None]
-            skipped = clip_finite(gradients, value, self._max_grad_norm)
+            skipped = clip_finite(list(self._trained.values()), value, self._max_grad_norm)
             optimizer: Any = self._base_optimizer
             optimizer.found_inf = skipped  # as a GradScaler tells a fused optimizer
             self._engine.step()
