@@ -205,8 +205,8 @@ def test_lora_takes_memory_for_its_adapters_only(configure: Configure) -> None:
         lora, full = (
             footprint(config, *sketch(config))
             for config in (
-                configure(family=family),
-                configure("adapt.scope.kind=full", family=family),
+                configure("adapt.trainer.zero_stage=1", family=family),
+                configure("adapt.scope.kind=full", "adapt.trainer.zero_stage=1", family=family),
             )
         )
         target, drafter = sketch(configure(family=family))

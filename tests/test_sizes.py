@@ -201,6 +201,7 @@ def write_experiment(folder: Path, kind: str, drafted: int, **engine: Any) -> Pa
             "memory": {"max_bytes": 2**30},
             "policy": {"kind": "every_n_rounds"},
             "guard": {"kind": "finite"},
+            "trainer": {"zero_stage": 1},
         },
     }
     path = folder / "experiment.yaml"

@@ -114,8 +114,10 @@ def test_memory_of_several_adapters(configure: Configure) -> None:
     one, three = (
         footprint(config, *sketch(config))
         for config in (
-            configure("engine.max_batch=3"),
-            configure("adapt.scope.state=per_request", "engine.max_batch=3"),
+            configure("engine.max_batch=3", "adapt.trainer.zero_stage=1"),
+            configure(
+                "adapt.scope.state=per_request", "engine.max_batch=3", "adapt.trainer.zero_stage=1"
+            ),
         )
     )
     adapters = 3 * one.num_trained

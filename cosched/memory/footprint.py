@@ -216,6 +216,7 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
     workload = config.workload
     longest = workload.prompt_tokens + workload.turns * workload.max_new_tokens
     cache = drafter.cache_bytes_per_token
+    num_ranks = config.engine.arguments.get("tp_size", 1)
     return Footprint(
         num_target_parameters=target_parameters,
         num_draft_parameters=held,
@@ -227,7 +228,7 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
         serving_adapters=dtype.itemsize * adapters if served else 0,
         merged=4 * published if adapters and not served else 0,
         last_good=dtype.itemsize * versions,
-        masters=4 * trained if config.adapt.trainer.zero_stage else 0,
+        masters=4 * trained if config.adapt.trainer.stage_of(num_ranks) else 0,
         moments=8 * trained,
         gradients=4 * trained,
         reference=4 * trained * any(loss.needs_reference for loss in losses),
@@ -235,7 +236,7 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
         loss=max(_loss_peak(config, target, drafter, loss, limits) for loss in losses)
         if trained
         else 0,
-        scores=_scores_peak(config, target, drafter, scored, limits) if trained else 0,
+        scores=_scores_peak(config, target, drafter, scored, limits, requests) if trained else 0,
         process=_process(config, target, published) if trained else 0,
         replay=requests * one if trained else 0,
         draft_cache=cache * config.engine.max_batch * longest,
@@ -277,12 +278,13 @@ def _scores_peak(
     drafter: Drafter,
     scored: Sequence[str],
     limits: ReplayLimits,
+    num_requests: int,
 ) -> int:
-    """Score as many rows as the guard asks for at most, all of one request, likewise."""
+    """Score as many rows as the guard asks for at most, of all requests at once, likewise."""
     guard = config.adapt.guard
     if not isinstance(guard, ShadowSettings):
         return 0
-    num_anchors = min(LOOKED_AT * guard.anchors, limits.window - limits.path)
+    num_anchors = min(LOOKED_AT * guard.anchors, num_requests * (limits.window - limits.path))
     return scores_peak(
         drafter,
         scored,

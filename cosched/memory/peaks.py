@@ -68,7 +68,7 @@ def scores_peak(
     num_rows: int,
     chunk_rows: int | None,
 ) -> int:
-    """Most bytes at once, from the draft's states to the scores of one request's rows, like that.
+    """Most bytes at once, from the draft's states to the scores of rows, like that.
 
     Logits, and what is made of them; with the parameters ``scored`` as they are put into the network,
     in float32 again where they are ``served_as`` another type. Weights are scored one after another,
