@@ -10,11 +10,10 @@ import msgspec
 import torch
 
 from cosched.errors import ConfigError
-from cosched.guard.guard import LOOKED_AT
 from cosched.guard.scorer import AcceptanceScorer
 from cosched.guard.settings import ShadowSettings
-from cosched.memory.footprint import no_teacher_rows, replay_limits
-from cosched.records import Decision, SignalBatch
+from cosched.memory.footprint import batch_of_look, batch_of_update
+from cosched.records import Decision
 from cosched.registry import DRAFTERS, LOSSES
 from cosched.training.background import BackgroundScorer, BackgroundTrainer
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
@@ -27,7 +26,7 @@ from cosched.training.scope import lora_of, parameters_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from cosched.loop.roles import Scorer, Trainer
     from cosched.protocols import Drafter, TargetInfo
@@ -201,40 +200,7 @@ def rehearse(
     The first ones take many times as long as others, and moments are there only after the first step:
     SGLang gives its caches what is left by then.
     """
-    guard, most = config.adapt.guard, config.adapt.replay.anchors
-    trainer.update(_empty_batch(config, target, copy, most), Decision(1))
-    if isinstance(guard, ShadowSettings):
-        most = LOOKED_AT * guard.anchors
-    if isinstance(guard, ShadowSettings) or config.experts:  # else nobody looks
-        scorer.scores(_empty_batch(config, target, copy, most), [trainer.weights()])
+    trainer.update(batch_of_update(config, target, copy), Decision(1))
+    if isinstance(config.adapt.guard, ShadowSettings) or config.experts:  # else nobody looks
+        scorer.scores(batch_of_look(config, target, copy), [trainer.weights()])
     trainer.reset()
-
-
-def _empty_batch(
-    config: Config, target: TargetInfo, copy: Drafter, num_anchors: int
-) -> SignalBatch:
-    """Of so many anchors at most, of all requests that run; no two teacher rows are alike."""
-    limits, device = replay_limits(config, target, copy), target.embedding.weight.device
-    window, path = limits.window, limits.path
-    requests = max(1, min(config.engine.max_batch, num_anchors))
-    anchors = max(1, min(num_anchors // requests, window - path))
-    teacher_0X = no_teacher_rows(config, target, limits)
-    width = len(copy.signal.feature_layers) * target.hidden_size
-
-    def blank(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.zeros(requests, *shape, dtype=dtype, device=device)
-
-    teacher_RNKX = blank(anchors, path, teacher_0X.shape[-1], dtype=teacher_0X.dtype)
-    if config.adapt.replay.teacher == "hidden":
-        teacher_RNKX.normal_(generator=torch.Generator(device).manual_seed(0))
-    return SignalBatch(
-        starts_R=blank(),
-        lengths_R=blank() + window,
-        tokens_RC1=blank(window + 1),
-        features_RCF=blank(window, width, dtype=target.embedding.weight.dtype) if width else None,
-        anchors_RN=torch.arange(1, anchors + 1, device=device).expand(requests, -1),
-        paths_RNK=blank(anchors, path),
-        teacher_RNKX=teacher_RNKX,
-        weights_RNK=blank(anchors, path, dtype=torch.float32) + 1,
-        window=config.drafter_settings.window,
-    )

@@ -159,6 +159,18 @@ class AcceptanceScorer:
         self, batch: SignalBatch, weights: Sequence[Mapping[str, Tensor]]
     ) -> list[list[list[float]]]:
         """Of each of the weights, request by request."""
+        table_WRN = self.lengths(batch, weights)
+        counts, *found = table_WRN.tolist()  # host waits for the device
+        return [
+            [
+                [length for length, counts_ in zip(*anchors, strict=True) if counts_]
+                for anchors in zip(one, counts, strict=True)
+            ]
+            for one in found
+        ]
+
+    def lengths(self, batch: SignalBatch, weights: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Which anchors count, and the score of each with each of the weights ``[1 + W, R, N]``."""
         rows = counted_rows(batch, self._teacher_form)
         at = self._temperatures(batch, rows.places_M)
         if self.chunk_rows is None:  # what is said of rows that are alike is worked out once
@@ -177,15 +189,7 @@ class AcceptanceScorer:
             kept = kept_M.new_zeros(batch.weights_RNK.numel()).index_copy_(0, rows.places_M, kept_M)
             kept_RNK = kept.unflatten(0, batch.weights_RNK.shape)
             lengths.append(1 + kept_RNK.cumprod(-1).sum(-1))
-        table_WRN = torch.stack((counts_RN.to(lengths[0].dtype), *lengths))
-        counts, *found = table_WRN.tolist()  # host waits for the device
-        return [
-            [
-                [length for length, counts_ in zip(*anchors, strict=True) if counts_]
-                for anchors in zip(one, counts, strict=True)
-            ]
-            for one in found
-        ]
+        return torch.stack((counts_RN.to(lengths[0].dtype), *lengths))
 
     def _temperatures(self, batch: SignalBatch, places_M: Tensor) -> RowTemperatures:
         """Those of rows, by their places among all; all greedy where the engine is."""

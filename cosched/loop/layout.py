@@ -71,6 +71,6 @@ def _each_its_own(places_M: Tensor, rows_MX: Tensor) -> CountedRows:
 def upload(numbers: NDArray[Any], device: torch.device) -> Tensor:
     """The numbers on a device, behind all that it has to do; out of pinned memory nobody waits."""
     tensor = torch.from_numpy(np.ascontiguousarray(numbers))
-    return (
-        tensor if device.type == "cpu" else tensor.pin_memory(device).to(device, non_blocking=True)
-    )
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory(device).to(device, non_blocking=True)

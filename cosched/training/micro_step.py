@@ -183,9 +183,15 @@ class BatchLoss(nn.Module):
                 logits.topk(min(most, logits.shape[-1])).indices.flatten()
                 for logits in (teacher_TV, *students)
             ]
-        tokens_W = torch.cat(best).unique()  # host waits for the device
+        tokens_W = self.union(best, teacher_TV.shape[-1])
         teacher_TW = teacher_TV.index_select(-1, tokens_W)
         return replace(prepared, tokens_W=tokens_W, teacher_TW=teacher_TW)
+
+    @staticmethod
+    def union(tokens: Sequence[Tensor], vocab_size: int) -> Tensor:
+        """Those that are in any, each once ``[W]``, of a vocabulary of that size."""
+        del vocab_size
+        return torch.cat(list(tokens)).unique()  # host waits for the device
 
     def _temperatures(self, batch: SignalBatch, counts_M: Tensor) -> Tensor | None:
         """Those at which rows that count sample, for a loss that asks for it; greedy ones nearly at 0."""
