@@ -10,11 +10,12 @@ N anchors per request, C rows of context, F feature width, H hidden width, V voc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 Rows = Literal["accepted", "refused", "all", "delayed"]
@@ -165,6 +166,20 @@ IDLE_TICK = VerifyRound((), (), (), draft_seconds=0.0, verify_seconds=0.0, num_r
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """What the host knows of a batch that it has put together, so that it need not ask the device.
+
+    Teacher rows of the same number in ``says_RNK`` are alike. ``of`` are the batch's starts, weights and
+    teacher: of others it is void.
+    """
+
+    starts: tuple[int, ...]
+    weights_RNK: NDArray[Any]
+    says_RNK: NDArray[Any]
+    of: tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class SignalBatch:
     """Contexts, anchors and paths to train on, padded over R requests.
 
@@ -173,7 +188,7 @@ class SignalBatch:
     index into the context: the draft may see tokens up to and including it, and features before
     it. ``weights_RNK`` is zero where a row must not teach. ``window`` is how many tokens back the
     draft saw when it served, None for all. ``temperatures`` has one number a request, on the host: that
-    at which it samples, 0 where it is greedy; None where all sample at 1.
+    at which it samples, 0 if it is greedy; None where all sample at 1. ``layout`` is what it knows besides.
     """
 
     starts_R: Tensor
@@ -186,10 +201,23 @@ class SignalBatch:
     weights_RNK: Tensor
     window: int | None = None
     temperatures: tuple[float, ...] | None = None
+    layout: Layout | None = None
 
     @property
     def num_rows(self) -> int:
         return int(self.weights_RNK.numel())
+
+    @property
+    def known(self) -> Layout | None:
+        """The layout, unless the tensors that it is of have been replaced."""
+        known, own = self.layout, (self.starts_R, self.weights_RNK, self.teacher_RNKX)
+        return known if known and list(map(id, own)) == list(map(id, known.of)) else None
+
+    @property
+    def last_start(self) -> int:
+        """The greatest of ``starts_R``, for tables of positions."""
+        known = self.known  # without it the host waits for the device
+        return max(known.starts) if known else int(self.starts_R.max())
 
 
 @dataclass(frozen=True, slots=True)

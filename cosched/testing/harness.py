@@ -115,13 +115,14 @@ def make_engine(
     recorder: Any = None,
     seed: int = 0,
     admit: Admit | None = None,
+    rows: type[LiveRows] = LiveRows,
 ) -> EmbeddedEngine:
     """An embedded engine that has room for these requests; greedy unless a verifier is given."""
     longest = max(request.max_length for request in requests)
     layers = drafter.signal.feature_layers if drafter else ()
     extra = drafter.num_draft_tokens if drafter else 0
     return EmbeddedEngine(
-        rows=LiveRows(target, max_batch, longest + extra + 1, layers),
+        rows=rows(target, max_batch, longest + extra + 1, layers),
         verifier=verifier or GreedyVerifier(),
         drafter=drafter,
         options=EngineOptions(max_batch, longest, seed, stop_tokens, window),

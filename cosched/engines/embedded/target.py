@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from cosched.engines.embedded import attention
 from cosched.engines.embedded.kv_cache import SlotCache
 from cosched.errors import CheckpointError, ConfigError
-from cosched.loop.publish import checksum
+from cosched.loop.checksum import checksum
 from cosched.memory.targets import window_of
 
 if TYPE_CHECKING:
