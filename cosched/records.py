@@ -118,7 +118,7 @@ class ServedBlock:
     Drafted token k is judged by ``teacher_KX[k]``. Rows up to and including ``num_accepted`` stand
     on text that was committed; later ones on at least one refused token. ``num_committed`` is
     ``num_accepted + 1``, less where the request ended inside the block. ``teacher_KX`` is None
-    where nobody learns from it.
+    where nobody learns from it. K is this block's own: a round may draft fewer tokens, or none.
     """
 
     request_id: str
@@ -194,12 +194,15 @@ class Proposal:
     A drafter without distributions gives no logits: it chose its tokens by itself, with certainty.
     Sampled verification then accepts token d with probability p(d).
 
+    ``counts`` is the engine's: of each request so many tokens are verified, the first ones; None: all.
+
     One chain a request. A tree would be a proposal with more tokens and, for each, the index of its
     parent; row j would then be judged behind its parents, and training sees paths either way.
     """
 
     tokens_BK: Tensor
     logits_BKV: Tensor | None = None
+    counts: tuple[int, ...] | None = None
 
 
 # --- control records: numbers only ---------------------------------------------------------

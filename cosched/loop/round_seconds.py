@@ -1,0 +1,123 @@
+"""What a round takes, by how many tokens it drafts for each request and how many requests there are."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import median_low
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+SAMPLES = 9  # rounds of a length, the newest, whose median is what it takes
+ENOUGH = 2  # of them tell something: the lower one, where a first round is slow
+LINE = 2.0  # rounds that the line through all lengths counts for
+STEP = 1.01  # by which one round changes how slow all of them are: only its direction counts
+STALE = 256  # rounds after which all but the newest samples of a length are forgotten
+AWAY = 32  # rounds of other lengths, less those of its own, after which a length is no yardstick
+
+
+class RoundSeconds:
+    """Seconds of a round that drafts K tokens a request, measured while serving.
+
+    Machines slow down, contexts grow, and a length is not tried all the time. So the length that is
+    drafted most is the yardstick: its rounds say how slow all are just now, and those of others what
+    they take relative to it. That is the median of their newest rounds, drawn to the line through all
+    K > 0 (rows cost alike), and made monotone: one slow round tells nothing. Batches of 1, 2, up to 4,
+    up to 8 and so on differ in that; within them, each number of requests is as slow as it is. A few
+    lengths have to be tried first; those between them are on the line until then.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self._lengths = range(max_tokens + 1)
+        middle = {max_tokens // 2} if max_tokens > 3 else set[int]()
+        self._tried_first = {0, 1, max_tokens} | middle
+        self._levels: dict[int, float] = {}  # seconds of 1, by the number of requests
+        self._sizes: dict[int, _Relative] = {}
+
+    def observe(self, num_running: int, tokens: int, seconds: float) -> None:
+        """One more round."""
+        size = self._size(num_running)
+        samples = size.samples_of(tokens)
+        usual = median_low(samples) if samples else 1.0
+        level = self._levels.setdefault(num_running, seconds / usual)
+        if size.is_yardstick(tokens) and len(samples) >= ENOUGH:
+            self._levels[num_running] = level * STEP if seconds > level * usual else level / STEP
+        if tokens != size.yardstick or len(samples) < ENOUGH:
+            samples.append(seconds / level)
+
+    def table(self, num_running: int) -> tuple[float, ...]:
+        """Seconds by K, from 0 on; 0 where a length has to be tried first."""
+        samples = self._size(num_running).samples
+        level = self._levels.get(num_running, 1.0)
+        weights = [len(found) for found in samples]
+        medians = {k: median_low(found) for k, found in enumerate(samples) if found}
+        line = _line({k: median for k, median in medians.items() if k}, weights)
+        drawn = [line(k) for k in self._lengths]
+        for k, median in medians.items():
+            own, others = weights[k], LINE if k else 0.0  # without drafts there is no draft to run
+            drawn[k] = (own * median + others * drawn[k]) / (own + others)
+        known = _monotone(drawn, [weight + LINE for weight in weights])
+        return tuple(
+            0.0 if k in self._tried_first and weights[k] < ENOUGH else level * seconds
+            for k, seconds in enumerate(known)
+        )
+
+    def _size(self, num_running: int) -> _Relative:
+        size = (num_running - 1).bit_length()
+        if size not in self._sizes:
+            self._sizes[size] = _Relative([deque[float](maxlen=SAMPLES) for _ in self._lengths])
+        return self._sizes[size]
+
+
+@dataclass(slots=True)
+class _Relative:
+    """Newest rounds of each length in some units, and the length that keeps the units."""
+
+    samples: list[deque[float]]
+    yardstick: int | None = None
+    away: int = 0
+    now: int = 0
+    newest: dict[int, int] = field(default_factory=dict[int, int])
+
+    def samples_of(self, tokens: int) -> deque[float]:
+        """Those of a length that has just been drafted once more."""
+        self.now += 1
+        samples = self.samples[tokens]
+        if self.now - self.newest.get(tokens, self.now) > STALE:
+            while len(samples) > ENOUGH:
+                samples.popleft()
+        self.newest[tokens] = self.now
+        return samples
+
+    def is_yardstick(self, tokens: int) -> bool:
+        """Whether that length is, which has just been drafted once more."""
+        if self.yardstick is None or self.away >= AWAY:
+            self.yardstick, self.away = tokens, 0
+        self.away = max(0, self.away + (1 if tokens != self.yardstick else -1))
+        return tokens == self.yardstick
+
+
+def _line(points: Mapping[int, float], weights: Sequence[int]) -> Callable[[int], float]:
+    """The weighted least-squares line through points by x; it does not fall."""
+    total = sum(weights[x] for x in points) or 1
+    mean_x = sum(weights[x] * x for x in points) / total
+    mean_y = sum(weights[x] * y for x, y in points.items()) / total
+    spread = sum(weights[x] * (x - mean_x) ** 2 for x in points)
+    along = sum(weights[x] * (x - mean_x) * y for x, y in points.items())
+    slope = max(0.0, along / spread) if spread else 0.0
+    return lambda x: mean_y + slope * (x - mean_x)
+
+
+def _monotone(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The nearest values, by weighted squares, that do not fall (pool adjacent violators)."""
+    pools: list[tuple[float, float, int]] = []  # mean, weight, how many
+    for value, weight in zip(values, weights, strict=True):
+        pool = (value, weight, 1)
+        while pools and pools[-1][0] > pool[0]:
+            mean, heavy, many = pools.pop()
+            both = heavy + pool[1]
+            pool = ((mean * heavy + pool[0] * pool[1]) / both, both, many + pool[2])
+        pools.append(pool)
+    return [mean for mean, _, many in pools for _ in range(many)]
