@@ -34,46 +34,35 @@ class RoundSeconds:
         middle = {max_tokens // 2} if max_tokens > 3 else set[int]()
         self._tried_first = {0, 1, max_tokens} | middle
         self._levels: dict[int, float] = {}  # seconds of 1, by the number of requests
-        self._sizes: dict[int, _Relative] = {}
+        self._sizes: dict[int, _Size] = {}
 
     def observe(self, num_running: int, tokens: int, seconds: float) -> None:
         """One more round."""
         size = self._size(num_running)
-        samples = size.samples_of(tokens)
-        usual = median_low(samples) if samples else 1.0
+        usual = size.usual(tokens)
         level = self._levels.setdefault(num_running, seconds / usual)
-        if size.is_yardstick(tokens) and len(samples) >= ENOUGH:
+        if size.is_yardstick(tokens):
             self._levels[num_running] = level * STEP if seconds > level * usual else level / STEP
-        if tokens != size.yardstick or len(samples) < ENOUGH:
-            samples.append(seconds / level)
+        size.note(tokens, seconds / level)
 
     def table(self, num_running: int) -> tuple[float, ...]:
         """Seconds by K, from 0 on; 0 where a length has to be tried first."""
-        samples = self._size(num_running).samples
-        level = self._levels.get(num_running, 1.0)
-        weights = [len(found) for found in samples]
-        medians = {k: median_low(found) for k, found in enumerate(samples) if found}
-        line = _line({k: median for k, median in medians.items() if k}, weights)
-        drawn = [line(k) for k in self._lengths]
-        for k, median in medians.items():
-            own, others = weights[k], LINE if k else 0.0  # without drafts there is no draft to run
-            drawn[k] = (own * median + others * drawn[k]) / (own + others)
-        known = _monotone(drawn, [weight + LINE for weight in weights])
+        size, level = self._size(num_running), self._levels.get(num_running, 1.0)
         return tuple(
-            0.0 if k in self._tried_first and weights[k] < ENOUGH else level * seconds
-            for k, seconds in enumerate(known)
+            0.0 if k in self._tried_first and len(size.samples[k]) < ENOUGH else level * relative
+            for k, relative in enumerate(size.smooth())
         )
 
-    def _size(self, num_running: int) -> _Relative:
+    def _size(self, num_running: int) -> _Size:
         size = (num_running - 1).bit_length()
         if size not in self._sizes:
-            self._sizes[size] = _Relative([deque[float](maxlen=SAMPLES) for _ in self._lengths])
+            self._sizes[size] = _Size([deque[float](maxlen=SAMPLES) for _ in self._lengths])
         return self._sizes[size]
 
 
 @dataclass(slots=True)
-class _Relative:
-    """Newest rounds of each length in some units, and the length that keeps the units."""
+class _Size:
+    """Batches that are alike: the newest rounds of each length, in units that the yardstick keeps."""
 
     samples: list[deque[float]]
     yardstick: int | None = None
@@ -81,22 +70,39 @@ class _Relative:
     now: int = 0
     newest: dict[int, int] = field(default_factory=dict[int, int])
 
-    def samples_of(self, tokens: int) -> deque[float]:
-        """Those of a length that has just been drafted once more."""
-        self.now += 1
-        samples = self.samples[tokens]
-        if self.now - self.newest.get(tokens, self.now) > STALE:
-            while len(samples) > ENOUGH:
-                samples.popleft()
-        self.newest[tokens] = self.now
-        return samples
+    def usual(self, tokens: int) -> float:
+        """What a round of that length takes; at the very beginning, 1."""
+        if samples := self.samples[tokens]:
+            return median_low(samples)
+        return self.smooth()[tokens] if any(self.samples) else 1.0
 
     def is_yardstick(self, tokens: int) -> bool:
         """Whether that length is, which has just been drafted once more."""
         if self.yardstick is None or self.away >= AWAY:
             self.yardstick, self.away = tokens, 0
         self.away = max(0, self.away + (1 if tokens != self.yardstick else -1))
-        return tokens == self.yardstick
+        return tokens == self.yardstick and len(self.samples[tokens]) >= ENOUGH
+
+    def note(self, tokens: int, relative: float) -> None:
+        """One more round; the yardstick itself is not measured by it."""
+        samples, self.now = self.samples[tokens], self.now + 1
+        if self.now - self.newest.get(tokens, self.now) > STALE:
+            while len(samples) > ENOUGH:
+                samples.popleft()
+        self.newest[tokens] = self.now
+        if tokens != self.yardstick or len(samples) < ENOUGH:
+            samples.append(relative)
+
+    def smooth(self) -> list[float]:
+        """What each length takes: its own rounds, the line through all, and never less than a shorter."""
+        weights = [len(found) for found in self.samples]
+        medians = {k: median_low(found) for k, found in enumerate(self.samples) if found}
+        line = _line({k: median for k, median in medians.items() if k}, weights)
+        drawn = [line(k) for k in range(len(self.samples))]
+        for k, median in medians.items():
+            own, others = weights[k], LINE if k else 0.0  # without drafts there is no draft to run
+            drawn[k] = (own * median + others * drawn[k]) / (own + others)
+        return _monotone(drawn, [weight + LINE for weight in weights])
 
 
 def _line(points: Mapping[int, float], weights: Sequence[int]) -> Callable[[int], float]:

@@ -13,7 +13,7 @@ import torch
 from cosched.engines.embedded.verification import SamplingParams
 from cosched.engines.embedded.verifiers import GreedyVerifier, SamplingVerifier
 from cosched.loop.lengths import DraftLengths
-from cosched.testing.harness import decode, make_coscheduler, make_engine
+from cosched.testing.harness import Watcher, decode, make_coscheduler, make_engine
 from cosched.testing.lengths import ByOwnCertainty
 from cosched.testing.sampling import FALSE_ALARM, p_values, sampling_target
 from cosched.testing.specimen import (
@@ -125,6 +125,7 @@ class ServingContract:
     ) -> None:
         """Requests that draft unequally many tokens in one round disturb each other in nothing."""
         verifier = SamplingVerifier(SamplingParams(1.0)) if sampled else GreedyVerifier()
+        watcher = Watcher()
         alone, together = (
             decode(
                 make_engine(
@@ -133,6 +134,7 @@ class ServingContract:
                     specimen.requests,
                     max_batch,
                     verifier=verifier,
+                    observer=watcher,
                     lengths=ByOwnCertainty(NUM_DRAFT_TOKENS),
                 ),
                 specimen.requests,
@@ -140,6 +142,26 @@ class ServingContract:
             for max_batch in (1, 3)
         )
         assert alone == together
+        ragged = [len({len(b.path_K) for b in round_.blocks}) > 1 for round_ in watcher.rounds]
+        assert any(ragged) or specimen.make().network() is None
+
+    def test_it_drafts_on_behind_rounds_without_drafts(self, specimen: Specimen) -> None:
+        """What was committed meanwhile is taken in at once, however many rounds it came in.
+
+        Also beside a request that has just begun, near the end of the room that there is.
+        """
+        drafter = specimen.make()
+        texts = make_texts(specimen.target, drafter, count=2, length=64)
+        waiting = Feeder(drafter, texts)
+        later = waiting.texts.pop()
+        waiting.lengths.pop()
+        for length in range(5, 50):
+            waiting.observe([length])
+        waiting.admit(later)
+        waiting.observe([50, 60])
+        fresh = Feeder(drafter, texts)
+        fresh.observe([50, 60])
+        assert close(waiting.propose(), fresh.propose())
 
     def test_a_batch_drafts_what_each_would_alone(self, specimen: Specimen) -> None:
         """A request's proposals do not depend on what else is in the batch."""

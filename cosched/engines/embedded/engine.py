@@ -192,8 +192,7 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def _round(self) -> None:
-        slots, version = self._slots, self.draft_version
-        started = self._clock()
+        slots, started = self._slots, self._clock()
         anchor_B = torch.stack([slot.text[slot.length - 1] for slot in slots])
         drawn_BU = torch.stack(
             [slot.random.uniforms(slot.length - 1, 2 * self._most + 1) for slot in slots]
@@ -213,35 +212,12 @@ class EmbeddedEngine:
         outcome = self._verifier.verify(proposal, rows.logits_BTV, uniforms_BU, path_BS)
         accepted = outcome.num_accepted_B.tolist()  # host waits for the device
         verified = self._clock()
-        segments, blocks = [], []
-        teacher = self._teacher(rows)
-        for index, slot in enumerate(slots):
-            start, count, tokens_K = (
-                slot.length - 1,
-                accepted[index],
-                tokens_BK[index, : counts[index]],
-            )
-            new = torch.cat((tokens_K[:count], outcome.next_B[index : index + 1]))
-            committed = slot.commit(new, self._options.stop_tokens)
-            count = min(count, committed)  # drafts past the end of the text were not asked for
-            segment = self._segment(slot, rows, teacher, index, start, committed, tokens_K)
-            self._observe(index, segment)
-            self._record(slot, rows, index, start, committed)
-            segments.append(segment)
-            if self._drafter:
-                teacher_KX = None if teacher is None else teacher[index, : len(tokens_K)]
-                blocks.append(
-                    ServedBlock(slot.request.id, start, tokens_K, teacher_KX, count, committed)
-                )
-            generated = start + 1 - len(slot.request.prompt_P)
-            slot.rounds.append(
-                RoundRow(slot.request.id, generated, version, len(tokens_K), count, committed)
-            )
+        segments, blocks = self._commit(rows, tokens_BK, counts, accepted, outcome.next_B)
         self.seconds.draft += drafted - started
         self.seconds.verify += verified - drafted
         if self._lengths is not None:
             self._lengths.observe(counts, accepted, tops, self._clock() - started)
-        self._report(tuple(segments), tuple(blocks), drafted - started, verified - drafted)
+        self._report(segments, blocks, drafted - started, verified - drafted)
 
     def _propose(self, drawn_BU: Tensor) -> tuple[Proposal, Sequence[Sequence[float]] | None]:
         """Drafted tokens, and where their number goes by request the top probabilities behind them."""
@@ -257,6 +233,42 @@ class EmbeddedEngine:
         stopping = Stopping(choose, lengths, len(slots))
         proposal = self._drafter.propose(self._state, len(slots), stopping, num_drafted)
         return stopping.cut(proposal), None if proposal.logits_BKV is None else stopping.tops
+
+    def _commit(
+        self,
+        rows: TargetRows,
+        tokens_BK: Tensor,
+        counts: Sequence[int],
+        accepted: Sequence[int],
+        next_B: Tensor,
+    ) -> tuple[tuple[Segment, ...], tuple[ServedBlock, ...]]:
+        """What became text, for who learns from it; of each request so many tokens were verified."""
+        segments: list[Segment] = []
+        blocks: list[ServedBlock] = []
+        teacher, version = self._teacher(rows), self.draft_version
+        for index, slot in enumerate(self._slots):
+            tokens_K, start, count = (
+                tokens_BK[index, : counts[index]],
+                slot.length - 1,
+                accepted[index],
+            )
+            new = torch.cat((tokens_K[:count], next_B[index : index + 1]))
+            committed = slot.commit(new, self._options.stop_tokens)
+            count = min(count, committed)  # drafts past the end of the text were not asked for
+            segment = self._segment(slot, rows, teacher, index, start, committed, tokens_K)
+            self._observe(index, segment)
+            self._record(slot, rows, index, start, committed)
+            segments.append(segment)
+            if self._drafter:
+                teacher_KX = None if teacher is None else teacher[index, : len(tokens_K)]
+                blocks.append(
+                    ServedBlock(slot.request.id, start, tokens_K, teacher_KX, count, committed)
+                )
+            generated = start + 1 - len(slot.request.prompt_P)
+            slot.rounds.append(
+                RoundRow(slot.request.id, generated, version, len(tokens_K), count, committed)
+            )
+        return tuple(segments), tuple(blocks)
 
     def _nothing(self, num_slots: int) -> Proposal:
         """No drafts: what plain decoding verifies."""
