@@ -1,6 +1,6 @@
 """One micro-update through DeepSpeed against the same step in plain PyTorch AdamW.
 
-Usage: python benchmarks/bench_micro_step.py [--anchors 176] [--pairs 30] [--threads 2]
+Usage: python benchmarks/bench_micro_step.py [--anchors 176] [--pairs 30] [--threads 2] [--json FILE]
 
 Same batch, same draft, embedding and head frozen (scope ``body``), clipping and AdamW in both.
 The steps are interleaved in one process, so that a busy machine hits all of them.
@@ -9,6 +9,7 @@ The steps are interleaved in one process, so that a busy machine hits all of the
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     config = load_config(ROOT / "configs" / "quickstart.yaml", ["workload.max_prompts=1"])
     world = build_world(config)
@@ -86,13 +88,19 @@ def main() -> None:
         for name, step in steps.items():
             started = time.perf_counter()
             step(batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - started)
     plain = times["plain AdamW"]
     print(f"{batch.num_rows} rows, {options.threads} threads, {options.pairs} pairs")
+    figures: dict[str, float] = {}
     for name, seconds in times.items():
         ratio = statistics.median(s / p for s, p in zip(seconds, plain, strict=True))
         print(f"{name:<18} {statistics.median(seconds) * 1e3:8.2f} ms  ratio {ratio:5.3f}")
+        figures |= {f"{name} ms": statistics.median(seconds) * 1e3, f"{name} / plain": ratio}
     print("aim: DeepSpeed ZeRO 1 at most 1.25 of plain AdamW")
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What watching costs: co-scheduler with policy ``never`` against the bare engine loop.
 
-Usage: python benchmarks/bench_overhead.py [--pairs 12] [--tokens 192] [--threads 2]
+Usage: python benchmarks/bench_overhead.py [--pairs 12] [--tokens 192] [--threads 2] [--json FILE]
 
 The same greedy request is decoded by two engines in turn, one with a co-scheduler that collects
 and counts but never trains, one without. Times are per round; the order within a pair alternates.
@@ -9,6 +9,7 @@ and counts but never trains, one without. Times are per round; the order within 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from pathlib import Path
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config = load_config(
@@ -64,12 +66,19 @@ def main() -> None:
         bare.append(found["frozen"])
         watched.append(found["adapted"])
     ratios = sorted(w / b for w, b in zip(watched, bare, strict=True))
-    print(f"bare loop             {statistics.median(bare) * 1e3:7.3f} ms a round (median)")
-    print(f"with policy never     {statistics.median(watched) * 1e3:7.3f} ms a round (median)")
+    figures = {
+        "bare ms a round": statistics.median(bare) * 1e3,
+        "never ms a round": statistics.median(watched) * 1e3,
+        "never / bare": statistics.median(ratios),
+    }
+    print(f"bare loop             {figures['bare ms a round']:7.3f} ms a round (median)")
+    print(f"with policy never     {figures['never ms a round']:7.3f} ms a round (median)")
     print(
-        f"paired ratio          {statistics.median(ratios):7.3f} median, "
+        f"paired ratio          {figures['never / bare']:7.3f} median, "
         f"{ratios[0]:.3f} to {ratios[-1]:.3f} over {options.pairs} pairs (aim: at most 1.02)"
     )
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ Usage: python benchmarks/bench_real_model.py [--config configs/real_model.yaml] 
 
 Runs the file once for each seed; a run that is there stays, so an interrupted benchmark goes on. The
 texts are answers of the model that lie in the repository, the same for all arms and seeds; a seed draws
-what the draft proposes and what of it is accepted. Prints one table: of each text and arm the acceptance
+what the draft proposes and what of it is accepted, and says which text comes first: what learning may spend
+in advance it spends there. Prints one table: of each text and arm the acceptance
 length, on all and on novel positions, and the speed over that of plain and of the same draft frozen (with
 or without a window, whichever was faster there), with 95 % intervals over the answers of all seeds, of
 which a run must have six to twelve. With --behind a second table has the acceptance length on novel
@@ -25,11 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cosched.report.intervals import paired_ratio
-from cosched.telemetry.metrics import RunSummary
+from cosched.settings.load import load_config
+from cosched.telemetry.metrics import RunSummary, TextFigures
 
 if TYPE_CHECKING:
     from cosched.report.intervals import Ratio
-    from cosched.telemetry.metrics import Bucket, TextFigures
+    from cosched.telemetry.metrics import ArmSummary, Bucket
 
 ALL = "all"
 
@@ -48,6 +50,8 @@ def main() -> None:
         summary = _once(options.config, options.work, seed, options.overrides)
         for arm, whole in summary.arms.items():
             left = iter(whole.parts)
+            if not whole.by_text:  # one file
+                figures[ALL, arm].append(_whole(whole))
             for text, found in whole.by_text.items():
                 own = msgspec.structs.replace(found, parts=list(islice(left, found.requests)))
                 figures[text, arm].append(own)
@@ -61,12 +65,28 @@ def main() -> None:
         console.print(_table_behind(deep, options.behind))
 
 
+def _whole(arm: ArmSummary) -> TextFigures:
+    return TextFigures(
+        tokens=arm.tokens,
+        rounds=arm.rounds,
+        requests=arm.requests,
+        tau=arm.tau,
+        tau_novel=arm.tau_novel,
+        tokens_per_s=arm.tokens_per_s,
+        parts=arm.parts,
+    )
+
+
 def _once(config: str, work: str, seed: int, overrides: list[str]) -> RunSummary:
     kept = ROOT / work / f"seed{seed}" / "summary.json"
     if kept.exists():
         return msgspec.json.decode(kept.read_bytes(), type=RunSummary)
     ours = [f"run.dir={work}", f"run.name=seed{seed}", f"run.seed={seed}"]
-    return run(ROOT / config, [*ours, *overrides])
+    texts = load_config(ROOT / config, overrides).workload.documents
+    if isinstance(texts, tuple):
+        first = seed % len(texts)
+        ours.append(f"workload.documents=[{','.join((*texts[first:], *texts[:first]))}]")
+    return run(ROOT / config, [*overrides, *ours])
 
 
 def _table(figures: dict[tuple[str, str], list[TextFigures]], seeds: int) -> Table:

@@ -1,14 +1,19 @@
 """What cosched costs and brings inside SGLang, arms side by side on the same prompts.
 
 Usage: python benchmarks/bench_sglang.py [-c configs/serve_tiny_cpu.yaml] [--pairs 8]
-           [--tokens 256] [--batch 1] [--in-turn] [--arm NAME[/key=value]...]... [key=value ...]
+           [--tokens 256] [--batch 1 ...] [--in-turn] [--arm NAME[/key=value]...]... [--json FILE]
+           [key=value ...]
 
 An arm is ``plain`` (no draft), ``stock`` (SGLang's own algorithm), ``never`` (our worker, a policy
 that never trains), ``watching`` (rows are taken, never trained on) or ``adapted``, each with
 settings of its own behind it: ``adapted/adapt.trainer.background=true``. Every arm is an engine in a
 process of its own; in each pair all decode the same prompts greedily, in rotating order, so that
 the machine's drift hits all. ``--in-turn`` starts them one after the other, where memory holds one
-only. Ratios are medians over pairs of seconds against the arm ``stock`` (or the first).
+only. Ratios are medians over pairs of seconds against the arm ``stock`` (or the first). Several
+numbers of requests at once are decoded one after the other, by the same engines.
+
+``--json`` keeps of each pair its seconds and a digest of each answer as well, so that arms that were
+measured one by one can be compared later (``compare``).
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -103,7 +109,7 @@ class Arm:
             cwd=ROOT,
         )
         self.capacity = self._answer()["capacity"]
-        self.results: list[dict[str, Any]] = []
+        self.results: dict[int, list[dict[str, Any]]] = {}  # by requests at once
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None
@@ -112,11 +118,11 @@ class Arm:
             raise SystemExit(f"the arm {self.spec} ended: see what it printed above")
         return json.loads(line)
 
-    def decode(self, order: dict[str, Any]) -> dict[str, Any]:
+    def decode(self, order: dict[str, Any]) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
-        return self._answer()
+        self.results.setdefault(len(order["prompts"]), []).append(self._answer())
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -125,7 +131,7 @@ class Arm:
 
 
 def orders(config: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One order a pair: different prompts, so that no answer comes from a cache."""
+    """One order a pair and one before: different prompts, so that no answer comes from a cache."""
     import torch
 
     from cosched.engines.embedded.target import load_tokenizer
@@ -138,24 +144,29 @@ def orders(config: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
         requests = load_requests(asked, tokenizer, 8192, torch.device("cpu"))
         ids += [request.prompt_P.tolist() for request in requests]
     made = []
-    for pair in range(options.pairs + 1):
-        batch = [ids[(pair * options.batch + i) % len(ids)] for i in range(options.batch)]
+    for size, pair in itertools.product(options.batch, range(options.pairs + 1)):
+        batch = [ids[(pair * size + i) % len(ids)] for i in range(size)]
         # Another first token each time: nothing of the prompt is in the prefix cache.
-        prompts = [[1 + pair, *prompt] for prompt in batch]
+        prompts = [[1 + len(made), *prompt] for prompt in batch]
         made.append(
-            {"prompts": prompts, "tokens": options.tokens, "temperature": options.temperature}
+            {
+                "prompts": prompts,
+                "tokens": options.tokens,
+                "temperature": options.temperature,
+            }
         )
     return made
 
 
 def run(arms: list[str], options: argparse.Namespace, work: list[dict[str, Any]]) -> list[Arm]:
-    """Every arm on every order; the first warms up and does not count."""
+    """Every arm on every order."""
     if options.in_turn:
         done = []
         for spec in arms:
             arm = Arm(spec, options.config, options.overrides)
             with contextlib.closing(arm):
-                arm.results = [arm.decode(order) for order in work][1:]
+                for order in work:
+                    arm.decode(order)
             done.append(arm)
         return done
     with contextlib.ExitStack() as stack:
@@ -166,9 +177,7 @@ def run(arms: list[str], options: argparse.Namespace, work: list[dict[str, Any]]
         for number, order in enumerate(work):
             turn = number % len(running)
             for arm in running[turn:] + running[:turn]:
-                result = arm.decode(order)
-                if number:
-                    arm.results.append(result)
+                arm.decode(order)
         return running
 
 
@@ -177,40 +186,59 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def table(arms: list[Arm]) -> list[dict[str, Any]]:
-    reference = next((arm for arm in arms if arm.spec == "stock"), arms[0])
-    rows = []
-    for arm in arms:
-        answers = [answer for result in arm.results for answer in result["answers"]]
-        expected = [answer for result in reference.results for answer in result["answers"]]
-        gaps = [gap for answer in answers for gap in answer["gaps"]]
-        tokens = sum(len(answer["tokens"]) for answer in answers)
-        rounds = sum(answer["rounds"] or len(answer["tokens"]) - 1 for answer in answers)
-        seconds = [result["seconds"] for result in arm.results]
-        ratios = [
-            mine / other["seconds"] for mine, other in zip(seconds, reference.results, strict=True)
-        ]
-        status = arm.results[-1].get("status") or {}
-        updating = status.get("update_seconds", 0.0)
-        hidden = status.get("background_seconds", 0.0)
-        rows.append(
+def figures(arm: Arm, size: int) -> dict[str, Any]:
+    """What an arm did with so many requests at once; its first order warmed up and does not count."""
+    before, *results = arm.results[size]
+    answers = [answer for result in results for answer in result["answers"]]
+    gaps = [gap for answer in answers for gap in answer["gaps"]]
+    tokens = sum(len(answer["tokens"]) for answer in answers)
+    rounds = sum(answer["rounds"] or len(answer["tokens"]) - 1 for answer in answers)
+    seconds = [result["seconds"] for result in results]
+    status = results[-1].get("status") or {}
+    spent = {
+        part: status.get(f"{part}_seconds", 0.0)
+        - (before.get("status") or {}).get(f"{part}_seconds", 0.0)
+        for part in ("update", "background", "publish")
+    }
+    updating = spent["update"] + spent["background"]
+    return {
+        "arm": arm.spec,
+        "requests": size,
+        "tokens/s": tokens / sum(seconds),
+        "tau": (tokens - len(answers)) / rounds,
+        "ms a round": 1e3 * sum(seconds) / rounds,
+        "gap p50 ms": 1e3 * statistics.median(gaps),
+        "gap p99 ms": 1e3 * quantile(gaps, 0.99),
+        "versions": status.get("draft_version", 0),
+        "learning": (updating + spent["publish"]) / sum(seconds),
+        "hidden": spent["background"] / updating if updating else 0.0,
+        "KV tokens": arm.capacity,
+        "pairs": [
             {
-                "arm": arm.spec,
-                "tokens/s": tokens / sum(seconds),
-                "tau": (tokens - len(answers)) / rounds,
-                "time / stock": statistics.median(ratios),
-                "ms a round": 1e3 * sum(seconds) / rounds,
-                "gap p50 ms": 1e3 * statistics.median(gaps),
-                "gap p99 ms": 1e3 * quantile(gaps, 0.99),
-                "other text": sum(
-                    a["tokens"] != b["tokens"] for a, b in zip(answers, expected, strict=True)
-                ),
-                "versions": status.get("draft_version", 0),
-                "hidden": hidden / (hidden + updating) if hidden else 0.0,
-                "KV tokens": arm.capacity,
+                "seconds": result["seconds"],
+                "texts": [digest(answer["tokens"]) for answer in result["answers"]],
             }
-        )
-    return rows
+            for result in results
+        ],
+    }
+
+
+def digest(tokens: list[int]) -> str:
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:12]
+
+
+def compare(row: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    """A row beside another one of as many requests on the same prompts; without its pairs."""
+    pairs = list(zip(row["pairs"], reference["pairs"], strict=True))
+    texts = [
+        (a, b) for mine, other in pairs for a, b in zip(mine["texts"], other["texts"], strict=True)
+    ]
+    beside = {
+        "time / stock": statistics.median(a["seconds"] / b["seconds"] for a, b in pairs),
+        "p99 / stock": row["gap p99 ms"] / reference["gap p99 ms"],
+        "other text": f"{sum(a != b for a, b in texts)} of {len(texts)}",
+    }
+    return {**{name: value for name, value in row.items() if name != "pairs"}, **beside}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -233,13 +261,13 @@ def main() -> None:
     parser.add_argument("--arm", action="append", dest="arms")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--in-turn", action="store_true")
     parser.add_argument(
         "--prompts", nargs="+", default=[str(ROOT / "tinyworld/prompts/translated.jsonl")]
     )
-    parser.add_argument("--json", type=Path, help="write the table here too")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--serve-arm", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
@@ -249,8 +277,11 @@ def main() -> None:
     from cosched.settings.load import load_config
 
     config = load_config(ROOT / options.config, options.overrides)
-    rows = table(run(options.arms or DEFAULT_ARMS, options, orders(config, options)))
-    show(rows)
+    arms = run(options.arms or DEFAULT_ARMS, options, orders(config, options))
+    reference = next((arm for arm in arms if arm.spec == "stock"), arms[0])
+    rows = [figures(arm, size) for size in options.batch for arm in arms]
+    first = {size: figures(reference, size) for size in options.batch}
+    show([compare(row, first[row["requests"]]) for row in rows])
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -10,11 +10,12 @@ N anchors per request, C rows of context, F feature width, H hidden width, V voc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 Rows = Literal["accepted", "refused", "all", "delayed"]
@@ -133,11 +134,9 @@ class ServedBlock:
 class VerifyRound:
     """One draft, verify, commit cycle of a batch, the prefill of one request, or an idle tick.
 
-    The last two have no blocks.
-
-    ``tokens_left`` is how many tokens the running requests may still commit, together; None where
-    the engine does not know. ``num_queued`` counts requests that wait for a place; in the embedded
-    engine nobody waits.
+    The last two have no blocks. ``tokens_left`` is how many tokens the running requests may still
+    commit, together; None where the engine does not know. ``num_queued`` counts requests that wait for
+    a place; in the embedded engine nobody waits.
     """
 
     segments: tuple[Segment, ...]
@@ -160,6 +159,20 @@ IDLE_TICK = VerifyRound((), (), (), draft_seconds=0.0, verify_seconds=0.0, num_r
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """What the host knows of a batch that it has put together, so that it need not ask the device.
+
+    Teacher rows of the same number in ``says_RNK`` are alike. ``of`` are the batch's starts, weights and
+    teacher: of others it is void.
+    """
+
+    starts: tuple[int, ...]
+    weights_RNK: NDArray[Any]
+    says_RNK: NDArray[Any]
+    of: tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class SignalBatch:
     """Contexts, anchors and paths to train on, padded over R requests.
 
@@ -168,7 +181,7 @@ class SignalBatch:
     index into the context: the draft may see tokens up to and including it, and features before
     it. ``weights_RNK`` is zero where a row must not teach. ``window`` is how many tokens back the
     draft saw when it served, None for all. ``temperatures`` has one number a request, on the host: that
-    at which it samples, 0 where it is greedy; None where all sample at 1.
+    at which it samples, 0 if it is greedy; None where all sample at 1. ``layout`` is what it knows besides.
     """
 
     starts_R: Tensor
@@ -181,10 +194,23 @@ class SignalBatch:
     weights_RNK: Tensor
     window: int | None = None
     temperatures: tuple[float, ...] | None = None
+    layout: Layout | None = None
 
     @property
     def num_rows(self) -> int:
         return int(self.weights_RNK.numel())
+
+    @property
+    def known(self) -> Layout | None:
+        """The layout, unless the tensors that it is of have been replaced."""
+        known, own = self.layout, (self.starts_R, self.weights_RNK, self.teacher_RNKX)
+        return known if known and list(map(id, own)) == list(map(id, known.of)) else None
+
+    @property
+    def last_start(self) -> int:
+        """The greatest of ``starts_R``, for tables of positions."""
+        known = self.known  # without it the host waits for the device
+        return max(known.starts) if known else int(self.starts_R.max())
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,9 +218,8 @@ class Proposal:
     """Drafted tokens of a batch and the logits they were chosen from, in target vocabulary ids.
 
     A drafter without distributions gives no logits: it chose its tokens by itself, with certainty.
-    Sampled verification then accepts token d with probability p(d).
-
-    ``counts`` is the engine's: of each request so many tokens are verified, the first ones; None: all.
+    Sampled verification then accepts token d with probability p(d). In ``counts`` the engine says how
+    many of each request's tokens, the first ones, are verified; None: all.
 
     One chain a request. A tree would be a proposal with more tokens and, for each, the index of its
     parent; row j would then be judged behind its parents, and training sees paths either way.

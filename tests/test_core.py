@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cosched.errors import PluginError, PublicationError
-from cosched.loop.publish import InPlacePublisher, _folds, checksum
+from cosched.loop.checksum import _folds, checksum, fold_together, read
+from cosched.loop.publish import InPlacePublisher
 from cosched.loop.replay import ReplayBuffer, ReplayLimits
 from cosched.protocols import Drafter, Policy
 from cosched.records import NOTHING, Decision, Snapshot
@@ -210,16 +211,17 @@ def test_a_checksum_is_the_same_on_every_device(dtype: torch.dtype) -> None:
         assert _folds(tensor).numpy().tobytes() == folds.numpy().tobytes()
 
 
-def test_the_checksum_sees_bits_names_and_rows() -> None:
-    """One flipped bit, another name, another dtype, two rows swapped: each changes it."""
+@pytest.mark.parametrize("together", [False, True])
+def test_the_checksum_sees_bits_names_and_rows(together: bool) -> None:
+    """One flipped bit, another name, another dtype, two rows swapped: each changes it, also where the
+    folds of all tensors are summed."""
     base = {"a": torch.randn(4, 6), "b": torch.randn(5)}
     flipped = {**base, "a": base["a"].clone()}
     flipped["a"].view(torch.int32)[2, 3] ^= 1
     swapped = {**base, "a": base["a"][[1, 0, 2, 3]]}
     renamed = {"a": base["a"], "c": base["b"]}
-    found = {
-        checksum(t) for t in (base, flipped, swapped, renamed, {**base, "b": base["b"].half()})
-    }
+    taken = (lambda t: read(fold_together(t))[0]) if together else checksum
+    found = {taken(t) for t in (base, flipped, swapped, renamed, {**base, "b": base["b"].half()})}
     assert len(found) == 5
 
 

@@ -13,7 +13,7 @@ import torch
 from cosched.build.embedded import build_arm
 from cosched.guard.settings import ShadowSettings
 from cosched.guard.statistics import Evidence
-from cosched.loop.publish import checksum
+from cosched.loop.checksum import checksum
 from cosched.records import SignalBatch
 from tests.helpers.guarded_runs import FAR, SOON, Events, decode, world_of
 from tests.helpers.interruption import CUT, WHOLE, whole_and_cut

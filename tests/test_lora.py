@@ -205,8 +205,8 @@ def test_lora_takes_memory_for_its_adapters_only(configure: Configure) -> None:
         lora, full = (
             footprint(config, *sketch(config))
             for config in (
-                configure(family=family),
-                configure("adapt.scope.kind=full", family=family),
+                configure("adapt.trainer.zero_stage=1", family=family),
+                configure("adapt.scope.kind=full", "adapt.trainer.zero_stage=1", family=family),
             )
         )
         target, drafter = sketch(configure(family=family))
@@ -216,11 +216,8 @@ def test_lora_takes_memory_for_its_adapters_only(configure: Configure) -> None:
         adapters = 4 * sum(sum(weight.shape) for weight in layers)
         published = sum(weight.numel() for weight in layers)
         assert lora.num_trained == adapters
-        assert (lora.masters, lora.moments, lora.gradients) == (
-            4 * adapters,
-            8 * adapters,
-            4 * adapters,
-        )
+        assert (lora.masters, lora.moments) == (8 * adapters, 8 * adapters)
+        assert full.step - lora.step > 4 * published  # gradients
         assert lora.trainer_copy == full.trainer_copy + 4 * adapters
         assert lora.merged == 4 * published
         assert lora.last_good == 4 * (lora.num_draft_parameters + published)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cosched.guard.scorer import AcceptanceScorer
-from cosched.loop.publish import checksum
+from cosched.loop.checksum import checksum
 from cosched.records import Acceptance, SignalBatch
 from cosched.testing.harness import collected, make_requests, make_target, serve
 from tests.helpers.drafts import make_drafter
@@ -122,3 +122,50 @@ def test_ranks_share_the_work_and_have_the_same_scores(scene) -> None:
     alone = scorer_of(target, drafter).scores(batch, [weights])[0]
     assert first[1] == pytest.approx(alone, rel=1e-5)
     assert 0 < len(parts[0][0]) < len(alone)
+
+
+@pytest.mark.parametrize("acceptance", ["sampled", "target_only"])
+@pytest.mark.parametrize("chunk_rows", [None, 7])
+def test_requests_score_together_what_they_score_alone(
+    scene, acceptance: Acceptance, chunk_rows: int | None
+) -> None:
+    """One padded batch for all requests, each at its own temperature, and a pass for each of them."""
+    target, drafter, batch = scene
+    batch = replace(batch, temperatures=(0.0, 0.7, 1.0))
+    weights = {name: p.detach() for name, p in drafter.network().named_parameters()}
+    copy = drafter.clone(torch.float32)
+    scorer = AcceptanceScorer(
+        copy, target.head, "hidden", torch.float32, acceptance, chunk_rows=chunk_rows
+    )
+    together, *_ = scorer.scores(batch, [weights, weights])
+    alone: list[float] = []
+    for request in range(len(batch.lengths_R)):
+        only, length = slice(request, request + 1), int(batch.lengths_R[request])
+        one = replace(
+            batch,
+            **{
+                name: getattr(batch, name)[only]
+                for name in ("starts_R", "lengths_R", "anchors_RN", "paths_RNK", "teacher_RNKX")
+            },
+            weights_RNK=batch.weights_RNK[only],
+            tokens_RC1=batch.tokens_RC1[only, : length + 1],
+            features_RCF=batch.features_RCF[only, :length],
+            temperatures=batch.temperatures[only],
+        )
+        alone += scorer.scores(one, [weights])[0]
+    assert together == pytest.approx(alone, rel=1e-5)  # float32 sums of other shapes
+
+
+def test_weights_that_serve_in_the_type_of_products_stay_in_it(scene) -> None:
+    """Autocast would round them at every use again; the scores are those of float32 but for rounding
+    to 8 bits, 0.4 % a product."""
+    target, drafter, batch = scene
+    weights = {name: p.detach() for name, p in drafter.network().named_parameters()}
+    copy = drafter.clone(torch.float32)
+    exact = AcceptanceScorer(copy, target.head, "hidden", torch.bfloat16)
+    fast = AcceptanceScorer(copy, target.head, "hidden", torch.bfloat16, precision="bfloat16")
+    assert "fc.weight" in fast._staying
+    assert not exact._staying
+    (found,), (expected,) = fast.scores(batch, [weights]), exact.scores(batch, [weights])
+    assert found == pytest.approx(expected, rel=0.1)
+    assert sum(found) == pytest.approx(sum(expected), rel=0.01)

@@ -14,10 +14,8 @@ import pytest
 import torch
 
 from cosched.memory.footprint import footprint
-from cosched.memory.live import LivePeak
 from cosched.memory.sketch import TargetSketch
 from cosched.memory.sketch import sketch as sketch_of
-from cosched.records import SignalBatch
 from cosched.registry import DRAFTERS
 from cosched.settings.load import load_config
 from cosched.testing.harness import make_target, make_trainer
@@ -25,8 +23,7 @@ from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from tests.helpers.drafts import make_drafter
 
 if TYPE_CHECKING:
-    from cosched.protocols import Drafter
-    from cosched.settings.schema import Config
+    pass
 
 QWEN3_8B = {
     "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288,
@@ -201,6 +198,7 @@ def write_experiment(folder: Path, kind: str, drafted: int, **engine: Any) -> Pa
             "memory": {"max_bytes": 2**30},
             "policy": {"kind": "every_n_rounds"},
             "guard": {"kind": "finite"},
+            "trainer": {"zero_stage": 1},
         },
     }
     path = folder / "experiment.yaml"
@@ -219,7 +217,8 @@ def test_memory_of_published_drafts(case: tuple[Path, tuple]) -> None:
     assert found.cache_bytes_per_token == cache * 1024
     assert found.teacher_bytes_per_row == 8 * 1024  # the last hidden state
     assert found.draft == 2 * held
-    assert (found.masters, found.moments, found.gradients) == (4 * held, 8 * held, 4 * held)
+    assert (found.masters, found.moments) == (8 * held, 8 * held)
+    assert found.step > 4 * held  # the gradients, and what they are worked out of
     assert (found.trainer_copy, found.first_weights) == (4 * held, 4 * held)
     assert found.last_good == 2 * (
         held + found.num_trained
@@ -258,39 +257,12 @@ RESERVE = 6 * 2**30
 TOKENS = 2048  # of each running request that the caches must hold at least
 
 
-def states_peak(config: Config, drafter: Drafter) -> int:
-    """Most bytes of a micro-step until it has the draft's states, on the meta device.
-
-    Of as many requests as run, each with a full window, which share the anchors. Attention
-    is counted as it is without a fused kernel: none is known for grouped queries in float32.
-    """
-    limits, requests = config.adapt.replay, config.engine.max_batch
-    copy = drafter.clone(torch.float32)
-    copy.network().requires_grad_(True)
-    shape = (requests, limits.anchors // requests, drafter.num_draft_tokens)
-    rows = (requests, limits.window, 4096 * len(drafter.signal.feature_layers))
-    with torch.device("meta"):
-        batch = SignalBatch(
-            starts_R=torch.zeros(requests, dtype=torch.int64),
-            lengths_R=torch.zeros(requests, dtype=torch.int64),
-            tokens_RC1=torch.zeros(requests, limits.window + 1, dtype=torch.int64),
-            features_RCF=torch.zeros(rows, dtype=torch.bfloat16) if rows[-1] else None,
-            anchors_RN=torch.zeros(shape[:2], dtype=torch.int64),
-            paths_RNK=torch.zeros(shape, dtype=torch.int64),
-            teacher_RNKX=torch.zeros(*shape, 4096),
-            weights_RNK=torch.ones(shape),
-        )
-        with LivePeak() as live:
-            copy.replay_states(batch)
-    return live.peak
-
-
 @pytest.mark.parametrize(
     ("kind", "draft"),
     [("eagle3", QWEN3_EAGLE3), ("dflash", QWEN3_DFLASH), ("pard", PARD_06B)],
 )
 def test_shipped_configurations_fit_the_card_they_name(
-    kind: str, draft: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, draft: dict, tmp_path: Path
 ) -> None:
     """SGLang's share holds what it must, and what it leaves holds the rest: "one GPU (80 GB)".
 
@@ -302,14 +274,12 @@ def test_shipped_configurations_fit_the_card_they_name(
     config = load_config(Path(f"configs/serve_qwen3_8b_{kind}.yaml"), paths)
     target, drafter = sketch_of(config)
     found = footprint(config, target, drafter)
-    # How far rotary tables must reach is asked of the texts, which are not there.
-    monkeypatch.setattr(torch.Tensor, "__int__", lambda _: 0)
     share = config.engine.arguments["mem_fraction_static"] * CARD
     a_token = 2 * target.cache_width + found.cache_bytes_per_token
     caches = TOKENS * config.engine.max_batch * a_token
     inside = qwen3_8b_bytes() + found.within_sglang - found.draft_cache + caches
     assert inside <= share
-    assert found.beside_sglang + states_peak(config, drafter) + RESERVE <= CARD - share
+    assert found.beside_sglang + RESERVE <= CARD - share
 
 
 def test_what_training_takes_lies_within_or_beside(case: tuple[Path, tuple]) -> None:
@@ -319,9 +289,9 @@ def test_what_training_takes_lies_within_or_beside(case: tuple[Path, tuple]) -> 
     config = load_config(write_experiment(folder, kind, drafted))
     found = footprint(config, *sketch_of(config))
     held = found.num_draft_parameters
-    assert found.within_sglang == (2 * 2 + 3 * 4 + 8) * held + found.draft_cache
+    assert found.within_sglang == (2 * 2 + 2 * 4 + 8 + 8) * held + found.draft_cache
     kept = 2 * held  # the one version of ``publish.keep``
-    assert found.beside_sglang == kept + 4 * held + found.loss + found.replay
+    assert found.beside_sglang == kept + found.words + found.step + found.replay
     frozen = load_config(write_experiment(folder, kind, drafted), ["arms=[frozen]"])
     assert footprint(frozen, *sketch_of(frozen)).beside_sglang == 0
 

@@ -12,10 +12,10 @@ import torch
 from cosched.errors import ConfigError
 from cosched.guard.scorer import AcceptanceScorer
 from cosched.guard.settings import ShadowSettings
-from cosched.memory.footprint import no_teacher_rows, replay_limits
-from cosched.records import Decision, SignalBatch
+from cosched.memory.footprint import batch_of_look, batch_of_update
+from cosched.records import Decision
 from cosched.registry import DRAFTERS, LOSSES
-from cosched.training.background import BackgroundTrainer
+from cosched.training.background import BackgroundScorer, BackgroundTrainer
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.group import TrainingGroup
 from cosched.training.lora import MergingTrainer
@@ -26,7 +26,7 @@ from cosched.training.scope import lora_of, parameters_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from cosched.loop.roles import Scorer, Trainer
     from cosched.protocols import Drafter, TargetInfo
@@ -45,8 +45,8 @@ def build_learner(
 ) -> tuple[Trainer, Scorer]:
     """What trains a float32 copy of the serving draft, and what scores its weights for a guard.
 
-    In the background on a CPU both are in a process of their own, and elsewhere the trainer in a thread.
-    On a GPU they come rehearsed.
+    In the background both are in a process of their own on a CPU, and elsewhere in a thread. On a GPU
+    they come rehearsed.
 
     Raises:
         ConfigError: it is to train in the background, and several ranks train together.
@@ -66,7 +66,10 @@ def build_learner(
     scorer = build_scorer(config, target, copy, acceptance, ranks)
     if device.type == "cuda":
         rehearse(config, target, copy, trainer, scorer)
-    return BackgroundTrainer(trainer, device) if background else trainer, scorer
+    if not background:
+        return trainer, scorer
+    behind = BackgroundTrainer(trainer, device)
+    return behind, BackgroundScorer(scorer, behind)
 
 
 def build_trainer(
@@ -142,7 +145,7 @@ def _trainer(
     return DeepSpeedTrainer(
         batch_loss,
         trainable,
-        zero_stage=adapt.trainer.zero_stage,
+        zero_stage=adapt.trainer.stage_of(group.size if group else 1),
         learning_rate=adapt.trainer.lr,
         max_grad_norm=adapt.trainer.max_grad_norm,
         weight_decay=adapt.trainer.weight_decay,
@@ -197,33 +200,7 @@ def rehearse(
     The first ones take many times as long as others, and moments are there only after the first step:
     SGLang gives its caches what is left by then.
     """
-    batch = _blank_batch(config, target, copy)
-    trainer.update(batch, Decision(1))
+    trainer.update(batch_of_update(config, target, copy), Decision(1))
     if isinstance(config.adapt.guard, ShadowSettings) or config.experts:  # else nobody looks
-        scorer.scores(batch, [trainer.weights()])
+        scorer.scores(batch_of_look(config, target, copy), [trainer.weights()])
     trainer.reset()
-
-
-def _blank_batch(config: Config, target: TargetInfo, copy: Drafter) -> SignalBatch:
-    """As many rows as an update has at most, of all requests that run, with nothing in them."""
-    limits, device = replay_limits(config, target, copy), target.embedding.weight.device
-    window, path = limits.window, limits.path
-    requests = max(1, min(config.engine.max_batch, limits.anchors))
-    anchors = max(1, min(limits.anchors // requests, window - path))
-    teacher_0X = no_teacher_rows(config, target, limits)
-    width = len(copy.signal.feature_layers) * target.hidden_size
-
-    def blank(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.zeros(requests, *shape, dtype=dtype, device=device)
-
-    return SignalBatch(
-        starts_R=blank(),
-        lengths_R=blank() + window,
-        tokens_RC1=blank(window + 1),
-        features_RCF=blank(window, width, dtype=target.embedding.weight.dtype) if width else None,
-        anchors_RN=torch.arange(1, anchors + 1, device=device).expand(requests, -1),
-        paths_RNK=blank(anchors, path),
-        teacher_RNKX=blank(anchors, path, teacher_0X.shape[-1], dtype=teacher_0X.dtype),
-        weights_RNK=blank(anchors, path, dtype=torch.float32) + 1,
-        window=config.drafter_settings.window,
-    )

@@ -1,26 +1,28 @@
 """What acceptance length weights would have, without serving them.
 
-Letters: R requests, N anchors, K drafted tokens, M rows of one request, X teacher width (hidden or
-vocabulary), H width of the draft's states, V target vocabulary, D draft vocabulary.
+Letters: R requests, N anchors, K drafted tokens, M rows that count, T teacher rows that differ, X
+teacher width (hidden or vocabulary), H width of the draft's states, V target vocabulary, D draft
+vocabulary, W candidates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cosched.loop.teacher_rows import distinct, recall
+from cosched.loop.layout import counted_rows, upload
+from cosched.loop.teacher_rows import recall
 from cosched.training.chunks import in_chunks
 from cosched.training.lora import placed
 from cosched.training.micro_step import share_of
-from cosched.training.precision import computing_in
+from cosched.training.precision import computing_in, product_type
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,6 +34,43 @@ if TYPE_CHECKING:
 
 Teacher = Callable[[slice], Tensor]
 """``teacher(rows)``: what the target says in those rows, over the draft's vocabulary ``[M, D]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowTemperatures:
+    """At what rows sample: ``of_M1``, None where all do at 1; ``greedy_M1`` are those at 0.
+
+    None where none is; ``all_greedy`` where no other is.
+    """
+
+    of_M1: Tensor | None = None
+    greedy_M1: Tensor | None = None
+    all_greedy: bool = False
+
+    def at(self, rows: slice | Tensor) -> RowTemperatures:
+        """Those of some of the rows."""
+        of, greedy = self.of_M1, self.greedy_M1
+        return RowTemperatures(
+            None if of is None else of[rows],
+            None if greedy is None else greedy[rows],
+            self.all_greedy,
+        )
+
+    def probabilities(self, logits_MV: Tensor) -> Tensor:
+        """Of each token ``[M, V]``, in float32; a greedy row's are all at its best one."""
+        if self.all_greedy:
+            best_M1 = logits_MV.argmax(-1, keepdim=True)
+            return torch.zeros_like(logits_MV, dtype=torch.float32).scatter_(-1, best_M1, 1)
+        wide_MV = logits_MV.float()
+        p_MV = (wide_MV if self.of_M1 is None else wide_MV / self.of_M1).softmax(-1)
+        if self.greedy_M1 is not None:
+            best_M1 = logits_MV.argmax(-1, keepdim=True)
+            at_best_M1 = torch.where(self.greedy_M1, 1.0, p_MV.gather(-1, best_M1))
+            p_MV.masked_fill_(self.greedy_M1, 0).scatter_(-1, best_M1, at_best_M1)
+        return p_MV
+
+
+AT_ONE = RowTemperatures()
 
 
 class AcceptanceScorer:
@@ -59,8 +98,9 @@ class AcceptanceScorer:
     accepted: p is not renormalised over it.
 
     Weights are rounded to ``served_as``, the type in which they would serve. Of several ``ranks``
-    each scores its share of the anchors, and all get the same scores. Logits, of the teacher and the
-    draft, are made of ``chunk_rows`` rows at a time (``adapt.memory``), or of one request's; matrix
+    each scores its share of the anchors, and all get the same scores. All requests are one batch, so
+    that weights are put in once, and the host waits for the device once, at the end. Logits, of the
+    teacher and the draft, are made of ``chunk_rows`` rows at a time (``adapt.memory``); matrix
     products are computed in ``precision``.
     """
 
@@ -86,7 +126,13 @@ class AcceptanceScorer:
         self._acceptance: Acceptance = acceptance
         self._ranks = ranks
         self.chunk_rows = chunk_rows
-        self._computing = computing_in(precision, next(network.parameters()).device)
+        device = next(network.parameters()).device
+        self._computing = computing_in(precision, device)
+        # Weights of linear layers that serve in the type of their products stay in it: autocast keeps
+        # what it has rounded of parameters that are trained, and would round these at every use.
+        stay = product_type(precision, device) == served_as
+        linear = [n for n, module in network.named_modules() if isinstance(module, nn.Linear)]
+        self._staying = frozenset(f"{name}.weight" for name in linear if stay)
 
     busy = False  # scores are there when it returns
 
@@ -113,51 +159,64 @@ class AcceptanceScorer:
         self, batch: SignalBatch, weights: Sequence[Mapping[str, Tensor]]
     ) -> list[list[list[float]]]:
         """Of each of the weights, request by request."""
-        found: list[list[list[float]]] = [[] for _ in weights]
-        for request in range(len(batch.lengths_R)):
-            one = _request(batch, request)
-            counts_N = one.weights_RNK[0, :, 0] > 0
-            temperature = 1.0 if one.temperatures is None else one.temperatures[0]
-            states = partial(self._states, one)
-            teacher = self._of_rows(one.teacher_RNKX.flatten(0, 2), temperature)
-            for lengths, candidate in zip(found, weights, strict=True):
-                kept_M = self.kept(states, teacher, candidate, temperature)
-                kept_NK = kept_M.unflatten(0, one.paths_RNK.shape[1:])
-                lengths_N = (1 + kept_NK.cumprod(-1).sum(-1))[counts_N]
-                lengths.append(lengths_N.tolist())  # host waits for the device
-        return found
+        table_WRN = self.lengths(batch, weights)
+        counts, *found = table_WRN.tolist()  # host waits for the device
+        return [
+            [
+                [length for length, counts_ in zip(*anchors, strict=True) if counts_]
+                for anchors in zip(one, counts, strict=True)
+            ]
+            for one in found
+        ]
 
-    def _states(self, one: SignalBatch) -> Tensor:
-        return self._copy.replay_states(one).flatten(0, 2)
+    def lengths(self, batch: SignalBatch, weights: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Which anchors count, and the score of each with each of the weights ``[1 + W, R, N]``."""
+        rows = counted_rows(batch, self._teacher_form)
+        at = self._temperatures(batch, rows.places_M)
+        if self.chunk_rows is None:  # what is said of rows that are alike is worked out once
+            at_T = self._temperatures(batch, rows.first_T)
+            teacher = self._recalled(rows.teacher_TX, at_T)[rows.says_M].__getitem__
+        else:
+            teacher = self.teacher(rows.teacher_TX[rows.says_M], at)
+        counts_RN = batch.weights_RNK[..., 0] > 0
 
-    def _of_rows(self, rows_MX: Tensor, temperature: float) -> Teacher:
-        """``teacher``, of which rows that are alike are recalled once: neighbours' paths overlap."""
-        if self.chunk_rows is not None:
-            return self.teacher(rows_MX, temperature)
-        rows_TX, says_M = distinct(rows_MX, self._teacher_form)
-        return self.teacher(rows_TX, temperature)(slice(None))[says_M].__getitem__
+        def states() -> Tensor:
+            return self._copy.replay_states(batch).flatten(0, 2).index_select(0, rows.places_M)
 
-    def teacher(self, rows_MX: Tensor, temperature: float = 1.0) -> Teacher:
-        """What kept rows of the target say at a temperature, for all weights to be held against.
+        lengths: list[Tensor] = []
+        for candidate in weights:
+            kept_M = self.kept(states, teacher, candidate, at)
+            kept = kept_M.new_zeros(batch.weights_RNK.numel()).index_copy_(0, rows.places_M, kept_M)
+            kept_RNK = kept.unflatten(0, batch.weights_RNK.shape)
+            lengths.append(1 + kept_RNK.cumprod(-1).sum(-1))
+        return torch.stack((counts_RN.to(lengths[0].dtype), *lengths))
+
+    def _temperatures(self, batch: SignalBatch, places_M: Tensor) -> RowTemperatures:
+        """Those of rows, by their places among all; all greedy where the engine is."""
+        each_R = np.ones(1) if batch.temperatures is None else np.array(batch.temperatures)
+        if self._acceptance == "greedy" or not each_R.any():
+            return RowTemperatures(all_greedy=True)
+        if (each_R == 1).all():
+            return RowTemperatures()
+        of_R1 = upload(each_R.astype(np.float32)[:, None], places_M.device)
+        greedy_R1 = None if each_R.all() else of_R1 == 0
+        sampled_R1 = of_R1 if greedy_R1 is None else of_R1.masked_fill(greedy_R1, 1)
+        request_M = places_M // batch.weights_RNK[0].numel()
+        return RowTemperatures(sampled_R1, greedy_R1).at(request_M)
+
+    def teacher(self, rows_MX: Tensor, at: RowTemperatures = AT_ONE) -> Teacher:
+        """What kept rows of the target say at their temperatures, for all weights to be held against.
 
         Without chunks it is recalled here, once. A chunk is recalled for each of the weights again:
         that is a product with the target's head, and to do it once, all weights would have to be put
         into the network anew for each chunk.
         """
         if self.chunk_rows is None:
-            return self._recalled(rows_MX, temperature).__getitem__
-        return lambda rows: self._recalled(rows_MX[rows], temperature)
+            return self._recalled(rows_MX, at).__getitem__
+        return lambda rows: self._recalled(rows_MX[rows], at.at(rows))
 
-    def _acceptance_at(self, temperature: float) -> Acceptance:
-        return self._acceptance if temperature else "greedy"
-
-    def _recalled(self, rows_MX: Tensor, temperature: float) -> Tensor:
-        logits = recall(rows_MX, self._teacher_form, self._teacher_head)
-        if self._acceptance_at(temperature) == "greedy":
-            best = logits.argmax(-1, keepdim=True)
-            p_MV = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best, 1)
-        else:
-            p_MV = _probabilities(logits, temperature)
+    def _recalled(self, rows_MX: Tensor, at: RowTemperatures) -> Tensor:
+        p_MV = at.probabilities(recall(rows_MX, self._teacher_form, self._teacher_head))
         return p_MV if self._target_ids is None else p_MV[..., self._target_ids]
 
     def kept(
@@ -165,7 +224,7 @@ class AcceptanceScorer:
         states: Callable[[], Tensor],
         teacher: Teacher,
         weights: Mapping[str, Tensor],
-        temperature: float = 1.0,
+        at: RowTemperatures = AT_ONE,
     ) -> Tensor:
         """The chance a of each row's drafted token to be accepted ``[M]``.
 
@@ -175,22 +234,18 @@ class AcceptanceScorer:
 
         def chances(rows: slice, states_MH: Tensor) -> Tensor:
             p_MD, logits_MD = teacher(rows), self._copy.project(states_MH)
-            if self._acceptance_at(temperature) != "sampled":
+            if self._acceptance != "sampled" or at.all_greedy:
                 return p_MD.gather(-1, logits_MD.argmax(-1, keepdim=True))[..., 0]
-            return torch.minimum(p_MD, _probabilities(logits_MD, temperature)).sum(-1)
+            return torch.minimum(p_MD, at.at(rows).probabilities(logits_MD)).sum(-1)
 
         def kept() -> Tensor:
             return in_chunks(chances, states(), (), self.chunk_rows)
 
-        served = {
-            f"network.{name}": weight.to(self._served_as).float()
-            for name, weight in placed(self._exchanging.network, weights).items()
-        }
+        served: dict[str, Tensor] = {}
+        for name, weight in placed(self._exchanging.network, weights).items():
+            rounded = weight.to(self._served_as)
+            served[f"network.{name}"] = rounded if name in self._staying else rounded.float()
         return functional_call(self._exchanging, served, (kept,))
-
-
-def _probabilities(logits: Tensor, temperature: float) -> Tensor:
-    return (logits.float() / temperature).softmax(-1)
 
 
 def _in_order(parts: Sequence[Sequence[Sequence[float]]]) -> list[float]:
@@ -216,22 +271,3 @@ class _Exchanging(nn.Module):
 
     def forward(self, do: Callable[[], Tensor]) -> Tensor:
         return do()
-
-
-def _request(batch: SignalBatch, index: int) -> SignalBatch:
-    """One request of a batch, without the padding of its context."""
-    only = slice(index, index + 1)
-    length = int(batch.lengths_R[index])  # host waits for the device
-    features = batch.features_RCF
-    return replace(
-        batch,
-        starts_R=batch.starts_R[only],
-        lengths_R=batch.lengths_R[only],
-        tokens_RC1=batch.tokens_RC1[only, : length + 1],
-        features_RCF=None if features is None else features[only, :length],
-        anchors_RN=batch.anchors_RN[only],
-        paths_RNK=batch.paths_RNK[only],
-        teacher_RNKX=batch.teacher_RNKX[only],
-        weights_RNK=batch.weights_RNK[only],
-        temperatures=None if batch.temperatures is None else batch.temperatures[only],
-    )

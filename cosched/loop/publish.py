@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from cosched.errors import PublicationError
+from cosched.loop.checksum import checksum, fold, fold_together, read
+from cosched.loop.copies import Copies
 from cosched.records import WeightVersion
 
 if TYPE_CHECKING:
@@ -18,31 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """64-bit checksum of names, shapes, dtypes and every bit of the values, in hexadecimal.
-
-    Each row of a tensor is folded on its device; the folds are hashed in order on the host, so a
-    changed bit shows, and so does a row in the wrong place.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        bits = tensor.detach().view(_BITS[tensor.element_size()])
-        folds = _folds(bits) if bits.ndim > 1 else bits
-        digest.update(folds.cpu().contiguous().numpy().tobytes())  # host waits for the device
-    return digest.hexdigest()[:16]
-
-
-def _folds(bits: Tensor) -> Tensor:
-    """All numbers of each row, folded by exclusive or, as 64-bit numbers ``[...]``."""
-    if bits.device.type != "cpu":
-        return torch.hash_tensor(bits, dim=-1)
-    folds = np.bitwise_xor.reduce(bits.numpy(), axis=-1)  # the same, several times as fast
-    return torch.from_numpy(np.asarray(folds)).to(torch.int64)
-
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    from cosched.loop.checksum import Folded
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +46,9 @@ class InPlacePublisher:
     A publication copies into the same storage (CUDA graphs keep their pointers), then compares the
     draft's checksum with the candidate's. Of the target it checks that no tensor was written to
     since the start, and on every ``target_check_every``-th publication (0: never) the checksum of
-    all its bits. If anything is wrong the draft's last good weights are put back and an error is
-    raised. ``first`` are the draft's whole weights as loaded, which serve now; they and the newest
-    ``keep`` versions can be served again.
+    all its bits. For all checksums together it waits for the device once. If anything is wrong the
+    draft's last good weights are put back and an error is raised. ``first`` are the draft's whole
+    weights as loaded, which serve now; they and the newest ``keep`` versions can be served again.
 
     Raises:
         PublicationError: a tensor of the draft is the target's, or serves other weights than
@@ -105,6 +81,7 @@ class InPlacePublisher:
             if not torch.equal(tensor, self._part(name, first[name])):  # host waits for the device
                 raise PublicationError(f"the serving draft's {name} is not that of its checkpoint")
         self.target_checksum = checksum(serving.target)
+        (self._target_bits,) = read(fold_together(serving.target))  # host waits for the device
         self._target_writes = self._writes_to_target()
 
     @classmethod
@@ -179,20 +156,19 @@ class InPlacePublisher:
                     f"the serving draft has no {name} of shape {list(new.shape)}"
                 )
         parts = {name: self._part(name, new) for name, new in weights.items()}
-        expected = checksum({name: parts.get(name, old) for name, old in draft.items()})
-        for name, new in parts.items():
-            draft[name].copy_(new)
+        expected = fold({name: parts.get(name, old) for name, old in draft.items()})
+        _write(draft, parts)
         self._serving.refresh()
         every = self._target_check_every
         checks_target = every > 0 and (self.version + 1) % every == 0
-        self._prove(weights, expected, checks_target)
+        draft_checksum = self._prove(weights, expected, checks_target)
         if weights is self._first:
             self._serving.as_loaded()
         self.version += 1
         self._remember(weights)
         return WeightVersion(
             version=self.version,
-            draft_checksum=expected,
+            draft_checksum=draft_checksum,
             target_checksum=self.target_checksum if checks_target else None,
             seconds=self._clock() - started,
         )
@@ -206,23 +182,41 @@ class InPlacePublisher:
         for name, new in weights.items():
             if name not in storage:
                 storage[name] = torch.empty_like(new, dtype=self._serving.draft[name].dtype)
-            storage[name].copy_(new)
+        _write(storage, weights)
         self._kept[self.version] = storage
 
-    def _prove(self, weights: Mapping[str, Tensor], expected: str, checks_target: bool) -> None:
+    def _prove(self, weights: Mapping[str, Tensor], expected: Folded, checks_target: bool) -> str:
+        """The checksum of the draft that serves now.
+
+        Raises:
+            PublicationError: it is wrong, or the target was written to; the publication is undone.
+        """
+        serving = self._serving
+        agree, folded = serving.agree, [expected, fold(serving.draft)]
+        if agree is not None:
+            folded.append(fold(weights))
+        if checks_target:
+            folded.append(fold_together(serving.target))
+        meant, found, *others = read(*folded)
         wrong = ""
-        if (found := checksum(self._serving.draft)) != expected:
-            wrong = f"the draft's checksum is {found}, not {expected}"
-        elif (agree := self._serving.agree) and not agree(checksum(weights)):
+        if found != meant:
+            wrong = f"the draft's checksum is {found}, not {meant}"
+        elif agree is not None and not agree(others[0]):
             wrong = "the ranks were given different weights"
         elif self._writes_to_target() != self._target_writes:
             wrong = "a tensor of the target was written to"
-        elif checks_target and (found := checksum(self._serving.target)) != self.target_checksum:
-            wrong = f"the target's checksum became {found}, it was {self.target_checksum}"
+        elif checks_target and others[-1] != self._target_bits:
+            wrong = f"the target's checksum became {others[-1]}, it was {self._target_bits}"
         if not wrong:
-            return
+            return meant
         last_good = {**self._first, **self._kept.get(self.version, {})}
-        for name in weights:
-            self._serving.draft[name].copy_(self._part(name, last_good[name]))
+        _write(serving.draft, {name: self._part(name, last_good[name]) for name in weights})
         self._serving.refresh()
         raise PublicationError(f"publication {self.version + 1} undone: {wrong}")
+
+
+def _write(storage: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    copies = Copies()
+    for name, value in values.items():
+        copies.add(storage[name], value)
+    copies.make()

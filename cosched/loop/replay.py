@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cosched.loop.copies import Copies
 from cosched.loop.request_rows import Drawn, RequestRows, pad
 
 if TYPE_CHECKING:
@@ -110,14 +111,19 @@ class ReplayBuffer:
         gone = set() if self._keep_finished else finished
         for request_id in self._requests.keys() & gone:
             del self._requests[request_id]  # first, so that nobody has to go for who begins
+        copies, appended = Copies(), set[str]()
         for segment in round_.segments:
             if segment.request_id in gone:
                 continue
             if segment.request_id not in self._requests:
                 num_evicted += self._admit(segment)
             if (rows := self._requests.get(segment.request_id)) is not None:
-                rows.append(segment)
+                if segment.request_id in appended:
+                    copies.make()  # its first token is the last of before
+                appended.add(segment.request_id)
+                rows.append(segment, copies)
                 self._requests.move_to_end(segment.request_id)
+        copies.make()
         if self._keep_blocks:
             for block in round_.blocks:
                 if block.request_id in self._requests:

@@ -10,18 +10,26 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cosched.records import SignalBatch
+from cosched.loop.layout import upload
+from cosched.records import Layout, SignalBatch
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from cosched.loop.copies import Copies
     from cosched.records import Rows, Segment, ServedBlock
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Context, anchors and paths of one request, which samples at ``temperature``."""
+    """Context, anchors and paths of one request, which samples at ``temperature``.
+
+    Teacher rows of the same number in ``says_NK`` are alike; it and the weights are the host's.
+    """
 
     start: int
     tokens_C1: Tensor
@@ -29,14 +37,15 @@ class Drawn:
     anchors_N: Tensor
     paths_NK: Tensor
     teacher_NKX: Tensor
-    weights_NK: Tensor
+    weights_NK: NDArray[np.float32]
+    says_NK: NDArray[np.int64]
     temperature: float
 
 
 CONTEXT_STEP = 64  # rows
 
-Found = tuple[int, Tensor, Tensor, Tensor, Tensor]
-"""The first anchor; anchors [N], oldest first, paths [N, K], their teacher and weights."""
+Found = tuple[int, Tensor, Tensor, Tensor, "NDArray[np.float32]", "NDArray[np.int64]"]
+"""The first anchor; anchors [N], oldest first, paths [N, K], their teacher, weights, and alike rows."""
 
 
 class RequestRows:
@@ -65,7 +74,8 @@ class RequestRows:
         self.teacher: Tensor | None = None
         self.blocks: deque[ServedBlock] = deque(maxlen=window)
 
-    def append(self, segment: Segment) -> None:
+    def append(self, segment: Segment, copies: Copies) -> None:
+        """Take in rows; they are there when the ``copies`` have been made."""
         skipped = max(0, len(segment.tokens_R1) - 1 - self.capacity)
         new = len(segment.tokens_R1) - 1 - skipped
         start = segment.start + skipped
@@ -74,19 +84,20 @@ class RequestRows:
             self.teacher_from = None
             self.blocks.clear()
         elif self.begin + self.count + new > 2 * self.capacity:
+            copies.make()  # what moves must be there
             self._move_to_front(self.capacity - new)
         end = self.begin + self.count
-        self.tokens[end : end + new + 1] = segment.tokens_R1[skipped:]
+        copies.add(self.tokens[end : end + new + 1], segment.tokens_R1[skipped:])
         if self.features is not None:
             assert segment.features_RF is not None
-            self.features[end : end + new] = segment.features_RF[skipped:]
+            copies.add(self.features[end : end + new], segment.features_RF[skipped:])
         if segment.teacher_RX is None:
             self.teacher_from = None
         else:
             if self.teacher is None:
                 width = segment.teacher_RX.shape[-1]
                 self.teacher = segment.teacher_RX.new_zeros(2 * self.capacity, width)
-            self.teacher[end : end + new] = segment.teacher_RX[skipped:]
+            copies.add(self.teacher[end : end + new], segment.teacher_RX[skipped:])
             self.teacher_from = start if self.teacher_from is None else self.teacher_from
         self.count += new
         self._drop(max(0, self.count - self.capacity))
@@ -141,7 +152,7 @@ class RequestRows:
 
     def _drawn(self, found: Found) -> Drawn:
         """With what is kept as context, or of it what the window of the first anchor reaches."""
-        first, anchors, paths, teacher, weights = found
+        first, anchors, paths, teacher, weights, says = found
         unseen = max(0, first - self._draft_window - 1) if self._draft_window else 0
         begin, end = self.begin + unseen, self.begin + self.count
         return Drawn(
@@ -152,6 +163,7 @@ class RequestRows:
             paths_NK=paths,
             teacher_NKX=teacher,
             weights_NK=weights,
+            says_NK=says,
             temperature=self.temperature,
         )
 
@@ -174,7 +186,8 @@ class RequestRows:
             anchors,
             self.tokens[self.begin + ahead + 1],
             self.teacher[self.begin + ahead],
-            torch.ones(ahead.shape, device=anchors.device),
+            np.ones(ahead.shape, np.float32),
+            np.arange(len(anchors))[:, None] + np.arange(path),  # the text's own rows
         )
 
     def _served_paths(
@@ -193,19 +206,26 @@ class RequestRows:
         blocks = blocks[-num_anchors:]
         if not blocks:
             return None
-        device = self.tokens.device
-        anchors = torch.tensor([b.anchor - self.start for b in blocks], device=device)
+        anchors = np.array([block.anchor - self.start for block in blocks])
         paths = stacked([b.path_K for b in blocks], path)
-        weights = torch.ones(paths.shape, device=device)
-        accepted_N = torch.tensor([b.num_accepted for b in blocks], device=device)
-        drafted_N = torch.tensor([len(b.path_K) for b in blocks], device=device)
-        k_K = torch.arange(path, device=device)
-        weights = weights.masked_fill(k_K > accepted_N[:, None], refused_weight)
+        weights = np.ones(paths.shape, np.float32)
+        accepted_N1 = np.array([[block.num_accepted] for block in blocks])
+        drafted_N1 = np.array([[len(block.path_K)] for block in blocks])
+        k_K = np.arange(path)
+        weights[k_K > accepted_N1] = refused_weight
         if only_refused:
-            weights = weights.masked_fill(k_K < accepted_N[:, None], 0)
-        weights = weights.masked_fill(k_K >= drafted_N[:, None], 0)
-        teacher = [b.teacher_KX for b in blocks if b.teacher_KX is not None]
-        return blocks[0].anchor - self.start, anchors, paths, stacked(teacher, path), weights
+            weights[k_K < accepted_N1] = 0
+        weights[k_K >= drafted_N1] = 0
+        teacher = stacked([b.teacher_KX for b in blocks if b.teacher_KX is not None], path)
+        says = np.arange(weights.size).reshape(weights.shape)  # no two stand behind the same text
+        return (
+            blocks[0].anchor - self.start,
+            upload(anchors, self.tokens.device),
+            paths,
+            teacher,
+            weights,
+            says,
+        )
 
 
 def stacked(tensors: list[Tensor], length: int, fill: int = 0) -> Tensor:
@@ -231,15 +251,31 @@ def pad(drawn: list[Drawn], draft_window: int | None) -> SignalBatch:
 
     device = drawn[0].tokens_C1.device
     features = [one.features_CF for one in drawn if one.features_CF is not None]
+    starts = tuple(one.start for one in drawn)
+    starts_R = upload(np.array(starts), device)
+    weights, says = _on_host(drawn, anchors)
+    weights_RNK = upload(weights, device)
+    teacher_RNKX = stacked([one.teacher_NKX for one in drawn], anchors)
     return SignalBatch(
-        starts_R=torch.tensor([one.start for one in drawn], device=device),
-        lengths_R=torch.tensor([len(one.tokens_C1) - 1 for one in drawn], device=device),
+        starts_R=starts_R,
+        lengths_R=upload(np.array([len(one.tokens_C1) - 1 for one in drawn]), device),
         tokens_RC1=stacked([one.tokens_C1 for one in drawn], context + 1),
         features_RCF=stacked(features, context) if features else None,
         anchors_RN=stacked([one.anchors_N for one in drawn], anchors, fill=1),
         paths_RNK=stacked([one.paths_NK for one in drawn], anchors),
-        teacher_RNKX=stacked([one.teacher_NKX for one in drawn], anchors),
-        weights_RNK=stacked([one.weights_NK for one in drawn], anchors),
+        teacher_RNKX=teacher_RNKX,
+        weights_RNK=weights_RNK,
         window=draft_window,
         temperatures=tuple(one.temperature for one in drawn),
+        layout=Layout(starts, weights, says, of=(starts_R, weights_RNK, teacher_RNKX)),
     )
+
+
+def _on_host(drawn: list[Drawn], num_anchors: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Weights ``[R, N, K]`` and which teacher rows are alike, none of two requests."""
+    shape = (len(drawn), num_anchors, drawn[0].weights_NK.shape[1])
+    weights, says = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
+    for row, one in enumerate(drawn):
+        weights[row, : len(one.weights_NK)] = one.weights_NK
+        says[row, : len(one.says_NK)] = one.says_NK + row * says[0].size
+    return weights, says

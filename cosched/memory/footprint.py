@@ -12,7 +12,8 @@ from cosched.guard.guard import LOOKED_AT
 from cosched.guard.settings import ShadowSettings
 from cosched.loop.replay import ReplayLimits
 from cosched.loop.teacher_rows import record_width
-from cosched.memory.peaks import loss_peak, scores_peak
+from cosched.memory.full_size import full_batch
+from cosched.memory.peaks import scores_peak, step_peak
 from cosched.memory.sketch import sketch_draft
 from cosched.registry import LOSSES
 from cosched.settings.arms import adapts
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from cosched.memory.sketch import TargetSketch
     from cosched.protocols import Drafter, Loss, TargetInfo
+    from cosched.records import SignalBatch
     from cosched.settings.schema import Config
 
 
@@ -41,15 +43,16 @@ class Footprint:
 
     ``serving_adapters`` are those that serve beside one another. ``trainer_copy`` is the float32
     draft that learns, once, with its adapters if it has any, and ``first_weights`` what a reset
-    goes back to; ``masters`` (ZeRO keeps its own), ``moments`` and ``gradients`` are DeepSpeed's.
+    goes back to; ``masters`` (ZeRO's own, and its flat copy of the weights) and ``moments`` are DeepSpeed's.
     ``merged`` are the weights with adapters merged in, which are there only while they are
     published. ``last_good`` is what can be served again: the draft as loaded, and the versions
     kept. ``reference`` is the copy of before the update, where the loss compares with it.
-    ``trials`` are the trainer's states between which an objective chooses. ``loss`` is the most
-    that logits take at once with all that is made of them, their gradients included, and that of a
-    head that is trained once more than in ``gradients``. ``scores`` is the most that a guard takes
-    at once which scores drafts: logits again, and the weights that it puts into the draft. It scores
-    between updates, so of ``loss`` and ``scores`` only the larger one adds. ``process`` is what a
+    ``trials`` are the trainer's states between which an objective chooses. ``words`` are the rows of
+    the target's head that the draft has words for, copied out where it lacks most of them. ``step`` is
+    the most that a micro-step takes at once: activations, logits and what is made of them, gradients.
+    ``scores`` is the most that a guard takes at once which scores drafts: the same but for gradients, and
+    the weights that it puts into the draft. It scores between updates, so of ``step`` and ``scores``
+    only the larger one adds. ``process`` is what a
     process of its own that trains takes besides: itself, the target's embedding and head, and the
     weights that both sides see. (Several adapters that learn in the background may do both at once:
     each of them by itself is counted as said.)
@@ -67,10 +70,10 @@ class Footprint:
     last_good: int
     masters: int
     moments: int
-    gradients: int
     reference: int
     trials: int
-    loss: int
+    words: int
+    step: int
     scores: int
     process: int
     replay: int
@@ -93,10 +96,10 @@ class Footprint:
                 self.last_good,
                 self.masters,
                 self.moments,
-                self.gradients,
                 self.reference,
                 self.trials,
-                max(self.loss, self.scores),
+                self.words,
+                max(self.step, self.scores),
                 self.process,
                 self.replay,
                 self.draft_cache,
@@ -216,6 +219,7 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
     workload = config.workload
     longest = workload.prompt_tokens + workload.turns * workload.max_new_tokens
     cache = drafter.cache_bytes_per_token
+    words = _words(config, target, drafter) if trained else 0
     return Footprint(
         num_target_parameters=target_parameters,
         num_draft_parameters=held,
@@ -227,15 +231,13 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
         serving_adapters=dtype.itemsize * adapters if served else 0,
         merged=4 * published if adapters and not served else 0,
         last_good=dtype.itemsize * versions,
-        masters=4 * trained if config.adapt.trainer.zero_stage else 0,
+        masters=8 * trained if _divides(config) else 0,
         moments=8 * trained,
-        gradients=4 * trained,
         reference=4 * trained * any(loss.needs_reference for loss in losses),
         trials=2 * (12 * trained + 4 * published * (adapters > 0)) if experts else 0,
-        loss=max(_loss_peak(config, target, drafter, loss, limits) for loss in losses)
-        if trained
-        else 0,
-        scores=_scores_peak(config, target, drafter, scored, limits) if trained else 0,
+        words=words,
+        step=_most_of_a_step(config, target, drafter, losses, words, trained),
+        scores=_scores_peak(config, target, drafter, scored) if trained else 0,
         process=_process(config, target, published) if trained else 0,
         replay=requests * one if trained else 0,
         draft_cache=cache * config.engine.max_batch * longest,
@@ -255,43 +257,90 @@ def _process(config: Config, target: TargetSketch, num_published: int) -> int:
     return PROCESS_BYTES + (1 if target.tied else 2) * table + 4 * SLOTS * num_published
 
 
-def _loss_peak(
-    config: Config, target: TargetSketch, drafter: Drafter, loss: Loss, limits: ReplayLimits
+def _words(config: Config, target: TargetSketch, drafter: Drafter) -> int:
+    """As ``Teacher`` copies them."""
+    ids = drafter.target_ids()
+    if ids is None or config.adapt.replay.teacher != "hidden" or 2 * len(ids) > target.vocab_size:
+        return 0
+    return len(ids) * target.hidden_size * target.embedding.weight.dtype.itemsize
+
+
+def _divides(config: Config) -> bool:
+    """Whether ZeRO divides among ranks what the optimizer holds, and copies for it."""
+    return config.adapt.trainer.stage_of(config.engine.arguments.get("tp_size", 1)) > 0
+
+
+def _most_of_a_step(
+    config: Config,
+    target: TargetSketch,
+    drafter: Drafter,
+    losses: Sequence[Loss],
+    words: int,
+    trained: int,
 ) -> int:
-    """Run the loss of a micro-step on the meta device, and count."""
-    return loss_peak(
+    """Of a micro-step, or of the optimizer behind it: ZeRO has gradients three times."""
+    if not trained:
+        return 0
+    peak = max(_step_peak(config, target, drafter, loss) for loss in losses) - words
+    return max(peak, 12 * trained) if _divides(config) else peak
+
+
+def _step_peak(config: Config, target: TargetSketch, drafter: Drafter, loss: Loss) -> int:
+    """Run a micro-step of full size on the meta device, and count."""
+    return step_peak(
         drafter,
         scope_of(drafter, config.adapt.scope).parameters,
         loss,
         target.head,
         config.adapt.replay.teacher,
-        no_teacher_rows(config, target, limits),
-        num_rows=limits.anchors * limits.path,
-        chunk_rows=config.adapt.memory.chunk_rows,
+        batch_of_update(config, target, drafter),
+        config.adapt.memory.chunk_rows,
+        lora_of(drafter, config.adapt.scope),
     )
 
 
 def _scores_peak(
-    config: Config,
-    target: TargetSketch,
-    drafter: Drafter,
-    scored: Sequence[str],
-    limits: ReplayLimits,
+    config: Config, target: TargetSketch, drafter: Drafter, scored: Sequence[str]
 ) -> int:
-    """Score as many rows as the guard asks for at most, all of one request, likewise."""
-    guard = config.adapt.guard
-    if not isinstance(guard, ShadowSettings):
+    """Score as many rows as the guard asks for at most, likewise."""
+    if not isinstance(config.adapt.guard, ShadowSettings):
         return 0
-    num_anchors = min(LOOKED_AT * guard.anchors, limits.window - limits.path)
     return scores_peak(
         drafter,
         scored,
         target.embedding.weight.dtype,
         target.head,
         config.adapt.replay.teacher,
-        no_teacher_rows(config, target, limits),
-        num_rows=num_anchors * limits.path,
+        batch_of_look(config, target, drafter),
         chunk_rows=config.adapt.memory.chunk_rows,
+    )
+
+
+def batch_of_update(config: Config, target: TargetInfo, drafter: Drafter) -> SignalBatch:
+    """As many rows as an update has at most, of all requests that run, with nothing in them."""
+    return _full_batch(config, target, drafter, config.adapt.replay.anchors)
+
+
+def batch_of_look(config: Config, target: TargetInfo, drafter: Drafter) -> SignalBatch:
+    """As many as the guard looks at, or an objective that chooses by trials."""
+    guard = config.adapt.guard
+    shadow = isinstance(guard, ShadowSettings)
+    most = LOOKED_AT * guard.anchors if shadow else config.adapt.replay.anchors
+    return _full_batch(config, target, drafter, most)
+
+
+def _full_batch(
+    config: Config, target: TargetInfo, drafter: Drafter, num_anchors: int
+) -> SignalBatch:
+    limits = replay_limits(config, target, drafter)
+    return full_batch(
+        limits,
+        drafter,
+        target,
+        no_teacher_rows(config, target, limits),
+        config.engine.max_batch,
+        num_anchors,
+        config.drafter_settings.window,
     )
 
 

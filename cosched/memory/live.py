@@ -51,4 +51,6 @@ class LivePeak(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    """Those that have a storage: weights packed for a CPU have none that could be asked for."""
+    found = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return [tensor for tensor in found if not tensor.is_mkldnn]

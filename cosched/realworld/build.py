@@ -13,7 +13,7 @@ from cosched.engines.embedded.target import Target
 from cosched.errors import RealWorldError
 from cosched.realworld.answers import AnswerPlan, generate
 from cosched.realworld.card import Facts, write_card
-from cosched.realworld.documents import TEMPERATURE, WANTED, read_documents, record
+from cosched.realworld.documents import WANTED, read_documents, record
 from cosched.realworld.folders import is_whole, new_file
 from cosched.realworld.pins import NAME
 from cosched.realworld.questions import training_questions
@@ -90,9 +90,11 @@ def build(
         settings = family.Settings(kind=name, path=str(expanded), num_draft_tokens=num_drafted)
         drafter = family.load(settings, target)
         reached: dict[str, Tensor] = {}
-        for domain in WANTED:
+        for domain, wanted in WANTED.items():
             documents = read_documents(target, folders.documents / f"{domain}.jsonl", recipe.layers)
-            reached[domain] = acceptance(target, drafter, documents, num_drafted, TEMPERATURE)
+            reached[domain] = acceptance(
+                target, drafter, documents, num_drafted, wanted.temperature
+            )
         write_card(folders.to / name, name, facts, reached)
 
 
@@ -110,10 +112,11 @@ def _answer(folders: Folders, target: Target, seed: int, share: float, progress:
     record_texts(target, folders.work / "texts", shards, texts, seed, tell)
     for domain, wanted in WANTED.items():
         code = folders.models / "human-eval" / "code.jsonl"
-        prompts = code if domain == "code" else folders.prompts / f"{domain}.jsonl"
+        prompts = code if domain == "code" else folders.prompts / f"{wanted.of or domain}.jsonl"
         number, tokens = _part(share, wanted.prompts), _part(share, wanted.tokens, 16)
         tell = _task(progress, f"{domain}: tokens", number * tokens)
-        record(target, prompts, folders.documents / f"{domain}.jsonl", number, tokens, seed, tell)
+        wanted = wanted._replace(prompts=number, tokens=tokens)
+        record(target, prompts, folders.documents / f"{domain}.jsonl", wanted, seed, tell)
 
 
 def _taught(

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from cosched.engines.embedded.target import Target
     from cosched.realworld.recorded import Recorded
 
-TEMPERATURE = 0.7
-
 
 class Wanted(NamedTuple):
-    """How many of a file's first prompts are answered, and in how many tokens at most."""
+    """How many of a file's first prompts are answered, in how many tokens at most, and how freely."""
 
     prompts: int
     tokens: int
+    temperature: float = 0.7
+    of: str | None = None  # the prompts' file, where it has not the documents' name
 
 
 WANTED = {
@@ -41,6 +41,7 @@ WANTED = {
     "formats": Wanted(12, 512),
     "languages": Wanted(12, 512),
     "long": Wanted(8, 2048),
+    "long-freely": Wanted(12, 2048, 1.0, of="long"),  # at 0.7 the model soon repeats itself
 }
 
 
@@ -48,12 +49,11 @@ def record(
     target: Target,
     prompts: Path,
     path: Path,
-    number: int,
-    max_new_tokens: int,
+    wanted: Wanted,
     seed: int,
     advance: Callable[[int, str], None],
 ) -> None:
-    """Answer the first prompts of a file at temperature 0.7 and write both, as OpenAI chat.
+    """Answer the first prompts of a file and write both, as OpenAI chat.
 
     The file appears whole or not at all; what is there stays. ``advance(tokens, message)`` is called
     as they come.
@@ -65,12 +65,12 @@ def record(
     if path.exists():
         return
     chat = Chat(target.tokenizer, target.end_tokens)
-    lines = {line.id: line for line in read_lines(prompts, "--prompts", number)}
+    lines = {line.id: line for line in read_lines(prompts, "--prompts", wanted.prompts)}
     requests = [
-        GenerationRequest(name, torch.tensor(chat.prompt(line.messages, name)), max_new_tokens)
+        GenerationRequest(name, torch.tensor(chat.prompt(line.messages, name)), wanted.tokens)
         for name, line in lines.items()
     ]
-    engine = sampler(target, requests, TEMPERATURE, seed, lambda tokens: advance(tokens, ""))
+    engine = sampler(target, requests, wanted.temperature, seed, lambda tokens: advance(tokens, ""))
     said = {
         finished.request.id: target.tokenizer.decode(finished.tokens, skip_special_tokens=True)
         for finished in engine.generate(requests)

@@ -40,17 +40,17 @@ def footprint_table(footprint: Footprint, in_sglang: bool = False) -> Table:
         ("its first weights", footprint.first_weights, f"{trained:,} trained, to reset to"),
         ("merged weights", footprint.merged, "adapters merged in, while they are published"),
         ("earlier versions", footprint.last_good, "to undo a publication, or roll back"),
-        ("ZeRO masters", footprint.masters, "4 bytes a trained parameter (none in stage 0)"),
+        ("ZeRO masters", footprint.masters, "8 bytes a trained parameter (none in stage 0)"),
         ("Adam moments", footprint.moments, "8 bytes a trained parameter"),
-        ("gradients", footprint.gradients, "4 bytes a trained parameter"),
         ("draft before the update", footprint.reference, "where the loss compares with it"),
         ("trials", footprint.trials, "the state before, and the best so far (adapt.objective)"),
-        ("loss", footprint.loss, "logits and what is made of them (adapt.memory.chunk_rows)"),
+        ("rows of the target's head", footprint.words, "of the draft's words"),
         (
-            "scores of drafts",
-            footprint.scores,
-            "logits, and weights in float32; the larger of loss and this adds",
+            "a micro-step",
+            footprint.step,
+            "activations, logits (adapt.memory.chunk_rows) and gradients at once",
         ),
+        ("scores of drafts", footprint.scores, "likewise; the larger of the two adds"),
         ("process that trains", footprint.process, "itself, and what both sides see"),
         (
             "replay buffer",
@@ -62,7 +62,11 @@ def footprint_table(footprint: Footprint, in_sglang: bool = False) -> Table:
     for what, takes, why in rows:
         table.add_row(what, DASH if takes is None else in_units(takes), why)
     table.add_section()
-    table.add_row("on top of the target", in_units(footprint.added), "activations come on top")
+    table.add_row(
+        "on top of the target",
+        in_units(footprint.added),
+        "what decoding takes for a moment comes on top",
+    )
     if in_sglang:
         beside = in_units(footprint.beside_sglang)
         table.add_row("of it beside SGLang", beside, "outside of mem_fraction_static")

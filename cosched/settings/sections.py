@@ -212,7 +212,8 @@ class TrainerSettings(Section, frozen=True):
     ``lr`` is AdamW's learning rate and ``weight_decay`` its decay; gradients are clipped to the norm
     ``max_grad_norm``.
     ``zero_stage`` 1 and 2 divide what the optimizer holds among the ranks that train together. Where
-    there is one, 0 takes the same steps and spares it copies of all weights and gradients.
+    there is one, 0 takes the same steps and spares it copies of all weights and gradients, and the
+    host several waits for the device in each step. ``auto`` is 0 where one rank trains, else 1.
     ``background`` trains beside the decoding and publishes when it is done: on a CPU in a process of
     its own, which has half of the threads while it works, on a GPU in a thread with a stream of its
     own. Off, the engine waits for each update, and runs repeat exactly.
@@ -221,12 +222,18 @@ class TrainerSettings(Section, frozen=True):
     """
 
     kind: Literal["deepspeed"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Literal["auto", 0, 1, 2] = "auto"
     lr: Annotated[float, Meta(gt=0)] = 3e-4
     max_grad_norm: Annotated[float, Meta(gt=0)] = 1.0
     weight_decay: NotNegative = 0.0
     background: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
+
+    def stage_of(self, num_ranks: int) -> int:
+        """ZeRO's stage where so many ranks train together."""
+        if self.zero_stage == "auto":
+            return 1 if num_ranks > 1 else 0
+        return self.zero_stage
 
 
 class PublishSettings(Section, frozen=True):

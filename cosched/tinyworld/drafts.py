@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cosched.loop.publish import checksum
+from cosched.loop.checksum import checksum
 from cosched.protocols import LossSettings
 from cosched.tinyworld.corpus import DOMAINS
 from cosched.tinyworld.distill import DistillPlan, acceptance_by_step, distill

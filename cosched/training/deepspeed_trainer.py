@@ -7,12 +7,13 @@ DeepSpeed's shared-memory collective, which it would compile for CPUs at first u
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 
 from cosched.errors import TrainingError
 from cosched.records import Decision, SignalBatch, UpdateResult
+from cosched.training.clipping import clip_finite
 from cosched.training.micro_step import share_of
 
 if TYPE_CHECKING:
@@ -37,7 +39,8 @@ class DeepSpeedTrainer:
     """AdamW on float32 masters under ZeRO stage 0, 1 or 2, over its own copy of the draft.
 
     ``batch_loss.network`` is trained in place; ``trainable`` names its parameters that move, all
-    others are frozen. Steps whose loss or gradient is not finite are skipped and counted. In a
+    others are frozen. Steps whose loss or gradient is not finite are skipped and counted; in stage 0
+    the device decides it, and the host waits for an update once, at its end. In a
     ``group`` of ranks, all given the same batches, each takes its share of the anchors. Whatever may
     fail on one of them, its own passes forward and backward, is done before they meet: none waits in
     a collective for one that is not coming, which NCCL answers by ending the process.
@@ -64,6 +67,7 @@ class DeepSpeedTrainer:
         self.learning_rate = learning_rate
         self._clock = clock
         self._zero_stage = zero_stage
+        self._max_grad_norm = max_grad_norm
         self._group = group
         self._trained = {
             name: p for name, p in batch_loss.network.named_parameters() if p.requires_grad
@@ -91,42 +95,57 @@ class DeepSpeedTrainer:
         rate = decision.rate_share * (decision.learning_rate or self.learning_rate)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        losses: list[float] = []
-        num_skipped = 0
         num_rows = batch.num_rows
         if self._group is not None:
             batch, self._weight = share_of(batch, self._group.rank, self._group.size)
         self.batch_loss.begin_update(batch, decision.objective)
-        for _ in range(decision.num_steps):
-            loss, taken = self.step(batch)
-            losses.append(loss)
-            num_skipped += not taken
-        lost_mass = self.batch_loss.lost_mass
+        steps = [self.step(batch) for _ in range(decision.num_steps)]
+        losses, skipped, lost_mass = self._read(steps, self.batch_loss.lost_mass)
         return UpdateResult(
             num_steps=decision.num_steps,
-            num_skipped=num_skipped,
+            num_skipped=sum(map(bool, skipped)),
             losses=tuple(losses),
             num_rows=num_rows,
             seconds=self._clock() - started,
-            lost_mass=None if lost_mass is None else float(lost_mass),  # host waits for the device
+            lost_mass=lost_mass,
             objective=decision.objective,
         )
 
-    def step(self, batch: SignalBatch) -> tuple[float, bool]:
-        """One micro-step; returns its loss and whether the weights moved."""
+    def step(self, batch: SignalBatch) -> tuple[Tensor, Tensor]:
+        """One micro-step; its loss, and 1 where it was skipped, as numbers on the device."""
         with torch.enable_grad():
             loss = self._loss(batch)
             value = self._over_ranks(loss.detach())
-            if not math.isfinite(value):
-                return value, False
+            if self._zero_stage:
+                return value, self._step_of_zero(loss, value)
             self._engine.backward(loss)
-            # ZeRO 1 and 2 look for overflow themselves; stage 0 would step on it.
-            if self._zero_stage == 0 and not self._gradients_are_finite():
-                self._engine.zero_grad()
-                return value, False
-            skipped_before = self._engine.skipped_steps
+            skipped = clip_finite(list(self._trained.values()), value, self._max_grad_norm)
+            optimizer: Any = self._base_optimizer
+            optimizer.found_inf = skipped  # as a GradScaler tells a fused optimizer
             self._engine.step()
-        return value, self._engine.skipped_steps == skipped_before
+        return value, skipped
+
+    def _step_of_zero(self, loss: Tensor, value: Tensor) -> Tensor:
+        """ZeRO 1 and 2 clip by themselves, and look for overflow: the host waits several times."""
+        skipped = value.new_ones(())
+        if not math.isfinite(value):  # host waits for the device
+            return skipped
+        self._engine.backward(loss)
+        skipped_before = self._engine.skipped_steps
+        self._engine.step()
+        return skipped.fill_(self._engine.skipped_steps - skipped_before)
+
+    @staticmethod
+    def _read(
+        steps: Sequence[tuple[Tensor, Tensor]], lost_mass: Tensor | None
+    ) -> tuple[list[float], list[float], float | None]:
+        """Losses, what was skipped, and the lost mass, all at once."""
+        losses, skipped = zip(*steps, strict=True)
+        others = () if lost_mass is None else (lost_mass,)
+        numbers = [number.to(losses[0].dtype) for number in (*losses, *skipped, *others)]
+        read: list[float] = torch.stack(numbers).tolist()  # host waits for the device
+        first, last = read[: len(steps)], read[len(steps) : 2 * len(steps)]
+        return first, last, read[-1] if others else None
 
     def _loss(self, batch: SignalBatch) -> Tensor:
         """This rank's share of the loss, from which DeepSpeed goes back."""
@@ -140,19 +159,13 @@ class DeepSpeedTrainer:
         self._group.meet()
         return self._engine(loss.detach(), gradients)
 
-    def _over_ranks(self, loss: Tensor) -> float:
+    def _over_ranks(self, loss: Tensor) -> Tensor:
         """The loss of the whole batch; not finite on any rank is not finite on all."""
         if self._group is not None:
             loss = loss.clone()
             dist.all_reduce(loss, group=self._group.whole)
             loss /= self._group.size
-        return float(loss)  # host waits for the device
-
-    def _gradients_are_finite(self) -> bool:
-        gradients = [p.grad for p in self._trained.values() if p.grad is not None]
-        return bool(
-            torch.nn.utils.get_total_norm(gradients).isfinite()
-        )  # host waits for the device
+        return loss
 
     def weights(self) -> Mapping[str, Tensor]:
         """The trained parameters as they are now (whole in every ZeRO stage up to 2)."""
@@ -260,7 +273,7 @@ def _initialize(
     group: TrainingGroup | None,
 ) -> Any:
     device = parameters[0].device
-    deepspeed = _import_deepspeed(device)
+    deepspeed = _import_deepspeed(device, zero_stage)
     _ensure_process_group(device)
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -270,9 +283,12 @@ def _initialize(
     # One bucket for everything: a draft is small, and each bucket costs a pass.
     bucket = max(1, sum(p.numel() for p in parameters))
     config = {
+        # It measures what nobody reads, and waits for the device twice a step to measure it well.
+        "timers": {"throughput": {"enabled": False}},
+        "wall_clock_breakdown": False,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": max_grad_norm,
+        "gradient_clipping": max_grad_norm if zero_stage else 0.0,  # else ``step`` clips
         "zero_optimization": {
             "stage": zero_stage,
             "reduce_bucket_size": bucket,
@@ -295,7 +311,7 @@ def _initialize(
     return engine
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def _import_deepspeed(device: torch.device, zero_stage: int) -> Any:
     """DeepSpeed without what it says on import: probes of optional compilers, advice on devices.
 
     Raises:
@@ -313,6 +329,9 @@ def _import_deepspeed(device: torch.device) -> Any:
                 f"adapt.trainer.kind is deepspeed, but it cannot be imported: {error}\n"
                 f"{said.read().decode(errors='replace')}"
             ) from error
+        if zero_stage:
+            with suppress(ImportError):  # else the first step does, which takes seconds
+                importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     logger.setLevel(logging.ERROR)
     return deepspeed
 

@@ -195,6 +195,5 @@ class MergingTrainer:
 def _merged(layer: Any) -> Tensor:
     """W plus its adapter; where B is zero W itself, since adding a zero would turn -0 into 0."""
     base: Tensor = layer.get_base_layer().weight.detach()
-    if not layer.lora_B[ADAPTER].weight.any():  # host waits for the device
-        return base
-    return base + layer.get_delta_weight(ADAPTER)
+    says_something = layer.lora_B[ADAPTER].weight.any()  # on the device, so that nobody waits
+    return torch.where(says_something, base + layer.get_delta_weight(ADAPTER), base)

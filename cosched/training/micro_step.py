@@ -10,11 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosched.loop.teacher_rows import Teacher, distinct, wide
+from cosched.loop.layout import CountedRows, counted_rows, upload
+from cosched.loop.teacher_rows import Teacher, wide
+from cosched.records import Layout
 from cosched.training.chunks import in_chunks
 from cosched.training.precision import computing_in
 from cosched.training.reference import DraftBefore
@@ -32,13 +35,18 @@ ROWS_TO_RANK = 32  # of the draft's logits, whose likeliest tokens are looked fo
 
 
 @dataclass(frozen=True, slots=True)
-class Likeliest:
-    """Tokens that a batch's loss is taken over, and what the teacher says of them."""
+class Prepared:
+    """What all micro-steps on a batch have in common.
+
+    ``tokens_W`` are those that the loss is taken over, and ``teacher_TW`` what the teacher says of
+    them; None where it is taken over all of them.
+    """
 
     batch: SignalBatch
-    tokens_W: Tensor
-    teacher_TW: Tensor
-    says_M: Tensor  # the teacher's row of each that counts
+    rows: CountedRows
+    temperatures_M: Tensor | None
+    tokens_W: Tensor | None = None
+    teacher_TW: Tensor | None = None
 
 
 class BatchLoss(nn.Module):
@@ -79,7 +87,7 @@ class BatchLoss(nn.Module):
         compares = any(one.needs_reference for one in self._losses)
         self.before = DraftBefore(drafter) if compares else None
         self._reference_RNKH: Tensor | None = None
-        self._likeliest: Likeliest | None = None
+        self._prepared: Prepared | None = None
         self._chunk_rows = chunk_rows
         self._computing = computing_in(precision, next(network.parameters()).device)
 
@@ -87,11 +95,13 @@ class BatchLoss(nn.Module):
     def begin_update(self, batch: SignalBatch, objective: int = 0) -> None:
         """Micro-steps on this batch follow: what they are held against is the draft as it is now."""
         self._loss, self._reference_RNKH = self._losses[objective], None
-        self.lost_mass = self._lost_mass(batch)
-        self._likeliest = self._rank(batch, self._loss.settings.vocab_top_k)
+        prepared = self._prepare(batch)
+        self.lost_mass = self._lost_mass(prepared)
+        self._prepared = self._rank(prepared, self._loss.settings.vocab_top_k)
         if self.before is not None and self._loss.needs_reference:
             self.before.catch_up()
-            self._reference_RNKH = self.before.drafter.replay_states(batch)
+            with self._computing:
+                self._reference_RNKH = self.before.drafter.replay_states(batch)
 
     def forward(self, batch: SignalBatch) -> Tensor:
         """Scalar loss of a batch, in float32 or wider."""
@@ -102,21 +112,24 @@ class BatchLoss(nn.Module):
             return self._loss_of(batch, reference)
 
     def _loss_of(self, batch: SignalBatch, reference: Tensor | None) -> Tensor:
-        weights_RNK, among = batch.weights_RNK, self._likeliest
-        counts_M = _that_count(batch)
-        states_MH = _rows(self._drafter.replay_states(batch), counts_M)
+        weights_RNK, prepared = batch.weights_RNK, self._prepared
+        if prepared is None or prepared.batch is not batch:
+            assert prepared is None or prepared.tokens_W is None, "an update has one batch"
+            prepared = self._prepare(batch)
+        rows = prepared.rows
+        states_MH = _rows(self._drafter.replay_states(batch), rows.places_M)
         if reference is not None:
-            reference = _rows(reference, counts_M)
-        temperatures_M = self._temperatures(batch, counts_M)
-        if among is None:
-            said = self._distinct_rows(batch, counts_M)
-            measured_MQ = self.measure(states_MH, *said, reference, temperatures_M)
-        else:
-            assert among.batch is batch, "an update has one batch"
-            said = among.teacher_TW, among.says_M
-            measured_MQ = self.measure(states_MH, *said, reference, temperatures_M, among.tokens_W)
+            reference = _rows(reference, rows.places_M)
+        measured_MQ = self.measure(
+            states_MH,
+            rows.teacher_TX if prepared.teacher_TW is None else prepared.teacher_TW,
+            rows.says_M,
+            reference,
+            prepared.temperatures_M,
+            prepared.tokens_W,
+        )
         whole_MQ = measured_MQ.new_zeros(weights_RNK.numel(), measured_MQ.shape[-1])
-        whole_MQ = whole_MQ.index_copy(0, counts_M, measured_MQ)
+        whole_MQ = whole_MQ.index_copy(0, rows.places_M, measured_MQ)
         return self._loss.reduce(whole_MQ.unflatten(0, weights_RNK.shape), weights_RNK)
 
     def measure(
@@ -152,30 +165,39 @@ class BatchLoss(nn.Module):
         parameters = list(self.network.parameters())
         return in_chunks(measure, states_MH, parameters, self._chunk_rows)
 
-    def _distinct_rows(self, batch: SignalBatch, counts_M: Tensor) -> tuple[Tensor, Tensor]:
-        return distinct(_rows(batch.teacher_RNKX, counts_M), self._teacher_form)
+    @torch.no_grad()
+    def _prepare(self, batch: SignalBatch) -> Prepared:
+        rows = counted_rows(batch, self._teacher_form)
+        return Prepared(batch, rows, self._temperatures(batch, rows.places_M))
 
-    def _rank(self, batch: SignalBatch, most: int | None) -> Likeliest | None:
-        """The tokens among so many likeliest of any row, of the teacher's or of the draft's."""
-        if most is None or not len(counts_M := _that_count(batch)):
-            return None
-        teacher_TX, says_M = self._distinct_rows(batch, counts_M)
+    def _rank(self, prepared: Prepared, most: int | None) -> Prepared:
+        """With the tokens among so many likeliest of any row, of the teacher's or of the draft's."""
+        rows = prepared.rows
+        if most is None or not len(rows.places_M):
+            return prepared
         with self._computing:
-            teacher_TV = wide(self._teacher.logits(teacher_TX, self._drafter.target_ids()))
-            states_MH = _rows(self._drafter.replay_states(batch), counts_M)
-            students = (self._drafter.project(rows) for rows in states_MH.split(ROWS_TO_RANK))
+            teacher_TV = wide(self._teacher.logits(rows.teacher_TX, self._drafter.target_ids()))
+            states_MH = _rows(self._drafter.replay_states(prepared.batch), rows.places_M)
+            students = (self._drafter.project(some) for some in states_MH.split(ROWS_TO_RANK))
             best = [
                 logits.topk(min(most, logits.shape[-1])).indices.flatten()
                 for logits in (teacher_TV, *students)
             ]
-        tokens_W = torch.cat(best).unique()
-        return Likeliest(batch, tokens_W, teacher_TV.index_select(-1, tokens_W), says_M)
+        tokens_W = self.union(best, teacher_TV.shape[-1])
+        teacher_TW = teacher_TV.index_select(-1, tokens_W)
+        return replace(prepared, tokens_W=tokens_W, teacher_TW=teacher_TW)
+
+    @staticmethod
+    def union(tokens: Sequence[Tensor], vocab_size: int) -> Tensor:
+        """Those that are in any, each once ``[W]``, of a vocabulary of that size."""
+        del vocab_size
+        return torch.cat(list(tokens)).unique()  # host waits for the device
 
     def _temperatures(self, batch: SignalBatch, counts_M: Tensor) -> Tensor | None:
         """Those at which rows that count sample, for a loss that asks for it; greedy ones nearly at 0."""
         if not self._loss.at_temperature or batch.temperatures is None:
             return None
-        each_R = torch.tensor(batch.temperatures, device=counts_M.device).clamp_min(LEAST)
+        each_R = upload(np.array(batch.temperatures, np.float32), counts_M.device).clamp_min(LEAST)
         return each_R[counts_M // batch.weights_RNK[0].numel()]
 
     @torch.no_grad()
@@ -193,11 +215,11 @@ class BatchLoss(nn.Module):
             return wide(self._teacher.logits(teacher_TX, ids)).index_select(0, says_M)
         return wide(self._teacher.logits(teacher_TX.index_select(0, says_M), ids))
 
-    def _lost_mass(self, batch: SignalBatch) -> Tensor | None:
-        ids = self._drafter.target_ids()
+    def _lost_mass(self, prepared: Prepared) -> Tensor | None:
+        ids, batch = self._drafter.target_ids(), prepared.batch
         if ids is None:
             return None
-        weights, counts_M = batch.weights_RNK.flatten(), _that_count(batch)
+        weights, counts_M = batch.weights_RNK.flatten(), prepared.rows.places_M
         if not len(counts_M):  # a rank's share may have no row that counts
             return weights.new_zeros(())
         step = -(-len(counts_M) // ROWS_OF_LOST_MASS)
@@ -210,11 +232,6 @@ def _logits(drafter: Drafter, states_MH: Tensor, tokens_W: Tensor | None) -> Ten
     if tokens_W is None:  # which is all that is asked of a drafter where none are chosen
         return wide(drafter.project(states_MH))
     return wide(drafter.project(states_MH, tokens_W))
-
-
-def _that_count(batch: SignalBatch) -> Tensor:
-    """Places of the rows whose weight is not zero ``[M]``."""
-    return batch.weights_RNK.flatten().nonzero().squeeze(-1)  # host waits for the device
 
 
 def _rows(of_RNKX: Tensor, places_M: Tensor) -> Tensor:
@@ -230,7 +247,7 @@ def share_of(batch: SignalBatch, rank: int, num_ranks: int) -> tuple[SignalBatch
     """
     missing = -batch.anchors_RN.shape[1] % num_ranks
     weights = F.pad(batch.weights_RNK, (0, 0, 0, missing))
-    mine = slice(rank, None, num_ranks)
+    mine, known = slice(rank, None, num_ranks), batch.known
 
     def cut(tensor: Tensor) -> Tensor:
         first = tensor[:, :1].expand(-1, missing, *tensor.shape[2:])
@@ -243,5 +260,23 @@ def share_of(batch: SignalBatch, rank: int, num_ranks: int) -> tuple[SignalBatch
         teacher_RNKX=cut(batch.teacher_RNKX),
         weights_RNK=weights[:, mine],
     )
-    total = float(weights.sum())  # host waits for the device
-    return share, num_ranks * float(share.weights_RNK.sum()) / total if total else 1.0
+    if known is None:
+        sums = torch.stack((weights.sum(), share.weights_RNK.sum()))
+        total, own = sums.tolist()  # host waits for the device
+    else:
+        layout = _share_of_layout(known, share, missing, mine)
+        total, own = float(known.weights_RNK.sum()), float(layout.weights_RNK.sum())
+        share = replace(share, layout=layout)
+    return share, num_ranks * own / total if total else 1.0
+
+
+def _share_of_layout(whole: Layout, share: SignalBatch, missing: int, mine: slice) -> Layout:
+    more = (0, 0), (0, missing), (0, 0)
+    weights = np.pad(whole.weights_RNK, more)
+    says = np.concatenate((whole.says_RNK, whole.says_RNK[:, :1].repeat(missing, 1)), 1)
+    return Layout(
+        whole.starts,
+        weights[:, mine],
+        says[:, mine],
+        of=(share.starts_R, share.weights_RNK, share.teacher_RNKX),
+    )

@@ -19,10 +19,16 @@ def computing_in(precision: Precision, device: torch.device) -> AbstractContextM
     ``auto`` is bfloat16 where the device multiplies it faster than float32: on GPUs, and on
     processors with instructions for it. On others its products take many times as long.
     """
+    products = product_type(precision, device)
+    return nullcontext() if products == torch.float32 else torch.autocast(device.type, products)
+
+
+def product_type(precision: Precision, device: torch.device) -> torch.dtype:
+    """That to which both sides of a product are rounded."""
     fast = device.type == "cuda" or (device.type == "cpu" and has_bfloat16())
     if precision == "float32" or (precision == "auto" and not fast):
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+        return torch.float32
+    return torch.bfloat16
 
 
 def has_bfloat16() -> bool:

@@ -221,7 +221,7 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
         position_RC = batch.starts_R[:, None] + at_C
         place_RNS = batch.anchors_RN[..., None] + at_S
         position_RNS = batch.starts_R[:, None, None] + place_RNS
-        network.rotary.reserve(int(batch.starts_R.max()) + num_rows + steps + 1)  # host waits
+        network.rotary.reserve(batch.last_start + num_rows + steps + 1)
 
         context_RCE = network.context(batch.features_RCF)
         block_RNS = batch.tokens_RC1.new_full(place_RNS.shape, self._mask)

@@ -239,7 +239,7 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
         num_rows, steps = batch.features_RCF.shape[1], batch.paths_RNK.shape[-1]
         at_C = torch.arange(num_rows, device=batch.anchors_RN.device)
         position_RC = batch.starts_R[:, None] + at_C
-        network.rotary.reserve(int(batch.starts_R.max()) + num_rows + steps)  # host waits
+        network.rotary.reserve(batch.last_start + num_rows + steps)
 
         embedded = self._embed(batch.tokens_RC1[:, 1:], dtype)
         inputs_RCX, residual_RCE = network.inputs(embedded, network.fuse(batch.features_RCF))

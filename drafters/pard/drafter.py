@@ -227,7 +227,7 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
         position_RC = batch.starts_R[:, None] + at_C
         position_RNK = batch.starts_R[:, None, None] + anchors_RN[..., None] + ahead_K
         position_RNM = position_RNK[..., 1:]
-        rotary.reserve(int(batch.starts_R.max()) + num_rows + num_masks)  # host waits
+        rotary.reserve(batch.last_start + num_rows + num_masks)
         features_RCF = features_RNMF = None
         if self.signal.feature_layers:
             assert batch.features_RCF is not None, "a PARD-2 batch carries features"

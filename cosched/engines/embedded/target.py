@@ -21,7 +21,7 @@ from cosched.engines.embedded import attention
 from cosched.engines.embedded.kv_cache import SlotCache
 from cosched.engines.embedded.ragged import Ragged, packed_as
 from cosched.errors import CheckpointError, ConfigError
-from cosched.loop.publish import checksum
+from cosched.loop.checksum import checksum
 from cosched.memory.targets import window_of
 
 if TYPE_CHECKING:

@@ -13,6 +13,8 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from cosched.records import RoundRow, Segment, ServedBlock, VerifyRound
 
 if TYPE_CHECKING:
@@ -163,6 +165,9 @@ class RoundCollector:
     def _round(self, verified: Verified, num_accepted: list[int]) -> VerifyRound:
         segments: list[Segment] = []
         blocks: list[ServedBlock] = []
+        teacher = verified.teacher_BSX
+        # Once for all of them: an anchor with what came out behind it.
+        text_BT = torch.cat((verified.tokens_BS[:, :1], verified.decided_BS), 1)
         for i, (request_id, accepted) in enumerate(
             zip(verified.request_ids, num_accepted, strict=True)
         ):
@@ -171,11 +176,8 @@ class RoundCollector:
                 continue  # it finished while this round was under way
             anchor, count = text.anchor, accepted + 1
             path_K = verified.tokens_BS[i, 1:]
-            teacher = verified.teacher_BSX
             if teacher is not None:
-                tokens = verified.tokens_BS.new_empty(count + 1)
-                tokens[0] = verified.tokens_BS[i, 0]
-                tokens[1:] = verified.decided_BS[i, :count]
+                tokens = text_BT[i, : count + 1]
                 features = verified.features_BSF
                 features_RF = None if features is None else features[i, :count]
                 rows_RX, at = teacher[i, :count], text.temperature

@@ -1,0 +1,35 @@
+"""Many small copies as one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Copies:
+    """Copies that are to be made, all together: on a GPU one kernel or a few for each type of number.
+
+    None may write where another reads.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def add(self, destination: Tensor, source: Tensor) -> None:
+        """Both of one shape."""
+        destinations, sources = self._waiting.setdefault(destination.dtype, ([], []))
+        destinations.append(destination)
+        sources.append(source)
+
+    @torch.no_grad()
+    def make(self) -> None:
+        """Make those that wait."""
+        for destinations, sources in self._waiting.values():
+            torch._foreach_copy_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+                destinations, sources
+            )
+        self._waiting.clear()

@@ -1,0 +1,76 @@
+"""Which rows of a batch count, and which of them are alike, without asking the device.
+
+Letters: R requests, N anchors, K drafted tokens, M rows that count, T teacher rows that differ, X teacher
+width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from cosched.loop.teacher_rows import distinct
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from cosched.records import SignalBatch, TeacherForm
+
+
+@dataclass(frozen=True, slots=True)
+class CountedRows:
+    """The rows of a batch whose weight is not zero, counted through all ``R * N * K``.
+
+    ``teacher_TX`` are the teacher's rows that differ, ``first_T`` the place of one of each, and
+    ``says_M`` which of them each row has.
+    """
+
+    places_M: Tensor
+    teacher_TX: Tensor
+    first_T: Tensor
+    says_M: Tensor
+
+
+def counted_rows(batch: SignalBatch, form: TeacherForm) -> CountedRows:
+    """Where the host knows the batch's layout nobody waits; else for the device, twice.
+
+    Rows of requests that sample at different temperatures are never taken for one. Teacher rows that
+    are kept as logits are not held against one another: nothing is computed of them that it would spare.
+    """
+    teacher_MX, known = batch.teacher_RNKX.flatten(0, 2), batch.known
+    if known is None:
+        places_M = batch.weights_RNK.flatten().nonzero().squeeze(-1)  # host waits for the device
+        rows_MX = teacher_MX.index_select(0, places_M)
+        if len(set(batch.temperatures or ())) > 1:
+            return _each_its_own(places_M, rows_MX)
+        rows_TX, says_M = distinct(rows_MX, form)
+        first_T = places_M.new_empty(len(rows_TX)).scatter_(0, says_M, places_M)
+        return CountedRows(places_M, rows_TX, first_T, says_M)
+    device = batch.weights_RNK.device
+    (places,) = known.weights_RNK.ravel().nonzero()
+    places_M = upload(places, device)
+    if form != "hidden":
+        return _each_its_own(places_M, teacher_MX.index_select(0, places_M))
+    of_each = known.says_RNK.ravel()[places]
+    _, first, says = np.unique(of_each, return_index=True, return_inverse=True)
+    first_T = upload(places[first], device)
+    rows_TX = teacher_MX.index_select(0, first_T)
+    return CountedRows(places_M, rows_TX, first_T, upload(says, device))
+
+
+def _each_its_own(places_M: Tensor, rows_MX: Tensor) -> CountedRows:
+    return CountedRows(
+        places_M, rows_MX, places_M, torch.arange(len(places_M), device=places_M.device)
+    )
+
+
+def upload(numbers: NDArray[Any], device: torch.device) -> Tensor:
+    """The numbers on a device, behind all that it has to do; out of pinned memory nobody waits."""
+    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory(device).to(device, non_blocking=True)
