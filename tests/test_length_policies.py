@@ -31,20 +31,30 @@ CELLS = [  # acceptance of every place, cost of a drafted token in plain rounds,
 ]
 
 
+def busy_machine(rounds: int) -> list[float]:
+    """By how much it is slower in each round: for some dozens of rounds in a row others use it."""
+    draw, found = random.Random(1), list[float]()
+    while len(found) < rounds:
+        found += [draw.choice([1, 1.3, 1.6])] * int(draw.expovariate(1 / 40) + 1)
+    return found
+
+
 @pytest.mark.parametrize(("chance", "row", "draft"), CELLS)
-@pytest.mark.parametrize("num_running", [1, 8])
+@pytest.mark.parametrize(
+    ("num_running", "busy", "share"), [(1, False, 0.98), (8, False, 0.98), (4, True, 0.96)]
+)
 def test_goodput_is_as_fast_as_the_best_fixed_length(
-    chance: float, row: float, draft: float, num_running: int
+    chance: float, row: float, draft: float, num_running: int, busy: bool, share: float
 ) -> None:
     """Whichever length is best, none included, over 3,000 rounds with what finding it out has cost.
 
     Seconds are noisy, one round in 50 takes three times as long. The same luck is met by all; one part
-    in 50 is for what is tried, which falls on other rounds.
+    in 50 is for what is tried, which falls on other rounds; twice that where others slow the machine down.
     """
-    noise = random.Random(1)
+    noise, machine = random.Random(1), busy_machine(3000)
 
-    def seconds(_round: int, tokens: int) -> float:
-        slow = 3.0 if noise.random() < 0.02 else 1.0
+    def seconds(now: int, tokens: int) -> float:
+        slow = (3.0 if noise.random() < 0.02 else 1.0) * (machine[now] if busy else 1)
         return slow * noise.uniform(0.95, 1.05) * (1 + tokens * row + draft * (tokens > 0))
 
     def world(length: DraftLength) -> float:
@@ -52,7 +62,7 @@ def test_goodput_is_as_fast_as_the_best_fixed_length(
         return speed(simulate(length, lambda *_: chance, seconds, 3000, 6, num_running=num_running))
 
     fixed = {tokens: world(Scripted(tokens)) for tokens in range(7)}
-    assert world(make("goodput")) >= 0.98 * max(fixed.values())
+    assert world(make("goodput")) >= share * max(fixed.values())
 
 
 def test_goodput_notices_that_drafting_pays_again() -> None:
@@ -157,7 +167,7 @@ def test_certainty_is_believed_until_it_has_been_seen_to_be_wrong() -> None:
 def test_seconds_are_those_of_the_rounds_and_do_not_fall_with_length() -> None:
     """One slow round tells nothing, lengths between others are on the line, and none is below less."""
     seconds = RoundSeconds(6)
-    assert set(seconds.table(1)) == {0.0} or 0.0 in seconds.table(1)
+    assert seconds.table(1)[:2] == (0.0, 0.0)  # to be tried first
     for _ in range(5):
         for tokens in (6, 3, 1, 0):
             seconds.observe(1, tokens, 1 + tokens / 10)

@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 SAMPLES = 9  # rounds of a length, the newest, whose median is what it takes
+TRIED_FIRST = (0, 1)  # lengths
 ENOUGH = 2  # of them tell something: the lower one, where a first round is slow
 LINE = 2.0  # rounds that the line through all lengths counts for
-STEP = 1.01  # by which one round changes how slow all of them are: only its direction counts
-STALE = 256  # rounds after which all but the newest samples of a length are forgotten
-AWAY = 32  # rounds of other lengths, less those of its own, after which a length is no yardstick
+NOW = 9  # rounds of the yardstick, the newest, whose median says how slow all are
+STALE = 64  # rounds after which all but the newest samples of a length are forgotten
+AWAY = 8  # rounds of other lengths, less those of its own, after which a length is no yardstick
 
 
 class RoundSeconds:
@@ -25,31 +26,29 @@ class RoundSeconds:
     drafted most is the yardstick: its rounds say how slow all are just now, and those of others what
     they take relative to it. That is the median of their newest rounds, drawn to the line through all
     K > 0 (rows cost alike), and made monotone: one slow round tells nothing. Batches of 1, 2, up to 4,
-    up to 8 and so on differ in that; within them, each number of requests is as slow as it is. A few
-    lengths have to be tried first; those between them are on the line until then.
+    up to 8 and so on differ in that; within them, each number of requests is as slow as it is. One
+    token and none have to be tried first, by which a line is there; others are on it until they are.
     """
 
     def __init__(self, max_tokens: int) -> None:
         self._lengths = range(max_tokens + 1)
-        middle = {max_tokens // 2} if max_tokens > 3 else set[int]()
-        self._tried_first = {0, 1, max_tokens} | middle
-        self._levels: dict[int, float] = {}  # seconds of 1, by the number of requests
+        self._levels: dict[int, deque[float]] = {}  # seconds of 1, by the number of requests
         self._sizes: dict[int, _Size] = {}
 
     def observe(self, num_running: int, tokens: int, seconds: float) -> None:
         """One more round."""
         size = self._size(num_running)
-        usual = size.usual(tokens)
-        level = self._levels.setdefault(num_running, seconds / usual)
+        level = seconds / size.usual(tokens)
+        levels = self._levels.setdefault(num_running, deque([level], maxlen=NOW))
         if size.is_yardstick(tokens):
-            self._levels[num_running] = level * STEP if seconds > level * usual else level / STEP
-        size.note(tokens, seconds / level)
+            levels.append(level)
+        size.note(tokens, seconds / median_low(levels))
 
     def table(self, num_running: int) -> tuple[float, ...]:
         """Seconds by K, from 0 on; 0 where a length has to be tried first."""
-        size, level = self._size(num_running), self._levels.get(num_running, 1.0)
+        size, level = self._size(num_running), median_low(self._levels.get(num_running, (1.0,)))
         return tuple(
-            0.0 if k in self._tried_first and len(size.samples[k]) < ENOUGH else level * relative
+            0.0 if k in TRIED_FIRST and len(size.samples[k]) < ENOUGH else level * relative
             for k, relative in enumerate(size.smooth())
         )
 
@@ -71,10 +70,9 @@ class _Size:
     newest: dict[int, int] = field(default_factory=dict[int, int])
 
     def usual(self, tokens: int) -> float:
-        """What a round of that length takes; at the very beginning, 1."""
-        if samples := self.samples[tokens]:
-            return median_low(samples)
-        return self.smooth()[tokens] if any(self.samples) else 1.0
+        """What a round of that length takes."""
+        samples = self.samples[tokens]
+        return median_low(samples) if samples else self.smooth()[tokens]
 
     def is_yardstick(self, tokens: int) -> bool:
         """Whether that length is, which has just been drafted once more."""
@@ -94,10 +92,17 @@ class _Size:
             samples.append(relative)
 
     def smooth(self) -> list[float]:
-        """What each length takes: its own rounds, the line through all, and never less than a shorter."""
+        """What each length takes: its own rounds, the line through all, and never less than a shorter.
+
+        At the very beginning all take 1.
+        """
+        if not any(self.samples):
+            return [1.0] * len(self.samples)
         weights = [len(found) for found in self.samples]
         medians = {k: median_low(found) for k, found in enumerate(self.samples) if found}
-        line = _line({k: median for k, median in medians.items() if k}, weights)
+        drafting = {k: median for k, median in medians.items() if k}
+        # Of one length alone that drafts, each token is taken to cost what it costs over none.
+        line = _line(drafting if len(drafting) > 1 else medians, weights)
         drawn = [line(k) for k in range(len(self.samples))]
         for k, median in medians.items():
             own, others = weights[k], LINE if k else 0.0  # without drafts there is no draft to run

@@ -105,7 +105,7 @@ class ServingContract:
             served = specimen.decode(drafter, max_batch, None, teacher, lengths)
             assert served.texts == specimen.plain
         drafted = {len(block.path_K) for round_ in served.rounds for block in round_.blocks}
-        assert {0, NUM_DRAFT_TOKENS} < drafted
+        assert len(drafted) > 1
 
     def test_sampled_text_follows_the_target_at_any_length(
         self, specimen: Specimen, length: DraftLength
