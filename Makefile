@@ -11,8 +11,9 @@ SERVE_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-# One process a core; more than four of them want more memory than a laptop has.
-PARALLEL := -n auto --maxprocesses=4
+# One process a core; more than four of them want more memory than a laptop has. Files go to them whole, so
+# that what tests of a file share is made once, and in the order of tests/conftest.py, the slow ones first.
+PARALLEL := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # An SGLang takes one core and 2 GiB; tests of a file share theirs.
 SGLANG_PARALLEL := -n auto --maxprocesses=2 --dist=loadfile
 PARITY_BIN := .venv-parity/bin

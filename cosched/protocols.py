@@ -164,18 +164,18 @@ class CheckpointFormats(Protocol):
 class Drafter(Protocol):
     """A draft model: serves proposals, and replays them with gradients.
 
-    A plugin class also has two constructors, ``load(settings, target) -> Drafter`` and ``sketch(settings, target) -> Drafter``, which reads
-    no weights: its target's embedding lies on the meta device, and so does what it makes. It serves
-    to see what the drafter would take. ``examples(target, num_draft_tokens) -> Mapping[str, Drafter]``
-    makes small ones with random weights, one for each kind of checkpoint: the contract tests
-    (``cosched.testing``) run on them. One that can serve several adapters in a batch is also a
-    ``ServesAdapters``. Everything up to ``save`` is owed by every drafter; what follows ``network`` is
-    used only where that is not None.
+    A plugin class also has two constructors, ``load(settings, target) -> Drafter`` and
+    ``sketch(settings, target) -> Drafter``, which reads no weights and shows what the drafter would
+    take: its target's embedding lies on the meta device. ``examples(target, num_draft_tokens) ->
+    Mapping[str, Drafter]`` makes small ones with random weights, one for each kind of checkpoint, for
+    the contract tests (``cosched.testing``). Everything up to ``save`` is owed by every drafter; what
+    follows ``network`` is used only where that is not None.
 
     ``num_draft_tokens`` is how many it drafts at most, and how many a path has that it is trained on.
     ``draft_type`` says which defaults are its own, and has none itself. ``formats`` is the module of
     its public formats (``CheckpointFormats``), for ``cosched convert``; None where it has but one.
-    ``sglang`` names what drafts with it in SGLang; None where nothing does.
+    ``sglang`` names what drafts with it in SGLang; None where nothing does. It keeps
+    ``slot_bytes`` of each request, however long it is, and ``shared_bytes`` of those that are done.
     """
 
     Settings: ClassVar[type[DrafterSettings]] = DrafterSettings
@@ -184,6 +184,8 @@ class Drafter(Protocol):
     sglang: ClassVar[SglangWorker | None] = None
     signal: SignalSpec
     num_draft_tokens: int
+    slot_bytes: int = 0
+    shared_bytes: int = 0
 
     @property
     @abstractmethod
@@ -254,8 +256,7 @@ class Drafter(Protocol):
     def replay_states(self, batch: SignalBatch) -> Tensor:
         """What the head is put to, with gradient ``[R, N, K, H]``, aligned to ``batch.teacher_RNKX``.
 
-        Nothing here is as wide as a vocabulary: that is left to ``project``, to be made of a few rows
-        at a time.
+        Nothing here is as wide as a vocabulary: that is left to ``project``, a few rows at a time.
         """
         ...
 
@@ -305,8 +306,7 @@ class Loss(Protocol):
     rows, ``reduce`` at what was measured of all.
 
     What it says of itself, of the class or, where its settings decide, of the instance:
-    ``needs_reference``  it compares the student also with the draft before the update, whose rows are
-                         then given
+    ``needs_reference``  it compares with the draft before the update too, and is given its rows
     ``proper``           it is least at q = p; if not, only where the teacher is certain
     ``detaches``         it holds factors that depend on the student fixed, so its gradient is not that
                          of its value

@@ -42,10 +42,12 @@ class SignalSpec:
     ``feature_layers`` are 0-based and mean "after that layer"; the number of layers itself means
     after the final norm. ``conditioning`` says what drafted token k knows: ``chain`` drafters know
     d_1..d_k, ``block`` drafters only the context, ``none`` learns by itself and replays nothing.
+    ``last_logits`` asks for ``Segment.logits_V``.
     """
 
     feature_layers: tuple[int, ...]
     conditioning: Literal["chain", "block", "none"]
+    last_logits: bool = False
 
 
 LORA = "lora"  # the scope of adapters, which is none of a drafter's own
@@ -100,7 +102,8 @@ class Segment:
     the teacher form) may be None where nobody asked or the engine does not have them. ``refused`` is
     what the target saw besides; None where that is nothing, where the request has ended, and where the
     text is given: the rows behind what is committed of it are of its future. ``temperature`` is that at
-    which the request samples, 0 where it is greedy.
+    which the request samples, 0 where it is greedy. ``logits_V``, for a drafter that asks, are the last
+    row's, before temperature; who keeps them copies them.
     """
 
     request_id: str
@@ -110,6 +113,7 @@ class Segment:
     teacher_RX: Tensor | None
     refused: Refused | None = None
     temperature: float = 1.0
+    logits_V: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +223,8 @@ class Proposal:
 
     A drafter without distributions gives no logits: it chose its tokens by itself, with certainty.
     Sampled verification then accepts token d with probability p(d). In ``counts`` the engine says how
-    many of each request's tokens, the first ones, are verified; None: all.
-
-    One chain a request. A tree would be a proposal with more tokens and, for each, the index of its
-    parent; row j would then be judged behind its parents, and training sees paths either way.
+    many of each request's tokens, the first ones, are verified; None: all. One chain a request: a tree
+    would be more tokens and, for each, the index of its parent; row j is then judged behind its parents.
     """
 
     tokens_BK: Tensor
@@ -237,22 +239,21 @@ class Snapshot(msgspec.Struct, frozen=True):
     """Everything a policy may know. Counters run from the start of the arm.
 
     ``seconds_updating`` and ``seconds_publishing`` are those that the engine waited for. The mean
-    behind ``reference_acceptance_length`` is slow (5,000 rounds), that behind the recent one fast
-    (20). ``acceptance_shortfall`` is how many tokens a request has lost against the reference since
+    behind ``reference_acceptance_length`` is slow (5,000 rounds), that behind the recent one fast (20).
+    ``acceptance_shortfall`` is how many tokens a request has lost against the reference since
     acceptance began to fall (``cosched.loop.counters``). ``last_update_seconds`` is what the newest
-    update has cost since it began, publication included; ``serving_seconds_since_update`` what
-    drafting and verifying took since then. ``micro_step_seconds`` is 0 until it has been measured.
-    ``update_gain`` is the acceptance length after an update over the one before it, a geometric
-    moving mean that starts at 1; where a guard scores candidates it is theirs over the serving
-    draft's, on the same rows. ``seconds_earned`` is what drafting and verifying would have taken
-    longer with the draft as loaded, by the guard's mean difference less its standard error.
-    ``expected_tokens_left`` is per running request (``cosched.loop.counters``). ``num_finished``
-    counts requests that are done.
+    update has cost since it began, publication included; ``serving_seconds_since_update`` what drafting
+    and verifying took since then. ``micro_step_seconds`` is 0 until it has been measured.
+    ``update_gain`` is the acceptance length after an update over the one before it, a geometric moving
+    mean that starts at 1; where a guard scores candidates it is theirs over the serving draft's, on the
+    same rows. ``seconds_earned`` is what drafting and verifying would have taken longer with the draft
+    as loaded, by the guard's mean difference less its standard error. ``expected_tokens_left`` is per
+    running request (``cosched.loop.counters``). ``num_finished`` counts requests that are done.
     ``tokens_since_loaded`` were committed since the draft was last as it was loaded. ``trials`` are the
     newest comparisons of objectives, the oldest first: what one update with each of them, from the same
     weights, would have brought over the serving draft, in tokens; ``num_trials`` counts all there were.
-    ``serves_loaded`` says whether what serves is the draft as it was loaded; for ``pause_rounds`` more the
-    guard, which has just undone a publication, would have nothing trained.
+    ``serves_loaded`` says whether what serves is the draft as it was loaded; for ``pause_rounds`` more
+    the guard, which has just undone a publication, would have nothing trained.
     """
 
     round_index: int
@@ -333,9 +334,8 @@ class UpdateResult(msgspec.Struct, frozen=True):
 
     ``lost_mass`` is the share of the teacher's mass outside of the draft's vocabulary, estimated on
     some rows of the batch (``BatchLoss``; of this rank's share, where there are several); None where
-    the vocabularies are one. After a
-    trial ``objective`` is the one whose update was kept, and ``trial`` what each brought: the score of
-    its candidate above that of the serving draft, in tokens.
+    the vocabularies are one. After a trial ``objective`` is the one whose update was kept, and
+    ``trial`` what each brought: the score of its candidate above that of the serving draft, in tokens.
     """
 
     num_steps: int

@@ -46,7 +46,7 @@ def test_a_poisoned_update_is_caught_before_it_serves(monkeypatch) -> None:
     """Random labels once a draft serves, until the guard has seen that they make it worse: no version of
     theirs is published, training starts again from what serves with an empty optimizer, and what
     follows serves."""
-    world, events = world_of(*FAR, tokens=600), Events()
+    world, events = world_of(*FAR, tokens=400), Events()
     arm = build_arm(world, "adapted", events)
     assert arm.coscheduler is not None
     coscheduler: Any = arm.coscheduler
@@ -139,9 +139,9 @@ def test_poison_that_serves_is_undone(monkeypatch) -> None:
 @pytest.mark.slow
 def test_the_default_guard_serves_no_poison(monkeypatch) -> None:
     """On far text, where drafts serve once learning has shown that it pays: of updates on random labels
-    for 100 rounds none serves, training starts again from what serves, nothing that serves is undone,
-    and what is trained after them may serve."""
-    world, events = world_of(*FAR, "adapt.guard={kind: shadow}", tokens=1200), Events()
+    for 100 rounds none serves, training starts again from what serves, nothing that serves is undone
+    in some 560 rounds, and what is trained after them may serve."""
+    world, events = world_of(*FAR, "adapt.guard={kind: shadow}", tokens=840), Events()
     arm = build_arm(world, "adapted", events)
     coscheduler: Any = arm.coscheduler
     honest = coscheduler.buffer.sample
@@ -169,8 +169,10 @@ def test_the_default_guard_serves_no_poison(monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_nothing_is_undone_where_learning_pays() -> None:
-    """On foreign text: drafts serve, none is rolled back, and scores say what they bring."""
-    world, events = world_of(*FAR, "adapt.guard={kind: shadow}", tokens=600), Events()
+    """On foreign text: drafts serve, none is rolled back, and scores say what they bring: of some 110
+    looks 25 publish."""
+    own = ("adapt.guard={kind: shadow}", "adapt.policy.num_steps=2")
+    world, events = world_of(*FAR, *own, tokens=600), Events()
     arm = build_arm(world, "adapted", events)
     decode(world, arm)
     assert arm.coscheduler is not None

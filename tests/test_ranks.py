@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -75,8 +76,16 @@ def rank(number: int, folder: str, stage: int, fails: bool) -> None:
     torch.save((said, time.monotonic() - started, weights, local), f"{folder}/{number}")
 
 
+@pytest.fixture(autouse=True)
+def _imported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are forked from a process that has DeepSpeed: its import takes longer than three steps."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # as the trainer has it
+    multiprocessing.set_forkserver_preload(["deepspeed"])
+
+
 def run(folder: Path, stage: int, fails: bool) -> list[Any]:
-    processes.spawn(rank, (str(folder), stage, fails), nprocs=2)
+    arguments = (str(folder), stage, fails)
+    processes.start_processes(rank, arguments, nprocs=2, start_method="forkserver")
     return [torch.load(folder / str(number)) for number in range(2)]
 
 

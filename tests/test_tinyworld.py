@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from cosched.engines.embedded.target import Target, load_tokenizer
+from cosched.tinyworld import corpus
 from cosched.tinyworld.corpus import Document, deroff
 from cosched.tinyworld.pretrain import grow, target_config
 from tests.helpers.cli import run_cli
@@ -55,8 +57,14 @@ def test_deroff_leaves_text() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # most of it is spent on held-out losses
-def test_the_build_command_goes_through(tmp_path: Path) -> None:
-    """With a thousandth of the training it leaves a world that ``cosched run`` accepts."""
+def test_the_build_command_goes_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a thousandth of the training, on a quarter of each source's text, it leaves a world that
+    ``cosched run`` accepts."""
+    fewer = {
+        domain: tuple(replace(one, max_megabytes=one.max_megabytes / 4) for one in several)
+        for domain, several in corpus.sources().items()
+    }
+    monkeypatch.setattr(corpus, "sources", lambda: fewer)
     code, _, err = run_cli(
         *("tinyworld", "build", "--directory", tmp_path / "w"),
         *("--share", "0.001", "--threads", "1"),

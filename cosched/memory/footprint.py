@@ -55,7 +55,8 @@ class Footprint:
     only the larger one adds. ``process`` is what a
     process of its own that trains takes besides: itself, the target's embedding and head, and the
     weights that both sides see. (Several adapters that learn in the background may do both at once:
-    each of them by itself is counted as said.)
+    each of them by itself is counted as said.) ``draft_store`` is what a drafter without a network
+    learns, of each running request and of those that are done.
     """
 
     num_target_parameters: int | None
@@ -78,6 +79,7 @@ class Footprint:
     process: int
     replay: int
     draft_cache: int
+    draft_store: int
     target_cache: int
     feature_bytes_per_token: int
     teacher_bytes_per_row: int
@@ -103,6 +105,7 @@ class Footprint:
                 self.process,
                 self.replay,
                 self.draft_cache,
+                self.draft_store,
             )
         )
 
@@ -241,6 +244,7 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
         process=_process(config, target, published) if trained else 0,
         replay=requests * one if trained else 0,
         draft_cache=cache * config.engine.max_batch * longest,
+        draft_store=drafter.slot_bytes * config.engine.max_batch + drafter.shared_bytes,
         target_cache=target.cache_width * dtype.itemsize * config.engine.max_batch * longest,
         feature_bytes_per_token=limits.feature_row_bytes,
         teacher_bytes_per_row=limits.teacher_row_bytes,

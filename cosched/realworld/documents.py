@@ -42,6 +42,7 @@ WANTED = {
     "languages": Wanted(12, 512),
     "long": Wanted(8, 2048),
     "long-freely": Wanted(12, 2048, 1.0, of="long"),  # at 0.7 the model soon repeats itself
+    "summaries": Wanted(12, 384),
 }
 
 

@@ -36,6 +36,7 @@ def footprint_table(footprint: Footprint, in_sglang: bool = False) -> Table:
         ("draft weights", footprint.draft, f"{draft:,} parameters"),
         ("its adapters", footprint.serving_adapters, "one for each tenant or running request"),
         ("draft KV cache", footprint.draft_cache, f"{per_token} a token, of every running request"),
+        ("draft's store", footprint.draft_store, "what a drafter without a network learns"),
         ("draft that learns", footprint.trainer_copy, "all of it, in float32"),
         ("its first weights", footprint.first_weights, f"{trained:,} trained, to reset to"),
         ("merged weights", footprint.merged, "adapters merged in, while they are published"),

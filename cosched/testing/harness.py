@@ -131,6 +131,7 @@ def make_engine(
     recorder: Any = None,
     seed: int = 0,
     admit: Admit | None = None,
+    rows: type[LiveRows] = LiveRows,
     lengths: DraftLengths | None = None,
 ) -> EmbeddedEngine:
     """An embedded engine that has room for these requests; greedy unless a verifier is given.
@@ -141,7 +142,7 @@ def make_engine(
     layers = drafter.signal.feature_layers if drafter else ()
     extra = drafter.num_draft_tokens if drafter else 0
     return EmbeddedEngine(
-        rows=LiveRows(target, max_batch, longest + extra + 1, layers),
+        rows=rows(target, max_batch, longest + extra + 1, layers),
         verifier=verifier or GreedyVerifier(),
         drafter=drafter,
         options=EngineOptions(max_batch, longest, seed, stop_tokens, window),

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.verification import SamplingParams, probabilities
 from cosched.engines.request import GenerationRequest
 from cosched.testing.harness import decode, make_engine, make_target
 
 if TYPE_CHECKING:
-    from cosched.engines.embedded.target import Target
+    from cosched.engines.embedded.target import Target, TargetRows
     from cosched.engines.embedded.verifiers import Verifier
     from cosched.loop.lengths import DraftLengths
     from cosched.loop.roles import RoundObserver
@@ -33,6 +34,24 @@ PROMPT = (1, 3, 2, 5)
 def sampling_target() -> Target:
     """A target of few words, none of which is rare."""
     return make_target(VOCABULARY, seed=2, std=0.12)
+
+
+class OnePrompt(LiveRows):
+    """Rows of requests that all have one prompt: it is computed once in each slot, where it stays.
+
+    A request writes behind its prompt alone, so who comes next finds it there, to the bit.
+    """
+
+    def __init__(
+        self, target: Target, max_batch: int, max_length: int, feature_layers: tuple[int, ...]
+    ) -> None:
+        super().__init__(target, max_batch, max_length, feature_layers)
+        self._prompts: dict[int, TargetRows] = {}
+
+    def prefill(self, slot: int, request: GenerationRequest) -> TargetRows:
+        if slot not in self._prompts:
+            self._prompts[slot] = super().prefill(slot, request)
+        return self._prompts[slot]
 
 
 def exact_texts(target: Target, sampling: SamplingParams) -> Tensor:
@@ -60,7 +79,14 @@ def p_values(
     prompt = torch.tensor(PROMPT)
     requests = [GenerationRequest(f"s{i}", prompt, NUM_TOKENS) for i in range(num_draws)]
     engine = make_engine(
-        target, drafter, requests, 100, verifier=verifier, observer=observer, lengths=lengths
+        target,
+        drafter,
+        requests,
+        100,
+        verifier=verifier,
+        observer=observer,
+        rows=OnePrompt,
+        lengths=lengths,
     )
     counts = torch.zeros(VOCABULARY, VOCABULARY, VOCABULARY)
     for tokens in decode(engine, requests).values():

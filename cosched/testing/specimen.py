@@ -161,10 +161,11 @@ def _plain(target: Target) -> dict[str, list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Given tokens, and the target's features at each."""
+    """Given tokens, and the target's features and logits at each where the drafter sees them."""
 
     tokens_T: Tensor
     features_TF: Tensor | None
+    logits_TV: Tensor | None
 
 
 def make_texts(target: Target, drafter: Drafter, count: int, length: int) -> list[Text]:
@@ -175,9 +176,10 @@ def make_texts(target: Target, drafter: Drafter, count: int, length: int) -> lis
         tokens_T = torch.randint(1, target.vocab_size, (length,), generator=generator)
         cache_ = target.new_cache(1, length)
         positions_1T = torch.arange(length)[None]
-        layers = drafter.signal.feature_layers
-        features = target.forward(tokens_T[None], positions_1T, cache_, layers).features_BTF
-        texts.append(Text(tokens_T, None if features is None else features[0]))
+        rows = target.forward(tokens_T[None], positions_1T, cache_, drafter.signal.feature_layers)
+        features_TF = None if rows.features_BTF is None else rows.features_BTF[0]
+        logits_TV = rows.logits_BTV[0] if drafter.signal.last_logits else None
+        texts.append(Text(tokens_T, features_TF, logits_TV))
     return texts
 
 
@@ -205,7 +207,9 @@ class Feeder:
             zip(self.texts, self.lengths, lengths, strict=True)
         ):
             features = None if text.features_TF is None else text.features_TF[start:end]
-            segment = Segment("text", start, text.tokens_T[start : end + 1], features, None)
+            logits_V = None if text.logits_TV is None else text.logits_TV[end - 1]
+            tokens_R1 = text.tokens_T[start : end + 1]
+            segment = Segment("text", start, tokens_R1, features, None, logits_V=logits_V)
             self.drafter.observe(self.state, slot, segment)
         self.lengths = list(lengths)
 

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer
 from cosched.engines.embedded.target import Target
 from cosched.errors import TinyWorldError
 from cosched.tinyworld.card import CardFacts, write_card
-from cosched.tinyworld.corpus import DOMAINS
+from cosched.tinyworld.corpus import DOMAINS, read_corpus
 from cosched.tinyworld.distill import DistillPlan
 from cosched.tinyworld.drafts import DRAFTS, teach
-from cosched.tinyworld.pretrain import STAGES, loss_by_position, pretrain
+from cosched.tinyworld.pretrain import STAGES, Stage, loss_by_position, pretrain
 from cosched.tinyworld.prompts import write_texts
 from cosched.tinyworld.tokens import load_tokens, tokenize_corpus, train_tokenizer
 
@@ -44,16 +44,8 @@ def build(directory: Path, seed: int, threads: int, share: float, progress: Prog
         raise TinyWorldError(f"{directory} cannot be made: {error.strerror}") from error
     started = time.perf_counter()
     tokens = directory / "tokens"
-    if not (directory / "target" / "tokenizer.json").exists():
-        train_tokenizer(directory / "target")
-    tokenizer = AutoTokenizer.from_pretrained(directory / "target")
-    if not tokens.exists():
-        tokenize_corpus(tokenizer, tokens)
-    write_texts(directory / "prompts", directory / "documents")
-    stages = tuple(
-        replace(stage, tokens=max(stage.batch * stage.length, int(stage.tokens * share)))
-        for stage in STAGES
-    )
+    _prepare_texts(directory, tokens)
+    stages = tuple(_shortened(stage, share) for stage in STAGES)
     spent = directory / "target.json"
     if not spent.exists():
         task = progress.add_task("training the target", total=sum(s.tokens for s in stages))
@@ -93,3 +85,21 @@ def build(directory: Path, seed: int, threads: int, share: float, progress: Prog
             name, target, directory, seed, plan, num_crops, EDGES[:5], advance
         )
     write_card(directory, facts)
+
+
+def _shortened(stage: Stage, share: float) -> Stage:
+    """Fewer steps; where one has more tokens than the share, one of fewer crops, but of their length."""
+    tokens = int(stage.tokens * share)
+    batch = max(1, min(stage.batch, tokens // stage.length))
+    return replace(stage, batch=batch, tokens=max(batch * stage.length, tokens))
+
+
+def _prepare_texts(directory: Path, tokens: Path) -> None:
+    """The tokenizer, the corpus in tokens, prompts and documents, from one reading of all files."""
+    corpus = read_corpus()
+    if not (directory / "target" / "tokenizer.json").exists():
+        train_tokenizer(corpus, directory / "target")
+    if not tokens.exists():
+        tokenizer = AutoTokenizer.from_pretrained(directory / "target")
+        tokenize_corpus(corpus, tokenizer, tokens)
+    write_texts(corpus, directory / "prompts", directory / "documents")

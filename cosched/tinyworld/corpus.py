@@ -23,7 +23,10 @@ from typing import TYPE_CHECKING, Literal
 from cosched.errors import TinyWorldError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
+
+    Corpus = Mapping[str, Sequence["Document"]]
+    """Documents by domain."""
 
 DOMAINS = ("code", "manuals", "translated")
 HELDOUT_SHARE = 20  # one file in this many is held out
@@ -70,6 +73,15 @@ def sources() -> dict[str, tuple[Source, ...]]:
         ),
         "translated": tuple(Source(man / language, "**/*", 3.0) for language in ("de", "fr")),
     }
+
+
+def read_corpus() -> Corpus:
+    """All documents of all domains.
+
+    Raises:
+        TinyWorldError: the machine has no text of a domain.
+    """
+    return {domain: tuple(documents(domain)) for domain in DOMAINS}
 
 
 def documents(domain: str) -> Iterator[Document]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from cosched.tinyworld.corpus import DOMAINS, Document, documents
-
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from cosched.tinyworld.corpus import Corpus, Document
 
 PROMPT_CHARACTERS = 400
 DOCUMENT_CHARACTERS = 9000
@@ -16,22 +17,25 @@ NUM_PROMPTS = 8
 NUM_DOCUMENTS = 6
 
 
-def write_texts(prompts: Path, texts: Path) -> None:
+def write_texts(corpus: Corpus, prompts: Path, texts: Path) -> None:
     """One file for each domain in each folder."""
     for folder, characters, count in (
         (prompts, PROMPT_CHARACTERS, NUM_PROMPTS),
         (texts, DOCUMENT_CHARACTERS, NUM_DOCUMENTS),
     ):
         folder.mkdir(parents=True, exist_ok=True)
-        for domain in DOMAINS:
-            _write(folder / f"{domain}.jsonl", _excerpts(domain, characters, count))
+        for domain, documents in corpus.items():
+            excerpts = _excerpts(domain, documents, characters, count)
+            _write(folder / f"{domain}.jsonl", excerpts)
 
 
-def _excerpts(domain: str, characters: int, count: int) -> list[dict[str, str]]:
+def _excerpts(
+    domain: str, documents: Sequence[Document], characters: int, count: int
+) -> list[dict[str, str]]:
     """The beginnings of ``count`` long held-out documents, spread over the domain."""
     long_enough: list[Document] = [
         document
-        for document in documents(domain)
+        for document in documents
         if document.split == "heldout" and len(document.text) >= characters
     ]
     chosen = long_enough[:: max(1, len(long_enough) // count)][:count]

@@ -10,11 +10,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cosched.tinyworld.corpus import DOMAINS, Document, Split, documents
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from cosched.tinyworld.corpus import Corpus, Document, Split
 
 VOCAB_SIZE = 2048
 END_OF_TEXT = "<|endoftext|>"
@@ -24,7 +24,7 @@ TOKENIZER_CHARACTERS = 2_000_000  # per domain: enough for 2048 merges
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
-def train_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+def train_tokenizer(corpus: Corpus, directory: Path) -> PreTrainedTokenizerFast:
     """A byte-level BPE over an equal share of each domain, saved in Hugging Face format."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,7 +35,7 @@ def train_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_sample(TOKENIZER_CHARACTERS), trainer)
+    tokenizer.train_from_iterator(_sample(corpus, TOKENIZER_CHARACTERS), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,
@@ -47,9 +47,9 @@ def train_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     return fast
 
 
-def _sample(characters: int) -> Iterator[str]:
-    for domain in DOMAINS:
-        texts = [document.text for document in documents(domain) if document.split == "train"]
+def _sample(corpus: Corpus, characters: int) -> Iterator[str]:
+    for documents in corpus.values():
+        texts = [document.text for document in documents if document.split == "train"]
         stride = max(1, sum(map(len, texts)) // characters)
         yield from texts[::stride]
 
@@ -73,13 +73,15 @@ class TokenStore:
         )
 
 
-def tokenize_corpus(tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[str, int]:
+def tokenize_corpus(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, directory: Path
+) -> dict[str, int]:
     """Write ``DOMAIN.SPLIT.npz`` files; returns the number of tokens of each."""
     directory.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
-    for domain in DOMAINS:
+    for domain, documents in corpus.items():
         by_split: dict[Split, list[Document]] = {"train": [], "heldout": []}
-        for document in documents(domain):
+        for document in documents:
             by_split[document.split].append(document)
         for split, members in by_split.items():
             encoded = tokenizer([d.text for d in members], add_special_tokens=False)["input_ids"]

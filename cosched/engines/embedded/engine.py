@@ -304,6 +304,10 @@ class EmbeddedEngine:
                 _part(rows.features_BTF, row_index, rest),
                 _part(teacher, row_index, rest),
             )
+        logits_V = None
+        if self._drafter is not None and self._drafter.signal.last_logits:
+            # A prompt has logits for its last row only.
+            logits_V = rows.logits_BTV[row_index, min(count, rows.logits_BTV.shape[1]) - 1]
         return Segment(
             slot.request.id,
             start,
@@ -312,6 +316,7 @@ class EmbeddedEngine:
             _part(teacher, row_index, kept),
             refused,
             self._verifier.temperature,
+            logits_V,
         )
 
     def _teacher(self, rows: TargetRows) -> Tensor | None:

@@ -82,8 +82,10 @@ def test_check_says_what_a_run_would_take(monkeypatch: pytest.MonkeyPatch) -> No
     """Validation sketches the drafter over a target that has sizes and no weights."""
     monkeypatch.chdir(ROOT)
     config = load_config(Path(__file__).parents[1] / "experiment.yaml")
-    found = footprint(config, *sketch(config))
+    target, drafter = sketch(config)
+    found = footprint(config, target, drafter)
     assert (found.num_draft_parameters, found.num_trained, found.replay) == (0, 0, 0)
+    assert found.draft_store == 8 * target.vocab_size  # the matrix of one request
 
 
 @pytest.mark.parametrize("teacher", ["token_recycling", "eagle3"])

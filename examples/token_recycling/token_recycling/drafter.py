@@ -40,6 +40,7 @@ class TokenRecycling(Drafter):
     def __init__(self, target: TargetInfo, num_draft_tokens: int, best_V: Tensor) -> None:
         self._target, self._best_V = target, best_V
         self.num_draft_tokens = num_draft_tokens
+        self.slot_bytes = best_V.element_size() * target.vocab_size
         # After the final norm: the target's head makes its logits of these features.
         self.signal = SignalSpec(feature_layers=(target.num_layers,), conditioning="none")
 
