@@ -311,12 +311,12 @@ def convert(
 
 @app.command()
 def plugins() -> None:
-    """List the drafters, losses, policies and objectives there are, and where they come from."""
-    from cosched.registry import DRAFTERS, LOSSES, OBJECTIVES, POLICIES
+    """List drafters, losses, policies, objectives and draft lengths, and where they come from."""
+    from cosched.registry import DRAFTERS, LENGTHS, LOSSES, OBJECTIVES, POLICIES
 
     table = Table("kind", "name", "what it is")
     table.add_column("from", overflow="fold")
-    for registry in (DRAFTERS, LOSSES, POLICIES, OBJECTIVES):
+    for registry in (DRAFTERS, LOSSES, POLICIES, OBJECTIVES, LENGTHS):
         for plugin in registry.plugins():
             table.add_row(registry.role, plugin.name, plugin.summary, plugin.origin)
     console.print(table)

@@ -15,9 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_ch
 import msgspec
 from msgspec import Meta
 
+from cosched.policies import DraftLength as DraftLength  # so that plugins have all roles from here
+from cosched.policies import Expert as Expert
+from cosched.policies import ExpertSettings as ExpertSettings
+from cosched.policies import LengthSettings as LengthSettings
+from cosched.policies import LengthSnapshot as LengthSnapshot
+from cosched.policies import Objective as Objective
+from cosched.policies import ObjectiveSettings as ObjectiveSettings
+from cosched.policies import Policy as Policy
+from cosched.policies import PolicySettings as PolicySettings
 from cosched.records import (
-    Choice,
-    Decision,
     DraftType,
     Proposal,
     Rows,
@@ -26,7 +33,6 @@ from cosched.records import (
     SglangWorker,
     SignalBatch,
     SignalSpec,
-    Snapshot,
 )
 
 if TYPE_CHECKING:
@@ -34,43 +40,6 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor, nn
-
-
-class PolicySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``adapt.policy``: a policy adds its own fields in a subclass.
-
-    ``max_time_share`` caps the share of the engine's time that updates take, whatever the policy
-    says (``cosched.loop.budget``); 1 is no cap, and the only value with which a cadence counted in
-    rounds or tokens repeats exactly. To spend no time, take the policy ``never``.
-    """
-
-    kind: str
-    max_time_share: Annotated[float, Meta(gt=0, le=1)] = 1.0
-
-
-class ObjectiveSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``adapt.objective``: an objective adds its own fields in a subclass.
-
-    The learning rate is ``t / warm_tokens`` of what it would be while t, the tokens committed since
-    the draft was last as it was loaded, is less than that; 0 is no warm start. A fresh draft is then
-    trained gently while there is little text to train it on, and AdamW's moments are of a few steps.
-    """
-
-    kind: str
-    warm_tokens: Annotated[int, Meta(ge=0)] = 0
-
-
-class Expert(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One way to make an update: a ``loss`` over ``adapt.loss``, and an ``lr`` (null: the trainer's)."""
-
-    loss: dict[str, Any] = {}
-    lr: Annotated[float, Meta(gt=0)] | None = None
-
-
-class ExpertSettings(ObjectiveSettings, frozen=True, kw_only=True):
-    """``adapt.objective`` of a kind that chooses among ``experts`` by trials."""
-
-    experts: Annotated[tuple[Expert, ...], Meta(min_length=2)]
 
 
 class LossSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -116,17 +85,25 @@ class DrafterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     ``kind`` is the family and ``path`` the folder of the checkpoint.
     ``num_draft_tokens`` counts drafted tokens, the anchor excluded (SGLang counts it in).
+    That is the most; ``length`` says how many of them a round drafts, by its kind.
     ``window`` is how many of the last tokens the draft sees in arms named ``…+window``.
     """
 
     kind: str
     path: str
     num_draft_tokens: Annotated[int, Meta(ge=1)] = 3
+    length: dict[str, Any] = {}
     window: Annotated[int, Meta(ge=1)] | None = None
 
 
-Choose = Callable[[int, "Tensor"], "Tensor"]
-"""``choose(k, logits_BV) -> tokens_B``: how drafted token k is picked from the draft's logits."""
+Choose = Callable[[int, "Tensor"], "Tensor | None"]
+"""``choose(k, logits_BV) -> tokens_B``: how drafted token k is picked from the draft's logits.
+
+None, never of the first one: neither that token nor more are wanted.
+"""
+
+MOST_UNDRAFTED = 128
+"""In how many rounds in a row, at most, an engine drafts nothing."""
 
 
 class TargetInfo(Protocol):
@@ -226,7 +203,8 @@ class Drafter(Protocol):
         """Rows of the request in ``slot`` were committed, and others refused: the whole segment.
 
         Its last token is the next anchor. A request's first segment starts with the first token of
-        its text, each later one with the last anchor.
+        its text, each later one with the last anchor. There are rounds that draft nothing, of which
+        segments come all the same: up to ``MOST_UNDRAFTED`` before the next ``propose``.
         """
         ...
 
@@ -236,8 +214,8 @@ class Drafter(Protocol):
     ) -> Proposal:
         """Draft so many tokens for slots ``0..num_slots - 1`` from their newest tokens.
 
-        That may be fewer than the drafter's own ``num_draft_tokens``, and not more: the first of those
-        that it would draft then, for these are what ``replay`` gives.
+        At least one, and at most the drafter's own ``num_draft_tokens``: the first of those that it would
+        draft then, for these are what ``replay`` gives. It ends earlier where ``choose`` wants no more.
         Who has logits lets ``choose`` pick from them, token by token, and goes on from what it picked;
         who has none proposes tokens of its own, which must not depend on what is still to be drawn.
         """
@@ -368,33 +346,3 @@ class Loss(Protocol):
     ) -> Tensor:
         """``reduce`` of the ``measure`` of all rows at once: the plain form, to compare with."""
         ...
-
-
-class Policy(Protocol):
-    """When to train, and how much. Pure: the same snapshot gives the same decision.
-
-    What it says of itself:
-    ``trains``          if not, an engine that would have to take rows off a device for it leaves that
-    ``needs_scores``    it goes by what a guard has scored: refused beside a guard that scores nothing
-    ``needs_finished``  it learns from finished requests: refused where they are not kept
-    ``idle_steps``      micro-steps that it takes when all requests have finished, so that there are no
-                        others to learn from: refused likewise, unless 0
-    """
-
-    Settings: ClassVar[type[PolicySettings]] = PolicySettings
-    trains: ClassVar[bool] = True
-    needs_scores: ClassVar[bool] = False
-    needs_finished: ClassVar[bool] = False
-    idle_steps: int = 0
-
-    @abstractmethod
-    def decide(self, snapshot: Snapshot) -> Decision: ...
-
-
-class Objective(Protocol):
-    """What an update is made with. Pure, as a policy is: the same snapshot gives the same choice."""
-
-    Settings: ClassVar[type[ObjectiveSettings]] = ObjectiveSettings
-
-    @abstractmethod
-    def choose(self, snapshot: Snapshot) -> Choice: ...

@@ -123,7 +123,7 @@ class ServedBlock:
     Drafted token k is judged by ``teacher_KX[k]``. Rows up to and including ``num_accepted`` stand
     on text that was committed; later ones on at least one refused token. ``num_committed`` is
     ``num_accepted + 1``, less where the request ended inside the block. ``teacher_KX`` is None
-    where nobody learns from it.
+    where nobody learns from it. K is this block's own: a round may draft fewer tokens, or none.
     """
 
     request_id: str
@@ -222,14 +222,14 @@ class Proposal:
     """Drafted tokens of a batch and the logits they were chosen from, in target vocabulary ids.
 
     A drafter without distributions gives no logits: it chose its tokens by itself, with certainty.
-    Sampled verification then accepts token d with probability p(d).
-
-    One chain a request. A tree would be a proposal with more tokens and, for each, the index of its
-    parent; row j would then be judged behind its parents, and training sees paths either way.
+    Sampled verification then accepts token d with probability p(d). In ``counts`` the engine says how
+    many of each request's tokens, the first ones, are verified; None: all. One chain a request: a tree
+    would be more tokens and, for each, the index of its parent; row j is then judged behind its parents.
     """
 
     tokens_BK: Tensor
     logits_BKV: Tensor | None = None
+    counts: tuple[int, ...] | None = None
 
 
 # --- control records: numbers only ---------------------------------------------------------

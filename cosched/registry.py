@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
 
 from cosched.errors import PluginError
-from cosched.protocols import Drafter, Loss, Objective, Policy
+from cosched.protocols import Drafter, DraftLength, Loss, Objective, Policy
 from cosched.records import DraftType
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ DRAFTERS = Registry("drafter", "drafters", Drafter)
 LOSSES = Registry("loss", "losses", Loss)
 POLICIES = Registry("policy", "schedulers", Policy)
 OBJECTIVES = Registry("objective", "schedulers", Objective, "objectives")
+LENGTHS = Registry("draft length", "schedulers", DraftLength, "lengths")
 
 
 def defaults_for(drafter: str) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cosched.errors import CheckpointError
-from cosched.protocols import CheckpointFormats, Drafter, TargetInfo
-from cosched.records import Scope, SignalSpec
+from cosched.protocols import CheckpointFormats, Choose, Drafter, TargetInfo
+from cosched.records import Proposal, Scope, SignalSpec
 from drafters import adapters
 from drafters.cache import SlotCache
 from drafters.checkpoint import Checkpoint, check_tensors, tokenizer_vocabulary
@@ -297,6 +297,16 @@ def check_fit(directory: Path, **sizes: tuple[int, int]) -> None:
                 f"the draft {directory} has {key} {ours}, the target has {theirs}: "
                 f"this draft was trained for another target"
             )
+
+
+def picked(choose: Choose, logits_BKV: Tensor) -> Proposal:
+    """What is drafted of logits that are there all at once."""
+    tokens: list[Tensor] = []
+    for k in range(logits_BKV.shape[1]):
+        if (chosen := choose(k, logits_BKV[:, k])) is None:
+            break
+        tokens.append(chosen)
+    return Proposal(torch.stack(tokens, 1), logits_BKV[:, : len(tokens)])
 
 
 @cache

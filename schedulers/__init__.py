@@ -1,4 +1,4 @@
-"""When to update (policies), with what (objectives), and what is taken where a file does not say.
+"""When to update (policies), with what (objectives), how much to draft (lengths), and the defaults.
 
-No torch here; see ``Policy`` and ``Objective`` in ``cosched.protocols``.
+No torch here; see ``Policy``, ``Objective`` and ``DraftLength`` in ``cosched.protocols``.
 """

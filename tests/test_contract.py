@@ -1,4 +1,4 @@
-"""The contract of every registered drafter, loss, policy and objective: a new one is covered at once."""
+"""The contract of every registered plugin of every role: a new one is covered at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import Any
 from msgspec import convert
 
 from cosched.registry import Plugin
-from cosched.testing import DrafterContract, LossContract, ObjectiveContract, PolicyContract
+from cosched.testing import (
+    DrafterContract,
+    LengthContract,
+    LossContract,
+    ObjectiveContract,
+    PolicyContract,
+)
 
 
 class TestDrafters(DrafterContract):
@@ -36,3 +42,7 @@ class TestPolicies(PolicyContract):
 
 class TestObjectives(ObjectiveContract):
     """All objectives there are."""
+
+
+class TestLengths(LengthContract):
+    """All draft lengths there are."""

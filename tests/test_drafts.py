@@ -234,6 +234,7 @@ def test_each_draft_does_what_it_does_alone(tmp_path: Path) -> None:
     assert together["run"]["drafts"]["pard"] == {
         "drafter": "pard",
         "num_draft_tokens": 5,
+        "length": "fixed",
         "window": None,
     }
     for name, drafter in (("", EAGLE3), ("pard.", PARD)):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("cosched", "drafters", "losses", "schedulers")
 MOST_LINES = 400
 DOORS = {"cli", "convert_checkpoint", "doctor", "sglang_entry"}
-CORE = {"coscheduler", "errors", "protocols", "records", "registry"}
+CORE = {"coscheduler", "errors", "policies", "protocols", "records", "registry"}
 
 
 def modules() -> list[Path]:
@@ -81,7 +81,13 @@ def test_every_folder_says_what_it_is() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["cosched.coscheduler", "cosched.registry", "schedulers.goodput", "schedulers.objective"],
+    [
+        "cosched.coscheduler",
+        "cosched.registry",
+        "schedulers.goodput",
+        "schedulers.length",
+        "schedulers.objective",
+    ],
 )
 def test_the_loop_and_the_policies_are_imported_without_a_tensor_library(module: str) -> None:
     """They name tensors as types. import-linter counts such imports, so it cannot tell them apart."""

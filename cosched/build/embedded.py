@@ -25,11 +25,12 @@ from cosched.engines.embedded.verifiers import (
 )
 from cosched.engines.trace import RecordedRows, TraceMeta, TraceWriter, read_meta
 from cosched.errors import ConfigError
+from cosched.loop.lengths import DraftLengths
 from cosched.loop.per_adapter import CoschedulerPool
 from cosched.loop.publish import InPlacePublisher
 from cosched.memory.footprint import footprint
 from cosched.memory.sketch import sketch
-from cosched.registry import DRAFTERS
+from cosched.registry import DRAFTERS, LENGTHS
 from cosched.settings.arms import PLAIN, adapts, split_arm
 from cosched.settings.device import device_of
 from cosched.settings.load import check_paths
@@ -207,6 +208,7 @@ def build_arm(
         recorder=writer.record if writer else None,
         on_tokens=on_tokens,
         admit=coscheduler.admit if isinstance(coscheduler, CoschedulerPool) else None,
+        lengths=_lengths(config, drafter) if drafter else None,
     )
     return Arm(name, engine, drafter, coscheduler)
 
@@ -251,6 +253,11 @@ def _rows(world: World, max_length: int, feature_layers: tuple[int, ...]) -> Row
 def _rows_a_round(config: Config) -> int:
     """As many as the draft that drafts most has verified."""
     return 1 + max(own.drafter_settings.num_draft_tokens for own in config.by_draft.values())
+
+
+def _lengths(config: Config, drafter: Drafter) -> DraftLengths:
+    settings = config.length_settings
+    return DraftLengths(LENGTHS.get(settings.kind)(settings), drafter.num_draft_tokens)
 
 
 def _verifier(world: World) -> Verifier:

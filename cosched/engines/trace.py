@@ -201,7 +201,10 @@ class RecordedRows:
             self._target.head(rows.hidden_BTH[:, -1:]).float(), rows.hidden_BTH, rows.features_BTF
         )
 
-    def verify(self, ids_BS: Tensor, positions_BS: Tensor) -> TargetRows:
+    def verify(
+        self, ids_BS: Tensor, positions_BS: Tensor, counts: Sequence[int] | None = None
+    ) -> TargetRows:
+        del counts  # a row costs the head's product alone
         rows = self._rows(range(len(ids_BS)), positions_BS)
         return TargetRows(
             self._target.head(rows.hidden_BTH).float(), rows.hidden_BTH, rows.features_BTF

@@ -128,7 +128,7 @@ class RequestRows:
             found = self._committed_paths(num_anchors, path, 1, self.count - spare)
         else:
             newest = self.newest(rows, path, spare)
-            found = self._served_paths(num_anchors, rows == "refused", refused_weight, newest)
+            found = self._served_paths(num_anchors, path, rows == "refused", refused_weight, newest)
         if found is None:
             return None
         self.trained_to = max(self.trained_to, self.start + self.count - spare)
@@ -191,29 +191,32 @@ class RequestRows:
         )
 
     def _served_paths(
-        self, num_anchors: int, only_refused: bool, refused_weight: float, newest: int
+        self, num_anchors: int, path: int, only_refused: bool, refused_weight: float, newest: int
     ) -> Found | None:
         """Anchors that were served with what was drafted, and the weight of rows after a refusal.
 
         The row of the refused token itself stands on accepted text and counts in full; with
-        ``only_refused`` no other does.
+        ``only_refused`` no other does. Places of the path that were not drafted weigh nothing.
         """
         oldest = max(1, self.fresh_from - self.start)
-        blocks = [b for b in self.blocks if oldest <= b.anchor - self.start <= newest]
+        drafted = (b for b in self.blocks if len(b.path_K))
+        blocks = [b for b in drafted if oldest <= b.anchor - self.start <= newest]
         if only_refused:  # a block that was accepted whole would be all zeros
             blocks = [b for b in blocks if b.num_accepted < len(b.path_K)]
         blocks = blocks[-num_anchors:]
         if not blocks:
             return None
         anchors = np.array([block.anchor - self.start for block in blocks])
-        paths = torch.stack([b.path_K for b in blocks])
+        paths = stacked([b.path_K for b in blocks], path)
         weights = np.ones(paths.shape, np.float32)
         accepted_N1 = np.array([[block.num_accepted] for block in blocks])
-        k_K = np.arange(paths.shape[1])
+        drafted_N1 = np.array([[len(block.path_K)] for block in blocks])
+        k_K = np.arange(path)
         weights[k_K > accepted_N1] = refused_weight
         if only_refused:
             weights[k_K < accepted_N1] = 0
-        teacher = torch.stack([b.teacher_KX for b in blocks if b.teacher_KX is not None])
+        weights[k_K >= drafted_N1] = 0
+        teacher = stacked([b.teacher_KX for b in blocks if b.teacher_KX is not None], path)
         says = np.arange(weights.size).reshape(weights.shape)  # no two stand behind the same text
         return (
             blocks[0].anchor - self.start,
@@ -225,6 +228,17 @@ class RequestRows:
         )
 
 
+def stacked(tensors: list[Tensor], length: int, fill: int = 0) -> Tensor:
+    """Tensors of unequal length as one, each filled up behind its end."""
+    if all(len(tensor) == length for tensor in tensors):
+        return torch.stack(tensors)
+    shape = (len(tensors), length, *tensors[0].shape[1:])
+    out = tensors[0].new_full(shape, fill)
+    for row, tensor in zip(out, tensors, strict=True):
+        row[: len(tensor)] = tensor
+    return out
+
+
 def pad(drawn: list[Drawn], draft_window: int | None) -> SignalBatch:
     """Stack requests of unequal length; padding has weight zero and anchor one.
 
@@ -234,15 +248,6 @@ def pad(drawn: list[Drawn], draft_window: int | None) -> SignalBatch:
     longest = max(len(one.tokens_C1) for one in drawn) - 1
     context = -(-longest // CONTEXT_STEP) * CONTEXT_STEP
     anchors = max(len(one.anchors_N) for one in drawn)
-
-    def stacked(tensors: list[Tensor], length: int, fill: int = 0) -> Tensor:
-        if all(len(tensor) == length for tensor in tensors):
-            return torch.stack(tensors)
-        shape = (len(tensors), length, *tensors[0].shape[1:])
-        out = tensors[0].new_full(shape, fill)
-        for row, tensor in zip(out, tensors, strict=True):
-            row[: len(tensor)] = tensor
-        return out
 
     device = drawn[0].tokens_C1.device
     features = [one.features_CF for one in drawn if one.features_CF is not None]

@@ -16,6 +16,7 @@ from cosched.report.remarks import (
     cautions,
     decay_lines,
     interval_line,
+    length_lines,
     lossless_line,
     repetition_lines,
     text_remark,
@@ -66,6 +67,7 @@ def write_report(run_dir: Path) -> Path:
         figures=_figures(summary, events),
         replay=is_replay(summary),
         decay=decay_lines(summary),
+        lengths=length_lines(summary),
         repetition=repetition_lines(summary),
         lossless=lossless_line(summary),
         intervals=interval_line(summary),
@@ -156,12 +158,12 @@ def _drafts(run: dict[str, Any]) -> dict[str, Any]:
     if "drafter" in run or not named:
         facts = {
             "drafter": run.get("drafter"),
-            "tokens drafted per round": run.get("num_draft_tokens"),
+            "tokens drafted per round": _length(run),
             "window of the +window arms": run.get("window") or "none",
         }
     for name, one in named.items():
         facts[f"draft {name}"] = (
-            f"{one['drafter']}, {one['num_draft_tokens']} tokens drafted per round, window "
+            f"{one['drafter']}, {_length(one)} tokens drafted per round, window "
             f"{one['window'] or 'none'}"
         )
     return facts
@@ -170,12 +172,20 @@ def _drafts(run: dict[str, Any]) -> dict[str, Any]:
 def _drafted(run: dict[str, Any]) -> str:
     """The same in half a line."""
     named: dict[str, dict[str, Any]] = run.get("drafts", {})
-    found = [f"{name} {one['num_draft_tokens']}" for name, one in named.items()]
+    found = [f"{name} {_length(one)}" for name, one in named.items()]
     if found and "drafter" in run:
-        found.insert(0, f"{run['drafter']} {run['num_draft_tokens']}")
+        found.insert(0, f"{run['drafter']} {_length(run)}")
     if found:
         return f"tokens drafted per round: {', '.join(found)}"
-    return f"{run.get('drafter', 'draft')}, {run.get('num_draft_tokens', '?')} tokens drafted per round"
+    return f"{run.get('drafter', 'draft')}, {_length(run) or '?'} tokens drafted per round"
+
+
+def _length(one: dict[str, Any]) -> str | None:
+    """How many tokens a draft drafts; of a run that does not say, None."""
+    number, kind = one.get("num_draft_tokens"), one.get("length", "fixed")
+    if number is None:
+        return None
+    return str(number) if kind == "fixed" else f"up to {number} ({kind})"
 
 
 def _config(path: Path) -> str | None:

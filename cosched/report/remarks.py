@@ -37,6 +37,19 @@ def decay_lines(summary: RunSummary) -> list[str]:
     return lines
 
 
+def length_lines(summary: RunSummary) -> list[str]:
+    """How many tokens were drafted, of each arm that did not always draft as many."""
+    lines: list[str] = []
+    for name, arm in summary.arms.items():
+        shares = {k: n / arm.rounds for k, n in enumerate(arm.rounds_by_drafted) if n}
+        if len(shares) > 1:
+            listed = ", ".join(f"{k} in {percent(share)}" for k, share in shares.items())
+            lines.append(
+                f"{name} drafted {arm.drafted_per_round:.2f} tokens a round: {listed} of its rounds."
+            )
+    return lines
+
+
 def repetition_lines(summary: RunSummary) -> list[str]:
     """How much of the text is loops, and what remains of each arm without them."""
     done = {name: arm for name, arm in summary.arms.items() if arm.tokens}

@@ -119,6 +119,7 @@ def _about(config: Config) -> dict[str, Any]:
     settings = config.drafter_settings
     return {
         "num_draft_tokens": settings.num_draft_tokens,
+        "length": config.length_settings.kind,
         "drafter": settings.kind,
         "window": settings.window,
     }

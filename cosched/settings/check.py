@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cosched.errors import ConfigError
 from cosched.guard.settings import ShadowSettings
 from cosched.records import LORA, OF_ADAPTERS
-from cosched.registry import LOSSES, POLICIES
+from cosched.registry import LENGTHS, LOSSES, POLICIES
 from cosched.settings.arms import (
     ADAPTED,
     BASE_ARMS,
@@ -70,6 +70,8 @@ def check_together(config: Config) -> None:
             f"workload.turns: a document is said, and asks nothing after it, got {workload.turns}; "
             f"use 1, or prompts"
         )
+    for own in config.by_draft.values():
+        _check_length(own)
     # The section itself is checked whether or not an arm uses it: servers have no arms.
     for arm in dict.fromkeys((ADAPTED, *(arm for arm in config.arms if adapts(arm)))):
         _check_adapt(config.for_arm(arm), used=arm in config.arms)
@@ -101,6 +103,21 @@ def _check_exact(config: Config) -> None:
         raise ConfigError(
             f"engine.exact: true is for one request at a time, got engine.max_batch = "
             f"{engine.max_batch}; use 1"
+        )
+
+
+def _check_length(config: Config) -> None:
+    """A draft's length can be chosen, by seconds that are those of serving."""
+    engine, kind = config.engine, config.length_settings.kind
+    if engine.kind == "sglang" and kind != "fixed":
+        raise ConfigError(
+            f"{config.drafter_key}.length.kind: SGLang drafts as many tokens as it was started for, "
+            f"got {kind}; use fixed"
+        )
+    if engine.kind == "trace" and not engine.live and LENGTHS.get(kind).needs_seconds:
+        raise ConfigError(
+            f"{config.drafter_key}.length.kind: {kind} weighs the seconds of verification, which a "
+            f"trace does not take; use engine.live: true, or threshold or fixed"
         )
 
 

@@ -18,7 +18,15 @@ from omegaconf.errors import (
 from cosched.errors import ConfigError, PluginError
 from cosched.guard.settings import FiniteSettings, ShadowSettings
 from cosched.records import LORA, OF_ADAPTERS
-from cosched.registry import DRAFTERS, LOSSES, OBJECTIVES, POLICIES, Registry, defaults_for
+from cosched.registry import (
+    DRAFTERS,
+    LENGTHS,
+    LOSSES,
+    OBJECTIVES,
+    POLICIES,
+    Registry,
+    defaults_for,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
 # Sections that a plugin types, and the kind where neither file nor defaults of the drafter name one.
 PLUGIN_SECTIONS: dict[str, tuple[Registry, str | None]] = {
     "drafter": (DRAFTERS, None),
+    "drafter.length": (LENGTHS, "fixed"),
     "adapt.policy": (POLICIES, "every_n_rounds"),
     "adapt.loss": (LOSSES, "forward_kl"),
     "adapt.objective": (OBJECTIVES, "fixed"),
@@ -206,8 +215,8 @@ def _places(section: str, given: DictConfig, changes: DictConfig) -> Iterator[tu
     """What both say where a section stands: one of ``adapt`` also in each variant and each draft."""
     places = [section]
     drafts = _names(given, "drafts")
-    if section == "drafter":
-        places += [f"drafts.{name}" for name in drafts]
+    if section.startswith("drafter"):
+        places += [section.replace("drafter", f"drafts.{name}", 1) for name in drafts]
     elif section.startswith("adapt."):
         for at in ("", *(f"drafts.{name}." for name in drafts)):
             places += [f"{at}{section}"] if at else []

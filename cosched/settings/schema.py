@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from cosched.protocols import (
         DrafterSettings,
+        LengthSettings,
         LossSettings,
         ObjectiveSettings,
         PolicySettings,
@@ -95,6 +96,11 @@ class Config(Section, frozen=True):
     def drafter_settings(self) -> DrafterSettings:
         raw = self.drafts[self._stand_in].drafter if self.drafter is None else self.drafter
         return plugin_settings("drafter", self.drafter_key, raw)
+
+    @property
+    def length_settings(self) -> LengthSettings:
+        where = f"{self.drafter_key}.length"
+        return plugin_settings("drafter.length", where, self.drafter_settings.length)
 
     @property
     def _draft(self) -> str | None:

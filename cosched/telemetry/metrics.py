@@ -9,6 +9,7 @@ looks brilliant, so every headline is shown on all and on novel positions.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -43,6 +44,10 @@ class RoundFigures(msgspec.Struct, kw_only=True):
     tau_by_position: list[Bucket]
     position_acceptance: list[float]
     repeat_fraction: float
+    drafted_per_round: float = (
+        0.0  # tokens that a request had verified, the bonus token's row excluded
+    )
+    rounds_by_drafted: list[int] = []  # how many rounds drafted 0, 1, … tokens
 
 
 class Turn(msgspec.Struct, frozen=True):
@@ -141,6 +146,7 @@ def round_figures(logs: Iterable[RequestLog]) -> RoundFigures:
         rows += [(row, novel[first + row.position]) for row in log.rounds]
     by_request = [_tau(log.rounds) for log in logs if log.rounds]
     everything = [row for row, _ in rows]
+    drafted = Counter(row.num_drafted for row in everything)
     return RoundFigures(
         tokens=generated,
         rounds=len(rows),
@@ -151,6 +157,8 @@ def round_figures(logs: Iterable[RequestLog]) -> RoundFigures:
         tau_by_position=_by_position(rows),
         position_acceptance=_position_acceptance(everything),
         repeat_fraction=repeated / max(1, generated),
+        drafted_per_round=sum(k * n for k, n in drafted.items()) / max(1, len(rows)),
+        rounds_by_drafted=[drafted[k] for k in range(max(drafted, default=0) + 1)],
     )
 
 

@@ -1,4 +1,4 @@
-"""Contract tests for drafters, losses, policies and objectives, ours and anybody's (needs pytest).
+"""Contract tests for all that plugins can be, ours and anybody's (needs pytest).
 
 A file of three lines runs them::
 
@@ -20,6 +20,7 @@ pytest.register_assert_rewrite(
             "adapters",
             "drafters",
             "learning",
+            "lengths",
             "losses",
             "objectives",
             "policies",
@@ -30,8 +31,15 @@ pytest.register_assert_rewrite(
 )
 
 from cosched.testing.drafters import DrafterContract  # noqa: E402  what it asserts is rewritten
+from cosched.testing.lengths import LengthContract  # noqa: E402
 from cosched.testing.losses import LossContract  # noqa: E402
 from cosched.testing.objectives import ObjectiveContract  # noqa: E402
 from cosched.testing.policies import PolicyContract  # noqa: E402
 
-__all__ = ["DrafterContract", "LossContract", "ObjectiveContract", "PolicyContract"]
+__all__ = [
+    "DrafterContract",
+    "LengthContract",
+    "LossContract",
+    "ObjectiveContract",
+    "PolicyContract",
+]

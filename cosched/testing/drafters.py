@@ -16,6 +16,7 @@ from cosched.protocols import Drafter
 from cosched.registry import DRAFTERS
 from cosched.testing.adapters import AdapterContract
 from cosched.testing.learning import LearningContract
+from cosched.testing.lengths import changing_lengths
 from cosched.testing.registered import OneThread, registered
 from cosched.testing.serving import ServingContract
 from cosched.testing.specimen import (
@@ -54,6 +55,8 @@ class DrafterContract(ServingContract, LearningContract, AdapterContract, OneThr
                 for number, key in enumerate(keys)
             ]
         metafunc.parametrize("specimen", cases)
+        if "length" in metafunc.fixturenames:
+            metafunc.parametrize("length", changing_lengths())
 
     def test_it_is_described(self, specimen: Specimen) -> None:
         """Its first line says what it is; signals and sizes are what its settings asked for."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from cosched.coscheduler import Coscheduler
+from cosched.engines.embedded import attention
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.target import Target
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cosched.engines.embedded.engine import Admit
+    from cosched.loop.lengths import DraftLengths
     from cosched.loop.roles import RoundObserver
     from cosched.records import SignalBatch
 
@@ -56,6 +59,7 @@ def make_target(
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(std=std)
+    model.set_attn_implementation(attention.NAME)
     return Target(model.to(dtype))
 
 
@@ -74,6 +78,18 @@ class Watcher:
         self.rounds.append(round_)
         if self._behind is not None:
             self._behind.on_round(round_)
+
+
+class MadeUpClock:
+    """Seconds that differ from one look to the next, by a rule: now this length is cheap, now that."""
+
+    def __init__(self) -> None:
+        self._now = self._looks = 0
+
+    def __call__(self) -> float:
+        self._looks += 1
+        self._now += 1 + self._looks * self._looks // 7 % 11
+        return self._now
 
 
 class Every:
@@ -116,8 +132,12 @@ def make_engine(
     seed: int = 0,
     admit: Admit | None = None,
     rows: type[LiveRows] = LiveRows,
+    lengths: DraftLengths | None = None,
 ) -> EmbeddedEngine:
-    """An embedded engine that has room for these requests; greedy unless a verifier is given."""
+    """An embedded engine that has room for these requests; greedy unless a verifier is given.
+
+    With ``lengths`` time is made up, so that what is seen of it repeats.
+    """
     longest = max(request.max_length for request in requests)
     layers = drafter.signal.feature_layers if drafter else ()
     extra = drafter.num_draft_tokens if drafter else 0
@@ -130,6 +150,8 @@ def make_engine(
         observer=observer,
         recorder=recorder,
         admit=admit,
+        lengths=lengths,
+        clock=MadeUpClock() if lengths else time.perf_counter,
     )
 
 

@@ -62,4 +62,4 @@ class ObjectiveContract:
 
     def test_it_does_without_a_tensor_library(self, case: tuple[Plugin, Any]) -> None:
         """It is imported and chooses where neither torch nor numpy can be imported."""
-        ask_without_torch(*case, "choose")
+        ask_without_torch(*case, "choose", random_snapshot(0, NUM_EXPERTS))

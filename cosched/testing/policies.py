@@ -23,13 +23,11 @@ import sys
 for name in ("torch", "numpy", "transformers", "deepspeed"):
     sys.modules[name] = None  # importing it raises
 import importlib, msgspec
-from cosched.records import Snapshot
-module, name, ask = sys.argv[1:]
+module, name, ask, home, seen = sys.argv[1:]
 cls = getattr(importlib.import_module(module), name)
-settings = msgspec.json.decode(sys.stdin.buffer.read(), type=cls.Settings)
-numbers = [field.name for field in msgspec.structs.fields(Snapshot) if field.type in (int, float)]
-snapshot = msgspec.convert(dict.fromkeys(numbers, 1), Snapshot)
-getattr(cls(settings), ask)(snapshot)
+settings, snapshot = msgspec.json.decode(sys.stdin.buffer.read(), type=list[msgspec.Raw])
+snapshot = msgspec.json.decode(snapshot, type=getattr(importlib.import_module(home), seen))
+getattr(cls(msgspec.json.decode(settings, type=cls.Settings)), ask)(snapshot)
 """
 
 
@@ -85,15 +83,17 @@ class PolicyContract:
 
     def test_it_does_without_a_tensor_library(self, case: tuple[Plugin, Any]) -> None:
         """It is imported and decides where neither torch nor numpy can be imported."""
-        ask_without_torch(*case, "decide")
+        ask_without_torch(*case, "decide", random_snapshot(0))
 
 
-def ask_without_torch(plugin: Plugin, settings: Any, ask: str) -> None:
+def ask_without_torch(plugin: Plugin, settings: Any, ask: str, snapshot: msgspec.Struct) -> None:
     """Make a plugin of these settings in a process of its own, and ask it about a snapshot."""
-    words = [plugin.cls.__module__, plugin.cls.__qualname__, ask]
+    classes = plugin.cls, type(snapshot)
+    one, other = ([cls.__module__, cls.__qualname__] for cls in classes)
+    words = [*one, ask, *other]
     process = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, *words],
-        input=msgspec.json.encode(settings),
+        input=msgspec.json.encode([settings, snapshot]),
         capture_output=True,
         timeout=60,
         check=False,

@@ -21,6 +21,7 @@ from cosched.testing.harness import decode, make_engine, make_target
 if TYPE_CHECKING:
     from cosched.engines.embedded.target import Target, TargetRows
     from cosched.engines.embedded.verifiers import Verifier
+    from cosched.loop.lengths import DraftLengths
     from cosched.loop.roles import RoundObserver
     from cosched.protocols import Drafter
 
@@ -72,12 +73,20 @@ def p_values(
     sampling: SamplingParams,
     observer: RoundObserver | None = None,
     num_draws: int = 2000,
+    lengths: DraftLengths | None = None,
 ) -> list[float]:
     """Of the token at each position and of the joint text; small where the text is not the target's."""
     prompt = torch.tensor(PROMPT)
     requests = [GenerationRequest(f"s{i}", prompt, NUM_TOKENS) for i in range(num_draws)]
     engine = make_engine(
-        target, drafter, requests, 100, verifier=verifier, observer=observer, rows=OnePrompt
+        target,
+        drafter,
+        requests,
+        100,
+        verifier=verifier,
+        observer=observer,
+        rows=OnePrompt,
+        lengths=lengths,
     )
     counts = torch.zeros(VOCABULARY, VOCABULARY, VOCABULARY)
     for tokens in decode(engine, requests).values():

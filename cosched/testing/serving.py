@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from cosched.engines.embedded.verification import SamplingParams
-from cosched.engines.embedded.verifiers import SamplingVerifier
-from cosched.testing.harness import make_coscheduler
+from cosched.engines.embedded.verifiers import GreedyVerifier, SamplingVerifier
+from cosched.loop.lengths import DraftLengths
+from cosched.testing.harness import Watcher, decode, make_coscheduler, make_engine
+from cosched.testing.lengths import ByOwnCertainty
 from cosched.testing.sampling import FALSE_ALARM, p_values, sampling_target
 from cosched.testing.specimen import (
     NUM_DRAFT_TOKENS,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cosched.engines.embedded.target import Target
+    from cosched.protocols import DraftLength
     from cosched.records import ServedBlock, VerifyRound
 
 
@@ -87,6 +90,78 @@ class ServingContract:
         sampling = SamplingParams(1.0)
         found = p_values(target, drafter, SamplingVerifier(sampling), sampling, observer, num_draws)
         assert min(found) > FALSE_ALARM
+
+    def test_greedy_text_is_the_targets_at_any_length(
+        self, specimen: Specimen, length: DraftLength
+    ) -> None:
+        """However many tokens are drafted, in every round and by each request, while the draft learns.
+
+        Alone and in a batch of three, with rounds that draft nothing.
+        """
+        for max_batch in (1, 3):
+            drafter = specimen.make()
+            teacher = make_coscheduler(specimen.target, drafter, every=4, lr=3e-3)
+            lengths = DraftLengths(length, drafter.num_draft_tokens)
+            served = specimen.decode(drafter, max_batch, None, teacher, lengths)
+            assert served.texts == specimen.plain
+        drafted = {len(block.path_K) for round_ in served.rounds for block in round_.blocks}
+        assert len(drafted) > 1
+
+    def test_sampled_text_follows_the_target_at_any_length(
+        self, specimen: Specimen, length: DraftLength
+    ) -> None:
+        """Sampled text has the target's exact distribution, whatever is drafted, while it learns."""
+        target = sampling_target()
+        drafter = specimen.make(target, num_draft_tokens=2)
+        teacher = make_coscheduler(target, drafter, every=2, lr=3e-3)
+        sampling = SamplingParams(1.0)
+        verifier, lengths = SamplingVerifier(sampling), DraftLengths(length, 2)
+        found = p_values(target, drafter, verifier, sampling, teacher, 600, lengths)
+        assert min(found) > FALSE_ALARM
+
+    @pytest.mark.parametrize("sampled", [False, True])
+    def test_a_batch_says_what_each_would_alone_at_any_length(
+        self, specimen: Specimen, sampled: bool
+    ) -> None:
+        """Requests that draft unequally many tokens in one round disturb each other in nothing."""
+        verifier = SamplingVerifier(SamplingParams(1.0)) if sampled else GreedyVerifier()
+        watcher = Watcher()
+        alone, together = (
+            decode(
+                make_engine(
+                    specimen.target,
+                    specimen.make(),
+                    specimen.requests,
+                    max_batch,
+                    verifier=verifier,
+                    observer=watcher,
+                    lengths=ByOwnCertainty(NUM_DRAFT_TOKENS),
+                ),
+                specimen.requests,
+            )
+            for max_batch in (1, 3)
+        )
+        assert alone == together
+        ragged = [len({len(b.path_K) for b in round_.blocks}) > 1 for round_ in watcher.rounds]
+        assert any(ragged) or specimen.make().network() is None
+
+    def test_it_drafts_on_behind_rounds_without_drafts(self, specimen: Specimen) -> None:
+        """What was committed meanwhile is taken in at once, however many rounds it came in.
+
+        Also beside a request that has just begun, near the end of the room that there is.
+        """
+        drafter = specimen.make()
+        texts = make_texts(specimen.target, drafter, count=2, length=64)
+        waiting = Feeder(drafter, texts)
+        later = waiting.texts.pop()
+        waiting.lengths.pop()
+        for length in range(5, 50):
+            waiting.observe([length])
+        waiting.admit(later)
+        waiting.observe([50, 60])
+        fresh = Feeder(drafter, texts)
+        fresh.observe([50, 60])
+        assert close(waiting.propose(), fresh.propose())
 
     def test_a_batch_drafts_what_each_would_alone(self, specimen: Specimen) -> None:
         """A request's proposals do not depend on what else is in the batch."""

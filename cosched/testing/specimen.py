@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from cosched.coscheduler import Coscheduler
     from cosched.engines.embedded.target import Target
+    from cosched.loop.lengths import DraftLengths
     from cosched.protocols import Drafter, TargetInfo
     from cosched.records import Rows, VerifyRound
     from cosched.registry import Plugin
@@ -88,12 +89,23 @@ class Specimen:
         return _plain(self.target)
 
     def decode(
-        self, drafter: Drafter, max_batch: int, window: int | None, teacher: Coscheduler | None
+        self,
+        drafter: Drafter,
+        max_batch: int,
+        window: int | None,
+        teacher: Coscheduler | None,
+        lengths: DraftLengths | None = None,
     ) -> Served:
         """Greedy text of all requests; with three slots the fourth waits and one is moved."""
         observer = Watcher(teacher)
         engine = make_engine(
-            self.target, drafter, self.requests, max_batch, observer=observer, window=window
+            self.target,
+            drafter,
+            self.requests,
+            max_batch,
+            observer=observer,
+            window=window,
+            lengths=lengths,
         )
         return Served(decode(engine, self.requests), observer.rounds)
 

@@ -15,8 +15,14 @@ from msgspec import NODEFAULT
 from msgspec import inspect as types
 from omegaconf import OmegaConf
 
-from cosched.protocols import DrafterSettings, LossSettings, ObjectiveSettings, PolicySettings
-from cosched.registry import DRAFTERS, LOSSES, OBJECTIVES, POLICIES, Registry
+from cosched.protocols import (
+    DrafterSettings,
+    LengthSettings,
+    LossSettings,
+    ObjectiveSettings,
+    PolicySettings,
+)
+from cosched.registry import DRAFTERS, LENGTHS, LOSSES, OBJECTIVES, POLICIES, Registry
 from cosched.settings.schema import Config
 from cosched.settings.serving import is_served
 from cosched.sweep.plan import SweepFile
@@ -37,6 +43,7 @@ class Role(NamedTuple):
 
 ROLES = {
     "drafter": Role(DRAFTERS, DrafterSettings),
+    "drafter.length": Role(LENGTHS, LengthSettings),
     "adapt.policy": Role(POLICIES, PolicySettings),
     "adapt.loss": Role(LOSSES, LossSettings),
     "adapt.objective": Role(OBJECTIVES, ObjectiveSettings),
@@ -185,6 +192,9 @@ def _role(path: str, role: Role) -> Iterator[str]:
                 yield from _heading(f"{where}, each of them", where, 5)
                 yield from _prose(docstrings(cls))
                 yield from _table(_fields(cls), where, {})
+    for key in shared:
+        if (inside := f"{path}.{key}") in ROLES:
+            yield from _role(inside, ROLES[inside])
 
 
 def _defaults() -> Iterator[str]:

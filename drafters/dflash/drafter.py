@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from cosched.errors import CheckpointError, ConfigError
-from cosched.records import Proposal, SglangWorker, SignalBatch
+from cosched.records import SglangWorker, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_packed
-from drafters.base import NetworkDrafter, check_fit, is_targets_own
+from drafters.base import NetworkDrafter, check_fit, is_targets_own, picked
 from drafters.config import small_layer
 from drafters.dflash import formats
 from drafters.dflash.config import DFlashConfig
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cosched.protocols import Choose, DrafterSettings, TargetInfo
+    from cosched.records import Proposal
     from drafters.cache import SlotCache
     from drafters.checkpoint import Checkpoint
 
@@ -183,8 +184,7 @@ class DFlashDrafter(NetworkDrafter[DFlashConfig, DFlashNetwork]):
             hidden = layer.finish(hidden, attended)
         logits = self.head(network.norm(hidden[:, 1 : num_draft_tokens + 1]))
         logits = over_target(logits, self._target_ids, self._target.vocab_size)
-        tokens = [choose(k, logits[:, k]) for k in range(num_draft_tokens)]
-        return Proposal(torch.stack(tokens, 1), logits)
+        return picked(choose, logits)
 
     def _visible(
         self,

@@ -155,7 +155,8 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
         queries = network.queries(inputs, position_B, network.top)
         attended = self._attend(state, network.top, queries, newest, position_B)
         normed, hidden = network.outputs(network.finish(residual, attended, network.top))
-        tokens, logits = [], []
+        tokens: list[Tensor] = []
+        logits: list[Tensor] = []
         for k in range(num_draft_tokens):
             if k:
                 position_B = position_B + 1
@@ -169,8 +170,11 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
                     attended = self._attend(state, layer, queries, newest, position_B)
                     hidden = network.finish(residual, attended, layer)
                 normed, hidden = network.outputs(hidden)
-            logits.append(over_target(self.head(normed), self._target_ids, self._target.vocab_size))
-            tokens.append(choose(k, logits[-1]))
+            at_k_BV = over_target(self.head(normed), self._target_ids, self._target.vocab_size)
+            if (chosen := choose(k, at_k_BV)) is None:
+                break
+            logits.append(at_k_BV)
+            tokens.append(chosen)
         return Proposal(torch.stack(tokens, 1), torch.stack(logits, 1))
 
     def _run_pending(self, state: SlotCache, num_slots: int) -> tuple[Tensor, Tensor]:

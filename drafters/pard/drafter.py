@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosched.errors import CheckpointError
-from cosched.records import Proposal, SglangWorker, SignalBatch
+from cosched.protocols import MOST_UNDRAFTED
+from cosched.records import SglangWorker, SignalBatch
 from cosched.registry import DRAFTERS
 from drafters.attention import attend_cache, attend_context, attend_packed, causal, gather_rows
-from drafters.base import NetworkDrafter
+from drafters.base import NetworkDrafter, picked
 from drafters.config import small_layer
 from drafters.pard import formats
 from drafters.pard.config import PardConfig
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cosched.protocols import Choose, DrafterSettings, TargetInfo
-    from cosched.records import Segment
+    from cosched.records import Proposal, Segment
     from drafters.cache import SlotCache
     from drafters.checkpoint import Checkpoint
 
@@ -122,8 +123,9 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
 
     @property
     def spare_positions(self) -> int:
-        # A slot with few new tokens is padded to one with K + 1 of them, and masks follow.
-        return 2 * self.num_draft_tokens + 2
+        # A slot with few new tokens is padded to one with K + 1 of them and those of rounds that
+        # drafted nothing, and masks follow.
+        return 2 * self.num_draft_tokens + 2 + MOST_UNDRAFTED
 
     @torch.no_grad()
     def observe(self, state: SlotCache, slot: int, segment: Segment) -> None:
@@ -170,8 +172,7 @@ class PardDrafter(NetworkDrafter[PardConfig, PardNetwork]):
             ahead_K = torch.arange(num_draft_tokens, device=hidden.device)
             hidden = gather_rows(hidden, anchor_B[:, None] + ahead_K)
         logits = over_target(self.project(hidden), self._target_ids, self._target.vocab_size)
-        tokens = [choose(k, logits[:, k]) for k in range(num_draft_tokens)]
-        return Proposal(torch.stack(tokens, 1), logits)
+        return picked(choose, logits)
 
     def _run(
         self,

@@ -17,6 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cosched.engines.embedded.ragged import RAGGED
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -35,17 +37,21 @@ def grouped_attention(
     """``query [B, J, T, D]`` over ``key`` and ``value [B, H, L, D]`` to ``[B, T, J, D]``.
 
     ``attention_mask [B, 1, T, L]`` says which positions each row sees. The engine always gives one;
-    without it, in the model's own forward pass over a whole text, this is transformers' ``sdpa``.
+    without it, in the model's own forward pass over a whole text, this is transformers' ``sdpa``. Rows
+    that are packed (``RAGGED``) come and go as ``[1, J, N, D]`` and ``[1, N, J, D]``.
     """
     if attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **others)
+    if (ragged := RAGGED.get()) is not None:
+        query = ragged.spread(query.transpose(1, 2)).transpose(1, 2)
     kv_heads, num_rows = key.shape[1], query.shape[2]
     groups = query.shape[1] // kv_heads
     rows_BHRD = query.unflatten(1, (kv_heads, groups)).flatten(2, 3)
     mask = attention_mask if groups == 1 else attention_mask.repeat(1, 1, groups, 1)
     attended = F.scaled_dot_product_attention(rows_BHRD, key, value, attn_mask=mask, scale=scaling)
     attended = attended.unflatten(2, (groups, num_rows)).flatten(1, 2)
-    return attended.transpose(1, 2).contiguous(), None
+    attended = attended.transpose(1, 2)
+    return (attended.contiguous() if ragged is None else ragged.pack(attended)), None
 
 
 AttentionInterface.register(NAME, grouped_attention)

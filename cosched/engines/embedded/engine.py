@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
+from cosched.engines.embedded.slots import Slot, uniforms_for
+from cosched.engines.embedded.stopping import Stopping
 from cosched.engines.embedded.target import TargetRows
 from cosched.engines.embedded.verification import RandomStream
 from cosched.engines.request import FinishedRequest, GenerationRequest
@@ -31,6 +33,7 @@ from cosched.records import (
 if TYPE_CHECKING:
     from cosched.engines.embedded.rows import RowSource
     from cosched.engines.embedded.verifiers import Verifier
+    from cosched.loop.lengths import DraftLengths
     from cosched.loop.roles import RoundObserver
     from cosched.protocols import Drafter, ServesAdapters
 
@@ -66,34 +69,13 @@ class EngineSeconds:
     verify: float = 0.0
 
 
-@dataclass(slots=True)
-class _Slot:
-    """A running request: its text so far, and its rounds."""
-
-    request: GenerationRequest
-    text: Tensor
-    length: int
-    random: RandomStream
-    rounds: list[RoundRow] = field(default_factory=list)
-    stopped: bool = False
-
-    @property
-    def done(self) -> bool:
-        return self.stopped or self.length >= self.request.max_length
-
-    def finished(self) -> FinishedRequest:
-        generated = self.text[len(self.request.prompt_P) : self.length]
-        return FinishedRequest(
-            self.request, tuple(generated.tolist()), tuple(self.rounds), self.stopped
-        )
-
-
 class EmbeddedEngine:
     """Continuous batching over slots; slots ``0..n - 1`` run, a finished one is filled by the last.
 
     The engine knows no co-scheduler: it calls ``observer.on_round`` after each prefill and each
     round, and goes on with whatever draft then serves. With ``admit`` the drafter must be one that
-    ``ServesAdapters``.
+    ``ServesAdapters``. ``lengths`` says how many tokens a round drafts; without, as many as the
+    drafter can.
     """
 
     def __init__(
@@ -108,6 +90,7 @@ class EmbeddedEngine:
         on_tokens: Callable[[int], None] = lambda _n: None,
         admit: Admit | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        lengths: DraftLengths | None = None,
     ) -> None:
         self._rows = rows
         self._verifier = verifier
@@ -119,13 +102,14 @@ class EmbeddedEngine:
         self._on_tokens = on_tokens
         self._admit_to = admit
         self._clock = clock
-        self._num_drafted = drafter.num_draft_tokens if drafter else 0
+        self._most = drafter.num_draft_tokens if drafter else 0
+        self._lengths = lengths
         self._state = (
             drafter.new_state(options.max_batch, options.max_length, options.window)
             if drafter
             else None
         )
-        self._slots: list[_Slot] = []
+        self._slots: list[Slot] = []
         self.seconds = EngineSeconds()
 
     @property
@@ -164,9 +148,9 @@ class EmbeddedEngine:
         started = self._clock()
         index, num_prompt = len(self._slots), len(request.prompt_P)
         rows = self._rows.prefill(index, request)
-        text = request.prompt_P.new_zeros(request.max_length + self._num_drafted + 1)
+        text = request.prompt_P.new_zeros(request.max_length + self._most + 1)
         text[:num_prompt] = request.prompt_P
-        slot = _Slot(request, text, num_prompt, RandomStream(self._options.seed, request.id))
+        slot = Slot(request, text, num_prompt, RandomStream(self._options.seed, request.id))
         self._slots.append(slot)
         if self._admit_to is not None:
             adapters = cast("ServesAdapters", self._drafter)
@@ -175,9 +159,9 @@ class EmbeddedEngine:
             self._nothing(1),
             rows.logits_BTV[:, -1:],
             slot.random.uniforms(num_prompt - 1, 1)[None].to(self._device),
-            self._paths([slot], 0),
+            slot.path(1)[None],
         )
-        self._commit(slot, outcome.next_B)
+        slot.commit(outcome.next_B, self._options.stop_tokens)
         segment = self._segment(slot, rows, self._teacher(rows), 0, 0, num_prompt)
         self._observe(index, segment)
         self._record(slot, rows, 0, 0, num_prompt)
@@ -208,100 +192,99 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def _round(self) -> None:
-        slots, num_drafted, version = self._slots, self._num_drafted, self.draft_version
-        started = self._clock()
+        slots, started = self._slots, self._clock()
         anchor_B = torch.stack([slot.text[slot.length - 1] for slot in slots])
-        uniforms_BU = torch.stack(
-            [slot.random.uniforms(slot.length - 1, 2 * num_drafted + 1) for slot in slots]
+        drawn_BU = torch.stack(
+            [slot.random.uniforms(slot.length - 1, 2 * self._most + 1) for slot in slots]
         ).to(self._device)
-        path_BS = self._paths(slots, num_drafted)
-        proposal = self._propose(anchor_B, uniforms_BU, path_BS)
+        proposal, tops = self._propose(drawn_BU)
         drafted = self._now()
+        num_drafted = proposal.tokens_BK.shape[1]
+        counts = proposal.counts or (num_drafted,) * len(slots)
+        path_BS = torch.stack([slot.path(num_drafted + 1) for slot in slots])
         tokens_BK = self._verifier.tokens(proposal, path_BS[:, :-1])
         ids_BS = torch.cat((anchor_B[:, None], tokens_BK), 1)
         starts = torch.tensor([slot.length - 1 for slot in slots], device=self._device)
         positions_BS = starts[:, None] + torch.arange(num_drafted + 1, device=self._device)
-        rows = self._rows.verify(ids_BS, positions_BS)
+        ragged = None if proposal.counts is None else [count + 1 for count in counts]
+        rows = self._rows.verify(ids_BS, positions_BS, ragged)
+        uniforms_BU = uniforms_for(drawn_BU, num_drafted)
         outcome = self._verifier.verify(proposal, rows.logits_BTV, uniforms_BU, path_BS)
         accepted = outcome.num_accepted_B.tolist()  # host waits for the device
         verified = self._clock()
-        segments, blocks = [], []
-        teacher = self._teacher(rows)
-        for index, slot in enumerate(slots):
-            start, count = slot.length - 1, accepted[index]
-            new = torch.cat((tokens_BK[index, :count], outcome.next_B[index : index + 1]))
-            committed = self._commit(slot, new)
+        segments, blocks = self._commit(rows, tokens_BK, counts, accepted, outcome.next_B)
+        self.seconds.draft += drafted - started
+        self.seconds.verify += verified - drafted
+        if self._lengths is not None:
+            self._lengths.observe(counts, accepted, tops, self._clock() - started)
+        self._report(segments, blocks, drafted - started, verified - drafted)
+
+    def _propose(self, drawn_BU: Tensor) -> tuple[Proposal, Sequence[Sequence[float]] | None]:
+        """Drafted tokens, and where their number goes by request the top probabilities behind them."""
+        slots, lengths, num_drafted = self._slots, self._lengths, self._most
+        if lengths is not None:
+            num_drafted = lengths.of_round(len(slots))
+        if self._drafter is None or not num_drafted:
+            return self._nothing(len(slots)), None
+        path_BK = torch.stack([slot.path(num_drafted) for slot in slots])
+        choose = self._verifier.choose(drawn_BU, path_BK)
+        if lengths is None or not lengths.by_request:
+            return self._drafter.propose(self._state, len(slots), choose, num_drafted), None
+        stopping = Stopping(choose, lengths, len(slots))
+        proposal = self._drafter.propose(self._state, len(slots), stopping, num_drafted)
+        return stopping.cut(proposal), None if proposal.logits_BKV is None else stopping.tops
+
+    def _commit(
+        self,
+        rows: TargetRows,
+        tokens_BK: Tensor,
+        counts: Sequence[int],
+        accepted: Sequence[int],
+        next_B: Tensor,
+    ) -> tuple[tuple[Segment, ...], tuple[ServedBlock, ...]]:
+        """What became text, for who learns from it; of each request so many tokens were verified."""
+        segments: list[Segment] = []
+        blocks: list[ServedBlock] = []
+        teacher, version = self._teacher(rows), self.draft_version
+        for index, slot in enumerate(self._slots):
+            tokens_K, start, count = (
+                tokens_BK[index, : counts[index]],
+                slot.length - 1,
+                accepted[index],
+            )
+            new = torch.cat((tokens_K[:count], next_B[index : index + 1]))
+            committed = slot.commit(new, self._options.stop_tokens)
             count = min(count, committed)  # drafts past the end of the text were not asked for
-            segment = self._segment(slot, rows, teacher, index, start, committed, tokens_BK[index])
+            segment = self._segment(slot, rows, teacher, index, start, committed, tokens_K)
             self._observe(index, segment)
             self._record(slot, rows, index, start, committed)
             segments.append(segment)
-            if num_drafted:
-                teacher_KX = None if teacher is None else teacher[index, :num_drafted]
+            if self._drafter:
+                teacher_KX = None if teacher is None else teacher[index, : len(tokens_K)]
                 blocks.append(
-                    ServedBlock(
-                        slot.request.id,
-                        start,
-                        tokens_BK[index],
-                        teacher_KX,
-                        count,
-                        committed,
-                    )
+                    ServedBlock(slot.request.id, start, tokens_K, teacher_KX, count, committed)
                 )
             generated = start + 1 - len(slot.request.prompt_P)
             slot.rounds.append(
-                RoundRow(slot.request.id, generated, version, num_drafted, count, committed)
+                RoundRow(slot.request.id, generated, version, len(tokens_K), count, committed)
             )
-        self.seconds.draft += drafted - started
-        self.seconds.verify += verified - drafted
-        self._report(tuple(segments), tuple(blocks), drafted - started, verified - drafted)
-
-    def _propose(self, anchor_B: Tensor, uniforms_BU: Tensor, path_BS: Tensor) -> Proposal:
-        if self._drafter is None:
-            return self._nothing(len(anchor_B))
-        choose = self._verifier.choose(uniforms_BU, path_BS[:, :-1])
-        return self._drafter.propose(self._state, len(anchor_B), choose, self._num_drafted)
+        return tuple(segments), tuple(blocks)
 
     def _nothing(self, num_slots: int) -> Proposal:
         """No drafts: what plain decoding verifies."""
         return Proposal(torch.zeros(num_slots, 0, dtype=torch.int64, device=self._device))
 
-    def _paths(self, slots: list[_Slot], num_drafted: int) -> Tensor:
-        """The next S tokens of forced texts, zeros past their end and for free requests."""
-        paths = []
-        for slot in slots:
-            path = slot.text.new_zeros(num_drafted + 1)
-            if slot.request.forced_T is not None:
-                ahead = slot.request.forced_T[slot.length : slot.length + num_drafted + 1]
-                path[: len(ahead)] = ahead
-            paths.append(path)
-        return torch.stack(paths)
-
-    def _commit(self, slot: _Slot, tokens_R: Tensor) -> int:
-        """Append tokens up to the first stop token and the request's limit; returns how many."""
-        tokens_R = tokens_R[: slot.request.max_length - slot.length]
-        for place, token in enumerate(tokens_R.tolist()):
-            if token in self._options.stop_tokens:
-                tokens_R = tokens_R[: place + 1]
-                slot.stopped = True
-                break
-        slot.text[slot.length : slot.length + len(tokens_R)] = tokens_R
-        slot.length += len(tokens_R)
-        return len(tokens_R)
-
     def _observe(self, slot_index: int, segment: Segment) -> None:
         if self._drafter:
             self._drafter.observe(self._state, slot_index, segment)
 
-    def _record(
-        self, slot: _Slot, rows: TargetRows, row_index: int, start: int, count: int
-    ) -> None:
+    def _record(self, slot: Slot, rows: TargetRows, row_index: int, start: int, count: int) -> None:
         if self._recorder:
             self._recorder(slot.request, rows, row_index, start, count)
 
     def _segment(
         self,
-        slot: _Slot,
+        slot: Slot,
         rows: TargetRows,
         teacher: Tensor | None,
         row_index: int,
@@ -312,9 +295,10 @@ class EmbeddedEngine:
         """The rows that were committed and those that were not, for who learns from them."""
         if teacher is not None and teacher.shape[1] < count:
             teacher = None  # a prompt has logits for its last row only
-        refused, kept, rest = None, slice(count), slice(count, None)
+        refused, kept = None, slice(count)
         goes_on = not slot.done and slot.request.forced_T is None
         if goes_on and drafted_K is not None and count <= len(drafted_K):
+            rest = slice(count, len(drafted_K) + 1)
             refused = Refused(
                 drafted_K[count - 1 :],
                 _part(rows.features_BTF, row_index, rest),

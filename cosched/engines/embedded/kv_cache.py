@@ -13,6 +13,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cosched.engines.embedded.ragged import Ragged
+
 
 class SlotCache(Cache):
     """Preallocated keys and values by slot; rolling back is forgetting a length.
@@ -29,17 +31,27 @@ class SlotCache(Cache):
         self.slots = slots
         self.device = device
         self.visible = 0
-        self.first_slot = 0
+        self.shown = slice(0, 0)
         self.index_BT: Tensor | None = None
-        self.slots_B1: Tensor | None = None
+        self.slots_BT: Tensor | None = None
 
-    def place(self, positions_BT: Tensor, visible: int, first_slot: int = 0) -> None:
+    def place(
+        self,
+        positions_BT: Tensor,
+        visible: int,
+        first_slot: int = 0,
+        ragged: Ragged | None = None,
+    ) -> None:
         """The next pass writes row t of request b at ``positions_BT[b, t]`` and sees ``visible``."""
-        self.index_BT = positions_BT
         last_slot = first_slot + len(positions_BT)
-        self.slots_B1 = torch.arange(first_slot, last_slot, device=self.device)[:, None]
+        if ragged is None:
+            self.index_BT = positions_BT
+            self.slots_BT = torch.arange(first_slot, last_slot, device=self.device)[:, None]
+        else:
+            self.index_BT = ragged.pack(positions_BT)
+            self.slots_BT = first_slot + ragged.slots_N[None]
         self.visible = visible
-        self.first_slot = first_slot
+        self.shown = slice(first_slot, last_slot)
 
     def move(self, source: int, destination: int, length: int) -> None:
         """Copy the first ``length`` positions of one slot to another."""
@@ -79,13 +91,12 @@ class _SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         cache = self.cache
         assert cache.index_BT is not None
-        assert cache.slots_B1 is not None
+        assert cache.slots_BT is not None
         keys, values = self.buffers()
         # By slot and position: only the new rows are touched, however long the cache is.
-        keys[cache.slots_B1, :, cache.index_BT] = key_states.transpose(1, 2)
-        values[cache.slots_B1, :, cache.index_BT] = value_states.transpose(1, 2)
-        slots = slice(cache.first_slot, cache.first_slot + len(key_states))
-        return keys[slots, :, : cache.visible], values[slots, :, : cache.visible]
+        keys[cache.slots_BT, :, cache.index_BT] = key_states.transpose(1, 2)
+        values[cache.slots_BT, :, cache.index_BT] = value_states.transpose(1, 2)
+        return keys[cache.shown, :, : cache.visible], values[cache.shown, :, : cache.visible]
 
     def get_seq_length(self) -> int:
         return self.cache.visible

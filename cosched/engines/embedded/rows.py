@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cosched.engines.embedded.target import Target, TargetRows
     from cosched.engines.request import GenerationRequest
 
@@ -22,8 +24,10 @@ class RowSource(Protocol):
         """Rows of a whole prompt ``[1, P]``; logits of its last row only."""
         ...
 
-    def verify(self, ids_BS: Tensor, positions_BS: Tensor) -> TargetRows:
-        """Rows of slots ``0..B - 1``."""
+    def verify(
+        self, ids_BS: Tensor, positions_BS: Tensor, counts: Sequence[int] | None = None
+    ) -> TargetRows:
+        """Rows of slots ``0..B - 1``: of slot b the first ``counts[b]``, others may be anything."""
         ...
 
     def move_slot(self, source: int, destination: int, length: int) -> None: ...
@@ -61,14 +65,16 @@ class LiveRows:
             ids_1P, positions_1P, self._cache, self._layers, first_slot=slot, num_logits=1
         )
 
-    def verify(self, ids_BS: Tensor, positions_BS: Tensor) -> TargetRows:
+    def verify(
+        self, ids_BS: Tensor, positions_BS: Tensor, counts: Sequence[int] | None = None
+    ) -> TargetRows:
         num_rows = ids_BS.shape[1]
         if missing := max(0, (self._exact_rows or 0) - num_rows):
             ids_BS = torch.cat((ids_BS, ids_BS[:, -1:].expand(-1, missing)), 1)
             ahead = torch.arange(1, missing + 1, device=positions_BS.device)
             positions_BS = torch.cat((positions_BS, positions_BS[:, -1:] + ahead), 1)
         rows = self._target.forward(
-            ids_BS, positions_BS, self._cache, self._layers, round_to=self._round_to
+            ids_BS, positions_BS, self._cache, self._layers, round_to=self._round_to, counts=counts
         )
         return rows.first(num_rows) if missing else rows
 

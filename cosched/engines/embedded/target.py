@@ -19,12 +19,13 @@ from transformers.utils import logging as transformers_logging
 
 from cosched.engines.embedded import attention
 from cosched.engines.embedded.kv_cache import SlotCache
+from cosched.engines.embedded.ragged import Ragged, packed_as
 from cosched.errors import CheckpointError, ConfigError
 from cosched.loop.checksum import checksum
 from cosched.memory.targets import window_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,15 @@ class TargetRows:
 
     def first(self, number: int) -> TargetRows:
         """The first rows of each request."""
+        return self.each(lambda rows_BTX: rows_BTX[:, :number])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TargetRows:
+        """The same done to all that is known of the rows."""
         features = self.features_BTF
         return TargetRows(
-            self.logits_BTV[:, :number],
-            self.hidden_BTH[:, :number],
-            None if features is None else features[:, :number],
+            change(self.logits_BTV),
+            change(self.hidden_BTH),
+            None if features is None else change(features),
         )
 
 
@@ -150,23 +155,26 @@ class Target:
         first_slot: int = 0,
         num_logits: int | None = None,
         round_to: int = 1,
+        counts: Sequence[int] | None = None,
     ) -> TargetRows:
         """Run rows at ``positions_BT`` over what the cache holds before them.
 
         ``num_logits`` limits the logits to the last rows (a prompt needs one). ``round_to`` makes the
         number of positions that attention goes over, most of the last ones masked, a multiple of it.
+        Of request b only the first ``counts[b]`` rows are computed, and the rest are zeros; None: all.
         """
+        ragged = None if counts is None else Ragged(counts, ids_BT.device)
         visible = int(positions_BT.max()) + 1  # host waits for the device
         visible += -visible % round_to
-        cache.place(positions_BT, visible, first_slot)
+        cache.place(positions_BT, visible, first_slot, ragged)
         at_L = torch.arange(visible, device=ids_BT.device)
         mask_BTL = at_L <= positions_BT[..., None]
         if self.window is not None:
             mask_BTL &= at_L > positions_BT[..., None] - self.window
-        with self._capturing(feature_layers):
+        with self._capturing(feature_layers), packed_as(ragged):
             output = self.model(
-                input_ids=ids_BT,
-                position_ids=positions_BT,
+                input_ids=ids_BT if ragged is None else ragged.pack(ids_BT),
+                position_ids=positions_BT if ragged is None else ragged.pack(positions_BT),
                 attention_mask=mask_BTL[:, None],
                 past_key_values=cache,
                 use_cache=True,
@@ -176,11 +184,12 @@ class Target:
             assert hidden is not None
             self._captured[self.num_layers] = hidden
             features = [self._captured[layer] for layer in feature_layers]
-        return TargetRows(
+        rows = TargetRows(
             logits_BTV=output.logits.float(),
             hidden_BTH=hidden,
             features_BTF=torch.cat(features, -1) if features else None,
         )
+        return rows if ragged is None else rows.each(ragged.spread)
 
     @contextmanager
     def _capturing(self, feature_layers: tuple[int, ...]) -> Generator[None]:

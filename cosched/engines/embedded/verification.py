@@ -80,27 +80,46 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     return index.clamp_max(weights.shape[-1] - 1)
 
 
-def verify_greedy(drafted_BK: Tensor, logits_BSV: Tensor) -> Outcome:
+def offered(proposal: Proposal) -> Tensor:
+    """Which drafted tokens are verified ``[B, K]``: all, unless the proposal counts them."""
+    tokens_BK = proposal.tokens_BK
+    if proposal.counts is None:
+        return torch.ones_like(tokens_BK, dtype=torch.bool)
+    counts_B1 = tokens_BK.new_tensor(proposal.counts)[:, None]
+    return torch.arange(tokens_BK.shape[1], device=tokens_BK.device) < counts_B1
+
+
+def verify_greedy(drafted_BK: Tensor, logits_BSV: Tensor, offered_BK: Tensor) -> Outcome:
     """Longest prefix of drafts that equals the target's argmax, and the argmax after it."""
     says_BS = logits_BSV.argmax(-1)
-    stands_BK = (drafted_BK == says_BS[:, :-1]).long()
+    stands_BK = (offered_BK & (drafted_BK == says_BS[:, :-1])).long()
     num_accepted_B = stands_BK.cumprod(1).sum(1)
     return Outcome(num_accepted_B, says_BS.gather(1, num_accepted_B[:, None]).squeeze(1))
 
 
 def verify_sampled(
-    drafted_BK: Tensor, q_BKV: Tensor, p_BSV: Tensor, accept_BK: Tensor, draw_B: Tensor
+    drafted_BK: Tensor,
+    q_BKV: Tensor,
+    p_BSV: Tensor,
+    accept_BK: Tensor,
+    draw_B: Tensor,
+    offered_BK: Tensor,
 ) -> Outcome:
-    """Speculative sampling from given uniforms: ``accept_BK`` for the tests, ``draw_B`` for the draw."""
+    """Speculative sampling from given uniforms: ``accept_BK`` for the tests, ``draw_B`` for the draw.
+
+    Behind the last token that is offered the next one is drawn from p itself.
+    """
     at = drafted_BK[..., None]
     p_BK = p_BSV[:, :-1].gather(-1, at).squeeze(-1)
     q_BK = q_BKV.gather(-1, at).squeeze(-1)
-    stands_BK = (accept_BK * q_BK < p_BK).long()
+    stands_BK = (offered_BK & (accept_BK * q_BK < p_BK)).long()
     num_accepted_B = stands_BK.cumprod(1).sum(1)
     row = num_accepted_B[:, None, None].expand(-1, 1, p_BSV.shape[-1])
     p_BV = p_BSV.gather(1, row).squeeze(1)
     nothing = torch.zeros_like(p_BSV[:, :1])
     q_BV = torch.cat((q_BKV, nothing), 1).gather(1, row).squeeze(1)
+    all_stand_B = num_accepted_B == offered_BK.sum(1)
+    q_BV = q_BV.masked_fill(all_stand_B[:, None], 0)
     residual_BV = (p_BV - q_BV).clamp_min(0)
     # p == q to the last bit leaves no residual; then p itself is what is left to draw from.
     residual_BV = torch.where(residual_BV.sum(-1, keepdim=True) > 0, residual_BV, p_BV)

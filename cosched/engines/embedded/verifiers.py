@@ -15,6 +15,7 @@ from cosched.engines.embedded.verification import (
     SamplingParams,
     drafted_from,
     draw,
+    offered,
     probabilities,
     verify_greedy,
     verify_sampled,
@@ -59,7 +60,7 @@ class GreedyVerifier(Verifier):
         uniforms_BU: Tensor,  # noqa: ARG002  the role's signature
         path_BS: Tensor,  # noqa: ARG002
     ) -> Outcome:
-        return verify_greedy(proposal.tokens_BK, logits_BSV)
+        return verify_greedy(proposal.tokens_BK, logits_BSV, offered(proposal))
 
 
 class SamplingVerifier(Verifier):
@@ -97,6 +98,7 @@ class SamplingVerifier(Verifier):
             p_BSV,
             uniforms_BU[:, num_drafted : 2 * num_drafted].to(torch.float32),
             uniforms_BU[:, -1],
+            offered(proposal),
         )
 
 
@@ -150,5 +152,5 @@ class ForcedVerifier(Verifier):
             else:
                 at = path_BK[..., None]
                 stands_BK = uniform_BK * p_BKV.gather(-1, at)[..., 0] < q_BKV.gather(-1, at)[..., 0]
-        num_accepted_B = stands_BK.long().cumprod(1).sum(1)
+        num_accepted_B = (offered(proposal) & stands_BK).long().cumprod(1).sum(1)
         return Outcome(num_accepted_B, path_BS.gather(1, num_accepted_B[:, None]).squeeze(1))
