@@ -28,7 +28,7 @@ from cosched.errors import ConfigError
 from cosched.loop.lengths import DraftLengths
 from cosched.loop.per_adapter import CoschedulerPool
 from cosched.loop.publish import InPlacePublisher
-from cosched.memory.footprint import footprint
+from cosched.memory.footprint import check_fits
 from cosched.memory.sketch import sketch
 from cosched.registry import DRAFTERS, LENGTHS
 from cosched.settings.arms import PLAIN, adapts, split_arm
@@ -99,7 +99,7 @@ def build_world(config: Config) -> World:
         CoschedError: anything that the user's files or settings get wrong.
     """
     check_paths(config)
-    footprint(config, *sketch(config))  # what does not fit is named before anything is loaded
+    check_fits(config, *sketch(config))  # what does not fit is named before anything is loaded
     device = device_of(config.engine.device)
     if config.engine.num_threads is not None:
         torch.set_num_threads(config.engine.num_threads)

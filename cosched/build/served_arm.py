@@ -13,7 +13,7 @@ from cosched.engines.embedded.verification import SamplingParams
 from cosched.engines.sglang.launcher.arm import ServedEngine
 from cosched.engines.sglang.launcher.launch import check_draft_servable
 from cosched.errors import ConfigError
-from cosched.memory.footprint import footprint
+from cosched.memory.footprint import check_fits
 from cosched.memory.sketch import sketch
 from cosched.settings.arms import PLAIN, adapts, split_arm
 from cosched.settings.schema import own_keys
@@ -83,7 +83,7 @@ def build_served_world(config: Config) -> ServedWorld:
         with own_keys(own):
             check_draft_servable(own)
     target, drafter = sketch(config)
-    footprint(config, target, drafter)  # what does not fit is named before anything is loaded
+    check_fits(config, target, drafter)  # what does not fit is named before anything is loaded
     workload = config.workload
     if workload.prompts is None:
         raise ConfigError("workload.prompts: required, a file of prompts to answer")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -23,7 +23,7 @@ from cosched.training.process import SLOTS
 from cosched.training.scope import lora_of, scope_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from cosched.records import SignalBatch
     from cosched.settings.schema import Config
 
+R = TypeVar("R")
 
 # Of a process that trains: the interpreter with PyTorch and DeepSpeed, as it begins. Measured.
 PROCESS_BYTES = 400 << 20
@@ -181,15 +182,48 @@ def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footpri
         CheckpointError: one of those cannot be read, or does not fit.
         ConfigError: an arm's settings do not fit this target or its draft.
     """
+    found = _each_arm(config, target, drafter, _footprint_of_arm)
+    return max(found, key=lambda one: one.added)
+
+
+def check_fits(config: Config, target: TargetSketch, drafter: Drafter) -> None:
+    """Raise what ``footprint`` would, and count nothing."""
+    _each_arm(config, target, drafter, _check_arm)
+
+
+def _each_arm(
+    config: Config,
+    target: TargetSketch,
+    drafter: Drafter,
+    do: Callable[[Config, TargetSketch, Drafter], R],
+) -> list[R]:
+    """With each arm's own settings and draft; an error names its own keys."""
     drafters = {config.drafter_key: drafter}
-    found: list[Footprint] = []
+    done: list[R] = []
     for arm in config.arms:
         own = config.for_arm(arm)
         if own.drafter_key not in drafters:
             drafters[own.drafter_key] = sketch_draft(own, target)
         with own_keys(own):
-            found.append(_footprint_of_arm(own, target, drafters[own.drafter_key]))
-    return max(found, key=lambda one: one.added)
+            done.append(do(own, target, drafters[own.drafter_key]))
+    return done
+
+
+def _check_arm(config: Config, target: TargetSketch, drafter: Drafter) -> None:
+    replay_limits(config, target, drafter)
+    if drafter.network() is None or not any(map(adapts, config.arms)):
+        return
+    scope_of(drafter, config.adapt.scope)
+    lora_of(drafter, config.adapt.scope)
+    ids = drafter.target_ids()
+    row_1V = torch.empty(1, target.vocab_size if ids is None else len(ids), device="meta")
+    for loss in _losses(config):
+        loss.measure(row_1V, row_1V, row_1V if loss.needs_reference else None)
+
+
+def _losses(config: Config) -> list[Loss]:
+    own = [own for own, _ in config.experts] or [config.loss_settings]
+    return [LOSSES.get(settings.kind)(settings) for settings in own]
 
 
 def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) -> Footprint:
@@ -211,8 +245,7 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
             versions = (1 + keep) * adapters
             scored = ()  # an adapter's own weights, next to nothing
     limits = replay_limits(config, target, drafter)
-    experts = [own for own, _ in config.experts]
-    losses = [LOSSES.get(own.kind)(own) for own in experts or [config.loss_settings]]
+    losses = _losses(config)
     rows = config.loss_settings.rows
     one = limits.request_bytes(keep_blocks=rows != "delayed")
     requests = (served or 1) * limits.room(one)
@@ -237,7 +270,7 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
         masters=8 * trained if _divides(config) else 0,
         moments=8 * trained,
         reference=4 * trained * any(loss.needs_reference for loss in losses),
-        trials=2 * (12 * trained + 4 * published * (adapters > 0)) if experts else 0,
+        trials=2 * (12 * trained + 4 * published * (adapters > 0)) if config.experts else 0,
         words=words,
         step=_most_of_a_step(config, target, drafter, losses, words, trained),
         scores=_scores_peak(config, target, drafter, scored) if trained else 0,
