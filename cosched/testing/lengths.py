@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
@@ -12,8 +12,7 @@ import pytest
 from cosched.loop.lengths import DraftLengths
 from cosched.protocols import DraftLength, LengthSnapshot
 from cosched.registry import LENGTHS
-from cosched.testing.policies import ask_without_torch
-from cosched.testing.registered import registered
+from cosched.testing.choosing import ChoosingContract
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,33 +23,13 @@ MOST = 5
 UNSURE = 0.05  # top probability of a random draft, which is lower now and then
 
 
-class LengthContract:
+class LengthContract(ChoosingContract):
     """Every registered draft length, or those in ``names``."""
 
-    names: ClassVar[tuple[str, ...] | None] = None
+    registry = LENGTHS
 
-    def settings(self, plugin: Plugin) -> list[Any]:
-        """What to test a length with; override it where one has settings worth more cells."""
-        return [plugin.cls.Settings(kind=plugin.name)]
-
-    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        cases = [
-            pytest.param((plugin, settings), id=f"{plugin.name}{number or ''}")
-            for plugin in registered(LENGTHS, self.names)
-            for number, settings in enumerate(self.settings(plugin))
-        ]
-        metafunc.parametrize("case", cases)
-
-    def test_it_is_pure(self, case: tuple[Plugin, Any]) -> None:
-        """The same snapshot gives the same number, whatever was asked before and of whom."""
-        plugin, settings = case
-        assert plugin.summary
-        length: DraftLength = plugin.cls(settings)
-        snapshots = [random_length_snapshot(seed) for seed in range(400)]
-        numbers = [length.choose(snapshot) for snapshot in snapshots]
-        assert [length.choose(snapshot) for snapshot in reversed(snapshots)] == numbers[::-1]
-        other: DraftLength = plugin.cls(settings)
-        assert [other.choose(snapshot) for snapshot in snapshots[200:]] == numbers[200:]
+    def snapshot(self, seed: int) -> LengthSnapshot:
+        return random_length_snapshot(seed)
 
     def test_numbers_are_among_what_can_be_drafted(self, case: tuple[Plugin, Any]) -> None:
         """None at all up to the drafter's most; what it says of itself is so."""
@@ -59,7 +38,7 @@ class LengthContract:
         assert isinstance(length.needs_seconds, bool)
         assert isinstance(length.by_request, bool)
         for seed in range(1000):
-            snapshot = random_length_snapshot(seed)
+            snapshot = self.snapshot(seed)
             assert 0 <= length.choose(snapshot) <= snapshot.max_tokens
             if not length.by_request:
                 asked = msgspec.structs.replace(snapshot, chances=None)
@@ -67,10 +46,6 @@ class LengthContract:
             if not length.needs_seconds:
                 asked = msgspec.structs.replace(snapshot, seconds=())
                 assert length.choose(asked) == length.choose(snapshot)
-
-    def test_it_does_without_a_tensor_library(self, case: tuple[Plugin, Any]) -> None:
-        """It is imported and chooses where neither torch nor numpy can be imported."""
-        ask_without_torch(*case, "choose", random_length_snapshot(0))
 
 
 def random_length_snapshot(seed: int) -> LengthSnapshot:

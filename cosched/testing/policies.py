@@ -3,61 +3,25 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
-from typing import TYPE_CHECKING, Any, ClassVar
-
-import msgspec
-import pytest
+from typing import TYPE_CHECKING, Any
 
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
-from cosched.testing.registered import registered
+from cosched.testing.choosing import ChoosingContract
 
 if TYPE_CHECKING:
     from cosched.protocols import Policy
     from cosched.registry import Plugin
 
-WITHOUT_TORCH = """
-import sys
-for name in ("torch", "numpy", "transformers", "deepspeed"):
-    sys.modules[name] = None  # importing it raises
-import importlib, msgspec
-module, name, ask, home, seen = sys.argv[1:]
-cls = getattr(importlib.import_module(module), name)
-settings, snapshot = msgspec.json.decode(sys.stdin.buffer.read(), type=list[msgspec.Raw])
-snapshot = msgspec.json.decode(snapshot, type=getattr(importlib.import_module(home), seen))
-getattr(cls(msgspec.json.decode(settings, type=cls.Settings)), ask)(snapshot)
-"""
 
-
-class PolicyContract:
+class PolicyContract(ChoosingContract):
     """Every registered policy, or those in ``names``."""
 
-    names: ClassVar[tuple[str, ...] | None] = None
+    registry = POLICIES
+    ask = "decide"
 
-    def settings(self, plugin: Plugin) -> list[Any]:
-        """What to test a policy with; override it where a policy has settings worth more cells."""
-        return [plugin.cls.Settings(kind=plugin.name)]
-
-    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        cases = [
-            pytest.param((plugin, settings), id=f"{plugin.name}{number or ''}")
-            for plugin in registered(POLICIES, self.names)
-            for number, settings in enumerate(self.settings(plugin))
-        ]
-        metafunc.parametrize("case", cases)
-
-    def test_it_is_pure(self, case: tuple[Plugin, Any]) -> None:
-        """The same snapshot gives the same decision, whatever was asked before and of whom."""
-        plugin, settings = case
-        assert plugin.summary
-        policy: Policy = plugin.cls(settings)
-        snapshots = [random_snapshot(seed) for seed in range(200)]
-        decisions = [policy.decide(snapshot) for snapshot in snapshots]
-        assert [policy.decide(snapshot) for snapshot in reversed(snapshots)] == decisions[::-1]
-        other: Policy = plugin.cls(settings)
-        assert [other.decide(snapshot) for snapshot in snapshots[100:]] == decisions[100:]
+    def snapshot(self, seed: int) -> Snapshot:
+        return random_snapshot(seed)
 
     def test_what_it_says_of_itself_is_so(self, case: tuple[Plugin, Any]) -> None:
         """Its capabilities are what they are declared as, and one that never trains never does."""
@@ -80,25 +44,6 @@ class PolicyContract:
             assert decision.num_steps >= 0
             assert decision.learning_rate is None or decision.learning_rate > 0
             assert decision.reason or not decision.num_steps
-
-    def test_it_does_without_a_tensor_library(self, case: tuple[Plugin, Any]) -> None:
-        """It is imported and decides where neither torch nor numpy can be imported."""
-        ask_without_torch(*case, "decide", random_snapshot(0))
-
-
-def ask_without_torch(plugin: Plugin, settings: Any, ask: str, snapshot: msgspec.Struct) -> None:
-    """Make a plugin of these settings in a process of its own, and ask it about a snapshot."""
-    classes = plugin.cls, type(snapshot)
-    one, other = ([cls.__module__, cls.__qualname__] for cls in classes)
-    words = [*one, ask, *other]
-    process = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, *words],
-        input=msgspec.json.encode([settings, snapshot]),
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr.decode()
 
 
 def random_snapshot(seed: int, num_experts: int = 2) -> Snapshot:
