@@ -27,6 +27,7 @@ from cosched.training.precision import computing_in, product_type
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from cosched.loop.layout import CountedRows
     from cosched.protocols import Drafter
     from cosched.records import Acceptance, SignalBatch, TeacherForm
     from cosched.training.precision import Precision
@@ -68,9 +69,6 @@ class RowTemperatures:
             at_best_M1 = torch.where(self.greedy_M1, 1.0, p_MV.gather(-1, best_M1))
             p_MV.masked_fill_(self.greedy_M1, 0).scatter_(-1, best_M1, at_best_M1)
         return p_MV
-
-
-AT_ONE = RowTemperatures()
 
 
 class AcceptanceScorer:
@@ -173,11 +171,7 @@ class AcceptanceScorer:
         """Which anchors count, and the score of each with each of the weights ``[1 + W, R, N]``."""
         rows = counted_rows(batch, self._teacher_form)
         at = self._temperatures(batch, rows.places_M)
-        if self.chunk_rows is None:  # what is said of rows that are alike is worked out once
-            at_T = self._temperatures(batch, rows.first_T)
-            teacher = self._recalled(rows.teacher_TX, at_T)[rows.says_M].__getitem__
-        else:
-            teacher = self.teacher(rows.teacher_TX[rows.says_M], at)
+        teacher = self._teacher(batch, rows, at)
         counts_RN = batch.weights_RNK[..., 0] > 0
 
         def states() -> Tensor:
@@ -190,6 +184,18 @@ class AcceptanceScorer:
             kept_RNK = kept.unflatten(0, batch.weights_RNK.shape)
             lengths.append(1 + kept_RNK.cumprod(-1).sum(-1))
         return torch.stack((counts_RN.to(lengths[0].dtype), *lengths))
+
+    def _teacher(self, batch: SignalBatch, rows: CountedRows, at: RowTemperatures) -> Teacher:
+        """Without chunks it is recalled here, once, and once of rows that are alike.
+
+        A chunk is recalled for each of the weights again: that is a product with the target's head, and
+        to do it once, all weights would have to be put into the network anew for each chunk.
+        """
+        if self.chunk_rows is None:
+            at_T = self._temperatures(batch, rows.first_T)
+            return self._recalled(rows.teacher_TX, at_T)[rows.says_M].__getitem__
+        rows_MX = rows.teacher_TX[rows.says_M]
+        return lambda chunk: self._recalled(rows_MX[chunk], at.at(chunk))
 
     def _temperatures(self, batch: SignalBatch, places_M: Tensor) -> RowTemperatures:
         """Those of rows, by their places among all; all greedy where the engine is."""
@@ -204,17 +210,6 @@ class AcceptanceScorer:
         request_M = places_M // batch.weights_RNK[0].numel()
         return RowTemperatures(sampled_R1, greedy_R1).at(request_M)
 
-    def teacher(self, rows_MX: Tensor, at: RowTemperatures = AT_ONE) -> Teacher:
-        """What kept rows of the target say at their temperatures, for all weights to be held against.
-
-        Without chunks it is recalled here, once. A chunk is recalled for each of the weights again:
-        that is a product with the target's head, and to do it once, all weights would have to be put
-        into the network anew for each chunk.
-        """
-        if self.chunk_rows is None:
-            return self._recalled(rows_MX, at).__getitem__
-        return lambda rows: self._recalled(rows_MX[rows], at.at(rows))
-
     def _recalled(self, rows_MX: Tensor, at: RowTemperatures) -> Tensor:
         p_MV = at.probabilities(recall(rows_MX, self._teacher_form, self._teacher_head))
         return p_MV if self._target_ids is None else p_MV[..., self._target_ids]
@@ -224,7 +219,7 @@ class AcceptanceScorer:
         states: Callable[[], Tensor],
         teacher: Teacher,
         weights: Mapping[str, Tensor],
-        at: RowTemperatures = AT_ONE,
+        at: RowTemperatures,
     ) -> Tensor:
         """The chance a of each row's drafted token to be accepted ``[M]``.
 
