@@ -31,6 +31,11 @@ def recall(rows: Tensor, form: TeacherForm, head: nn.Module) -> Tensor:
     return unpack_best(rows, len(next(head.parameters()))) if form == "top_k" else rows
 
 
+def copies_words(form: TeacherForm, num_words: int, vocab_size: int) -> bool:
+    """Whether a ``Teacher`` copies the words that a draft has out of the target's head."""
+    return form == "hidden" and 2 * num_words <= vocab_size
+
+
 class Teacher:
     """What the target said of rows as they were kept, over the words of a draft.
 
@@ -48,10 +53,8 @@ class Teacher:
         if ids_D is None:
             return recall(rows, self._form, self._head)
         head = self._head
-        if (
-            self._form != "hidden"
-            or not isinstance(head, nn.Linear)
-            or 2 * len(ids_D) > head.out_features
+        if not isinstance(head, nn.Linear) or not copies_words(
+            self._form, len(ids_D), head.out_features
         ):
             return recall(rows, self._form, head).index_select(-1, ids_D)
         if self._words is None or self._words[0] is not ids_D:

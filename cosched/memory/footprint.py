@@ -11,7 +11,7 @@ from cosched.errors import ConfigError
 from cosched.guard.guard import LOOKED_AT
 from cosched.guard.settings import ShadowSettings
 from cosched.loop.replay import ReplayLimits
-from cosched.loop.teacher_rows import record_width
+from cosched.loop.teacher_rows import copies_words, record_width
 from cosched.memory.full_size import full_batch
 from cosched.memory.peaks import scores_peak, step_peak
 from cosched.memory.sketch import sketch_draft
@@ -295,9 +295,8 @@ def _process(config: Config, target: TargetSketch, num_published: int) -> int:
 
 
 def _words(config: Config, target: TargetSketch, drafter: Drafter) -> int:
-    """As ``Teacher`` copies them."""
-    ids = drafter.target_ids()
-    if ids is None or config.adapt.replay.teacher != "hidden" or 2 * len(ids) > target.vocab_size:
+    ids, form = drafter.target_ids(), config.adapt.replay.teacher
+    if ids is None or not copies_words(form, len(ids), target.vocab_size):
         return 0
     return len(ids) * target.hidden_size * target.embedding.weight.dtype.itemsize
 
