@@ -197,11 +197,12 @@ class EmbeddedEngine:
         drawn_BU = torch.stack(
             [slot.random.uniforms(slot.length - 1, 2 * self._most + 1) for slot in slots]
         ).to(self._device)
-        proposal, tops = self._propose(drawn_BU)
+        path_BS = torch.stack([slot.path(self._most + 1) for slot in slots])
+        proposal, tops = self._propose(drawn_BU, path_BS)
         drafted = self._now()
         num_drafted = proposal.tokens_BK.shape[1]
         counts = proposal.counts or (num_drafted,) * len(slots)
-        path_BS = torch.stack([slot.path(num_drafted + 1) for slot in slots])
+        path_BS = path_BS[:, : num_drafted + 1]
         tokens_BK = self._verifier.tokens(proposal, path_BS[:, :-1])
         ids_BS = torch.cat((anchor_B[:, None], tokens_BK), 1)
         starts = torch.tensor([slot.length - 1 for slot in slots], device=self._device)
@@ -219,15 +220,16 @@ class EmbeddedEngine:
             self._lengths.observe(counts, accepted, tops, self._clock() - started)
         self._report(segments, blocks, drafted - started, verified - drafted)
 
-    def _propose(self, drawn_BU: Tensor) -> tuple[Proposal, Sequence[Sequence[float]] | None]:
+    def _propose(
+        self, drawn_BU: Tensor, path_BS: Tensor
+    ) -> tuple[Proposal, Sequence[Sequence[float]] | None]:
         """Drafted tokens, and where their number goes by request the top probabilities behind them."""
         slots, lengths, num_drafted = self._slots, self._lengths, self._most
         if lengths is not None:
             num_drafted = lengths.of_round(len(slots))
         if self._drafter is None or not num_drafted:
             return self._nothing(len(slots)), None
-        path_BK = torch.stack([slot.path(num_drafted) for slot in slots])
-        choose = self._verifier.choose(drawn_BU, path_BK)
+        choose = self._verifier.choose(drawn_BU, path_BS[:, :num_drafted])
         if lengths is None or not lengths.by_request:
             return self._drafter.propose(self._state, len(slots), choose, num_drafted), None
         stopping = Stopping(choose, lengths, len(slots))
@@ -247,11 +249,8 @@ class EmbeddedEngine:
         blocks: list[ServedBlock] = []
         teacher, version = self._teacher(rows), self.draft_version
         for index, slot in enumerate(self._slots):
-            tokens_K, start, count = (
-                tokens_BK[index, : counts[index]],
-                slot.length - 1,
-                accepted[index],
-            )
+            tokens_K = tokens_BK[index, : counts[index]]
+            start, count = slot.length - 1, accepted[index]
             new = torch.cat((tokens_K[:count], next_B[index : index + 1]))
             committed = slot.commit(new, self._options.stop_tokens)
             count = min(count, committed)  # drafts past the end of the text were not asked for
