@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from cosched.engines.embedded.target import Target
 from cosched.protocols import LossSettings
 from cosched.records import Decision
+from cosched.testing.counting import Counting
 from cosched.tinyworld.distill import crops_to_batch
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
@@ -22,26 +22,12 @@ from losses.divergence import ForwardKL
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 WORDS = 64
-FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "lift_fresh"}
 
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("gpu_model")
-
-
-class Launches(TorchDispatchMode):
-    """Counts operators that compute: views and memory that is set aside are none."""
-
-    number = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        returns = [one.alias_info for one in func._schema.returns]
-        is_view = any(one is not None and not one.is_write for one in returns)
-        name = func.overloadpacket.__name__
-        self.number += not is_view and name not in FREE and name != "_local_scalar_dense"
-        return func(*args, **(kwargs or {}))
 
 
 def narrow(model: Any, kind: str) -> tuple[Any, Any, Any]:
@@ -90,9 +76,9 @@ def test_operations_and_launches_are_those_of_a_micro_step(
     trainer.update(batch, Decision(num_steps=1))  # what is made once
     with FlopCounterMode(display=False) as operations:
         trainer.update(batch, Decision(num_steps=1))
-    with Launches() as launches:
+    with Counting() as launches:
         trainer.update(batch, Decision(num_steps=1))
-    with torch.no_grad(), Launches() as forwards:
+    with torch.no_grad(), Counting() as forwards:
         copy.replay_states(batch)
     found = model.work(expected, requests).whole
     if (
@@ -102,9 +88,11 @@ def test_operations_and_launches_are_those_of_a_micro_step(
     # Left out: some rows of the top layer, the mass outside of the draft's words.
     assert found == pytest.approx(operations.get_total_flops(), rel=0.05)
     # Another version of PyTorch may put an operator together from others.
-    assert launches.number == pytest.approx(expected.launches, rel=0.1)
+    assert launches.num_launches == pytest.approx(expected.launches, rel=0.1)
     # Several requests are padded to one length: some masks more than one has.
-    assert forwards.number == pytest.approx(expected.forward, rel=0.1 if requests == 1 else 0.15)
+    assert forwards.num_launches == pytest.approx(
+        expected.forward, rel=0.1 if requests == 1 else 0.15
+    )
 
 
 def test_the_page_has_the_tables_that_the_script_prints(model: Any) -> None:
