@@ -31,7 +31,7 @@ from cosched.telemetry.metrics import RunSummary, TextFigures
 
 if TYPE_CHECKING:
     from cosched.report.intervals import Ratio
-    from cosched.telemetry.metrics import ArmSummary, Bucket
+    from cosched.telemetry.metrics import Bucket
 
 ALL = "all"
 
@@ -51,7 +51,8 @@ def main() -> None:
         for arm, whole in summary.arms.items():
             left = iter(whole.parts)
             if not whole.by_text:  # one file
-                figures[ALL, arm].append(_whole(whole))
+                own = msgspec.convert(whole, TextFigures, from_attributes=True)
+                figures[ALL, arm].append(own)
             for text, found in whole.by_text.items():
                 own = msgspec.structs.replace(found, parts=list(islice(left, found.requests)))
                 figures[text, arm].append(own)
@@ -63,18 +64,6 @@ def main() -> None:
     console.print(_table(figures, len(options.seeds)))
     if options.behind is not None:
         console.print(_table_behind(deep, options.behind))
-
-
-def _whole(arm: ArmSummary) -> TextFigures:
-    return TextFigures(
-        tokens=arm.tokens,
-        rounds=arm.rounds,
-        requests=arm.requests,
-        tau=arm.tau,
-        tau_novel=arm.tau_novel,
-        tokens_per_s=arm.tokens_per_s,
-        parts=arm.parts,
-    )
 
 
 def _once(config: str, work: str, seed: int, overrides: list[str]) -> RunSummary:

@@ -44,9 +44,7 @@ class RoundFigures(msgspec.Struct, kw_only=True):
     tau_by_position: list[Bucket]
     position_acceptance: list[float]
     repeat_fraction: float
-    drafted_per_round: float = (
-        0.0  # tokens that a request had verified, the bonus token's row excluded
-    )
+    drafted_per_round: float = 0.0  # tokens of a request that were verified, the bonus left out
     rounds_by_drafted: list[int] = []  # how many rounds drafted 0, 1, … tokens
 
 
