@@ -70,7 +70,7 @@ class Coscheduler:
         self.counters.observe(round_, standing.lead_tokens)
         self.guard.observe(round_, self.counters.serves_loaded)
         running, kept = round_.num_running, self.buffer.num_tokens
-        return self.counters.snapshot(running, self.version, kept, standing.resumes_at)
+        return self.counters.snapshot(running, self.version, kept, standing)
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Whether to train now, and how: the policy's word, where it can be followed."""

@@ -241,14 +241,13 @@ class Snapshot(msgspec.Struct, frozen=True):
     ``seconds_updating`` and ``seconds_publishing`` are those that the engine waited for. The mean
     behind ``reference_acceptance_length`` is slow (5,000 rounds), that behind the recent one fast (20).
     ``acceptance_shortfall`` is how many tokens a request has lost against the reference since
-    acceptance began to fall (``cosched.loop.counters``). ``last_update_seconds`` is what the newest
-    update has cost since it began, publication included; ``serving_seconds_since_update`` what drafting
-    and verifying took since then. ``micro_step_seconds`` is 0 until it has been measured.
-    ``update_gain`` is the acceptance length after an update over the one before it, a geometric moving
-    mean that starts at 1; where a guard scores candidates it is theirs over the serving draft's, on the
-    same rows. ``seconds_earned`` is what drafting and verifying would have taken longer with the draft
-    as loaded, by the guard's mean difference less its standard error. ``expected_tokens_left`` is per
-    running request (``cosched.loop.counters``). ``num_finished`` counts requests that are done.
+    acceptance began to fall. ``last_update_seconds`` is what the newest update has cost since it began,
+    publication included; ``serving_seconds_since_update`` what drafting and verifying took since then.
+    ``micro_step_seconds`` is 0 until it has been measured. ``update_gain`` is the acceptance length
+    after an update over the one before it, a geometric moving mean that starts at 1; where a guard
+    scores candidates it is theirs over the serving draft's, on the same rows. ``seconds_earned`` is
+    what drafting and verifying would have taken longer with the draft as loaded, by the guard's mean
+    difference less its standard error. ``expected_tokens_left`` is per running request.
     ``tokens_since_loaded`` were committed since the draft was last as it was loaded. ``trials`` are the
     newest comparisons of objectives, the oldest first: what one update with each of them, from the same
     weights, would have brought over the serving draft, in tokens; ``num_trials`` counts all there were.
@@ -289,13 +288,14 @@ class Snapshot(msgspec.Struct, frozen=True):
     trials: tuple[tuple[float, ...], ...] = ()
     serves_loaded: bool = True
     pause_rounds: int = 0
+    lead_tokens: float = 0.0  # as the guard's Standing has it
 
 
 class Standing(msgspec.Struct, frozen=True):
     """What a guard knows, in numbers, for the next ``Snapshot``.
 
-    ``lead_tokens`` is by how much what serves is known to be better than the draft as loaded, in
-    tokens a round: the mean difference less its standard error, 0 where that is not above it.
+    ``lead_tokens`` is by how much what was learnt is known to be better than the draft as loaded on text
+    like this, in tokens a round: the mean difference less its standard error, and never less than 0.
     ``resumes_at`` is the round until which the guard would have nothing trained.
     """
 

@@ -32,10 +32,10 @@ class EarnedSettings(CostAwareSettings, frozen=True, kw_only=True):
 
 @POLICIES.register("earned")
 class Earned(Policy):
-    """Trains as long as learning pays its own way.
+    """Trains as long as learning pays its own way, here.
 
     With U seconds spent on updates and their judgement so far, U' for one more, R rounds that took V
-    seconds to draft and verify, and E seconds that learning has saved, it trains when
+    seconds to draft and verify, and E seconds that learning has saved, it trains while
 
         U + U' <= credit_rounds V / R + explore_share V + reinvested_share E
 
@@ -45,6 +45,10 @@ class Earned(Policy):
     what learning costs in all is at most the credit and a small share more than what it brings: where
     there is nothing to learn it all but stops, and where there is, it earns the means to go on. The
     dearer updates are, the fewer are on credit. Without such a guard nothing is ever earned.
+
+    What one kind of text has earned is not spent on another. Where learning is not known to lead on
+    text like this (``Snapshot.lead_tokens``), E does not count as long as the credit lasts, and
+    behind it the last update has to be less than ``explore_share`` of what was served since.
     """
 
     Settings = EarnedSettings
@@ -61,13 +65,13 @@ class Earned(Policy):
         if snapshot.rounds_since_update < settings.rounds:
             return Decision(num_steps=0)
         spent = snapshot.seconds_updating + snapshot.seconds_publishing
+        after = spent + expected_update_seconds(snapshot, settings)
         served = snapshot.seconds_drafting + snapshot.seconds_verifying
-        credit = settings.credit_rounds * served / max(1, snapshot.round_index)
-        means = (
-            credit
-            + settings.explore_share * served
-            + settings.reinvested_share * snapshot.seconds_earned
-        )
-        if spent + expected_update_seconds(snapshot, settings) > means:
+        free = settings.credit_rounds * served / max(1, snapshot.round_index)
+        free += settings.explore_share * served
+        if after > free + settings.reinvested_share * snapshot.seconds_earned:
+            return Decision(num_steps=0)
+        share = settings.explore_share * snapshot.serving_seconds_since_update
+        if not snapshot.lead_tokens and after > free and snapshot.last_update_seconds > share:
             return Decision(num_steps=0)
         return Decision(settings.num_steps, reason=f"{snapshot.seconds_earned:.1f} s earned so far")

@@ -12,7 +12,7 @@ from cosched.guard.monitor import Monitor, Scores
 from cosched.guard.settings import ShadowSettings
 from cosched.guard.statistics import BLOCK, Lead
 from cosched.loop.counters import Counters
-from cosched.records import Verdict
+from cosched.records import Standing, Verdict
 from tests.helpers.policies import policy
 from tests.helpers.rounds import round_of
 
@@ -27,7 +27,8 @@ def served(
     while seconds > 0:
         counters.observe(round_of([2], seconds=0.02), lead.proven)
         seconds, rounds = seconds - 0.02, rounds + 1
-        steps = every.decide(counters.snapshot(1, 0, 0)).num_steps
+        known = Standing(lead.proven)
+        steps = every.decide(counters.snapshot(1, 0, 0, known)).num_steps
         if steps:
             counters.begin_update(steps)
             counters.updates += 1
@@ -68,6 +69,24 @@ def test_learning_costs_no_more_than_it_brings(gain: float, cost: float) -> None
     assert counters.update_seconds_total <= 100 * 0.02 + cost + 0.005 * 61 + 0.5 * saved * 1.05
 
 
+def test_what_one_text_has_earned_is_not_spent_on_another() -> None:
+    """Where learning is not known to lead, what was saved elsewhere buys nothing: an update for every
+    hundred times its seconds, as if nothing had been earned."""
+    every = policy("earned", rounds=8, credit_rounds=16, explore_share=0.01)
+    counters = Counters(earned_seconds=1000.0)
+    updates = {}
+    for lead in (0.0, 0.3):
+        for _ in range(2000):
+            counters.observe(round_of([2], seconds=0.02))
+            if every.decide(counters.snapshot(1, 0, 0, Standing(lead))).num_steps:
+                counters.begin_update(1)
+                counters.updates += 1
+                updates[lead] = updates.get(lead, 0) + 1
+                counters.update_seconds_total += 0.04
+    assert updates[0.3] == 2000 // 8
+    assert 8 + 5 <= updates[0.0] <= 8 + 10  # on credit; then one in four seconds, of 40 in all
+
+
 def test_what_goes_on_beside_rounds_is_charged_for_all_that_it_slowed() -> None:
     """From the round in which it was begun to the one in which it ended, that one included."""
     counters, updates = Counters(), [False] * 20 + [True] * 3 + [False] * 20
@@ -86,7 +105,7 @@ def test_nothing_is_earned_without_evidence() -> None:
     def look(score: float) -> Verdict:
         return monitor.look(Scores([1 + score] * 16, loaded=[1.0] * 16), settings, seen)
 
-    for _ in range(4):
+    for _ in range(3):
         look(1.0)
     counters.observe(round_of([3], seconds=1.0), monitor.standing.lead_tokens)
     assert counters.earned_seconds == 0

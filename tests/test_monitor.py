@@ -10,9 +10,9 @@ import pytest
 
 from cosched.guard.monitor import LONGEST_PAUSE, UNHURRIED, Monitor, Scores
 from cosched.guard.settings import ShadowSettings as Settings
-from cosched.guard.statistics import BLOCK, FALL_TOKENS, Evidence, Lead
+from cosched.guard.statistics import BLOCK, FALL_TOKENS, Evidence, Leads
 from cosched.loop.counters import Counters
-from cosched.records import Snapshot, Verdict
+from cosched.records import Snapshot, Standing, Verdict
 from tests.helpers.rounds import snapshot
 
 SETTINGS = Settings(check_rounds=100)
@@ -156,11 +156,11 @@ def test_what_was_seen_outlives_a_request() -> None:
     """State per request: the draft is the loaded one again, and a hundred rows are soon over. Whether
     learning pays is known of the traffic, not of one answer."""
     monitor = trusted()
-    kept = monitor.better, monitor.worse, monitor.lead
+    kept = monitor.better, monitor.worse, monitor.leads
     monitor.waits = True
     monitor.request_ended(70)
     assert (monitor.trusted, monitor.waits, monitor.looked_at) == (True, False, 70)
-    assert (monitor.better, monitor.worse, monitor.lead) == kept
+    assert (monitor.better, monitor.worse, monitor.leads) == kept
     assert candidate(monitor, 0.1, seen(90, loaded=True), wide=True).action == "publish"
 
 
@@ -178,7 +178,7 @@ def test_a_draft_that_learning_made_worse_goes_back_and_training_pauses() -> Non
         assert 3 <= len(found) <= 16
         assert found[-1].to == 0
         assert monitor.standing.resumes_at == resumes
-        assert (monitor.worse, monitor.lead) == (Evidence(), Lead())
+        assert (monitor.worse, monitor.leads) == (Evidence(), Leads())
         assert not monitor.trusted
 
 
@@ -241,8 +241,8 @@ def test_what_learning_has_shown_is_its_lead() -> None:
     monitor, draw = Monitor(), random.Random(6)
     for _ in range(60):
         candidate(monitor, draw.gauss(0.2, 0.05), seen(loaded=True))
-    assert monitor.lead.mean == pytest.approx(0.2, abs=0.05)
-    assert 0 < monitor.standing.lead_tokens < monitor.lead.mean
+    assert monitor.leads.here.mean == pytest.approx(0.2, abs=0.05)
+    assert 0 < monitor.standing.lead_tokens < monitor.leads.here.mean
 
 
 # --- when to look ----------------------------------------------------------------------------
@@ -356,5 +356,5 @@ def test_gains_are_those_of_scores_where_there_are_scores() -> None:
 def test_a_pause_counts_down_in_rounds() -> None:
     """What a guard wants is a number for policies: how many rounds are left of it."""
     counters = Counters(rounds=90)
-    found = [counters.snapshot(1, 0, 0, resumes_at).pause_rounds for resumes_at in (0, 89, 90, 100)]
-    assert found == [0, 0, 0, 10]
+    known = [Standing(resumes_at=round_) for round_ in (0, 89, 90, 100)]
+    assert [counters.snapshot(1, 0, 0, one).pause_rounds for one in known] == [0, 0, 0, 10]

@@ -27,6 +27,7 @@ from cosched.guard.statistics import (
     Evidence,
     Fall,
     Lead,
+    Leads,
     blocks,
 )
 
@@ -263,6 +264,28 @@ def test_a_lead_needs_rows_and_forgets() -> None:
     assert lead.mean == pytest.approx(-1, abs=0.02)
     assert lead.mean < -10 * lead.error
     assert lead.proven == 0
+
+
+def test_a_lead_is_of_texts_on_which_the_loaded_draft_does_alike() -> None:
+    """What was gained on foreign text says nothing of text on which the draft is at home; and the next
+    foreign text is known for one after a few rounds."""
+    leads = Leads()
+
+    def text(length: float, rounds: int = 8) -> float:
+        leads.begin()
+        for number in range(rounds):
+            leads.loaded_draft(length + 0.1 * (-1) ** number)
+        return leads.here.proven
+
+    assert text(1.15) == 0
+    leads.here.add([0.4] * LEAST, LEAD_ROWS)
+    assert leads.here.proven == pytest.approx(0.4)
+    assert text(1.8) == 0
+    leads.here.add([0.0] * LEAST, LEAD_ROWS)
+    assert text(1.2) == pytest.approx(0.4)
+    for _ in range(4):  # one text that becomes another, as with state shared by requests
+        leads.loaded_draft(1.8, num_rows=32)
+    assert leads.here.proven == 0
 
 
 # --- a fall of the acceptance length ---------------------------------------------------------

@@ -90,7 +90,7 @@ class ShadowGuard:
     def observe(self, round_: VerifyRound, serves_loaded: bool) -> None:
         if round_.blocks:
             length = round_.num_committed / len(round_.blocks)
-            self._monitor.fall.observe(length, counts=not serves_loaded)
+            self._monitor.observe(length, serves_loaded)
 
     def judge(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cosched.guard.statistics import Evidence, Fall, Lead, blocks, falls_short, mean
+from cosched.guard.statistics import Evidence, Fall, Leads, blocks, falls_short, mean
 from cosched.records import Standing, Verdict
 
 if TYPE_CHECKING:
@@ -64,13 +64,19 @@ class Monitor:
     worse: Evidence = field(default_factory=Evidence)  # the learner, than the draft as loaded
     behind: Evidence = field(default_factory=Evidence)  # the candidate, a trained one that serves
     newest: list[float] = field(default_factory=list)  # blocks since what serves was published
-    lead: Lead = field(default_factory=Lead)  # of the learner over the draft as loaded
+    leads: Leads = field(default_factory=Leads)  # of the learner over the draft as loaded
     fall: Fall = field(default_factory=Fall)
 
     @property
     def standing(self) -> Standing:
         """What others may know of it."""
-        return Standing(lead_tokens=self.lead.proven, resumes_at=self.resumes_at)
+        return Standing(lead_tokens=self.leads.here.proven, resumes_at=self.resumes_at)
+
+    def observe(self, length: float, serves_loaded: bool) -> None:
+        """The acceptance length of one more round."""
+        self.fall.observe(length, counts=not serves_loaded)
+        if serves_loaded:
+            self.leads.loaded_draft(length)
 
     def overdue(self, settings: ShadowSettings, seen: Snapshot) -> bool:
         """Whether to look now, between two updates, at a candidate that waits and at what serves."""
@@ -91,8 +97,10 @@ class Monitor:
         differences = blocks(learnt, loaded)
         self.better.add(differences)
         self.worse.add(-difference for difference in differences)
-        self.lead.add(differences, len(learnt))
-        ahead = f"what was learnt scores {self.lead.mean:+.3f} on what was loaded"
+        if scores.loaded is not None:
+            self.leads.loaded_draft(mean(loaded), len(loaded))
+        self.leads.here.add(differences, len(learnt))
+        ahead = f"what was learnt scores {self.leads.here.mean:+.3f} on what was loaded"
         if self.worse.rejects(settings.false_rollback):
             return self._undo(scores, settings)
         if scores.candidate is None:
@@ -132,14 +140,15 @@ class Monitor:
         self._begin()
         self.looked_at = round_
         self.fall.begin()
+        self.leads.begin()
 
     def _undo(self, scores: Scores, settings: ShadowSettings) -> Verdict:
         """The draft as loaded serves again, and training pauses: longer each time, to a limit."""
-        usual, loss = settings.check_rounds, -self.lead.mean
+        usual, loss = settings.check_rounds, -self.leads.here.mean
         self.pause = min(max(usual, 2 * self.pause), LONGEST_PAUSE * usual)
         self.resumes_at = self.looked_at + self.pause
         self._begin()
         self.trusted = False
-        self.better, self.worse, self.lead = Evidence(), Evidence(), Lead()
+        self.better, self.worse, self.leads = Evidence(), Evidence(), Leads()
         reason = f"the draft as loaded scores {loss:+.3f}; {self.pause} rounds without an update"
         return scores.verdict("roll_back", reason, to=0)

@@ -24,13 +24,14 @@ a true gain is seen.
 A candidate of a trusted learner does not serve while it ``falls_short`` of what serves on the newest
 rows: that keeps a single bad update out, and is no test, because the next look asks again.
 
-``Lead`` and ``Fall`` decide nothing. The first estimates by how much what serves is better, for a
+``Leads`` and ``Fall`` decide nothing. The first estimates by how much what was learnt is better, for a
 policy that spends what has been earned; the second says when a look cannot wait.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -46,7 +47,14 @@ NEW = 0.55  # of a block is no repetition of its neighbours
 RESERVE = 0.25  # of the wealth that is not bet at first
 
 MEMORY = 256  # rows that a lead is estimated from: text moves on
-LEAD_ROWS = 128  # below which nothing is said of it
+LEAD_ROWS = 64  # below which nothing is said of it
+LEVELS = (
+    0.25,
+    0.5,
+    1.0,
+    2.0,
+)  # drafted tokens that stand a round, between which leads are kept apart
+LEVEL_ROWS = 64  # that say how well the draft as loaded does on this text: it moves on
 
 LEVEL_WEIGHT = 1 / 256  # of the newest round in the level that a fall is measured from
 FALL_TOLERANCE = 0.25  # tokens a round below the level that are no fall, at most
@@ -175,6 +183,37 @@ class Lead:
         The error is that of blocks of which ``NEW`` is no repetition of their neighbours.
         """
         return max(0.0, self.mean - self.error / math.sqrt(NEW))
+
+
+@dataclass(slots=True)
+class Leads:
+    """The lead on this text, and on others: it goes with how much there is to learn.
+
+    A draft that does well on a text has little to learn there, one that hardly ever guesses right may
+    gain much, so texts on which the draft as loaded has about the same acceptance length share a lead.
+    What learning brought on foreign text then says nothing of text on which the draft is at home, and
+    the next foreign text is known for one after a few rounds.
+
+    ``level`` is the acceptance length that the draft as loaded has on this text, a mean of the newest
+    ``LEVEL_ROWS`` rows: its own rounds while it serves, scored rows while another does.
+    """
+
+    level: float = 1.0
+    rows: float = 0.0
+    by_level: list[Lead] = field(default_factory=lambda: [Lead() for _ in range(len(LEVELS) + 1)])
+
+    def loaded_draft(self, length: float, num_rows: int = 1) -> None:
+        """So many more rows, on which the draft as loaded has this acceptance length in the mean."""
+        self.rows = min(self.rows + num_rows, max(LEVEL_ROWS, num_rows))
+        self.level += num_rows / self.rows * (length - self.level)
+
+    def begin(self) -> None:
+        """Another text: its level is not known yet."""
+        self.rows = 0.0
+
+    @property
+    def here(self) -> Lead:
+        return self.by_level[bisect(LEVELS, self.level - 1)]
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cosched.records import Snapshot
+from cosched.records import Snapshot, Standing
 
 if TYPE_CHECKING:
     from cosched.records import UpdateResult, Verdict, VerifyRound
@@ -20,6 +20,7 @@ SHORTFALL_TOLERANCE = 0.1  # tokens a round below the reference that are no fall
 LOSSES_KEPT = 100_000  # a server runs for months
 TRIALS_KEPT = 64  # comparisons of objectives: text moves on, what an older one said is of no use
 UPDATE_WEIGHT = 0.1  # of the newest update in what updates cost and bring
+NOTHING_KNOWN = Standing()
 
 
 @dataclass(slots=True)
@@ -243,9 +244,9 @@ class Counters:
         num_running: int,
         draft_version: int,
         buffered_tokens: int,
-        resumes_at: int = 0,
+        standing: Standing = NOTHING_KNOWN,
     ) -> Snapshot:
-        """What a policy may know of this; the guard would have nothing trained before a round."""
+        """What a policy may know of this, and of what the guard knows."""
         return Snapshot(
             round_index=self.rounds,
             num_running=num_running,
@@ -279,5 +280,6 @@ class Counters:
             num_trials=self.num_trials,
             trials=tuple(self.trials),
             serves_loaded=self.serves_loaded,
-            pause_rounds=max(0, resumes_at - self.rounds),
+            pause_rounds=max(0, standing.resumes_at - self.rounds),
+            lead_tokens=standing.lead_tokens,
         )

@@ -87,6 +87,7 @@ def random_snapshot(seed: int, num_experts: int = 2) -> Snapshot:
         updates_since_trial=draw.randint(0, updates),
         serves_loaded=draw.random() < 0.5,
         pause_rounds=draw.choice([0, 0, draw.randrange(512)]),
+        lead_tokens=draw.choice([0.0, draw.uniform(0, 2)]),
         num_trials=trials,
         trials=tuple(
             tuple(draw.gauss(0, 0.1) for _ in range(num_experts)) for _ in range(min(trials, 64))
