@@ -31,7 +31,7 @@ from drafters.eagle3 import formats
 from drafters.eagle3.chain import Chain, attend_pending
 from drafters.eagle3.config import Eagle3Config
 from drafters.eagle3.network import Eagle3Network
-from drafters.eagle3.tree import GrowingTree
+from drafters.eagle3.tree import GrowingTree, run_level
 from drafters.vocabulary import over_target
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
         self._is_shorter = self._embedding.num_embeddings < target.vocab_size
         self._top_k = 1
 
-    def take_settings(self, settings: Eagle3Settings) -> None:
-        self.draft_trees(settings.top_k)
+    def take_settings(self, settings: DrafterSettings) -> None:
+        self.draft_trees(getattr(settings, "top_k", 1))  # those of the role alone have none
 
     def draft_trees(self, top_k: int) -> Self:
         """From now on of so many tokens at each depth; 1: chains. Returns itself."""
@@ -233,30 +233,9 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
             logits = over_target(self.head(normed), self._target_ids, self._target.vocab_size)
             tokens, hidden = tree.grow(choose, logits, hidden)
             if level + 1 < depth:
-                normed, hidden = self._run_level(state, tree, tokens, hidden)
+                embedded = self._look_up(tokens)
+                normed, hidden = run_level(self._network, state, tree, embedded, hidden)
         return tree.proposal()
-
-    def _run_level(
-        self, state: SlotCache, tree: GrowingTree, tokens: Tensor, hidden: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """What the head reads of a tree's newest level and what is fed on, ``[B, W, E]``."""
-        network, num_slots = self._network, len(tokens)
-        visible, positions = tree.visible(), tree.positions()
-        seen = slice(visible.shape[-1])
-        inputs, residual = network.inputs(self._look_up(tokens), hidden)
-        for layer in range(network.top + 1):
-            if layer:
-                inputs, residual = network.inputs_above(hidden, layer)
-            queries, keys, values = network.project(inputs, positions, layer)
-            state.put(layer, tree.starts, keys, values)
-            attended = attend_cache(
-                queries,
-                state.keys_YBHLD[layer, :num_slots, :, seen],
-                state.values_YBHLD[layer, :num_slots, :, seen],
-                visible,
-            )
-            hidden = network.finish(residual, attended, layer)
-        return network.outputs(hidden)
 
     def _run_pending(self, state: SlotCache, num_slots: int) -> tuple[Tensor, Tensor]:
         """Write the keys of all committed rows; returns inputs and residual of each slot's newest.

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from cosched.records import Proposal
+from drafters.attention import attend_cache
 
 if TYPE_CHECKING:
     from cosched.protocols import Choose
+    from drafters.cache import SlotCache
+    from drafters.eagle3.network import Eagle3Network
 
 
 class GrowingTree:
@@ -84,3 +87,29 @@ class GrowingTree:
             sees_BWT = sees_BWT & (at_T // self._width + 1 > depth - self._window)
         places_BWT = (self._newest_B1 + 1 + at_T)[:, None].expand_as(sees_BWT)
         return text_BL[:, None].repeat(1, self._width, 1).scatter(2, places_BWT, sees_BWT)
+
+
+def run_level(
+    network: Eagle3Network,
+    state: SlotCache,
+    tree: GrowingTree,
+    embedded_BWE: Tensor,
+    hidden_BWE: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What the head reads of a tree's newest level and what is fed on, both ``[B, W, E]``."""
+    visible_BWL, positions_BW = tree.visible(), tree.positions()
+    num_slots, seen = len(embedded_BWE), slice(visible_BWL.shape[-1])
+    inputs, residual = network.inputs(embedded_BWE, hidden_BWE)
+    for layer in range(network.top + 1):
+        if layer:
+            inputs, residual = network.inputs_above(hidden_BWE, layer)
+        queries, keys, values = network.project(inputs, positions_BW, layer)
+        state.put(layer, tree.starts, keys, values)
+        attended = attend_cache(
+            queries,
+            state.keys_YBHLD[layer, :num_slots, :, seen],
+            state.values_YBHLD[layer, :num_slots, :, seen],
+            visible_BWL,
+        )
+        hidden_BWE = network.finish(residual, attended, layer)
+    return network.outputs(hidden_BWE)
