@@ -92,6 +92,7 @@ class LearningContract:
     def test_a_float32_copy_learns_over_a_bfloat16_target(self, specimen: Specimen) -> None:
         """A draft that serves in 16 bits is trained in 32, whatever it borrows of the target."""
         needs_network(specimen)
+        needs_chains(specimen)
         target = make_target(dtype=torch.bfloat16)
         drafter = specimen.make(target)
         texts = make_texts(target, drafter, count=2, length=32)
