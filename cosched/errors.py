@@ -16,7 +16,7 @@ class ConfigError(CoschedError, ValueError):
 
 
 class PluginError(CoschedError, LookupError):
-    """A drafter, loss or policy is unknown, registered twice, or failed to import."""
+    """A drafter, loss or policy is unknown, registered twice, failed to import, or breaks its role."""
 
     exit_code = 2
 

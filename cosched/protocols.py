@@ -9,7 +9,6 @@ M = R * N * K student rows of a batch.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import msgspec
@@ -36,6 +35,7 @@ from cosched.records import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -96,11 +96,26 @@ class DrafterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     window: Annotated[int, Meta(ge=1)] | None = None
 
 
-Choose = Callable[[int, "Tensor"], "Tensor | None"]
-"""``choose(k, logits_BV) -> tokens_B``: how drafted token k is picked from the draft's logits.
+class Choose(Protocol):
+    """How drafted tokens are picked from the draft's logits: ``choose(k, logits_BV)``, token by token."""
 
-None, never of the first one: neither that token nor more are wanted.
-"""
+    @abstractmethod
+    def __call__(self, k: int, logits_BV: Tensor, /) -> Tensor | None:
+        """Token k of each request's chain ``[B]``.
+
+        None, never of the first one: neither that token nor more are wanted.
+        """
+        ...
+
+    @abstractmethod
+    def siblings(self, first: int, logits_BRV: Tensor, rows_BW: Tensor) -> Tensor:
+        """Tokens ``first .. first + W - 1`` of each request's tree ``[B, W]``.
+
+        Token w is picked from the logits ``rows_BW[:, w]``, and several from the same are siblings. How many
+        each row has may follow from all logits and all tokens before these, and from nothing else.
+        """
+        ...
+
 
 MOST_UNDRAFTED = 128
 """In how many rounds in a row, at most, an engine drafts nothing."""
@@ -171,7 +186,8 @@ class Drafter(Protocol):
     the contract tests (``cosched.testing``). Everything up to ``save`` is owed by every drafter; what
     follows ``network`` is used only where that is not None.
 
-    ``num_draft_tokens`` is how many it drafts at most, and how many a path has that it is trained on.
+    ``num_draft_tokens`` is how many it drafts at most, and how many a path has that it is trained on. Of
+    a drafter of trees that is the longest path; ``num_tree_tokens`` is how many tokens a tree has at most.
     ``draft_type`` says which defaults are its own, and has none itself. ``formats`` is the module of
     its public formats (``CheckpointFormats``), for ``cosched convert``; None where it has but one.
     ``sglang`` names what drafts with it in SGLang; None where nothing does. It keeps
@@ -184,8 +200,22 @@ class Drafter(Protocol):
     sglang: ClassVar[SglangWorker | None] = None
     signal: SignalSpec
     num_draft_tokens: int
+    num_tree_tokens: int = 0
     slot_bytes: int = 0
     shared_bytes: int = 0
+
+    @property
+    def own_settings(self) -> Mapping[str, Any]:
+        """What it was made with beside ``num_draft_tokens``, by the names of its ``Settings``.
+
+        What a file holds as well may be left out; contract tests load with them what they saved.
+        """
+        return {}
+
+    @property
+    def num_verified(self) -> int:
+        """How many drafted tokens of a request one round verifies at most."""
+        return max(self.num_draft_tokens, self.num_tree_tokens)
 
     @property
     @abstractmethod
@@ -216,6 +246,7 @@ class Drafter(Protocol):
 
         At least one, and at most the drafter's own ``num_draft_tokens``: the first of those that it would
         draft then, for these are what ``replay`` gives. It ends earlier where ``choose`` wants no more.
+        Of a tree it is how far one path at least reaches and none goes beyond.
         Who has logits lets ``choose`` pick from them, token by token, and goes on from what it picked;
         who has none proposes tokens of its own, which must not depend on what is still to be drawn.
         """

@@ -23,8 +23,7 @@ DraftType = Literal["chain", "block", "parallel", "none"]
 """How a drafter drafts: token by token, as EAGLE-3 does; a block at once from the target's features
 (DFlash); all tokens in parallel behind its own text (PARD); or it learns by itself."""
 TeacherForm = Literal["hidden", "logits", "top_k"]
-"""How a teacher row is kept: the target's last hidden state, its logits, or the best of them
-(``cosched.loop.teacher_rows``)."""
+"""A teacher row is the target's last hidden state, its logits, or the best of them (``loop.teacher_rows``)."""
 
 Acceptance = Literal["sampled", "target_only", "greedy"]
 """How an engine accepts a drafted token (``cosched.guard.scorer``): it was drawn from the draft's
@@ -85,7 +84,7 @@ class SglangWorker:
 class Refused:
     """Drafted tokens of a round that did not become text, the target's own in the place of the first.
 
-    Row q is the target's behind token q and all before it; features and teacher as in a ``Segment``.
+    Row q is the target's behind token q and its ancestors; features and teacher as in a ``Segment``.
     """
 
     tokens_Q: Tensor
@@ -120,10 +119,10 @@ class Segment:
 class ServedBlock:
     """What the draft proposed from one anchor, with the target's verdict.
 
-    Drafted token k is judged by ``teacher_KX[k]``. Rows up to and including ``num_accepted`` stand
-    on text that was committed; later ones on at least one refused token. ``num_committed`` is
-    ``num_accepted + 1``, less where the request ended inside the block. ``teacher_KX`` is None
-    where nobody learns from it. K is this block's own: a round may draft fewer tokens, or none.
+    Drafted token k is judged by ``teacher_KX[k]``. Rows up to and including ``num_accepted`` stand on text that
+    was committed; later ones on at least one refused token. ``num_committed`` is ``num_accepted + 1``, less where
+    the request ended inside the block. ``teacher_KX`` is None where nobody learns from it. K is this block's own:
+    a round may draft fewer tokens, or none. Of a tree it is the accepted path with the first choices behind it.
     """
 
     request_id: str
@@ -221,15 +220,18 @@ class SignalBatch:
 class Proposal:
     """Drafted tokens of a batch and the logits they were chosen from, in target vocabulary ids.
 
-    A drafter without distributions gives no logits: it chose its tokens by itself, with certainty.
-    Sampled verification then accepts token d with probability p(d). In ``counts`` the engine says how
-    many of each request's tokens, the first ones, are verified; None: all. One chain a request: a tree
-    would be more tokens and, for each, the index of its parent; row j is then judged behind its parents.
+    A drafter without distributions gives no logits: it chose its tokens by itself, with certainty. Sampled
+    verification then accepts token d with probability p(d). Of each request the first ``counts`` are verified.
+
+    Row 0 is the anchor's, row k + 1 is behind token k. In a tree token k comes behind row ``parents_BK[:, k]``,
+    of the target, which judges it, and of the logits, which it was chosen from; None: a chain, row k. Tokens
+    come level by level, those behind one row as they were drawn (``cosched.engines.embedded.trees``).
     """
 
     tokens_BK: Tensor
     logits_BKV: Tensor | None = None
-    counts: tuple[int, ...] | None = None
+    counts: tuple[int, ...] | None = None  # all
+    parents_BK: Tensor | None = None
 
 
 # --- control records: numbers only ---------------------------------------------------------
@@ -318,8 +320,7 @@ class Decision(msgspec.Struct, frozen=True):
     trial: bool = False
 
 
-NOTHING = Decision(num_steps=0)
-"""Not now."""
+NOTHING = Decision(num_steps=0)  # not now
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -373,8 +374,7 @@ class Verdict(msgspec.Struct, frozen=True):
     loaded_score: float | None = None
 
 
-KEEP = Verdict("keep")
-"""There was nothing to look at."""
+KEEP = Verdict("keep")  # there was nothing to look at
 
 
 class WeightVersion(msgspec.Struct, frozen=True):

@@ -103,6 +103,9 @@ class NetworkDrafter(Drafter, Generic[C, N]):
     def spare_positions(self) -> int:
         """How many positions behind the last of a text ``propose`` may write."""
 
+    def take_settings(self, settings: Any) -> None:
+        """What the settings say of drafting, beside how many tokens."""
+
     # --- from and to files -----------------------------------------------------------------
 
     @classmethod
@@ -146,7 +149,9 @@ class NetworkDrafter(Drafter, Generic[C, N]):
         weight = target.embedding.weight
         network.to(device=weight.device, dtype=weight.dtype).requires_grad_(False)
         origin = Checkpoint(config, {}, checkpoint.format, checkpoint.raw)
-        return cls(network, target, settings.num_draft_tokens, origin)
+        drafter = cls(network, target, settings.num_draft_tokens, origin)
+        drafter.take_settings(settings)
+        return drafter
 
     @classmethod
     def sketch(cls, settings: Any, target: TargetInfo) -> Self:
@@ -160,7 +165,10 @@ class NetworkDrafter(Drafter, Generic[C, N]):
         cls._check(config, settings, target)
         with torch.device("meta"):
             network = cls.make_network(config, target.hidden_size, frozenset())
-        return cls(network, target, settings.num_draft_tokens, Checkpoint(config, {}, form, raw))
+        origin = Checkpoint(config, {}, form, raw)
+        drafter = cls(network, target, settings.num_draft_tokens, origin)
+        drafter.take_settings(settings)
+        return drafter
 
     @classmethod
     def _check(cls, config: C, settings: Any, target: TargetInfo) -> None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from cosched.records import Segment
@@ -61,6 +63,24 @@ def follow(tokens_T: Tokens, start: int, number: int) -> Tokens:
     """
     copied_K = np.resize(tokens_T[start : start + number], number)
     return copied_K[np.logical_and.accumulate(copied_K != END)]
+
+
+class Branches(NamedTuple):
+    """Continuations of unequal length side by side, as one tree behind the newest token.
+
+    Token k is the one of ``places[k]``, branch and place in it, and comes behind row ``parents[k]``.
+    """
+
+    places: list[tuple[int, int]]
+    parents: list[int]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Branches:
+        """The tree of branches that are so long, level by level."""
+        numbered = list(enumerate(lengths))
+        places = [(b, at) for at in range(max(lengths)) for b, length in numbered if at < length]
+        rows = {place: k + 1 for k, place in enumerate(places)}
+        return cls(places, [rows.get((b, at - 1), 0) for b, at in places])
 
 
 class Texts(NamedTuple):

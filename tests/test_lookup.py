@@ -72,6 +72,23 @@ def drafted(drafter, state, number: int, slots: int = 1) -> list[list[int]]:
     return proposal.tokens_BK.tolist()
 
 
+def branches(drafter, state, number: int) -> list[list[int]]:
+    """The paths of the only slot's tree, one behind each of the anchor's tokens."""
+    tree = drafter.propose(state, 1, None, number)
+    paths: list[list[int]] = []
+    by_row: dict[int, list[int]] = {}
+    for k, (token, parent) in enumerate(
+        zip(tree.tokens_BK[0].tolist(), tree.parents_BK[0].tolist(), strict=True)
+    ):
+        if parent == 0:
+            paths.append([])
+            by_row[k + 1] = paths[-1]
+        else:
+            by_row[k + 1] = by_row[parent]
+        by_row[k + 1].append(token)
+    return paths
+
+
 def tell(
     drafter, state, slot: int, tokens: list[int], logits: dict[int, float] | None = None
 ) -> None:
@@ -145,9 +162,24 @@ def test_where_nothing_matches_the_last_logits_guess_and_lookup_goes_on(target: 
     assert drafted(drafter, state, 3) == [[30, 30, 30]]
 
 
+def test_a_tree_has_the_best_path_and_shorter_ones_that_begin_otherwise(target: Target) -> None:
+    """First what followed the longest match, the likeliest first and each token once; then guesses."""
+    chain, tree = (logitspec(target, num_draft_tokens=6, branches=n) for n in (1, 4))
+    assert (chain.num_tree_tokens, tree.num_tree_tokens) == (0, 6 + 3 + 2 + 1)
+    text = [1, 40, 41, 2, 1, 50, 51, 3, 1, 40, 42, 4, 1, 60, 61, 5, 1]
+    states = [drafter.new_state(1, 64, None) for drafter in (chain, tree)]
+    for drafter, state in zip((chain, tree), states, strict=True):
+        tell(drafter, state, 0, text, {50: 2.0, 40: 1.0, 7: 5.0})
+    assert branches(tree, states[1], 6) == [[50, 51, 3, 1, 40, 42], [40, 42, 4], [60, 61], [7]]
+    assert branches(tree, states[1], 6)[:1] == drafted(chain, states[0], 6)
+    assert branches(tree, states[1], 2) == [[50, 51], [40, 42], [60, 61], [7]]
+    tell(tree, states[1], 0, [5, 6, 7, 8], {8: 9.0, 6: 4.0, 5: 3.0, 30: 2.0})  # a new token
+    assert branches(tree, states[1], 3) == [[6, 7, 8], [5, 6, 7], [30, 30], [0]]
+
+
 def test_the_store_has_what_others_said_and_counts_one_less(target: Target) -> None:
     """A request that is done is found by the next; a match in its own text as long is better."""
-    drafter = logitspec(target, store_tokens=64)
+    drafter = logitspec(target, num_draft_tokens=4, store_tokens=64)
     state = drafter.new_state(2, 64, None)
     tell(drafter, state, 0, [1, 2, 3, 40, 41])
     drafter.move_slot(state, 0, 0)

@@ -189,10 +189,13 @@ def build_arm(
                 f"record with plain as the first arm"
             )
     max_length = max(request.max_length_of_turns for request in world.requests)
-    num_drafted = drafter.num_draft_tokens if drafter else 0
+    num_drafted = drafter.num_verified if drafter else 0
+    verifier = _verifier(world)
+    if drafter is not None and drafter.num_tree_tokens:
+        _check_trees(config, drafter, verifier)
     engine = EmbeddedEngine(
         rows=_rows(world, max_length + num_drafted + 1, layers),
-        verifier=_verifier(world),
+        verifier=verifier,
         drafter=drafter,
         options=EngineOptions(
             max_batch=config.engine.max_batch,
@@ -255,6 +258,17 @@ def _rows_a_round(config: Config) -> int:
     return 1 + max(own.drafter_settings.num_draft_tokens for own in config.by_draft.values())
 
 
+def _check_trees(config: Config, drafter: Drafter, verifier: Verifier) -> None:
+    """Whether this text and this engine can have drafts that are trees."""
+    if config.engine.exact:
+        raise ConfigError(
+            f"engine.exact: {config.drafter_key} drafts trees, whose rows are not computed as those of "
+            f"plain decoding are; use false, or a drafter that drafts chains"
+        )
+    if isinstance(verifier, ForcedVerifier):
+        verifier.require_trees_fit(drawn=drafter.network() is not None)
+
+
 def _lengths(config: Config, drafter: Drafter) -> DraftLengths:
     settings = config.length_settings
     return DraftLengths(LENGTHS.get(settings.kind)(settings), drafter.num_draft_tokens)
@@ -265,7 +279,7 @@ def _verifier(world: World) -> Verifier:
         return ForcedVerifier(world.text_kind, world.sampling, world.acceptance)
     if world.sampling.greedy:
         return GreedyVerifier()
-    return SamplingVerifier(world.sampling, world.acceptance)
+    return SamplingVerifier(world.sampling, world.acceptance, world.config.engine.tree_rule)
 
 
 def _stop_tokens(world: World) -> frozenset[int]:

@@ -202,9 +202,14 @@ class RecordedRows:
         )
 
     def verify(
-        self, ids_BS: Tensor, positions_BS: Tensor, counts: Sequence[int] | None = None
+        self,
+        ids_BS: Tensor,
+        positions_BS: Tensor,
+        counts: Sequence[int] | None = None,
+        sees_BSS: Tensor | None = None,
     ) -> TargetRows:
-        del counts  # a row costs the head's product alone
+        # A row costs the head's product alone, and of a tree those count that are the text's.
+        del counts, sees_BSS
         rows = self._rows(range(len(ids_BS)), positions_BS)
         return TargetRows(
             self._target.head(rows.hidden_BTH).float(), rows.hidden_BTH, rows.features_BTF
@@ -222,6 +227,9 @@ class RecordedRows:
         return TargetRows(
             hidden_BSH[..., :0], hidden_BSH, torch.stack(features) if features else None
         )
+
+    def keep(self, slot: int, start: int, rows: Sequence[int]) -> None:
+        """What was recorded is the text's already."""
 
     def move_slot(self, source: int, destination: int, length: int) -> None:
         del length

@@ -49,6 +49,10 @@ class EngineSettings(Section, frozen=True):
     the target draws them (``target_only``), as SGLang does it. The text has the target's distribution
     with both; greedy text knows no difference.
 
+    ``tree_rule`` is how trees are drawn and verified where the first of these holds: siblings one after
+    the other without replacement, and by ``recursive`` rejection; or independently, and by
+    ``k_sequential`` selection (``cosched.engines.embedded.tree_rules``).
+
     ``pack`` lays out the weights of linear layers once for this CPU (``cosched.engines.embedded.packing``); it means
     nothing on a GPU. A row's last digits depend on how many rows are computed with it, so that greedy
     text may part from plain decoding where two tokens are as good as one another. ``exact`` computes
@@ -66,6 +70,7 @@ class EngineSettings(Section, frozen=True):
     trace: str | None = None
     live: bool = False
     acceptance: Literal["sampled", "target_only"] = "sampled"
+    tree_rule: Literal["recursive", "k_sequential"] = "recursive"
     pack: bool = True
     exact: bool = False
     arguments: dict[str, Any] = {}

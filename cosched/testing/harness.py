@@ -140,7 +140,7 @@ def make_engine(
     """
     longest = max(request.max_length for request in requests)
     layers = drafter.signal.feature_layers if drafter else ()
-    extra = drafter.num_draft_tokens if drafter else 0
+    extra = drafter.num_verified if drafter else 0
     return EmbeddedEngine(
         rows=rows(target, max_batch, longest + extra + 1, layers),
         verifier=verifier or GreedyVerifier(),

@@ -53,8 +53,11 @@ class ServingContract:
             assert torch.allclose(specimen.target.head(block.teacher_KX), logits, atol=1e-3)
         accepted = [block for block in blocks if block.num_accepted]
         assert all(_agrees(specimen.target, block, 0) for block in accepted)
-        shifted = sum(_agrees(specimen.target, block, 1) for block in accepted)
-        assert shifted < 0.5 * len(accepted)
+        longer = [
+            block for block in accepted if len(block.path_K) > 1
+        ]  # one row has no other place
+        shifted = sum(_agrees(specimen.target, block, 1) for block in longer)
+        assert shifted < 0.5 * len(longer)
 
     @SERVINGS
     def test_greedy_text_is_the_targets(
@@ -143,7 +146,8 @@ class ServingContract:
         )
         assert alone == together
         ragged = [len({len(b.path_K) for b in round_.blocks}) > 1 for round_ in watcher.rounds]
-        assert any(ragged) or specimen.make().network() is None
+        drafter = specimen.make()
+        assert any(ragged) or drafter.network() is None or drafter.num_tree_tokens
 
     def test_it_drafts_on_behind_rounds_without_drafts(self, specimen: Specimen) -> None:
         """What was committed meanwhile is taken in at once, however many rounds it came in.

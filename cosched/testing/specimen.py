@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cosched.engines.embedded.choosing import Led
+from cosched.engines.embedded.trees import Forest
 from cosched.records import Segment, SignalBatch
 from cosched.testing.harness import (
     Watcher,
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from cosched.engines.embedded.target import Target
     from cosched.loop.lengths import DraftLengths
     from cosched.protocols import Drafter, TargetInfo
-    from cosched.records import Rows, VerifyRound
+    from cosched.records import Proposal, Rows, VerifyRound
     from cosched.registry import Plugin
 
 NUM_DRAFT_TOKENS = 3
@@ -137,7 +140,10 @@ class Specimen:
     def settings(self, path: str, num_draft_tokens: int = NUM_DRAFT_TOKENS) -> Any:
         """The plugin's settings for a checkpoint folder."""
         return self.plugin.cls.Settings(
-            kind=self.plugin.name, path=path, num_draft_tokens=num_draft_tokens
+            kind=self.plugin.name,
+            path=path,
+            num_draft_tokens=num_draft_tokens,
+            **self.make().own_settings,
         )
 
 
@@ -187,7 +193,7 @@ class Feeder:
     """Leads a drafter along given texts, as an engine would: some rows, a proposal, some rows.
 
     Drafted tokens are the text's own, so that proposals of two drafters can be compared number by
-    number, whichever token each would have chosen.
+    number, whichever token each would have chosen. Trees have their own, the draft's best.
     """
 
     def __init__(
@@ -225,7 +231,10 @@ class Feeder:
         self.lengths.append(0)
 
     def propose(self, number: int | None = None) -> Tensor:
-        """Logits ``[B, K, V]`` of ``number`` drafts (None: all); tokens ``[B, K, 1]`` where there are none."""
+        """Logits ``[B, K, V]`` of ``number`` drafts (None: all); tokens ``[B, K, 1]`` where there are none.
+
+        Of trees all that there is of each level, ``[B, number, …]``.
+        """
         number = number or self.drafter.num_draft_tokens
         path_BK = torch.stack(
             [
@@ -233,9 +242,9 @@ class Feeder:
                 for text, at in zip(self.texts, self.lengths, strict=True)
             ]
         )
-        proposal = self.drafter.propose(
-            self.state, len(self.texts), lambda k, _logits_BV: path_BK[:, k], number
-        )
+        proposal = self.drafter.propose(self.state, len(self.texts), Led(path_BK), number)
+        if proposal.parents_BK is not None:
+            return _levels(proposal, proposal.parents_BK, number, self.drafter.num_tree_tokens)
         if proposal.logits_BKV is None:
             return proposal.tokens_BK[..., None].float()
         assert torch.equal(proposal.tokens_BK, path_BK), "drafted tokens are those that were chosen"
@@ -257,6 +266,25 @@ class Feeder:
     def run(self, steps: int) -> Tensor:
         """Logits of several steps ``[steps, B, K, V]``."""
         return torch.stack([self.step() for _ in range(steps)])
+
+
+def _levels(proposal: Proposal, parents_BK: Tensor, number: int, most: int) -> Tensor:
+    """Tokens and parents of each level, and the logits that they were chosen from; zeros behind them."""
+    requests: list[Tensor] = []
+    for b, tree in enumerate(Forest.of(proposal).trees):
+        depths_S, levels = torch.tensor(tree.depths), list[Tensor]()
+        assert tree.depth == number, "one path at least is as long as it was asked to be"
+        for depth in range(number):
+            at = (depths_S[1:] == depth + 1).nonzero().flatten()
+            parts = [proposal.tokens_BK[b, at].float(), parents_BK[b, at].float()]
+            level = torch.cat([F.pad(part, (0, most - len(at))) for part in parts])
+            if proposal.logits_BKV is not None:
+                rows_V = proposal.logits_BKV[b, depths_S[: proposal.logits_BKV.shape[1]] == depth]
+                logits = rows_V.flatten()
+                level = torch.cat((level, F.pad(logits, (0, most * rows_V.shape[1] - len(logits)))))
+            levels.append(level)
+        requests.append(torch.stack(levels))
+    return torch.stack(requests)
 
 
 class MetaTarget:
@@ -303,6 +331,12 @@ def as_batch(
 def close(one: Tensor, other: Tensor) -> bool:
     """Equal but for rounding: float32 sums in another order, at logits of about ten."""
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def needs_chains(specimen: Specimen) -> None:
+    """Skip the test where the drafter drafts trees, which are not led along a text."""
+    if specimen.make().num_tree_tokens:
+        pytest.skip(f"{specimen.plugin.name}-{specimen.key} drafts trees")
 
 
 def needs_network(specimen: Specimen) -> None:

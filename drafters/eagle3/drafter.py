@@ -7,16 +7,17 @@ the chain goes on from there with the top layer's output in place of the feature
 layers committed rows attend in all but the top one.
 
 Letters: B slots, R rows, C context rows, N anchors, K drafted tokens, F fused feature width,
-E model width, H key-value heads, J query heads, D head width, V draft vocabulary.
+E model width, H key-value heads, J query heads, D head width, V draft vocabulary, W tokens of a tree's level.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from cosched.errors import CheckpointError
@@ -30,10 +31,12 @@ from drafters.eagle3 import formats
 from drafters.eagle3.chain import Chain, attend_pending
 from drafters.eagle3.config import Eagle3Config
 from drafters.eagle3.network import Eagle3Network
+from drafters.eagle3.tree import GrowingTree, run_level
 from drafters.vocabulary import over_target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Self
 
     from drafters.cache import SlotCache
     from drafters.checkpoint import Checkpoint
@@ -43,14 +46,19 @@ FUSION = ("fc.", "fc_norm.", "input_norm.", "embed_tokens.")
 
 
 class Eagle3Settings(DrafterSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``norm_output`` says what that key means in a flat checkpoint that has it (formats.py)."""
+    """``norm_output`` says what that key means in a flat checkpoint that has it (formats.py).
 
+    ``top_k`` above 1 drafts a tree of so many tokens at each of ``num_draft_tokens`` depths: those with which
+    the likeliest paths go on, or of sampled text as many drawn behind each of these as go on there.
+    """
+
+    top_k: Annotated[int, Meta(ge=1, le=64)] = 1
     norm_output: Literal["fed_back", "before_head"] | None = None
 
 
 @DRAFTERS.register("eagle3")
 class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
-    """EAGLE-3 heads of SafeAILab, SpecForge and speculators, drafting a chain."""
+    """EAGLE-3 heads of SafeAILab, SpecForge and speculators, drafting a chain, or a tree (``top_k``)."""
 
     Settings: ClassVar = Eagle3Settings
     formats: ClassVar = formats
@@ -71,6 +79,31 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
         super().__init__(network, target, num_draft_tokens, origin)
         self._embedding = target.embedding if network.embed_tokens is None else network.embed_tokens
         self._is_shorter = self._embedding.num_embeddings < target.vocab_size
+        self._top_k = 1
+
+    def take_settings(self, settings: DrafterSettings) -> None:
+        self.draft_trees(getattr(settings, "top_k", 1))  # those of the role alone have none
+
+    def draft_trees(self, top_k: int) -> Self:
+        """From now on of so many tokens at each depth; 1: chains. Returns itself."""
+        self._top_k = top_k
+        self.num_tree_tokens = top_k * self.num_draft_tokens if top_k > 1 else 0
+        return self
+
+    @property
+    def own_settings(self) -> Mapping[str, Any]:
+        return {"top_k": self._top_k}
+
+    def clone(self, dtype: torch.dtype) -> Self:
+        return super().clone(dtype).draft_trees(self._top_k)
+
+    def not_for_sglang(self) -> list[str]:
+        trees = (
+            ["drafter.top_k: adapted drafts are served as chains in SGLang, use 1"]
+            if self._top_k > 1
+            else []
+        )
+        return super().not_for_sglang() + trees
 
     @classmethod
     def check(cls, config: Eagle3Config, settings: Eagle3Settings, target: TargetInfo) -> None:
@@ -129,19 +162,24 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
             ),
         }
         features = list(range(min(3, target.num_layers)))
-        return {
+        made = {
             name: cls.initialise(
                 msgspec.structs.replace(config, feature_layers=features), target, num_draft_tokens
             )
             for name, config in shapes.items()
         }
+        for name in ("plain", "two layers"):
+            config = msgspec.structs.replace(shapes[name], feature_layers=features)
+            tree = cls.initialise(config, target, num_draft_tokens).draft_trees(2)
+            made[f"tree, {name}"] = tree
+        return made
 
     # --- serving ---------------------------------------------------------------------------
 
     @property
     def spare_positions(self) -> int:
-        # The chain runs up to K positions past the last committed one.
-        return self.num_draft_tokens
+        # The draft runs up to so many rows past the last committed one.
+        return self.num_verified
 
     @torch.no_grad()
     def propose(
@@ -155,6 +193,8 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
         queries = network.queries(inputs, position_B, network.top)
         attended = self._attend(state, network.top, queries, newest, position_B)
         normed, hidden = network.outputs(network.finish(residual, attended, network.top))
+        if self._top_k > 1:
+            return self._tree(state, choose, num_draft_tokens, newest, normed, hidden)
         tokens: list[Tensor] = []
         logits: list[Tensor] = []
         for k in range(num_draft_tokens):
@@ -176,6 +216,26 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
             logits.append(at_k_BV)
             tokens.append(chosen)
         return Proposal(torch.stack(tokens, 1), torch.stack(logits, 1))
+
+    def _tree(
+        self,
+        state: SlotCache,
+        choose: Choose,
+        depth: int,
+        newest: list[int],
+        normed: Tensor,
+        hidden: Tensor,
+    ) -> Proposal:
+        """A tree behind the newest rows, from what the head reads there and what is fed on, ``[B, E]``."""
+        tree = GrowingTree(newest, self._top_k, state.window, normed.device)
+        normed, hidden = normed[:, None], hidden[:, None]
+        for level in range(depth):
+            logits = over_target(self.head(normed), self._target_ids, self._target.vocab_size)
+            tokens, hidden = tree.grow(choose, logits, hidden)
+            if level + 1 < depth:
+                embedded = self._look_up(tokens)
+                normed, hidden = run_level(self._network, state, tree, embedded, hidden)
+        return tree.proposal()
 
     def _run_pending(self, state: SlotCache, num_slots: int) -> tuple[Tensor, Tensor]:
         """Write the keys of all committed rows; returns inputs and residual of each slot's newest.

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from cosched.engines.embedded.slots import Slot, uniforms_for
+from cosched.engines.embedded.slots import Slot
 from cosched.engines.embedded.stopping import Stopping
 from cosched.engines.embedded.target import TargetRows
 from cosched.engines.embedded.verification import RandomStream
+from cosched.engines.embedded.verifying import RoundVerifier, Verified
 from cosched.engines.request import FinishedRequest, GenerationRequest
 from cosched.loop.teacher_rows import pack_best
 from cosched.records import (
@@ -94,6 +95,7 @@ class EmbeddedEngine:
     ) -> None:
         self._rows = rows
         self._verifier = verifier
+        self._round_verifier = RoundVerifier(rows, verifier)
         self._drafter = drafter
         self._options = options
         self._device = device
@@ -102,7 +104,7 @@ class EmbeddedEngine:
         self._on_tokens = on_tokens
         self._admit_to = admit
         self._clock = clock
-        self._most = drafter.num_draft_tokens if drafter else 0
+        self._most = drafter.num_verified if drafter else 0
         self._lengths = lengths
         self._state = (
             drafter.new_state(options.max_batch, options.max_length, options.window)
@@ -200,61 +202,48 @@ class EmbeddedEngine:
         path_BS = torch.stack([slot.path(self._most + 1) for slot in slots])
         proposal, tops = self._propose(drawn_BU, path_BS)
         drafted = self._now()
-        num_drafted = proposal.tokens_BK.shape[1]
-        counts = proposal.counts or (num_drafted,) * len(slots)
-        path_BS = path_BS[:, : num_drafted + 1]
-        tokens_BK = self._verifier.tokens(proposal, path_BS[:, :-1])
-        ids_BS = torch.cat((anchor_B[:, None], tokens_BK), 1)
-        starts = torch.tensor([slot.length - 1 for slot in slots], device=self._device)
-        positions_BS = starts[:, None] + torch.arange(num_drafted + 1, device=self._device)
-        ragged = None if proposal.counts is None else [count + 1 for count in counts]
-        rows = self._rows.verify(ids_BS, positions_BS, ragged)
-        uniforms_BU = uniforms_for(drawn_BU, num_drafted)
-        outcome = self._verifier.verify(proposal, rows.logits_BTV, uniforms_BU, path_BS)
-        accepted = outcome.num_accepted_B.tolist()  # host waits for the device
-        verified = self._clock()
-        segments, blocks = self._commit(rows, tokens_BK, counts, accepted, outcome.next_B)
+        starts = [slot.length - 1 for slot in slots]
+        verified = self._round_verifier.verify(proposal, anchor_B, starts, drawn_BU, path_BS)
+        judged = self._clock()
+        segments, blocks = self._commit(verified)
         self.seconds.draft += drafted - started
-        self.seconds.verify += verified - drafted
+        self.seconds.verify += judged - drafted
         if self._lengths is not None:
-            self._lengths.observe(counts, accepted, tops, self._clock() - started)
-        self._report(segments, blocks, drafted - started, verified - drafted)
+            seconds = self._clock() - started
+            self._lengths.observe(verified.depths, verified.accepted, tops, seconds)
+        self._report(segments, blocks, drafted - started, judged - drafted)
 
     def _propose(
         self, drawn_BU: Tensor, path_BS: Tensor
     ) -> tuple[Proposal, Sequence[Sequence[float]] | None]:
         """Drafted tokens, and where their number goes by request the top probabilities behind them."""
-        slots, lengths, num_drafted = self._slots, self._lengths, self._most
-        if lengths is not None:
-            num_drafted = lengths.of_round(len(slots))
-        if self._drafter is None or not num_drafted:
+        slots, lengths = self._slots, self._lengths
+        if self._drafter is None:
+            return self._nothing(len(slots)), None
+        num_drafted = self._drafter.num_draft_tokens
+        if lengths is not None and not (num_drafted := lengths.of_round(len(slots))):
             return self._nothing(len(slots)), None
         choose = self._verifier.choose(drawn_BU, path_BS[:, :num_drafted])
         if lengths is None or not lengths.by_request:
             return self._drafter.propose(self._state, len(slots), choose, num_drafted), None
         stopping = Stopping(choose, lengths, len(slots))
         proposal = self._drafter.propose(self._state, len(slots), stopping, num_drafted)
-        return stopping.cut(proposal), None if proposal.logits_BKV is None else stopping.tops
+        return stopping.cut(proposal), stopping.tops if stopping.asked else None
 
-    def _commit(
-        self,
-        rows: TargetRows,
-        tokens_BK: Tensor,
-        counts: Sequence[int],
-        accepted: Sequence[int],
-        next_B: Tensor,
-    ) -> tuple[tuple[Segment, ...], tuple[ServedBlock, ...]]:
-        """What became text, for who learns from it; of each request so many tokens were verified."""
+    def _commit(self, verified: Verified) -> tuple[tuple[Segment, ...], tuple[ServedBlock, ...]]:
+        """What became text, for who learns from it."""
         segments: list[Segment] = []
         blocks: list[ServedBlock] = []
+        rows = verified.rows
         teacher, version = self._teacher(rows), self.draft_version
         for index, slot in enumerate(self._slots):
-            tokens_K = tokens_BK[index, : counts[index]]
-            start, count = slot.length - 1, accepted[index]
-            new = torch.cat((tokens_K[:count], next_B[index : index + 1]))
+            verified_K = verified.tokens_BK[index, : verified.counts[index]]
+            tokens_K = verified_K[: verified.lengths[index]]
+            start, count = slot.length - 1, verified.accepted[index]
+            new = torch.cat((tokens_K[:count], verified.next_B[index : index + 1]))
             committed = slot.commit(new, self._options.stop_tokens)
             count = min(count, committed)  # drafts past the end of the text were not asked for
-            segment = self._segment(slot, rows, teacher, index, start, committed, tokens_K)
+            segment = self._segment(slot, rows, teacher, index, start, committed, verified_K)
             self._observe(index, segment)
             self._record(slot, rows, index, start, committed)
             segments.append(segment)

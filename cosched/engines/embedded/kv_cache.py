@@ -11,6 +11,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from cosched.engines.embedded.ragged import Ragged
@@ -58,6 +60,14 @@ class SlotCache(Cache):
         for layer in self.slots:
             for buffer in layer.buffers():
                 buffer[destination, :, :length] = buffer[source, :, :length]
+
+    def bring_together(self, slot: int, start: int, rows: Sequence[int]) -> None:
+        """Of the rows written from ``start`` on the i-th of these, in rising order, goes to ``start + i``."""
+        from_R = start + torch.tensor(rows, device=self.device)
+        for layer in self.slots:
+            for buffer in layer.buffers():
+                own = buffer[slot]
+                own[:, start : start + len(rows)] = own[:, from_R]
 
 
 class _SlotLayer(CacheLayerMixin):

@@ -1,6 +1,6 @@
 """Requests with unequal numbers of rows in one forward pass: end to end, without padding.
 
-Letters: B requests, T rows of the one with most, N rows of all of them.
+Letters: B requests, T places for rows of each, N rows of all of them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Ragged:
     each request's rows against its own cache: there alone they are spread out, and packed again.
     """
 
-    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
-        self._num_slots, self._width = len(counts), max(counts)
+    def __init__(self, counts: Sequence[int], width: int, device: torch.device) -> None:
+        self._num_slots, self._width = len(counts), width
         places = [slot * self._width + row for slot, n in enumerate(counts) for row in range(n)]
         self._places_N = torch.tensor(places, device=device)
         self.slots_N = self._places_N // self._width

@@ -25,9 +25,20 @@ class RowSource(Protocol):
         ...
 
     def verify(
-        self, ids_BS: Tensor, positions_BS: Tensor, counts: Sequence[int] | None = None
+        self,
+        ids_BS: Tensor,
+        positions_BS: Tensor,
+        counts: Sequence[int] | None = None,
+        sees_BSS: Tensor | None = None,
     ) -> TargetRows:
-        """Rows of slots ``0..B - 1``: of slot b the first ``counts[b]``, others may be anything."""
+        """Rows of slots ``0..B - 1``: of slot b the first ``counts[b]``, others may be anything.
+
+        With ``sees_BSS`` they are trees (``trees.Forest``), of which ``keep`` tells what became text.
+        """
+        ...
+
+    def keep(self, slot: int, start: int, rows: Sequence[int]) -> None:
+        """Of the slot's rows just verified, the first at ``start``, these are its text from there on."""
         ...
 
     def move_slot(self, source: int, destination: int, length: int) -> None: ...
@@ -66,8 +77,17 @@ class LiveRows:
         )
 
     def verify(
-        self, ids_BS: Tensor, positions_BS: Tensor, counts: Sequence[int] | None = None
+        self,
+        ids_BS: Tensor,
+        positions_BS: Tensor,
+        counts: Sequence[int] | None = None,
+        sees_BSS: Tensor | None = None,
     ) -> TargetRows:
+        if sees_BSS is not None:
+            assert self._exact_rows is None, "rows of trees are not computed alike"
+            return self._target.forward(
+                ids_BS, positions_BS, self._cache, self._layers, counts=counts, sees_BTT=sees_BSS
+            )
         num_rows = ids_BS.shape[1]
         if missing := max(0, (self._exact_rows or 0) - num_rows):
             ids_BS = torch.cat((ids_BS, ids_BS[:, -1:].expand(-1, missing)), 1)
@@ -77,6 +97,10 @@ class LiveRows:
             ids_BS, positions_BS, self._cache, self._layers, round_to=self._round_to, counts=counts
         )
         return rows.first(num_rows) if missing else rows
+
+    def keep(self, slot: int, start: int, rows: Sequence[int]) -> None:
+        if list(rows) != list(range(len(rows))):
+            self._cache.bring_together(slot, start, rows)
 
     def move_slot(self, source: int, destination: int, length: int) -> None:
         self._cache.move(source, destination, length)

@@ -5,24 +5,27 @@ Letters: B requests, K drafted tokens, V vocabulary.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from cosched.engines.embedded.trees import Forest
+from cosched.protocols import Choose
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cosched.loop.lengths import DraftLengths
-    from cosched.protocols import Choose
     from cosched.records import Proposal
 
 
-class Stopping:
+class Stopping(Choose):
     """A ``Choose`` that looks at how sure the draft is of each token, and ends the draft by it.
 
     Whether a token is verified follows from what the draft says of its place and from what was seen
     before the round, never from which token it is or whether it is accepted: so sampled text stays the
     target's. ``tops[b]`` are the top probabilities of request b up to the first token that it did not
-    want.
+    want. Of tokens that it is not asked for, and of trees, their places tell how many are verified.
     """
 
     def __init__(self, choose: Choose, lengths: DraftLengths, num_slots: int) -> None:
@@ -41,10 +44,22 @@ class Stopping:
             return None
         return self._choose(k, logits_BV)
 
+    def siblings(self, first: int, logits_BRV: Tensor, rows_BW: Tensor) -> Tensor:
+        return self._choose.siblings(first, logits_BRV, rows_BW)
+
+    @property
+    def asked(self) -> bool:
+        """Whether it has seen how sure the draft is."""
+        return any(self.tops)
+
     def cut(self, proposal: Proposal) -> Proposal:
         """The tokens that are verified: as many of each request as it wants."""
-        counts, logits = self._wanted, proposal.logits_BKV
-        if logits is None:
+        counts, logits, parents = self._wanted, proposal.logits_BKV, proposal.parents_BK
+        if parents is not None:
+            depths = [tree.depths for tree in Forest.of(proposal).trees]
+            wanted = [self._lengths.of_request(depths_S[-1], None) for depths_S in depths]
+            counts = [bisect_right(d, most) - 1 for d, most in zip(depths, wanted, strict=True)]
+        elif logits is None:
             width = proposal.tokens_BK.shape[1]
             counts = [self._lengths.of_request(width, None) for _ in counts]
         most = max(counts)
@@ -52,5 +67,6 @@ class Stopping:
             proposal,
             tokens_BK=proposal.tokens_BK[:, :most],
             logits_BKV=None if logits is None else logits[:, :most],
+            parents_BK=None if parents is None else parents[:, :most],
             counts=None if min(counts) == most else tuple(counts),
         )

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from cosched.engines.embedded import attention
 from cosched.engines.embedded.kv_cache import SlotCache
 from cosched.engines.embedded.ragged import Ragged, packed_as
+from cosched.engines.embedded.trees import visible_in_trees
 from cosched.errors import CheckpointError, ConfigError
 from cosched.loop.checksum import checksum
 from cosched.memory.targets import window_of
@@ -156,21 +157,28 @@ class Target:
         num_logits: int | None = None,
         round_to: int = 1,
         counts: Sequence[int] | None = None,
+        sees_BTT: Tensor | None = None,
     ) -> TargetRows:
         """Run rows at ``positions_BT`` over what the cache holds before them.
 
         ``num_logits`` limits the logits to the last rows (a prompt needs one). ``round_to`` makes the
         number of positions that attention goes over, most of the last ones masked, a multiple of it.
         Of request b only the first ``counts[b]`` rows are computed, and the rest are zeros; None: all.
+        ``sees_BTT`` says which of the rows each one sees, if they are trees (``trees.Forest``).
         """
-        ragged = None if counts is None else Ragged(counts, ids_BT.device)
-        visible = int(positions_BT.max()) + 1  # host waits for the device
-        visible += -visible % round_to
-        cache.place(positions_BT, visible, first_slot, ragged)
-        at_L = torch.arange(visible, device=ids_BT.device)
-        mask_BTL = at_L <= positions_BT[..., None]
-        if self.window is not None:
-            mask_BTL &= at_L > positions_BT[..., None] - self.window
+        ragged = None if counts is None else Ragged(counts, ids_BT.shape[1], ids_BT.device)
+        if sees_BTT is not None:
+            assert round_to == 1
+            mask_BTL, places_BT = visible_in_trees(positions_BT, sees_BTT, self.window)
+            cache.place(places_BT, mask_BTL.shape[-1], first_slot, ragged)
+        else:
+            visible = int(positions_BT.max()) + 1  # host waits for the device
+            visible += -visible % round_to
+            cache.place(positions_BT, visible, first_slot, ragged)
+            at_L = torch.arange(visible, device=ids_BT.device)
+            mask_BTL = at_L <= positions_BT[..., None]
+            if self.window is not None:
+                mask_BTL &= at_L > positions_BT[..., None] - self.window
         with self._capturing(feature_layers), packed_as(ragged):
             output = self.model(
                 input_ids=ids_BT if ragged is None else ragged.pack(ids_BT),

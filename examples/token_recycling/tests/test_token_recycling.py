@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from itertools import product
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
-from token_recycling.drafter import TokenRecycling, TokenRecyclingSettings
+from token_recycling.drafter import TokenRecycling, TokenRecyclingSettings, levels
 
+from cosched.engines.embedded.choosing import Best
 from cosched.errors import CheckpointError
 from cosched.memory.footprint import footprint
 from cosched.memory.sketch import sketch
@@ -24,22 +27,48 @@ SETTINGS = TokenRecyclingSettings(kind="token_recycling", num_draft_tokens=3)
 
 
 def test_it_drafts_what_the_target_said_last_time() -> None:
-    """Behind a token that stood in the text comes the target's best one, and behind that its own."""
+    """Behind a token that stood in the text come the target's best ones, and behind them their own."""
     target = make_target()
     drafter = TokenRecycling.load(SETTINGS, target)
     state = drafter.new_state(1, 16, None)
     hidden = torch.randn(4, target.hidden_size)
     refused = Refused(torch.tensor([7, 8]), hidden[:2], None)
     drafter.observe(state, 0, Segment("r", 0, torch.tensor([5, 6, 5, 7, 6]), hidden, None, refused))
-    expected = target.head(hidden).argmax(-1)
-    assert state.best_BV[0, 8] == expected[1]  # of a refused draft
-    assert state.best_BV[0, 7] == expected[3]  # refused and committed: what is text counts
-    assert state.best_BV[0, 6] == expected[1]
-    assert state.best_BV[0, 5] == expected[2]  # the later row of the two
-    state.best_BV[0, expected[1]] = 9
-    proposal = drafter.propose(state, 1, _nothing_to_choose_from, 2)
-    assert proposal.tokens_BK[0].tolist() == [expected[1], 9]
+    expected = target.head(hidden).topk(4).indices
+    assert torch.equal(state.best_BVW[0, 8], expected[1])  # of a refused draft
+    assert torch.equal(state.best_BVW[0, 7], expected[3])  # refused and committed: text counts
+    assert torch.equal(state.best_BVW[0, 6], expected[1])
+    assert torch.equal(state.best_BVW[0, 5], expected[2])  # the later row of the two
+    state.best_BVW[0, expected[1, 0]] = torch.tensor([9, 10, 11, 12])
+    state.best_BVW[0, expected[1, 1]] = torch.tensor([20, 21, 22, 23])
+    proposal = drafter.propose(state, 1, Best(), 2)
+    first, second, third, fourth = expected[1].tolist()
+    assert proposal.tokens_BK[0].tolist() == [
+        *(first, second, third, fourth),
+        *(9, 10, 11, 12),
+        *(20, 21),
+        *(third, fourth),  # unknown: they come again
+    ]
+    assert proposal.parents_BK[0].tolist() == [0] * 4 + [1] * 4 + [2] * 2 + [3, 4]
     assert proposal.logits_BKV is None
+
+
+def test_a_tree_has_the_paths_whose_ranks_multiply_to_its_width() -> None:
+    """All of them, each once, by an obvious search; with a width of one it is one path."""
+    for width in (1, 4, 6):
+        paths = {
+            path
+            for depth in (1, 2, 3)
+            for path in product(range(1, width + 1), repeat=depth)
+            if prod(path) <= width
+        }
+        rows: list[tuple[int, ...]] = [()]
+        for level in levels(width, 3):
+            rows += [
+                (*rows[row], rank + 1) for row, rank in zip(level.rows, level.ranks, strict=True)
+            ]
+        assert len(rows) == len(set(rows))
+        assert set(rows[1:]) == paths
 
 
 def test_behind_an_unknown_token_it_comes_again() -> None:
@@ -47,12 +76,8 @@ def test_behind_an_unknown_token_it_comes_again() -> None:
     drafter = TokenRecycling.load(SETTINGS, make_target())
     state = drafter.new_state(2, 16, None)
     state.anchor_B[1] = 5
-    proposal = drafter.propose(state, 2, _nothing_to_choose_from, 3)
-    assert proposal.tokens_BK.tolist() == [[0, 0, 0], [5, 5, 5]]
-
-
-def _nothing_to_choose_from(k: int, logits_BV: torch.Tensor) -> torch.Tensor:
-    raise AssertionError("it has no logits")
+    proposal = drafter.propose(state, 2, Best(), 3)
+    assert proposal.tokens_BK.tolist() == [[0] * 25, [5] * 25]
 
 
 def test_a_request_learns_for_itself() -> None:
@@ -71,7 +96,7 @@ def test_a_request_learns_for_itself() -> None:
 def test_a_matrix_for_another_target_is_refused(tmp_path: Path) -> None:
     TokenRecycling.load(SETTINGS, make_target()).save(tmp_path / "matrix")
     found = TokenRecyclingSettings(kind="token_recycling", path=str(tmp_path / "matrix"))
-    with pytest.raises(CheckpointError, match="64 tokens, not 32"):
+    with pytest.raises(CheckpointError, match=r"\(64, 4\) tokens and candidates, not \(32, 4\)"):
         TokenRecycling.load(found, make_target(vocab_size=32))
     nowhere = TokenRecyclingSettings(kind="token_recycling", path=str(tmp_path))
     with pytest.raises(CheckpointError, match=r"drafter\.path: no matrix"):
@@ -85,7 +110,7 @@ def test_check_says_what_a_run_would_take(monkeypatch: pytest.MonkeyPatch) -> No
     target, drafter = sketch(config)
     found = footprint(config, target, drafter)
     assert (found.num_draft_parameters, found.num_trained, found.replay) == (0, 0, 0)
-    assert found.draft_store == 8 * target.vocab_size  # the matrix of one request
+    assert found.draft_store == 8 * 4 * target.vocab_size  # the matrix of one request
 
 
 @pytest.mark.parametrize("teacher", ["token_recycling", "eagle3"])
