@@ -102,6 +102,13 @@ Choose = Callable[[int, "Tensor"], "Tensor | None"]
 None, never of the first one: neither that token nor more are wanted.
 """
 
+LayersForward = Callable[["Tensor", "Tensor", Sequence[int], "Sequence[int] | None"], "Tensor"]
+"""``forward(ids_BT, positions_BT, layers, counts) -> logits_BTV``: the target with those of its layers alone.
+
+For slots ``0..B - 1``, of each its first ``counts[b]`` rows (None: all; zeros for the others), over the
+keys and values of the text that is committed. It writes at ``positions_BT``: from the newest token on.
+"""
+
 MOST_UNDRAFTED = 128
 """In how many rounds in a row, at most, an engine drafts nothing."""
 
@@ -175,7 +182,8 @@ class Drafter(Protocol):
     ``draft_type`` says which defaults are its own, and has none itself. ``formats`` is the module of
     its public formats (``CheckpointFormats``), for ``cosched convert``; None where it has but one.
     ``sglang`` names what drafts with it in SGLang; None where nothing does. It keeps
-    ``slot_bytes`` of each request, however long it is, and ``shared_bytes`` of those that are done.
+    ``slot_bytes`` of each request, however long it is, and ``shared_bytes`` of those that are done. One
+    that ``needs_target`` drafts with layers of the target, which an engine that runs it will ``lend``.
     """
 
     Settings: ClassVar[type[DrafterSettings]] = DrafterSettings
@@ -186,6 +194,7 @@ class Drafter(Protocol):
     num_draft_tokens: int
     slot_bytes: int = 0
     shared_bytes: int = 0
+    needs_target: bool = False
 
     @property
     @abstractmethod
@@ -197,6 +206,10 @@ class Drafter(Protocol):
     def new_state(self, max_batch: int, max_length: int, window: int | None) -> Any:
         """Empty serving state: slots, positions in each, and how many tokens back it sees."""
         ...
+
+    def lend(self, state: Any, forward: LayersForward) -> None:
+        """Before anything is observed: what runs layers of the target, for who drafts with them."""
+        del state, forward
 
     @abstractmethod
     def observe(self, state: Any, slot: int, segment: Segment) -> None:
@@ -225,6 +238,14 @@ class Drafter(Protocol):
     def move_slot(self, state: Any, source: int, destination: int) -> None:
         """The request in slot ``source`` goes on in slot ``destination``, ``source`` is empty."""
         ...
+
+    def cost(self, num_draft_tokens: int) -> float:
+        """What drafting so many tokens takes, about, in forward passes of the target.
+
+        0 where it copies: without a model, and tokens without logits.
+        """
+        del num_draft_tokens
+        return 0.0
 
     @abstractmethod
     def not_for_sglang(self) -> Sequence[str]:

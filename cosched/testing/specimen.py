@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cosched.engines.embedded.rows import LiveRows
 from cosched.records import Segment, SignalBatch
 from cosched.testing.harness import (
     Watcher,
@@ -163,6 +164,7 @@ def _plain(target: Target) -> dict[str, list[int]]:
 class Text:
     """Given tokens, and the target's features and logits at each where the drafter sees them."""
 
+    target: Target
     tokens_T: Tensor
     features_TF: Tensor | None
     logits_TV: Tensor | None
@@ -179,7 +181,7 @@ def make_texts(target: Target, drafter: Drafter, count: int, length: int) -> lis
         rows = target.forward(tokens_T[None], positions_1T, cache_, drafter.signal.feature_layers)
         features_TF = None if rows.features_BTF is None else rows.features_BTF[0]
         logits_TV = rows.logits_BTV[0] if drafter.signal.last_logits else None
-        texts.append(Text(tokens_T, features_TF, logits_TV))
+        texts.append(Text(target, tokens_T, features_TF, logits_TV))
     return texts
 
 
@@ -200,6 +202,11 @@ class Feeder:
         self._step = 0
         longest = max(len(text.tokens_T) for text in texts)
         self.state = drafter.new_state(len(texts), longest, window)
+        self._rows = None
+        if drafter.needs_target:
+            room = longest + drafter.num_draft_tokens + 1
+            self._rows = LiveRows(texts[0].target, len(texts), room, ())
+            drafter.lend(self.state, self._rows.layers)
 
     def observe(self, lengths: Sequence[int]) -> None:
         """Commit rows up to those lengths."""
@@ -209,6 +216,8 @@ class Feeder:
             features = None if text.features_TF is None else text.features_TF[start:end]
             logits_V = None if text.logits_TV is None else text.logits_TV[end - 1]
             tokens_R1 = text.tokens_T[start : end + 1]
+            if self._rows is not None:
+                self._rows.commit(slot, tokens_R1[:-1], start)
             segment = Segment("text", start, tokens_R1, features, None, logits_V=logits_V)
             self.drafter.observe(self.state, slot, segment)
         self.lengths = list(lengths)
@@ -216,6 +225,8 @@ class Feeder:
     def move(self, source: int, destination: int) -> None:
         """The text in the last slot goes on in another, whose own is done."""
         self.drafter.move_slot(self.state, source, destination)
+        if self._rows is not None:
+            self._rows.move_slot(source, destination, self.lengths[source])
         self.texts[destination] = self.texts.pop(source)
         self.lengths[destination] = self.lengths.pop(source)
 
