@@ -96,6 +96,25 @@ class DrafterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     window: Annotated[int, Meta(ge=1)] | None = None
 
 
+class ComposedSettings(DrafterSettings, frozen=True, kw_only=True):
+    """``drafter`` of a kind that is made of others; a drafter adds its own fields in a subclass.
+
+    ``drafters`` are the sections of those: ``kind``, ``path`` and what each kind has of its own. How much
+    is drafted, and how far back the draft sees, is said of the whole. It has no ``path``.
+    """
+
+    path: str = ""
+    drafters: Annotated[tuple[dict[str, Any], ...], Meta(min_length=2)]
+
+    def __post_init__(self) -> None:
+        if self.path:
+            raise ValueError(
+                f"path: each of its drafters has one, got {self.path!r} for all of them"
+            )
+
+
+OF_THE_WHOLE = ("num_draft_tokens", "length", "window")  # settings that no part of one has
+
 Choose = Callable[[int, "Tensor"], "Tensor | None"]
 """``choose(k, logits_BV) -> tokens_B``: how drafted token k is picked from the draft's logits.
 

@@ -13,9 +13,14 @@ from torch import nn
 
 from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.target import Target
+from cosched.engines.embedded.verification import SamplingParams
+from cosched.engines.embedded.verifiers import SamplingVerifier
 from cosched.errors import ConfigError
+from cosched.registry import DRAFTERS
 from cosched.settings.load import load_config
 from cosched.testing.harness import decode, make_engine, make_requests
+from cosched.testing.sampling import FALSE_ALARM, p_values, sampling_target
+from drafters.best_of import BestOfDrafter
 from drafters.layerskip import LayerskipDrafter, LayerskipSettings
 from drafters.layerskip.choices import MEMORY, Choices, skipped_sets
 from tests.helpers.cli import run_cli
@@ -142,6 +147,22 @@ def test_shared_choices_change_no_text(target: Target, max_batch: int) -> None:
     assert decode(engine, requests) == plain
 
 
+def beside_a_copy(target: Target, num_draft_tokens: int) -> BestOfDrafter:
+    ngram = DRAFTERS.get("ngram").examples(target, num_draft_tokens)["suffix"]
+    named = [("layerskip", drafter(target, num_draft_tokens)), ("ngram", ngram)]
+    return BestOfDrafter(named, target, num_draft_tokens, [0.1, 0.0])
+
+
+def test_beside_a_copy_text_is_the_targets(target: Target) -> None:
+    """As the model of ``best_of``: greedy to the bit, sampled by chi-square."""
+    requests = make_requests(target, count=4, prompt=9, new=64)
+    plain = decode(make_engine(target, None, requests), requests)
+    assert decode(make_engine(target, beside_a_copy(target, 3), requests, 3), requests) == plain
+    small, sampling = sampling_target(), SamplingParams(1.0)
+    found = p_values(small, beside_a_copy(small, 2), SamplingVerifier(sampling), sampling)
+    assert min(found) > FALSE_ALARM
+
+
 def test_a_run_repeats_and_takes_no_updates(settings: dict, tmp_path: Path) -> None:
     settings["drafter"] = {"kind": "layerskip", "num_draft_tokens": 3, "window": 48}
     del settings["adapt"]
@@ -154,10 +175,15 @@ def test_a_run_repeats_and_takes_no_updates(settings: dict, tmp_path: Path) -> N
     assert rounds_of(folder, "adapted") == rounds_of(folder, "frozen")
 
 
-def test_over_a_trace_it_needs_the_target(settings: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("composed", [False, True])
+def test_over_a_trace_it_needs_the_target(settings: dict, tmp_path: Path, composed: bool) -> None:
     """Refused by name, unless the trace's rows are computed all the same."""
     settings["drafter"] = {"kind": "layerskip"}
     key = r"drafter\.kind"
+    if composed:
+        parts = [{"kind": "ngram"}, {"kind": "layerskip"}]
+        settings["drafter"] = {"kind": "best_of", "drafters": parts}
+        key = r"drafter\.drafters\[1\]\.kind"
     del settings["adapt"]
     settings["engine"] |= {"kind": "trace", "trace": "nowhere"}
     path = write(tmp_path, settings)

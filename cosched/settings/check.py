@@ -126,8 +126,7 @@ def _check_target_runs(config: Config) -> None:
     """A trace has rows of the target, and no layers to draft with."""
     if config.engine.kind != "trace" or config.engine.live:
         return
-    for key, own in config.by_draft.items():
-        settings = own.drafter_settings
+    for key, settings in config.all_drafters.items():
         if DRAFTERS.get(settings.kind).needs_target:
             raise ConfigError(
                 f"{key}.kind: {settings.kind} drafts with the target, which a trace does not run; use "

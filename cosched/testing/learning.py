@@ -22,6 +22,7 @@ from cosched.testing.specimen import (
     close,
     make_texts,
     needs_network,
+    needs_own_drafts,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class LearningContract:
         self, specimen: Specimen, max_batch: int, window: int | None
     ) -> None:
         """The best token of every replayed row is the one that was served, accepted or not."""
-        needs_network(specimen)
+        needs_own_drafts(specimen)
         drafter, batch = specimen.make(), specimen.batch("all", max_batch, window)
         logits = drafter.replay(batch).detach()
         ids, path_RNK = drafter.target_ids(), batch.paths_RNK
@@ -56,7 +57,7 @@ class LearningContract:
     @pytest.mark.parametrize("window", [None, 16, 1])
     def test_replay_gives_the_served_logits(self, specimen: Specimen, window: int | None) -> None:
         """Behind every anchor of a text, replayed rows are what serving computed, number by number."""
-        needs_network(specimen)
+        needs_own_drafts(specimen)
         drafter = specimen.make()
         texts = make_texts(specimen.target, drafter, count=3, length=64)
         feeder = Feeder(drafter, texts, window)

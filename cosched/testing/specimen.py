@@ -8,6 +8,7 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cosched.engines.embedded.rows import LiveRows
+from cosched.protocols import ComposedSettings
 from cosched.records import Segment, SignalBatch
 from cosched.testing.harness import (
     Watcher,
@@ -69,6 +71,11 @@ class Specimen:
         self.key = key
         self.target = target
         self._served: dict[tuple[int, int | None], Served] = {}
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether it is made of other drafters."""
+        return issubclass(self.plugin.cls.Settings, ComposedSettings)
 
     def make(self, target: Target | None = None, num_draft_tokens: int = NUM_DRAFT_TOKENS) -> Any:
         """A new drafter, ready to serve; the same bits every time."""
@@ -136,10 +143,18 @@ class Specimen:
         return batch
 
     def settings(self, path: str, num_draft_tokens: int = NUM_DRAFT_TOKENS) -> Any:
-        """The plugin's settings for a checkpoint folder."""
-        return self.plugin.cls.Settings(
-            kind=self.plugin.name, path=path, num_draft_tokens=num_draft_tokens
-        )
+        """The plugin's settings for a checkpoint folder.
+
+        Of one that is made of others the folder has one for each; settings of its own it has as attributes.
+        """
+        cls, name = self.plugin.cls.Settings, self.plugin.name
+        if not self.is_composed:
+            return cls(kind=name, path=path, num_draft_tokens=num_draft_tokens)
+        folders = sorted(Path(path).iterdir())
+        drafters = tuple({"kind": f.name.partition("-")[2], "path": str(f)} for f in folders)
+        more = set(cls.__struct_fields__) - set(ComposedSettings.__struct_fields__)
+        own = {key: getattr(self.make(), key) for key in more}
+        return cls(kind=name, drafters=drafters, num_draft_tokens=num_draft_tokens, **own)
 
 
 @cache
@@ -236,7 +251,7 @@ class Feeder:
         self.lengths.append(0)
 
     def propose(self, number: int | None = None) -> Tensor:
-        """Logits ``[B, K, V]`` of ``number`` drafts (None: all); tokens ``[B, K, 1]`` where there are none."""
+        """Logits ``[B, K, V]`` of ``number`` drafts (None: all); tokens without any are certain."""
         number = number or self.drafter.num_draft_tokens
         path_BK = torch.stack(
             [
@@ -248,7 +263,8 @@ class Feeder:
             self.state, len(self.texts), lambda k, _logits_BV: path_BK[:, k], number
         )
         if proposal.logits_BKV is None:
-            return proposal.tokens_BK[..., None].float()
+            size = self.texts[0].target.vocab_size
+            return torch.nn.functional.one_hot(proposal.tokens_BK, size).log()
         assert torch.equal(proposal.tokens_BK, path_BK), "drafted tokens are those that were chosen"
         return proposal.logits_BKV
 
@@ -320,3 +336,10 @@ def needs_network(specimen: Specimen) -> None:
     """Skip the test where the drafter has no weights to train."""
     if specimen.make().network() is None:
         pytest.skip(f"{specimen.plugin.name} has no network: it learns by itself")
+
+
+def needs_own_drafts(specimen: Specimen) -> None:
+    """Skip the test where not all that is drafted comes from weights of its own."""
+    needs_network(specimen)
+    if specimen.is_composed:
+        pytest.skip(f"{specimen.plugin.name} also serves what drafters without weights propose")
