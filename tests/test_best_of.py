@@ -163,8 +163,8 @@ def test_it_is_about_as_good_as_the_better_of_its_parts() -> None:
     assert found <= 1.05 * min(each.values()), each
 
 
-class Idle(Lookup):
-    """A copy that is always right: it knows the text."""
+class AllKnowing(Lookup):
+    """A copy that knows the text, and is always right."""
 
     def __init__(self, text: list[int]) -> None:
         super().__init__(64)
@@ -194,7 +194,7 @@ def test_a_model_that_never_drafts_does_not_fall_behind(target: Target) -> None:
         return took(state, num_slots, choose, number)
 
     model.propose = propose
-    known = Idle(requests[0].prompt_P.tolist() + text)
+    known = AllKnowing(requests[0].prompt_P.tolist() + text)
     both = BestOfDrafter([("eagle3", model), ("known", known)], target, 3, [1000.0, 0.0])
     assert decode(make_engine(target, both, requests), requests) == {"r0": text}
     assert 64 < most <= MOST_UNDRAFTED
