@@ -9,6 +9,7 @@ M = R * N * K student rows of a batch.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import msgspec
@@ -35,7 +36,7 @@ from cosched.records import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
     import torch
@@ -96,6 +97,26 @@ class DrafterSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     window: Annotated[int, Meta(ge=1)] | None = None
 
 
+class ComposedSettings(DrafterSettings, frozen=True, kw_only=True):
+    """``drafter`` of a kind that is made of others; a drafter adds its own fields in a subclass.
+
+    ``drafters`` are the sections of those: ``kind``, ``path`` and what each kind has of its own. How much
+    is drafted, and how far back the draft sees, is said of the whole. It has no ``path``.
+    """
+
+    path: str = ""
+    drafters: Annotated[tuple[dict[str, Any], ...], Meta(min_length=2)]
+
+    def __post_init__(self) -> None:
+        if self.path:
+            raise ValueError(
+                f"path: each of its drafters has one, got {self.path!r} for all of them"
+            )
+
+
+OF_THE_WHOLE = ("num_draft_tokens", "length", "window")  # settings that no part of one has
+
+
 class Choose(Protocol):
     """How drafted tokens are picked from the draft's logits: ``choose(k, logits_BV)``, token by token."""
 
@@ -116,6 +137,13 @@ class Choose(Protocol):
         """
         ...
 
+
+LayersForward = Callable[["Tensor", "Tensor", Sequence[int], "Sequence[int] | None"], "Tensor"]
+"""``forward(ids_BT, positions_BT, layers, counts) -> logits_BTV``: the target with those of its layers alone.
+
+For slots ``0..B - 1``, of each its first ``counts[b]`` rows (None: all; zeros for the others), over the
+keys and values of the text that is committed. It writes at ``positions_BT``: from the newest token on.
+"""
 
 MOST_UNDRAFTED = 128
 """In how many rounds in a row, at most, an engine drafts nothing."""
@@ -191,7 +219,8 @@ class Drafter(Protocol):
     ``draft_type`` says which defaults are its own, and has none itself. ``formats`` is the module of
     its public formats (``CheckpointFormats``), for ``cosched convert``; None where it has but one.
     ``sglang`` names what drafts with it in SGLang; None where nothing does. It keeps
-    ``slot_bytes`` of each request, however long it is, and ``shared_bytes`` of those that are done.
+    ``slot_bytes`` of each request, however long it is, and ``shared_bytes`` of those that are done. One
+    that ``needs_target`` drafts with layers of the target, which an engine that runs it will ``lend``.
     """
 
     Settings: ClassVar[type[DrafterSettings]] = DrafterSettings
@@ -203,6 +232,7 @@ class Drafter(Protocol):
     num_tree_tokens: int = 0
     slot_bytes: int = 0
     shared_bytes: int = 0
+    needs_target: bool = False
 
     @property
     def own_settings(self) -> Mapping[str, Any]:
@@ -227,6 +257,10 @@ class Drafter(Protocol):
     def new_state(self, max_batch: int, max_length: int, window: int | None) -> Any:
         """Empty serving state: slots, positions in each, and how many tokens back it sees."""
         ...
+
+    def lend(self, state: Any, forward: LayersForward) -> None:
+        """Before anything is observed: what runs layers of the target, for who drafts with them."""
+        del state, forward
 
     @abstractmethod
     def observe(self, state: Any, slot: int, segment: Segment) -> None:
@@ -256,6 +290,14 @@ class Drafter(Protocol):
     def move_slot(self, state: Any, source: int, destination: int) -> None:
         """The request in slot ``source`` goes on in slot ``destination``, ``source`` is empty."""
         ...
+
+    def cost(self, num_draft_tokens: int) -> float:
+        """What drafting so many tokens takes, about, in forward passes of the target.
+
+        0 where it copies: without a model, and tokens without logits.
+        """
+        del num_draft_tokens
+        return 0.0
 
     @abstractmethod
     def not_for_sglang(self) -> Sequence[str]:

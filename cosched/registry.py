@@ -19,7 +19,7 @@ from cosched.protocols import Drafter, DraftLength, Loss, Objective, Policy
 from cosched.records import DraftType
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 T = TypeVar("T", bound=type)
 
@@ -147,19 +147,26 @@ OBJECTIVES = Registry("objective", "schedulers", Objective, "objectives")
 LENGTHS = Registry("draft length", "schedulers", DraftLength, "lengths")
 
 
-def defaults_for(drafter: str) -> dict[str, Any]:
+def defaults_for(drafter: str, parts: Sequence[str] = ()) -> dict[str, Any]:
     """What ``adapt`` holds for a drafter where the file does not say: a row of ``schedulers.defaults``.
+
+    Of one that is made of ``parts`` it goes by the one that is trained, if one is.
 
     Raises:
         PluginError: no such drafter, or it drafts in no way that is known.
     """
-    cls, known = DRAFTERS.get(drafter), get_args(DraftType)
-    draft_type = cls.draft_type
-    if draft_type not in known:
-        raise PluginError(
-            f"the drafter {drafter!r} ({_origin(cls)}) has draft_type = {draft_type!r}; one of "
-            f"{', '.join(known)} is needed"
-        )
+    types = [_draft_type(name) for name in (drafter, *parts)]
+    draft_type = next((one for one in types if one != "none"), "none")
     POLICIES.plugins()  # proves that the package is ours
     table = importlib.import_module(f"{POLICIES.package}.defaults").TABLE
     return copy.deepcopy(table[draft_type])
+
+
+def _draft_type(drafter: str) -> DraftType:
+    cls, known = DRAFTERS.get(drafter), get_args(DraftType)
+    if cls.draft_type not in known:
+        raise PluginError(
+            f"the drafter {drafter!r} ({_origin(cls)}) has draft_type = {cls.draft_type!r}; one of "
+            f"{', '.join(known)} is needed"
+        )
+    return cls.draft_type

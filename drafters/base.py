@@ -254,6 +254,20 @@ class NetworkDrafter(Drafter, Generic[C, N]):
         values = 2 * config.num_hidden_layers * config.kv_heads * config.width_of_head
         return values * self._weight.element_size()
 
+    def cost(self, num_draft_tokens: int) -> float:
+        """By weights that are multiplied: the network's and its head's, once a pass, over the target's.
+
+        Of a target of L layers, width H and vocabulary V those are about 12 L H^2 + V H (Kaplan et al.,
+        arXiv 2001.08361), which is all that is known of it here.
+        """
+        target, own = self._target, dict(self._network.named_parameters())
+        head = target.vocab_size * target.hidden_size
+        multiplied = sum(p.numel() for name, p in own.items() if "embed_tokens." not in name)
+        if getattr(self._network, "lm_head", None) is None:
+            multiplied += head
+        passes = num_draft_tokens if self.conditioning == "chain" else 1
+        return passes * multiplied / (12 * target.num_layers * target.hidden_size**2 + head)
+
     def new_state(self, max_batch: int, max_length: int, window: int | None) -> SlotCache:
         length = max_length + self.spare_positions
         cast("Rotary", self._network.rotary).reserve(length)

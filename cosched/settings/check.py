@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cosched.errors import ConfigError
 from cosched.guard.settings import ShadowSettings
 from cosched.records import LORA, OF_ADAPTERS
-from cosched.registry import LENGTHS, LOSSES, POLICIES
+from cosched.registry import DRAFTERS, LENGTHS, LOSSES, POLICIES
 from cosched.settings.arms import (
     ADAPTED,
     BASE_ARMS,
@@ -72,6 +72,7 @@ def check_together(config: Config) -> None:
         )
     for own in config.by_draft.values():
         _check_length(own)
+    _check_target_runs(config)
     # The section itself is checked whether or not an arm uses it: servers have no arms.
     for arm in dict.fromkeys((ADAPTED, *(arm for arm in config.arms if adapts(arm)))):
         _check_adapt(config.for_arm(arm), used=arm in config.arms)
@@ -119,6 +120,18 @@ def _check_length(config: Config) -> None:
             f"{config.drafter_key}.length.kind: {kind} weighs the seconds of verification, which a "
             f"trace does not take; use engine.live: true, or threshold or fixed"
         )
+
+
+def _check_target_runs(config: Config) -> None:
+    """A trace has rows of the target, and no layers to draft with."""
+    if config.engine.kind != "trace" or config.engine.live:
+        return
+    for key, settings in config.all_drafters.items():
+        if DRAFTERS.get(settings.kind).needs_target:
+            raise ConfigError(
+                f"{key}.kind: {settings.kind} drafts with the target, which a trace does not run; use "
+                f"engine.live: true"
+            )
 
 
 def _check_arms(config: Config) -> None:

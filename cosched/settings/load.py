@@ -108,7 +108,7 @@ def check_paths(config: Config) -> None:
     workload, engine = config.workload, config.engine
     if model_folder(config.target.path) is None:
         raise ConfigError(f"target.path: {not_found(config.target.path)}")
-    named = {f"{key}.path": own.drafter_settings.path for key, own in config.by_draft.items()}
+    named = {f"{key}.path": one.path for key, one in config.all_drafters.items()}
     if engine.kind == "trace":
         named["engine.trace"] = engine.trace or ""
     else:
@@ -125,8 +125,7 @@ def _check_weights(config: Config) -> None:
     served = config.engine.kind == "sglang"
     if Path(config.target.folder).is_dir():
         check_weights("target.path", Path(config.target.folder), pickles=not served)
-    for key, own in config.by_draft.items():
-        settings = own.drafter_settings
+    for key, settings in config.all_drafters.items():
         if DRAFTERS.get(settings.kind).formats is not None:  # others have files of their own kind
             check_weights(f"{key}.path", Path(settings.path), pickles=not served)
 

@@ -170,7 +170,9 @@ def with_defaults(drafter: Any, adapt: Any) -> Any:
     if not isinstance(drafter, dict) or not isinstance(adapt, dict):
         return adapt  # named when the section is checked
     try:
-        defaults = defaults_for(drafter["kind"])
+        defaults = defaults_for(
+            drafter["kind"], [part["kind"] for part in drafter.get("drafters", ())]
+        )
     except PluginError as error:
         raise ConfigError(f"drafter.kind: {error}") from error
     whole, sections = dict(adapt), _sections()

@@ -11,10 +11,10 @@ from msgspec import Meta
 from omegaconf import OmegaConf
 
 from cosched.errors import ConfigError
-from cosched.protocols import ExpertSettings
+from cosched.protocols import ComposedSettings, ExpertSettings
 from cosched.settings.arms import draft_of, split_arm
 from cosched.settings.merge import merge, plain
-from cosched.settings.plugin_settings import plugin_settings
+from cosched.settings.plugin_settings import part_settings, plugin_settings
 from cosched.settings.sections import (
     AdaptSettings,
     Draft,
@@ -96,6 +96,16 @@ class Config(Section, frozen=True):
     def drafter_settings(self) -> DrafterSettings:
         raw = self.drafts[self._stand_in].drafter if self.drafter is None else self.drafter
         return plugin_settings("drafter", self.drafter_key, raw)
+
+    @property
+    def all_drafters(self) -> dict[str, DrafterSettings]:
+        """Whatever drafts in some arm, those that others are made of as well, by the key of its section."""
+        found: dict[str, DrafterSettings] = {}
+        for key, own in self.by_draft.items():
+            settings = found[key] = own.drafter_settings
+            if isinstance(settings, ComposedSettings):
+                found |= part_settings(settings, key)
+        return found
 
     @property
     def length_settings(self) -> LengthSettings:

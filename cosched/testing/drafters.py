@@ -70,7 +70,11 @@ class DrafterContract(ServingContract, LearningContract, AdapterContract, OneThr
             owed = ("scopes", "clone", "state_width", "replay_states", "project")
             assert not [name for name in owed if not _gives(drafter, name)], "a network has these"
         knows = {"chain": "chain", "block": "block", "parallel": "block", "none": "none"}
-        assert knows[specimen.plugin.cls.draft_type] == drafter.signal.conditioning
+        if not specimen.is_composed:  # what it is made of says it
+            assert knows[specimen.plugin.cls.draft_type] == drafter.signal.conditioning
+        costs = [drafter.cost(number) for number in range(1, NUM_DRAFT_TOKENS + 1)]
+        assert 0 <= costs[0] <= costs[-1]
+        assert costs == sorted(costs)
         assert drafter.cache_bytes_per_token >= 0
         assert all(isinstance(reason, str) for reason in drafter.not_for_sglang())
         worker = specimen.plugin.cls.sglang

@@ -23,6 +23,7 @@ from cosched.testing.specimen import (
     make_texts,
     needs_chains,
     needs_network,
+    needs_own_drafts,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class LearningContract:
 
         Where a tree was served, one of the best: as many as its levels have tokens on an average.
         """
-        needs_network(specimen)
+        needs_own_drafts(specimen)
         drafter, batch = specimen.make(), specimen.batch("all", max_batch, window)
         rank = drafter.num_verified // drafter.num_draft_tokens
         logits = drafter.replay(batch).detach()
@@ -61,7 +62,7 @@ class LearningContract:
     @pytest.mark.parametrize("window", [None, 16, 1])
     def test_replay_gives_the_served_logits(self, specimen: Specimen, window: int | None) -> None:
         """Behind every anchor of a text, replayed rows are what serving computed, number by number."""
-        needs_network(specimen)
+        needs_own_drafts(specimen)
         needs_chains(specimen)
         drafter = specimen.make()
         texts = make_texts(specimen.target, drafter, count=3, length=64)

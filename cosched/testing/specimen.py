@@ -8,6 +8,7 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosched.engines.embedded.choosing import Led
+from cosched.engines.embedded.rows import LiveRows
 from cosched.engines.embedded.trees import Forest
+from cosched.protocols import ComposedSettings
 from cosched.records import Segment, SignalBatch
 from cosched.testing.harness import (
     Watcher,
@@ -71,6 +74,11 @@ class Specimen:
         self.key = key
         self.target = target
         self._served: dict[tuple[int, int | None], Served] = {}
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether it is made of other drafters."""
+        return issubclass(self.plugin.cls.Settings, ComposedSettings)
 
     def make(self, target: Target | None = None, num_draft_tokens: int = NUM_DRAFT_TOKENS) -> Any:
         """A new drafter, ready to serve; the same bits every time."""
@@ -138,13 +146,19 @@ class Specimen:
         return batch
 
     def settings(self, path: str, num_draft_tokens: int = NUM_DRAFT_TOKENS) -> Any:
-        """The plugin's settings for a checkpoint folder."""
-        return self.plugin.cls.Settings(
-            kind=self.plugin.name,
-            path=path,
-            num_draft_tokens=num_draft_tokens,
-            **self.make().own_settings,
-        )
+        """The plugin's settings for a checkpoint folder.
+
+        Of one that is made of others the folder has one for each; settings of its own it has as attributes.
+        """
+        cls, name = self.plugin.cls.Settings, self.plugin.name
+        if not self.is_composed:
+            own = self.make().own_settings
+            return cls(kind=name, path=path, num_draft_tokens=num_draft_tokens, **own)
+        folders = sorted(Path(path).iterdir())
+        drafters = tuple({"kind": f.name.partition("-")[2], "path": str(f)} for f in folders)
+        more = set(cls.__struct_fields__) - set(ComposedSettings.__struct_fields__)
+        own = {key: getattr(self.make(), key) for key in more}
+        return cls(kind=name, drafters=drafters, num_draft_tokens=num_draft_tokens, **own)
 
 
 @cache
@@ -169,6 +183,7 @@ def _plain(target: Target) -> dict[str, list[int]]:
 class Text:
     """Given tokens, and the target's features and logits at each where the drafter sees them."""
 
+    target: Target
     tokens_T: Tensor
     features_TF: Tensor | None
     logits_TV: Tensor | None
@@ -185,7 +200,7 @@ def make_texts(target: Target, drafter: Drafter, count: int, length: int) -> lis
         rows = target.forward(tokens_T[None], positions_1T, cache_, drafter.signal.feature_layers)
         features_TF = None if rows.features_BTF is None else rows.features_BTF[0]
         logits_TV = rows.logits_BTV[0] if drafter.signal.last_logits else None
-        texts.append(Text(tokens_T, features_TF, logits_TV))
+        texts.append(Text(target, tokens_T, features_TF, logits_TV))
     return texts
 
 
@@ -206,6 +221,11 @@ class Feeder:
         self._step = 0
         longest = max(len(text.tokens_T) for text in texts)
         self.state = drafter.new_state(len(texts), longest, window)
+        self._rows = None
+        if drafter.needs_target:
+            room = longest + drafter.num_draft_tokens + 1
+            self._rows = LiveRows(texts[0].target, len(texts), room, ())
+            drafter.lend(self.state, self._rows.layers)
 
     def observe(self, lengths: Sequence[int]) -> None:
         """Commit rows up to those lengths."""
@@ -215,6 +235,8 @@ class Feeder:
             features = None if text.features_TF is None else text.features_TF[start:end]
             logits_V = None if text.logits_TV is None else text.logits_TV[end - 1]
             tokens_R1 = text.tokens_T[start : end + 1]
+            if self._rows is not None:
+                self._rows.commit(slot, tokens_R1[:-1], start)
             segment = Segment("text", start, tokens_R1, features, None, logits_V=logits_V)
             self.drafter.observe(self.state, slot, segment)
         self.lengths = list(lengths)
@@ -222,6 +244,8 @@ class Feeder:
     def move(self, source: int, destination: int) -> None:
         """The text in the last slot goes on in another, whose own is done."""
         self.drafter.move_slot(self.state, source, destination)
+        if self._rows is not None:
+            self._rows.move_slot(source, destination, self.lengths[source])
         self.texts[destination] = self.texts.pop(source)
         self.lengths[destination] = self.lengths.pop(source)
 
@@ -231,7 +255,7 @@ class Feeder:
         self.lengths.append(0)
 
     def propose(self, number: int | None = None) -> Tensor:
-        """Logits ``[B, K, V]`` of ``number`` drafts (None: all); tokens ``[B, K, 1]`` where there are none.
+        """Logits ``[B, K, V]`` of ``number`` drafts (None: all); tokens without any are certain.
 
         Of trees all that there is of each level, ``[B, number, …]``.
         """
@@ -246,7 +270,8 @@ class Feeder:
         if proposal.parents_BK is not None:
             return _levels(proposal, proposal.parents_BK, number, self.drafter.num_tree_tokens)
         if proposal.logits_BKV is None:
-            return proposal.tokens_BK[..., None].float()
+            size = self.texts[0].target.vocab_size
+            return F.one_hot(proposal.tokens_BK, size).log()
         assert torch.equal(proposal.tokens_BK, path_BK), "drafted tokens are those that were chosen"
         return proposal.logits_BKV
 
@@ -343,3 +368,10 @@ def needs_network(specimen: Specimen) -> None:
     """Skip the test where the drafter has no weights to train."""
     if specimen.make().network() is None:
         pytest.skip(f"{specimen.plugin.name} has no network: it learns by itself")
+
+
+def needs_own_drafts(specimen: Specimen) -> None:
+    """Skip the test where not all that is drafted comes from weights of its own."""
+    needs_network(specimen)
+    if specimen.is_composed:
+        pytest.skip(f"{specimen.plugin.name} also serves what drafters without weights propose")

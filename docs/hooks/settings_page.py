@@ -16,6 +16,7 @@ from msgspec import inspect as types
 from omegaconf import OmegaConf
 
 from cosched.protocols import (
+    ComposedSettings,
     DrafterSettings,
     LengthSettings,
     LossSettings,
@@ -200,10 +201,17 @@ def _role(path: str, role: Role) -> Iterator[str]:
 def _defaults() -> Iterator[str]:
     """What ``adapt`` holds where the file does not say, by how the drafter drafts."""
     yield from _heading("Defaults by drafter type", "defaults", 2)
-    yield "What a file leaves out of `adapt` comes from `schedulers/defaults.py`, by the drafter's type:\n"
+    yield (
+        "What a file leaves out of `adapt` comes from `schedulers/defaults.py`, by the drafter's type; "
+        "one that is made of others goes by the one of them that is trained:\n"
+    )
     rows: dict[str, list[str]] = {}
     for draft_type, section in TABLE.items():
-        named = [p.name for p in DRAFTERS.plugins() if p.cls.draft_type == draft_type]
+        named = [
+            p.name
+            for p in DRAFTERS.plugins()
+            if p.cls.draft_type == draft_type and not issubclass(p.cls.Settings, ComposedSettings)
+        ]
         title = f"`{draft_type}`" + (f" ({', '.join(named)})" if named else "")
         rows.setdefault(OmegaConf.to_yaml(OmegaConf.create({"adapt": section})), []).append(title)
     for text, titles in rows.items():

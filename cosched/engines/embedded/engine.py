@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from cosched.engines.embedded.rows import RunsLayers
 from cosched.engines.embedded.slots import Slot
 from cosched.engines.embedded.stopping import Stopping
 from cosched.engines.embedded.target import TargetRows
@@ -111,6 +112,9 @@ class EmbeddedEngine:
             if drafter
             else None
         )
+        if drafter is not None and drafter.needs_target:
+            assert isinstance(rows, RunsLayers), "settings.check refuses it over a trace"
+            drafter.lend(self._state, rows.layers)
         self._slots: list[Slot] = []
         self.seconds = EngineSeconds()
 

@@ -5,7 +5,7 @@ Letters: B requests, S rows, P prompt rows.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -44,6 +44,21 @@ class RowSource(Protocol):
     def move_slot(self, source: int, destination: int, length: int) -> None: ...
 
 
+@runtime_checkable
+class RunsLayers(Protocol):
+    """What a source has besides, if there is a target behind it that runs."""
+
+    def layers(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        layers: Sequence[int],
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """``cosched.protocols.LayersForward``; what it writes is overwritten by ``verify``."""
+        ...
+
+
 EXACT_POSITIONS = 64  # attention sums over whole vectors of them, in the same order for every row
 
 
@@ -70,10 +85,18 @@ class LiveRows:
         self._layers = feature_layers
 
     def prefill(self, slot: int, request: GenerationRequest) -> TargetRows:
-        ids_1P = request.prompt_P[None]
-        positions_1P = torch.arange(ids_1P.shape[1], device=ids_1P.device)[None]
+        return self.commit(slot, request.prompt_P, 0)
+
+    def commit(self, slot: int, tokens_R: Tensor, start: int) -> TargetRows:
+        """Rows ``[1, R]`` of a text that goes on at ``start``; logits of its last row only."""
+        positions_1R = torch.arange(start, start + len(tokens_R), device=tokens_R.device)[None]
         return self._target.forward(
-            ids_1P, positions_1P, self._cache, self._layers, first_slot=slot, num_logits=1
+            tokens_R[None],
+            positions_1R,
+            self._cache,
+            self._layers,
+            first_slot=slot,
+            num_logits=1,
         )
 
     def verify(
@@ -101,6 +124,18 @@ class LiveRows:
     def keep(self, slot: int, start: int, rows: Sequence[int]) -> None:
         if list(rows) != list(range(len(rows))):
             self._cache.bring_together(slot, start, rows)
+
+    def layers(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        layers: Sequence[int],
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        rows = self._target.forward(
+            ids_BT, positions_BT, self._cache, counts=counts, layers=tuple(layers)
+        )
+        return rows.logits_BTV
 
     def move_slot(self, source: int, destination: int, length: int) -> None:
         self._cache.move(source, destination, length)

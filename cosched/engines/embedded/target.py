@@ -69,6 +69,7 @@ class Target:
         self._capture_layers: tuple[int, ...] = ()
         self._captured: dict[int, Tensor] = {}
         self._hidden: Tensor | None = None
+        self._parts: dict[tuple[int, ...], nn.ModuleList] = {}  # some of its layers
         self.path = path
         self.window = window_of(config)
         self._token_ids: dict[str, int] | None = None
@@ -158,13 +159,15 @@ class Target:
         round_to: int = 1,
         counts: Sequence[int] | None = None,
         sees_BTT: Tensor | None = None,
+        layers: tuple[int, ...] | None = None,
     ) -> TargetRows:
         """Run rows at ``positions_BT`` over what the cache holds before them.
 
         ``num_logits`` limits the logits to the last rows (a prompt needs one). ``round_to`` makes the
         number of positions that attention goes over, most of the last ones masked, a multiple of it.
         Of request b only the first ``counts[b]`` rows are computed, and the rest are zeros; None: all.
-        ``sees_BTT`` says which of the rows each one sees, if they are trees (``trees.Forest``).
+        ``sees_BTT`` says which of the rows each one sees, if they are trees (``trees.Forest``). Of the model
+        only those of its ``layers`` are run, and the norm and head behind them; None: all.
         """
         ragged = None if counts is None else Ragged(counts, ids_BT.shape[1], ids_BT.device)
         if sees_BTT is not None:
@@ -179,7 +182,7 @@ class Target:
             mask_BTL = at_L <= positions_BT[..., None]
             if self.window is not None:
                 mask_BTL &= at_L > positions_BT[..., None] - self.window
-        with self._capturing(feature_layers), packed_as(ragged):
+        with self._capturing(feature_layers), packed_as(ragged), self._only(layers):
             output = self.model(
                 input_ids=ids_BT if ragged is None else ragged.pack(ids_BT),
                 position_ids=positions_BT if ragged is None else ragged.pack(positions_BT),
@@ -208,6 +211,22 @@ class Target:
             self._capture_layers = ()
             self._captured.clear()
             self._hidden = None
+
+    @contextmanager
+    def _only(self, layers: tuple[int, ...] | None) -> Generator[None]:
+        """The model without its other layers; each keeps its own number, and so its place in the cache."""
+        if layers is None:
+            yield
+            return
+        decoder = self.model.get_decoder()
+        whole = decoder.layers
+        if layers not in self._parts:
+            self._parts[layers] = nn.ModuleList([whole[layer] for layer in layers])
+        decoder.layers = self._parts[layers]
+        try:
+            yield
+        finally:
+            decoder.layers = whole
 
     def _keep_hidden(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._hidden = output.last_hidden_state
