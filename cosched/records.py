@@ -378,7 +378,10 @@ KEEP = Verdict("keep")
 
 
 class WeightVersion(msgspec.Struct, frozen=True):
-    """The serving draft after a publication: its number and checksums in hexadecimal."""
+    """The serving draft after a publication: its number and checksums in hexadecimal.
+
+    That of the target is of the slice which was looked at; None where none was.
+    """
 
     version: int
     draft_checksum: str

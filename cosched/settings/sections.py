@@ -237,7 +237,7 @@ class TrainerSettings(Section, frozen=True):
 
 
 class PublishSettings(Section, frozen=True):
-    """``adapt.publish``: every ``target_check_every``-th one checksums all of the target; 0: none.
+    """``adapt.publish``: ``target_check_every`` of them checksum all of the target, each a slice; 0: none.
 
     ``keep`` is how many of the newest versions are kept in memory, that which serves among them; each
     can be served again, and so can the draft as it was loaded. With 1 that is all there is to go back
