@@ -176,6 +176,8 @@ class Drafter(Protocol):
     its public formats (``CheckpointFormats``), for ``cosched convert``; None where it has but one.
     ``sglang`` names what drafts with it in SGLang; None where nothing does. It keeps
     ``slot_bytes`` of each request, however long it is, and ``shared_bytes`` of those that are done.
+    Where it is ``capturable`` a CUDA graph may repeat a ``replay``: what is asked of the device goes by
+    shapes alone, and what it reads besides its weights stays where it is.
     """
 
     Settings: ClassVar[type[DrafterSettings]] = DrafterSettings
@@ -186,6 +188,7 @@ class Drafter(Protocol):
     num_draft_tokens: int
     slot_bytes: int = 0
     shared_bytes: int = 0
+    capturable: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -219,6 +219,10 @@ class TrainerSettings(Section, frozen=True):
     own. Off, the engine waits for each update, and runs repeat exactly.
     ``precision`` is that of matrix products; ``auto`` is bfloat16 where the device multiplies it
     faster, so that results differ from one machine to another.
+    ``cuda_graph`` has a GPU repeat loss and gradients of a micro-step, captured at the start, so that the
+    host hands over one thing in place of hundreds or thousands; batches are filled up to a few sizes
+    for it with rows that weigh nothing. ``auto`` does so where one rank trains one draft for all in
+    stage 0 and the drafter can be captured; ``always`` is refused where something stands against it.
     """
 
     kind: Literal["deepspeed"] = "deepspeed"
@@ -228,6 +232,7 @@ class TrainerSettings(Section, frozen=True):
     weight_decay: NotNegative = 0.0
     background: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    cuda_graph: Literal["auto", "never", "always"] = "auto"
 
     def stage_of(self, num_ranks: int) -> int:
         """ZeRO's stage where so many ranks train together."""
