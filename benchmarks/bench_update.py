@@ -3,18 +3,20 @@
 Usage: THP_MEM_ALLOC_ENABLE=1 python benchmarks/bench_update.py [--drafters eagle3 dflash pard]
            [--target models/SmolLM2-135M-Instruct] [--turns 5] [--context 512] [--anchors 64]
            [--path 4] [--words 12000] [--scope full] [--zero-stage 0] [--chunk-rows N]
-           [--requests 1 ...] [--random qwen3-8b] [--device cpu] [--precision float32] [--json FILE]
+           [--requests 1 ...] [--random qwen3-8b] [--device cpu] [--precision float32] [--captured]
+           [--json FILE]
 
 One micro-step of DeepSpeed on the newest anchors of one text, the publication into a serving draft,
 what that costs the next draft, as its weights are laid out anew, and the scores of what was trained
 and of what serves, which a guard asks for and ``in all`` leaves out. ``--requests`` share the anchors,
 each with a text of its own. Drafts have random weights and the size of real ones, as what they say
 does not matter here; with ``--random`` so has the target, nothing is read from disk, and all are as
-large as those that are published. A plain step is one row behind the same context, with packed
-weights; a turn is some of them, then an update, so that a busy machine hits both. Only work outside
-of the named parts is left in ``other``. On a GPU a part ends when the device is done, so that the host
-never runs ahead from one part into the next. The variable is what the command ``cosched`` sets: large
-tensors in huge pages.
+large as those that are published. ``--captured`` makes loss and gradients by a CUDA graph, on a CPU by
+what stands in for one: they have no parts then, and are in ``other``. A plain step is one row behind
+the same context, with packed weights; a turn is some of them, then an update, so that a busy machine
+hits both. Only work outside of the named parts is left in ``other``. On a GPU a part ends when the
+device is done, so that the host never runs ahead from one part into the next. The variable is what the
+command ``cosched`` sets: large tensors in huge pages.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import wraps
+from dataclasses import replace
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from bench_cost_ratio import target_step
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -40,10 +44,13 @@ from cosched.engines.embedded.target import Target
 from cosched.guard.scorer import AcceptanceScorer
 from cosched.loop.publish import InPlacePublisher
 from cosched.protocols import Drafter, LossSettings
-from cosched.records import Decision
+from cosched.records import Decision, Layout, SignalBatch
+from cosched.testing.captured import by_doing
 from cosched.tinyworld.distill import crops_to_batch
 from cosched.tinyworld.drafts import layer_of
+from cosched.training.captured import Captured
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
+from cosched.training.frames import Frames
 from cosched.training.micro_step import BatchLoss
 from drafters.dflash import DFlashConfig, DFlashDrafter
 from drafters.eagle3 import Eagle3Config, Eagle3Drafter
@@ -147,9 +154,13 @@ def update(
     numbers = {"chunk_rows": options.chunk_rows, "precision": options.precision}
     batch_loss = BatchLoss(copy, loss, target.head, "hidden", **numbers)
     trainable = list(copy.scopes()[options.scope].parameters)
+    frames = Frames(options.context, options.anchors, requests, True, options.context)
+    record = by_doing if target.device.type == "cpu" else None
     trainer = DeepSpeedTrainer(
-        batch_loss, trainable, zero_stage=options.zero_stage, learning_rate=3e-4, max_grad_norm=1.0
-    )
+        batch_loss, trainable, zero_stage=options.zero_stage, learning_rate=3e-4, max_grad_norm=1.0,
+        frames=frames if options.captured else None,
+        capture=partial(Captured, record=record, must=True),
+    )  # fmt: skip
     publisher = InPlacePublisher.of_modules(network, target.model, target_check_every=0)
     apart = drafter.clone(torch.float32)  # the copy's time is that of an update
     scorer = AcceptanceScorer(apart, target.head, "hidden", target.dtype, **numbers)
@@ -163,16 +174,17 @@ def update(
     anchors_N = torch.arange(newest - share, newest, device=target.device) + 1
     with torch.no_grad():
         anchors_RN = anchors_N.expand(requests, -1)
-        batch = crops_to_batch(target, drafter, ids_RT, anchors_RN, options.path)
+        batch = known(crops_to_batch(target, drafter, ids_RT, anchors_RN, options.path))
 
     watch = Stopwatch(clock(target.device))
-    watch.watch(copy, "replay_states", "replay")
-    watch.watch(copy, "project", "student head")
-    watch.watch(batch_loss, "_prepare", "teacher")
-    for method in ("logits", "lost_mass"):
-        watch.watch(batch_loss._teacher, method, "teacher")
-    watch.watch(loss, "measure", "loss")
-    watch.watch(trainer._engine, "backward", "backward")
+    if not options.captured:  # a watch waits for the device, which nothing may that is captured
+        watch.watch(copy, "replay_states", "replay")
+        watch.watch(copy, "project", "student head")
+        watch.watch(batch_loss, "_prepare", "teacher")
+        for method in ("logits", "lost_mass"):
+            watch.watch(batch_loss._teacher, method, "teacher")
+        watch.watch(loss, "measure", "loss")
+        watch.watch(trainer._engine, "backward", "backward")
     watch.watch(trainer._engine, "step", "optimizer")
 
     def read_weights() -> None:
@@ -194,6 +206,15 @@ def update(
     return turn
 
 
+def known(batch: SignalBatch) -> SignalBatch:
+    """With what the host knows of a batch that a replay buffer gives: neighbours have rows in common."""
+    requests, anchors, path = shape = batch.weights_RNK.shape
+    along_text = np.arange(anchors)[:, None] + np.arange(path)
+    says = np.arange(requests)[:, None, None] * (anchors + path) + along_text
+    of = batch.starts_R, batch.weights_RNK, batch.teacher_RNKX
+    return replace(batch, layout=Layout((0,) * requests, np.ones(shape, np.float32), says, of))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="models/SmolLM2-135M-Instruct")
@@ -210,6 +231,7 @@ def main() -> None:
     parser.add_argument("--random", choices=["qwen3-8b", "no"], default="no")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32")
+    parser.add_argument("--captured", action="store_true")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     target = load_target(options)
@@ -236,7 +258,8 @@ def main() -> None:
             ms = {"plain step": statistics.median(plain)} | {
                 name: statistics.median(seconds) for name, seconds in parts.items()
             }
-            figures |= {f"{kind}, {requests}: {name} ms": 1e3 * s for name, s in ms.items()}
+            what = f"{kind}, {requests}" + (", captured" if options.captured else "")
+            figures |= {f"{what}: {name} ms": 1e3 * s for name, s in ms.items()}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

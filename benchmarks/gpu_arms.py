@@ -54,7 +54,9 @@ def arms(config: str) -> list[Arm]:
     return [
         *(_served(name, spec, config) for name, spec in SERVED.items()),
         *(_update(kind, draft) for kind, draft in DRAFTS.items()),
+        *(_update(kind, draft, "captured") for kind, draft in DRAFTS.items()),
         _tests("greedy", "greedy", "greedy and eagle3", bound=240),
+        _tests("captured", "captured", "captured and eagle3", bound=120),
         *(_tests(kind, f"learn and {kind}", f"learn and {kind} and tail", 240) for kind in DRAFTS),
         _tests("memory", "logits", "logits", bound=120),
         Arm(
@@ -77,13 +79,13 @@ def arms(config: str) -> list[Arm]:
     ]  # fmt: skip
 
 
-def _update(kind: str, draft: Draft) -> Arm:
+def _update(kind: str, draft: Draft, *how: str) -> Arm:
     """At the sizes of Qwen3-8B and its published drafts; a dry run at those of the tiny world."""
     return Arm(
-        f"update-{kind}",
-        ("benchmarks/bench_update.py", "--random", "qwen3-8b", "--device", "cuda", "--drafters", kind,
-         "--words", "32000", "--context", str(draft.window), "--anchors", str(ANCHORS),
-         "--path", str(draft.path), "--precision", "auto", "--requests", "1", "16", "--turns", "10"),
+        "-".join(("update", kind, *how)),
+        ("benchmarks/bench_update.py", *(f"--{one}" for one in how), "--random", "qwen3-8b",
+         "--device", "cuda", "--drafters", kind, "--words", "32000",
+         "--context", str(draft.window), "--anchors", str(ANCHORS), "--path", str(draft.path), "--precision", "auto", "--requests", "1", "16", "--turns", "10"),
         ("--random", "no", "--target", "tinyworld/target", "--device", "cpu", "--words", "512",
          "--context", "96", "--anchors", "16", "--turns", "2"),
         bound=200,

@@ -63,12 +63,12 @@ def plain_rows(records: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def of_update(figure: str) -> float | None:
-    """What the model says of a figure of bench_update.py, ``KIND, REQUESTS: PART ms``."""
+    """What the model says of a figure of bench_update.py, ``KIND, REQUESTS[, captured]: PART ms``."""
     where, _, part = figure.partition(": ")
-    kind, _, requests = where.partition(", ")
+    kind, requests, *how = *where.split(", "), ""
     if kind not in DRAFTS or not requests.isdigit():
         return None
-    one = expected(kind, int(requests), "bfloat16")
+    one = expected(kind, int(requests), "bfloat16", "graph" if "captured" in how else "eager")
     parts = {
         "in all ms": one.update + one.publication,
         "publication ms": one.publication,

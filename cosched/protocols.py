@@ -9,13 +9,16 @@ M = R * N * K student rows of a batch.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import msgspec
 from msgspec import Meta
 
-from cosched.policies import DraftLength as DraftLength  # so that plugins have all roles from here
+from cosched.drafting import MOST_UNDRAFTED as MOST_UNDRAFTED  # so that plugins have all from here
+from cosched.drafting import Choose as Choose  # noqa: TC001
+from cosched.drafting import LayersForward as LayersForward  # noqa: TC001
+from cosched.drafting import TargetInfo as TargetInfo
+from cosched.policies import DraftLength as DraftLength
 from cosched.policies import Expert as Expert
 from cosched.policies import ExpertSettings as ExpertSettings
 from cosched.policies import LengthSettings as LengthSettings
@@ -36,7 +39,7 @@ from cosched.records import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -117,54 +120,6 @@ class ComposedSettings(DrafterSettings, frozen=True, kw_only=True):
 OF_THE_WHOLE = ("num_draft_tokens", "length", "window")  # settings that no part of one has
 
 
-class Choose(Protocol):
-    """How drafted tokens are picked from the draft's logits: ``choose(k, logits_BV)``, token by token."""
-
-    @abstractmethod
-    def __call__(self, k: int, logits_BV: Tensor, /) -> Tensor | None:
-        """Token k of each request's chain ``[B]``.
-
-        None, never of the first one: neither that token nor more are wanted.
-        """
-        ...
-
-    @abstractmethod
-    def siblings(self, first: int, logits_BRV: Tensor, rows_BW: Tensor) -> Tensor:
-        """Tokens ``first .. first + W - 1`` of each request's tree ``[B, W]``.
-
-        Token w is picked from the logits ``rows_BW[:, w]``, and several from the same are siblings. How many
-        each row has may follow from all logits and all tokens before these, and from nothing else.
-        """
-        ...
-
-
-LayersForward = Callable[["Tensor", "Tensor", Sequence[int], "Sequence[int] | None"], "Tensor"]
-"""``forward(ids_BT, positions_BT, layers, counts) -> logits_BTV``: the target with those of its layers alone.
-
-For slots ``0..B - 1``, of each its first ``counts[b]`` rows (None: all; zeros for the others), over the
-keys and values of the text that is committed. It writes at ``positions_BT``: from the newest token on.
-"""
-
-MOST_UNDRAFTED = 128
-"""In how many rounds in a row, at most, an engine drafts nothing."""
-
-
-class TargetInfo(Protocol):
-    """What a drafter may know of the target when it is loaded; ``model_type`` is transformers' name."""
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    max_length: int
-    model_type: str
-    embedding: nn.Embedding
-    head: nn.Module
-
-    def token_ids(self) -> Mapping[str, int] | None:
-        """The tokenizer's vocabulary; None where the target came without a tokenizer."""
-        ...
-
-
 class CheckpointFormats(Protocol):
     """The public formats of a family, as a module: ``drafters.eagle3.formats`` is one.
 
@@ -221,6 +176,8 @@ class Drafter(Protocol):
     ``sglang`` names what drafts with it in SGLang; None where nothing does. It keeps
     ``slot_bytes`` of each request, however long it is, and ``shared_bytes`` of those that are done. One
     that ``needs_target`` drafts with layers of the target, which an engine that runs it will ``lend``.
+    Where it is ``capturable`` a CUDA graph may repeat a ``replay``: what is asked of the device goes by
+    shapes alone, and what it reads besides its weights stays where it is.
     """
 
     Settings: ClassVar[type[DrafterSettings]] = DrafterSettings
@@ -233,6 +190,7 @@ class Drafter(Protocol):
     slot_bytes: int = 0
     shared_bytes: int = 0
     needs_target: bool = False
+    capturable: ClassVar[bool] = False
 
     @property
     def own_settings(self) -> Mapping[str, Any]:

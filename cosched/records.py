@@ -162,17 +162,26 @@ IDLE_TICK = VerifyRound((), (), (), draft_seconds=0.0, verify_seconds=0.0, num_r
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """How many rows those of a batch that count are filled up to, and its teacher rows that differ."""
+
+    rows: int
+    teacher_rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """What the host knows of a batch that it has put together, so that it need not ask the device.
 
     Teacher rows of the same number in ``says_RNK`` are alike. ``of`` are the batch's starts, weights and
-    teacher: of others it is void.
+    teacher: of others it is void. ``room`` is there where the batch fills a frame (``Frames``).
     """
 
     starts: tuple[int, ...]
     weights_RNK: NDArray[Any]
     says_RNK: NDArray[Any]
     of: tuple[Tensor, Tensor, Tensor]
+    room: Room | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,7 +387,10 @@ KEEP = Verdict("keep")  # there was nothing to look at
 
 
 class WeightVersion(msgspec.Struct, frozen=True):
-    """The serving draft after a publication: its number and checksums in hexadecimal."""
+    """The serving draft after a publication: its number and checksums in hexadecimal.
+
+    That of the target is of the slice which was looked at; None where none was.
+    """
 
     version: int
     draft_checksum: str

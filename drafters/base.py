@@ -54,6 +54,7 @@ class NetworkDrafter(Drafter, Generic[C, N]):
 
     formats: ClassVar[CheckpointFormats]
     conditioning: ClassVar[Any]
+    capturable: ClassVar[bool] = True
     borrowed: ClassVar[
         tuple[str, ...]
     ] = ()  # tensors that a file may have as copies of the target's

@@ -50,13 +50,15 @@ class Rotary(nn.Module):
     """Rotary position embedding, half rotation (the Llama convention), from a growing table.
 
     The table is no buffer: it stays in float32 when the network is cast, so a float32 copy of a
-    bfloat16 draft rotates exactly.
+    bfloat16 draft rotates exactly. Shorter ones of before stay where they are: a CUDA graph that was
+    captured with one goes on reading it.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self._config = config
         self.table_TD = torch.empty(0, config.width_of_head, device="cpu")
+        self._shorter: list[Tensor] = []
 
     def reserve(self, length: int) -> None:
         """Make the table long enough for positions below ``length``; it doubles, so this is rare."""
@@ -67,6 +69,7 @@ class Rotary(nn.Module):
             frequencies, factor = self._config.inverse_frequencies()
             angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
             table = torch.cat((angles.cos(), angles.sin()), -1) * factor
+        self._shorter.append(self.table_TD)
         self.table_TD = table.to(self.table_TD.device, torch.float32)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:

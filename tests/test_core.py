@@ -109,7 +109,7 @@ def test_publication_changes_the_draft_in_place_and_nothing_else() -> None:
     version = publisher.publish(new)
     assert version.version == publisher.version == 1
     assert version.draft_checksum == checksum(new) == checksum(dict(network.named_parameters()))
-    assert version.target_checksum == publisher.target_checksum
+    assert [version.target_checksum] == publisher.slice_checksums
     assert [p.data_ptr() for p in network.parameters()] == pointers
 
 
@@ -140,17 +140,6 @@ def test_a_write_to_the_target_undoes_the_publication() -> None:
         publisher.publish({"norm.weight": network.norm.weight + 1})
     assert checksum(dict(network.named_parameters())) == before
     assert publisher.version == 0
-
-
-def test_bits_flipped_behind_autograd_are_found_by_the_full_checksum() -> None:
-    """A write through ``.data``, which no counter sees, is found by the checksum of all bits."""
-    target = make_target(seed=9)
-    network = make_drafter(target).network()
-    publisher = InPlacePublisher.of_modules(network, target.model, target_check_every=2)
-    target.embedding.weight.data[3, 3] += 1e-3
-    publisher.publish({"norm.weight": network.norm.weight + 1})
-    with pytest.raises(PublicationError, match="checksum"):
-        publisher.publish({"norm.weight": network.norm.weight + 1})
 
 
 def test_a_kept_version_serves_again_to_the_bit() -> None:

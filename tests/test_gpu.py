@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from cosched.engines.embedded.target import Target
 from cosched.engines.request import GenerationRequest
-from cosched.records import SignalBatch
+from cosched.records import Decision, SignalBatch
 from cosched.registry import DRAFTERS
 from cosched.runs.experiment import Experiment
 from cosched.settings.load import load_config
 from cosched.telemetry.run_folder import RunFolder
+from cosched.testing.captured import by_doing
 from cosched.testing.harness import (
     decode,
     make_coscheduler,
@@ -25,7 +27,11 @@ from cosched.testing.harness import (
     make_requests,
     make_target,
 )
+from cosched.training.captured import Captured
+from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
+from cosched.training.precision import Precision
+from tests.helpers.captured import make_frames, ragged
 from tests.helpers.chunks import (
     CHUNK,
     LOSSES_TO_TEST,
@@ -59,6 +65,7 @@ WAYS = {
     ),
     "top-k teacher": (*LEARNT, "adapt.replay.teacher=top_k"),
     "in the background": (*LEARNT, "adapt.trainer.background=true"),
+    "launched one by one": (*LEARNT, "adapt.trainer.cuda_graph=never"),  # the others are captured
 }  # fmt: skip
 
 pytestmark = [
@@ -145,7 +152,43 @@ def test_logits_are_held_of_one_chunk_on_cuda(loss: str) -> None:
     assert allocated(None) > 2 * 512
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["eagle3", "dflash", "pard"])
+def test_captured_updates_are_eager_ones(kind: str, precision: Precision) -> None:
+    """Over updates of other requests, lengths and objectives, each of several steps: losses and weights
+    differ by the order of sums, which is another one on a GPU each time. A dry run has a stand-in."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(1)
+    target = make_target()
+    drafter = next(iter(DRAFTERS.get(kind).examples(target, 3).values()))
+    drafter.network().requires_grad_(False)
+    batches = [on_device(ragged(target, drafter, count, seed=count)) for count in (3, 4, 1, 3)]
+    target.model.to(DEVICE)
+    drafter.network().to(DEVICE)
+    record = by_doing if DEVICE == "cpu" else None
+    made = []
+    for frames in (make_frames(), None):
+        copy = drafter.clone(torch.float32)
+        names = [name for name, _ in copy.network().named_parameters()]
+        losses = make_loss("forward_kl"), [make_loss("sum")]
+        module = BatchLoss(copy, losses[0], target.head, "hidden", losses[1], precision)
+        capture = partial(Captured, record=record, must=True)
+        made.append(DeepSpeedTrainer(module, names, 0, 1e-3, 1.0, frames=frames, capture=capture))
+    captured, eager = made
+    rounding = 1e-4 if precision == "float32" else 2e-2
+    for number, batch in enumerate(batches):
+        decision = Decision(3, objective=number % 2)
+        found, expected = captured.update(batch, decision), eager.update(batch, decision)
+        assert found.losses == pytest.approx(expected.losses, rel=rounding)
+        assert found.num_skipped == 0
+    moved = max(float((w - captured._initial[n]).abs().max()) for n, w in eager.weights().items())
+    for name, weight in captured.weights().items():
+        torch.testing.assert_close(weight, eager.weights()[name], rtol=0, atol=0.1 * moved)
+
+
 def on_device(batch: SignalBatch) -> SignalBatch:
     tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
     moved = {name: t.to(DEVICE) for name, t in tensors.items() if isinstance(t, Tensor)}
-    return replace(batch, **moved)
+    of = moved["starts_R"], moved["weights_RNK"], moved["teacher_RNKX"]
+    layout = batch.layout and replace(batch.layout, of=of)
+    return replace(batch, **moved, layout=layout)

@@ -5,6 +5,7 @@ Letters: R requests, N anchors, K drafted tokens, M rows, V vocabulary, H state 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,15 +15,25 @@ from cosched.build.embedded import build_world, load_drafter
 from cosched.build.trainer import build_scorer, build_trainer
 from cosched.guard.scorer import AcceptanceScorer
 from cosched.loop.replay import ReplayLimits
-from cosched.memory.footprint import batch_of_look, batch_of_update, footprint
-from cosched.memory.full_size import full_batch
+from cosched.memory import footprint as footprint_module
+from cosched.memory.capturing import frames_of
+from cosched.memory.footprint import footprint, losses_of
+from cosched.memory.full_size import (
+    batch_of_look,
+    batch_of_update,
+    batches_of_update,
+    full_batch,
+)
 from cosched.memory.live import LivePeak
 from cosched.memory.peaks import scores_peak, step_peak
 from cosched.memory.sketch import sketch as sketch_of
 from cosched.records import Decision, SignalBatch
 from cosched.settings.load import load_config
+from cosched.testing.captured import by_doing
 from cosched.testing.harness import make_target, make_trainer
 from cosched.testing.specimen import MetaTarget
+from cosched.training.captured import Captured
+from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.micro_step import BatchLoss
 from tests.helpers.chunks import (
     CHUNK,
@@ -234,6 +245,40 @@ def test_a_run_allocates_what_check_says(kind: str, changed: str) -> None:
         scorer.scores(batch_of_look(config, world.target, copy), [trainer.weights()])
     assert held + said.step == pytest.approx(updating, rel=0.1)
     assert held + said.scores == pytest.approx(live.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dflash", "pard"])
+def test_a_captured_run_allocates_what_check_says(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a tenth, with what fills batches up. What stands in for a graph keeps gradients of each of
+    the three shapes, and makes them anew; graphs have them in one memory."""
+    monkeypatch.setattr(footprint_module, "device_of", lambda _: torch.device("cuda"))
+    config = load_config(
+        SAMPLED,
+        ["arms=[adapted]", f"drafter.kind={kind}", f"drafter.path=tinyworld/{kind}",
+         "adapt.replay.window=100", "engine.max_batch=3"],
+    )  # fmt: skip
+    said = footprint(config, *sketch_of(config))
+    assert said.added - said.beside_sglang == said.within_sglang > said.graphs > said.step == 0
+    held = said.trainer_copy + said.first_weights + said.masters + said.moments + said.words
+    world = build_world(config)
+    drafter = load_drafter(world)
+    frames = frames_of(config, world.target, drafter, losses_of(config), "cuda")
+    assert frames is not None
+    assert frames.sizes == [4, 2, 1]
+    with LivePeak() as live:
+        copy = drafter.clone(torch.float32)
+        names = [name for name, _ in copy.network().named_parameters()]
+        module = BatchLoss(copy, losses_of(config)[0], world.target.head, "hidden")
+        capture = partial(Captured, record=by_doing)
+        trainer = DeepSpeedTrainer(module, names, 0, 1e-3, 1.0, frames=frames, capture=capture)
+        for _ in range(2):
+            live.peak = 0
+            for batch in batches_of_update(config, world.target, copy, frames):
+                trainer.update(batch, Decision(1))
+    kept = 3 * 4 * said.num_trained
+    assert held + said.graphs + kept == pytest.approx(live.peak, rel=0.1)
 
 
 def whole_batch(target: Any, drafter: Any, num_anchors: int) -> SignalBatch:

@@ -15,7 +15,7 @@ from cosched.loop.budget import WithinTimeShare
 from cosched.loop.per_adapter import CoschedulerPool
 from cosched.loop.publish import InPlacePublisher, Serving
 from cosched.loop.replay import ReplayBuffer
-from cosched.memory.footprint import replay_limits
+from cosched.memory.full_size import replay_limits
 from cosched.protocols import ServesAdapters
 from cosched.registry import OBJECTIVES, POLICIES
 from cosched.training.lora import on_base_of, weight_names

@@ -12,10 +12,13 @@ import torch
 from cosched.errors import ConfigError
 from cosched.guard.scorer import AcceptanceScorer
 from cosched.guard.settings import ShadowSettings
-from cosched.memory.footprint import batch_of_look, batch_of_update
+from cosched.memory.capturing import frames_of
+from cosched.memory.footprint import losses_of
+from cosched.memory.full_size import batch_of_look, batches_of_update
 from cosched.records import Decision
-from cosched.registry import DRAFTERS, LOSSES
+from cosched.registry import DRAFTERS
 from cosched.training.background import BackgroundScorer, BackgroundTrainer
+from cosched.training.captured import Captured
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.group import TrainingGroup
 from cosched.training.lora import MergingTrainer
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from cosched.protocols import Drafter, TargetInfo
     from cosched.records import Acceptance
     from cosched.settings.schema import Config
+    from cosched.training.frames import Frames
     from cosched.training.lora import Lora
     from cosched.training.ranks import Ranks
 
@@ -65,7 +69,7 @@ def build_learner(
     trainer = build_trainer(config, target, copy, ranks)
     scorer = build_scorer(config, target, copy, acceptance, ranks)
     if device.type == "cuda":
-        rehearse(config, target, copy, trainer, scorer)
+        rehearse(config, target, copy, trainer, scorer, ranks)
     if not background:
         return trainer, scorer
     behind = BackgroundTrainer(trainer, device)
@@ -128,8 +132,7 @@ def _trainer(
     ranks: Ranks | None,
 ) -> DeepSpeedTrainer:
     adapt = config.adapt
-    losses = [loss for loss, _ in config.experts] or [config.loss_settings]
-    loss, *others = [LOSSES.get(settings.kind)(settings) for settings in losses]
+    loss, *others = losses_of(config)
     batch_loss = BatchLoss(
         copy,
         loss,
@@ -150,7 +153,16 @@ def _trainer(
         max_grad_norm=adapt.trainer.max_grad_norm,
         weight_decay=adapt.trainer.weight_decay,
         group=group,
+        frames=_frames(config, target, copy, ranks),
+        capture=partial(Captured, must=adapt.trainer.cuda_graph == "always"),
     )
+
+
+def _frames(
+    config: Config, target: TargetInfo, copy: Drafter, ranks: Ranks | None
+) -> Frames | None:
+    device, num_ranks = target.embedding.weight.device.type, ranks.size if ranks else 1
+    return frames_of(config, target, copy, losses_of(config), device, num_ranks)
 
 
 @dataclass(slots=True)
@@ -193,14 +205,22 @@ def _build_alone(
 
 
 def rehearse(
-    config: Config, target: TargetInfo, copy: Drafter, trainer: Trainer, scorer: Scorer
+    config: Config,
+    target: TargetInfo,
+    copy: Drafter,
+    trainer: Trainer,
+    scorer: Scorer,
+    ranks: Ranks | None = None,
 ) -> None:
-    """An update and a look of full size, of which nothing is left but what the optimizer keeps.
+    """Updates and a look of full size, of which nothing is left but graphs and what the optimizer keeps.
 
-    The first ones take many times as long as others, and moments are there only after the first step:
-    SGLang gives its caches what is left by then.
+    The first ones take many times as long as others, moments are there only after the first step, and
+    each frame is captured as it first comes: SGLang gives its caches what is left by then.
     """
-    trainer.update(batch_of_update(config, target, copy), Decision(1))
+    frames = _frames(config, target, copy, ranks)
+    for batch in batches_of_update(config, target, copy, frames):
+        for number, _ in enumerate(losses_of(config) if frames else [None]):
+            trainer.update(batch, Decision(1, objective=number))
     if isinstance(config.adapt.guard, ShadowSettings) or config.experts:  # else nobody looks
         scorer.scores(batch_of_look(config, target, copy), [trainer.weights()])
     trainer.reset()

@@ -66,6 +66,27 @@ def fold_together(tensors: Mapping[str, Tensor]) -> Folded:
     return Folded(tuple(f"{names}{place}" for place in range(len(numbers))), tuple(numbers))
 
 
+def sliced(tensors: Mapping[str, Tensor], number: int) -> list[dict[str, Tensor]]:
+    """All rows of the tensors in so many parts, each of about as many bytes; some may have none."""
+    parts: list[dict[str, Tensor]] = [{} for _ in range(number)]
+    share = max(1, -(-sum(tensor.nbytes for tensor in tensors.values()) // number))
+    begin = 0  # of the tensor, if all lay one behind the other
+    for name, tensor in tensors.items():
+        rows = tensor if tensor.ndim else tensor.view(1)
+        size = tensor.nbytes // max(1, len(rows))
+        for part in range(begin // share, number) if size else ():
+            # A row goes to the part that its first byte lies in.
+            first, end = (
+                max(0, -(-(cut - begin) // size)) for cut in (part * share, (part + 1) * share)
+            )
+            if first >= len(rows):
+                break
+            if first < end:
+                parts[part][f"{name} from {first}"] = rows[first:end]
+        begin += tensor.nbytes
+    return parts
+
+
 def read(*several: Folded) -> list[str]:
     """The checksum of each; the host gets all that lie on one device at once."""
     found = iter(_to_host([tensor for one in several for tensor in one.bytes_]))

@@ -26,13 +26,15 @@ class CountedRows:
     """The rows of a batch whose weight is not zero, counted through all ``R * N * K``.
 
     ``teacher_TX`` are the teacher's rows that differ, ``first_T`` the place of one of each, and
-    ``says_M`` which of them each row has.
+    ``says_M`` which of them each row has. The first ``count`` rows are those that count; where the
+    batch has a ``room`` others of weight zero follow, and teacher rows that nobody has.
     """
 
     places_M: Tensor
     teacher_TX: Tensor
     first_T: Tensor
     says_M: Tensor
+    count: int
 
 
 def counted_rows(batch: SignalBatch, form: TeacherForm) -> CountedRows:
@@ -46,26 +48,31 @@ def counted_rows(batch: SignalBatch, form: TeacherForm) -> CountedRows:
         places_M = batch.weights_RNK.flatten().nonzero().squeeze(-1)  # host waits for the device
         rows_MX = teacher_MX.index_select(0, places_M)
         if len(set(batch.temperatures or ())) > 1:
-            return _each_its_own(places_M, rows_MX)
+            return _each_its_own(places_M, rows_MX, len(places_M))
         rows_TX, says_M = distinct(rows_MX, form)
         first_T = places_M.new_empty(len(rows_TX)).scatter_(0, says_M, places_M)
-        return CountedRows(places_M, rows_TX, first_T, says_M)
+        return CountedRows(places_M, rows_TX, first_T, says_M, len(places_M))
     device = batch.weights_RNK.device
-    (places,) = known.weights_RNK.ravel().nonzero()
-    places_M = upload(places, device)
+    weights, room = known.weights_RNK.ravel(), known.room
+    (places,) = weights.nonzero()
+    count = len(places)
+    more = 0 if room is None else room.rows - count
+    whole = np.concatenate((places, (weights == 0).nonzero()[0][:more]))
+    places_M = upload(whole, device)
     if form != "hidden":
-        return _each_its_own(places_M, teacher_MX.index_select(0, places_M))
+        return _each_its_own(places_M, teacher_MX.index_select(0, places_M), count)
     of_each = known.says_RNK.ravel()[places]
     _, first, says = np.unique(of_each, return_index=True, return_inverse=True)
-    first_T = upload(places[first], device)
+    more_teachers = 0 if room is None else room.teacher_rows - len(first)
+    first_T = upload(np.pad(places[first], (0, more_teachers)), device)
     rows_TX = teacher_MX.index_select(0, first_T)
-    return CountedRows(places_M, rows_TX, first_T, upload(says, device))
+    says_M = upload(np.pad(says, (0, more)), device)
+    return CountedRows(places_M, rows_TX, first_T, says_M, count)
 
 
-def _each_its_own(places_M: Tensor, rows_MX: Tensor) -> CountedRows:
-    return CountedRows(
-        places_M, rows_MX, places_M, torch.arange(len(places_M), device=places_M.device)
-    )
+def _each_its_own(places_M: Tensor, rows_MX: Tensor, count: int) -> CountedRows:
+    own_M = torch.arange(len(places_M), device=places_M.device)
+    return CountedRows(places_M, rows_MX, places_M, own_M, count)
 
 
 def upload(numbers: NDArray[Any], device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cosched.errors import PublicationError
-from cosched.loop.checksum import checksum, fold, fold_together, read
+from cosched.loop.checksum import fold, fold_together, read, sliced
 from cosched.loop.copies import Copies
 from cosched.records import WeightVersion
 
@@ -45,8 +45,9 @@ class InPlacePublisher:
 
     A publication copies into the same storage (CUDA graphs keep their pointers), then compares the
     draft's checksum with the candidate's. Of the target it checks that no tensor was written to
-    since the start, and on every ``target_check_every``-th publication (0: never) the checksum of
-    all its bits. For all checksums together it waits for the device once. If anything is wrong the
+    since the start, and the checksum of a slice of its bits, each time of the next one, so that
+    ``target_check_every`` publications go through all of it (0: none does). For all checksums
+    together it waits for the device once. If anything is wrong the
     draft's last good weights are put back and an error is raised. ``first`` are the draft's whole
     weights as loaded, which serve now; they and the newest ``keep`` versions can be served again.
 
@@ -66,7 +67,6 @@ class InPlacePublisher:
         self.version = 0
         self._serving = serving
         self._first = first
-        self._target_check_every = target_check_every
         self._keep = keep
         self._clock = clock
         self._kept: dict[int, dict[str, Tensor]] = {}
@@ -80,8 +80,8 @@ class InPlacePublisher:
         for name, tensor in serving.draft.items():
             if not torch.equal(tensor, self._part(name, first[name])):  # host waits for the device
                 raise PublicationError(f"the serving draft's {name} is not that of its checkpoint")
-        self.target_checksum = checksum(serving.target)
-        (self._target_bits,) = read(fold_together(serving.target))  # host waits for the device
+        self._slices = sliced(serving.target, target_check_every) if target_check_every else []
+        self.slice_checksums = read(*map(fold_together, self._slices))  # host waits for the device
         self._target_writes = self._writes_to_target()
 
     @classmethod
@@ -159,9 +159,8 @@ class InPlacePublisher:
         expected = fold({name: parts.get(name, old) for name, old in draft.items()})
         _write(draft, parts)
         self._serving.refresh()
-        every = self._target_check_every
-        checks_target = every > 0 and (self.version + 1) % every == 0
-        draft_checksum = self._prove(weights, expected, checks_target)
+        number = self.version % len(self._slices) if self._slices else None
+        draft_checksum = self._prove(weights, expected, number)
         if weights is self._first:
             self._serving.as_loaded()
         self.version += 1
@@ -169,7 +168,7 @@ class InPlacePublisher:
         return WeightVersion(
             version=self.version,
             draft_checksum=draft_checksum,
-            target_checksum=self.target_checksum if checks_target else None,
+            target_checksum=None if number is None else self.slice_checksums[number],
             seconds=self._clock() - started,
         )
 
@@ -185,8 +184,8 @@ class InPlacePublisher:
         _write(storage, weights)
         self._kept[self.version] = storage
 
-    def _prove(self, weights: Mapping[str, Tensor], expected: Folded, checks_target: bool) -> str:
-        """The checksum of the draft that serves now.
+    def _prove(self, weights: Mapping[str, Tensor], expected: Folded, number: int | None) -> str:
+        """The checksum of the draft that serves now; ``number`` is the target's slice to look at.
 
         Raises:
             PublicationError: it is wrong, or the target was written to; the publication is undone.
@@ -195,8 +194,8 @@ class InPlacePublisher:
         agree, folded = serving.agree, [expected, fold(serving.draft)]
         if agree is not None:
             folded.append(fold(weights))
-        if checks_target:
-            folded.append(fold_together(serving.target))
+        if number is not None:
+            folded.append(fold_together(self._slices[number]))
         meant, found, *others = read(*folded)
         wrong = ""
         if found != meant:
@@ -205,8 +204,9 @@ class InPlacePublisher:
             wrong = "the ranks were given different weights"
         elif self._writes_to_target() != self._target_writes:
             wrong = "a tensor of the target was written to"
-        elif checks_target and others[-1] != self._target_bits:
-            wrong = f"the target's checksum became {others[-1]}, it was {self._target_bits}"
+        elif number is not None and others[-1] != (was := self.slice_checksums[number]):
+            part = f"part {number + 1} of {len(self._slices)} of the target"
+            wrong = f"the checksum of {part} became {others[-1]}, it was {was}"
         if not wrong:
             return meant
         last_good = {**self._first, **self._kept.get(self.version, {})}

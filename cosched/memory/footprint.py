@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from cosched.errors import ConfigError
-from cosched.guard.guard import LOOKED_AT
 from cosched.guard.settings import ShadowSettings
-from cosched.loop.replay import ReplayLimits
-from cosched.loop.teacher_rows import copies_words, record_width
-from cosched.memory.full_size import full_batch
-from cosched.memory.peaks import scores_peak, step_peak
+from cosched.loop.teacher_rows import copies_words
+from cosched.memory.capturing import frames_of
+from cosched.memory.full_size import (
+    batch_of_look,
+    batch_of_update,
+    batches_of_update,
+    replay_limits,
+)
+from cosched.memory.peaks import bytes_of, scores_peak, step_peak
 from cosched.memory.sketch import sketch_draft
 from cosched.registry import LOSSES
 from cosched.settings.arms import adapts
@@ -25,12 +28,11 @@ from cosched.training.scope import lora_of, scope_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import Tensor
-
     from cosched.memory.sketch import TargetSketch
-    from cosched.protocols import Drafter, Loss, TargetInfo
+    from cosched.protocols import Drafter, Loss
     from cosched.records import SignalBatch
     from cosched.settings.schema import Config
+    from cosched.training.frames import Frames
 
 R = TypeVar("R")
 
@@ -77,6 +79,7 @@ class Footprint:
     words: int
     step: int
     scores: int
+    graphs: int
     process: int
     replay: int
     draft_cache: int
@@ -103,6 +106,7 @@ class Footprint:
                 self.trials,
                 self.words,
                 max(self.step, self.scores),
+                self.graphs,
                 self.process,
                 self.replay,
                 self.draft_cache,
@@ -117,60 +121,16 @@ class Footprint:
         SGLang gives its caches what is left of that share when its workers stand
         (``Scheduler.init_model_worker``, 0.5.20 to 0.5.23). So it holds not only what SGLang loads,
         but what is made with our worker too: the draft as we load it, the one that learns with its
-        first weights, the masters, and the moments, which an update that is rehearsed there leaves.
+        first weights, the masters, and what updates that are rehearsed there leave, moments and graphs.
         """
         loaded = self.draft if self.num_trained else 0
         made = loaded + self.trainer_copy + self.first_weights + self.masters + self.moments
-        return self.draft + self.draft_cache + made
+        return self.draft + self.draft_cache + made + self.graphs
 
     @property
     def beside_sglang(self) -> int:
         """What comes later, and has to find room outside of that share; activations not counted."""
         return self.added - self.within_sglang
-
-
-def replay_limits(config: Config, target: TargetInfo, drafter: Drafter) -> ReplayLimits:
-    """The replay buffer's bounds, with what a row of it takes.
-
-    Where several adapters learn each has a buffer, and an equal part of what all of them may hold.
-
-    Raises:
-        ConfigError: they hold no request, or keep more of a teacher row than it has.
-    """
-    replay, memory = config.adapt.replay, config.adapt.memory
-    num_buffers, where = config.num_adapters or 1, config.adapt_key
-    if replay.teacher == "top_k" and replay.teacher_top_k > target.vocab_size:
-        raise ConfigError(
-            f"{where}.replay.teacher_top_k: {replay.teacher_top_k} is more than the "
-            f"{target.vocab_size} tokens of the target's vocabulary"
-        )
-    hidden_bytes = target.hidden_size * target.embedding.weight.dtype.itemsize
-    limits = ReplayLimits(
-        window=replay.window,
-        anchors=replay.anchors,
-        path=drafter.num_draft_tokens,
-        max_tokens=memory.max_tokens // num_buffers,
-        max_bytes=memory.max_bytes // num_buffers,
-        feature_row_bytes=hidden_bytes * len(drafter.signal.feature_layers),
-        teacher_row_bytes={
-            "hidden": hidden_bytes,
-            "logits": target.vocab_size * torch.float32.itemsize,
-            "top_k": record_width(replay.teacher_top_k) * torch.float32.itemsize,
-        }[replay.teacher],
-    )
-    needed = limits.request_bytes(keep_blocks=config.loss_settings.rows != "delayed")
-    each = f" for each of {num_buffers} adapters" if num_buffers > 1 else ""
-    if needed > limits.max_bytes:
-        raise ConfigError(
-            f"{where}.memory.max_bytes: {memory.max_bytes} holds no request{each}; one of "
-            f"{where}.replay.window = {replay.window} rows takes {needed}"
-        )
-    if replay.window > limits.max_tokens:
-        raise ConfigError(
-            f"{where}.memory.max_tokens: {memory.max_tokens} holds no request of "
-            f"{where}.replay.window = {replay.window} rows{each}"
-        )
-    return limits
 
 
 def footprint(config: Config, target: TargetSketch, drafter: Drafter) -> Footprint:
@@ -217,11 +177,14 @@ def _check_arm(config: Config, target: TargetSketch, drafter: Drafter) -> None:
     lora_of(drafter, config.adapt.scope)
     ids = drafter.target_ids()
     row_1V = torch.empty(1, target.vocab_size if ids is None else len(ids), device="meta")
-    for loss in _losses(config):
+    losses = losses_of(config)
+    for loss in losses:
         loss.measure(row_1V, row_1V, row_1V if loss.needs_reference else None)
+    _frames(config, target, drafter, losses)
 
 
-def _losses(config: Config) -> list[Loss]:
+def losses_of(config: Config) -> list[Loss]:
+    """What updates are made with: the loss, or that of each expert."""
     own = [own for own, _ in config.experts] or [config.loss_settings]
     return [LOSSES.get(settings.kind)(settings) for settings in own]
 
@@ -245,7 +208,7 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
             versions = (1 + keep) * adapters
             scored = ()  # an adapter's own weights, next to nothing
     limits = replay_limits(config, target, drafter)
-    losses = _losses(config)
+    losses = losses_of(config)
     rows = config.loss_settings.rows
     one = limits.request_bytes(keep_blocks=rows != "delayed")
     requests = (served or 1) * limits.room(one)
@@ -256,6 +219,7 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
     longest = workload.prompt_tokens + workload.turns * workload.max_new_tokens
     cache = drafter.cache_bytes_per_token
     words = _words(config, target, drafter) if trained else 0
+    graphs = _graphs(config, target, drafter, losses, words) if trained else 0
     return Footprint(
         num_target_parameters=target_parameters,
         num_draft_parameters=held,
@@ -272,8 +236,9 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
         reference=4 * trained * any(loss.needs_reference for loss in losses),
         trials=2 * (12 * trained + 4 * published * (adapters > 0)) if config.experts else 0,
         words=words,
-        step=_most_of_a_step(config, target, drafter, losses, words, trained),
+        step=0 if graphs else _most_of_a_step(config, target, drafter, losses, words, trained),
         scores=_scores_peak(config, target, drafter, scored) if trained else 0,
+        graphs=graphs,
         process=_process(config, target, published) if trained else 0,
         replay=requests * one if trained else 0,
         draft_cache=cache * config.engine.max_batch * longest,
@@ -303,7 +268,11 @@ def _words(config: Config, target: TargetSketch, drafter: Drafter) -> int:
 
 def _divides(config: Config) -> bool:
     """Whether ZeRO divides among ranks what the optimizer holds, and copies for it."""
-    return config.adapt.trainer.stage_of(config.engine.arguments.get("tp_size", 1)) > 0
+    return config.adapt.trainer.stage_of(_num_ranks(config)) > 0
+
+
+def _num_ranks(config: Config) -> int:
+    return config.engine.arguments.get("tp_size", 1)
 
 
 def _most_of_a_step(
@@ -317,11 +286,38 @@ def _most_of_a_step(
     """Of a micro-step, or of the optimizer behind it: ZeRO has gradients three times."""
     if not trained:
         return 0
-    peak = max(_step_peak(config, target, drafter, loss) for loss in losses) - words
+    batch = batch_of_update(config, target, drafter)
+    peak = max(_step_peak(config, target, drafter, loss, batch) for loss in losses) - words
     return max(peak, 12 * trained) if _divides(config) else peak
 
 
-def _step_peak(config: Config, target: TargetSketch, drafter: Drafter, loss: Loss) -> int:
+def _graphs(
+    config: Config,
+    target: TargetSketch,
+    drafter: Drafter,
+    losses: Sequence[Loss],
+    words: int,
+) -> int:
+    """They have one memory, and each has inputs of its own; nothing where none are captured."""
+    frames = _frames(config, target, drafter, losses)
+    if frames is None:
+        return 0
+    batches = batches_of_update(config, target, drafter, frames)
+    peaks = [_step_peak(config, target, drafter, loss, one) for loss in losses for one in batches]
+    inputs = len(losses) * sum(map(bytes_of, batches))
+    return max(peaks) - words + inputs
+
+
+def _frames(
+    config: Config, target: TargetSketch, drafter: Drafter, losses: Sequence[Loss]
+) -> Frames | None:
+    device = device_of(config.engine.device).type
+    return frames_of(config, target, drafter, losses, device, _num_ranks(config))
+
+
+def _step_peak(
+    config: Config, target: TargetSketch, drafter: Drafter, loss: Loss, batch: SignalBatch
+) -> int:
     """Run a micro-step of full size on the meta device, and count."""
     return step_peak(
         drafter,
@@ -329,7 +325,7 @@ def _step_peak(config: Config, target: TargetSketch, drafter: Drafter, loss: Los
         loss,
         target.head,
         config.adapt.replay.teacher,
-        batch_of_update(config, target, drafter),
+        batch,
         config.adapt.memory.chunk_rows,
         lora_of(drafter, config.adapt.scope),
     )
@@ -350,39 +346,3 @@ def _scores_peak(
         batch_of_look(config, target, drafter),
         chunk_rows=config.adapt.memory.chunk_rows,
     )
-
-
-def batch_of_update(config: Config, target: TargetInfo, drafter: Drafter) -> SignalBatch:
-    """As many rows as an update has at most, of all requests that run, with nothing in them."""
-    return _full_batch(config, target, drafter, config.adapt.replay.anchors)
-
-
-def batch_of_look(config: Config, target: TargetInfo, drafter: Drafter) -> SignalBatch:
-    """As many as the guard looks at, or an objective that chooses by trials."""
-    guard = config.adapt.guard
-    shadow = isinstance(guard, ShadowSettings)
-    most = LOOKED_AT * guard.anchors if shadow else config.adapt.replay.anchors
-    return _full_batch(config, target, drafter, most)
-
-
-def _full_batch(
-    config: Config, target: TargetInfo, drafter: Drafter, num_anchors: int
-) -> SignalBatch:
-    limits = replay_limits(config, target, drafter)
-    return full_batch(
-        limits,
-        drafter,
-        target,
-        no_teacher_rows(config, target, limits),
-        config.engine.max_batch,
-        num_anchors,
-        config.drafter_settings.window,
-    )
-
-
-def no_teacher_rows(config: Config, target: TargetInfo, limits: ReplayLimits) -> Tensor:
-    """Of the width and the type in which they are kept ``[0, X]``."""
-    hidden = config.adapt.replay.teacher == "hidden"
-    dtype = target.embedding.weight.dtype if hidden else torch.float32
-    width = limits.teacher_row_bytes // dtype.itemsize
-    return torch.empty(0, width, dtype=dtype, device="meta")

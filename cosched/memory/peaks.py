@@ -50,7 +50,7 @@ def step_peak(
     with LivePeak() as live:
         module.begin_update(batch)
         module(batch).backward()
-    return live.peak + _bytes(batch)
+    return live.peak + bytes_of(batch)
 
 
 @torch.no_grad()
@@ -76,10 +76,11 @@ def scores_peak(
     weights = {name: p for name, p in network.named_parameters() if name in scored}
     with LivePeak() as live:
         scorer.lengths(batch, [weights])
-    return live.peak + _bytes(batch)
+    return live.peak + bytes_of(batch)
 
 
-def _bytes(batch: SignalBatch) -> int:
+def bytes_of(batch: SignalBatch) -> int:
+    """Of its tensors."""
     tensors = (getattr(batch, field.name) for field in fields(batch))
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 

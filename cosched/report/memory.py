@@ -51,6 +51,7 @@ def footprint_table(footprint: Footprint, in_sglang: bool = False) -> Table:
             footprint.step,
             "activations, logits (adapt.memory.chunk_rows) and gradients at once",
         ),
+        ("captured micro-steps", footprint.graphs, "graphs (adapt.trainer.cuda_graph), for good"),
         ("scores of drafts", footprint.scores, "likewise; the larger of the two adds"),
         ("process that trains", footprint.process, "itself, and what both sides see"),
         (

@@ -224,6 +224,11 @@ class TrainerSettings(Section, frozen=True):
     own. Off, the engine waits for each update, and runs repeat exactly.
     ``precision`` is that of matrix products; ``auto`` is bfloat16 where the device multiplies it
     faster, so that results differ from one machine to another.
+    ``cuda_graph`` has a GPU repeat loss and gradients of a micro-step, captured at the start, so that the
+    host hands over one thing in place of hundreds or thousands; batches are filled up to a few sizes
+    for it with rows that weigh nothing. ``auto`` does so where one rank trains one draft for all in
+    stage 0 and the drafter can be captured; ``always`` is refused where something stands against it. It
+    was never run on a GPU, and by count it helps PARD (``benchmarks/gpu_model.md``): so ``never``.
     """
 
     kind: Literal["deepspeed"] = "deepspeed"
@@ -233,6 +238,7 @@ class TrainerSettings(Section, frozen=True):
     weight_decay: NotNegative = 0.0
     background: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    cuda_graph: Literal["auto", "never", "always"] = "never"
 
     def stage_of(self, num_ranks: int) -> int:
         """ZeRO's stage where so many ranks train together."""
@@ -242,7 +248,7 @@ class TrainerSettings(Section, frozen=True):
 
 
 class PublishSettings(Section, frozen=True):
-    """``adapt.publish``: every ``target_check_every``-th one checksums all of the target; 0: none.
+    """``adapt.publish``: ``target_check_every`` of them checksum all of the target, each a slice; 0: none.
 
     ``keep`` is how many of the newest versions are kept in memory, that which serves among them; each
     can be served again, and so can the draft as it was loaded. With 1 that is all there is to go back

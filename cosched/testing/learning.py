@@ -5,6 +5,7 @@ Letters: R requests, N anchors, K drafted tokens, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from cosched.loop.publish import InPlacePublisher
 from cosched.records import Decision
+from cosched.testing.counting import Counting
 from cosched.testing.harness import make_target, make_trainer
 from cosched.testing.specimen import (
     NUM_DRAFT_TOKENS,
@@ -89,6 +91,30 @@ class LearningContract:
         without = [name for name, p in network.named_parameters() if p.grad is None]
         assert not without, "no gradient reaches them"
         assert all(p.grad is None for p in specimen.target.model.parameters())
+
+    def test_a_replay_goes_by_shapes_alone(self, specimen: Specimen) -> None:
+        """Where it is ``capturable``: other rows of one shape take the same operations, without a wait."""
+        needs_network(specimen)
+        drafter, batch = specimen.make(), specimen.batch("delayed")
+        if not drafter.capturable:
+            pytest.skip("no CUDA graph repeats it")
+        features = batch.features_RCF
+        other = replace(
+            batch,
+            lengths_R=batch.lengths_R.flip(0),
+            tokens_RC1=batch.tokens_RC1.flip(0),
+            features_RCF=None if features is None else features.flip(0),
+            anchors_RN=batch.anchors_RN.flip(0, 1),
+            paths_RNK=batch.paths_RNK.flip(0),
+        )
+        drafter.replay(batch)  # tables are made
+        counted: list[Counting] = []
+        for one in (batch, other):
+            with Counting() as counting:
+                drafter.replay(one)
+            counted.append(counting)
+        assert counted[0].launches == counted[1].launches
+        assert not any(counting.waits for counting in counted)
 
     def test_a_float32_copy_learns_over_a_bfloat16_target(self, specimen: Specimen) -> None:
         """A draft that serves in 16 bits is trained in 32, whatever it borrows of the target."""

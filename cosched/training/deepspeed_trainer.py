@@ -13,6 +13,7 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -23,14 +24,20 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 
 from cosched.errors import TrainingError
 from cosched.records import Decision, SignalBatch, UpdateResult
+from cosched.training.captured import Captured
 from cosched.training.clipping import clip_finite
 from cosched.training.micro_step import share_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
+    from cosched.training.captured import Passes
+    from cosched.training.frames import Frames
     from cosched.training.group import TrainingGroup
     from cosched.training.micro_step import BatchLoss
+
+Capture = Callable[["BatchLoss", "Sequence[Tensor]", int], Captured]
+"""``capture(batch_loss, trained, longest)``."""
 
 BETAS = (0.9, 0.99)  # a request is short: the second moment must settle within some hundred steps
 
@@ -43,7 +50,8 @@ class DeepSpeedTrainer:
     the device decides it, and the host waits for an update once, at its end. In a
     ``group`` of ranks, all given the same batches, each takes its share of the anchors. Whatever may
     fail on one of them, its own passes forward and backward, is done before they meet: none waits in
-    a collective for one that is not coming, which NCCL answers by ending the process.
+    a collective for one that is not coming, which NCCL answers by ending the process. Batches that fill
+    one of the ``frames`` go through captured passes, which are for one rank in stage 0.
 
     Raises:
         TrainingError: DeepSpeed cannot be set up.
@@ -59,7 +67,10 @@ class DeepSpeedTrainer:
         weight_decay: float = 0.0,
         group: TrainingGroup | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        frames: Frames | None = None,
+        capture: Capture = Captured,
     ) -> None:
+        assert frames is None or (group is None and not zero_stage), "ZeRO goes back by itself"
         names = set(trainable)
         for name, parameter in batch_loss.network.named_parameters():
             parameter.requires_grad_(name in names)
@@ -83,6 +94,10 @@ class DeepSpeedTrainer:
             weight_decay,
             group,
         )
+        self._frames = frames
+        self._captured = None
+        if frames is not None:
+            self._captured = capture(batch_loss, list(self._trained.values()), frames.longest)
 
     busy = False  # an update is done when it returns
 
@@ -95,11 +110,15 @@ class DeepSpeedTrainer:
         rate = decision.rate_share * (decision.learning_rate or self.learning_rate)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        num_rows = batch.num_rows
+        num_rows, passes = batch.num_rows, None
         if self._group is not None:
             batch, self._weight = share_of(batch, self._group.rank, self._group.size)
+        if self._frames is not None:
+            batch = self._frames.fill(batch)
         self.batch_loss.begin_update(batch, decision.objective)
-        steps = [self.step(batch) for _ in range(decision.num_steps)]
+        if self._captured is not None:
+            passes = self._captured.passes(self.batch_loss.begun, decision.objective)
+        steps = [self.step(batch, passes) for _ in range(decision.num_steps)]
         losses, skipped, lost_mass = self._read(steps, self.batch_loss.lost_mass)
         return UpdateResult(
             num_steps=decision.num_steps,
@@ -111,14 +130,17 @@ class DeepSpeedTrainer:
             objective=decision.objective,
         )
 
-    def step(self, batch: SignalBatch) -> tuple[Tensor, Tensor]:
+    def step(self, batch: SignalBatch, passes: Passes | None = None) -> tuple[Tensor, Tensor]:
         """One micro-step; its loss, and 1 where it was skipped, as numbers on the device."""
         with torch.enable_grad():
-            loss = self._loss(batch)
-            value = self._over_ranks(loss.detach())
-            if self._zero_stage:
-                return value, self._step_of_zero(loss, value)
-            self._engine.backward(loss)
+            if passes is not None:
+                value = passes()
+            else:
+                loss = self._loss(batch)
+                value = self._over_ranks(loss.detach())
+                if self._zero_stage:
+                    return value, self._step_of_zero(loss, value)
+                self._engine.backward(loss)
             skipped = clip_finite(list(self._trained.values()), value, self._max_grad_norm)
             optimizer: Any = self._base_optimizer
             optimizer.found_inf = skipped  # as a GradScaler tells a fused optimizer

@@ -39,7 +39,8 @@ class Prepared:
     """What all micro-steps on a batch have in common.
 
     ``tokens_W`` are those that the loss is taken over, and ``teacher_TW`` what the teacher says of
-    them; None where it is taken over all of them.
+    them; None where it is taken over all of them. ``reference_RNKH`` are states of the draft before
+    the update, where the loss compares with it.
     """
 
     batch: SignalBatch
@@ -47,6 +48,7 @@ class Prepared:
     temperatures_M: Tensor | None
     tokens_W: Tensor | None = None
     teacher_TW: Tensor | None = None
+    reference_RNKH: Tensor | None = None
 
 
 class BatchLoss(nn.Module):
@@ -86,7 +88,6 @@ class BatchLoss(nn.Module):
         self._teacher_form: TeacherForm = teacher_form
         compares = any(one.needs_reference for one in self._losses)
         self.before = DraftBefore(drafter) if compares else None
-        self._reference_RNKH: Tensor | None = None
         self._prepared: Prepared | None = None
         self._chunk_rows = chunk_rows
         self._computing = computing_in(precision, next(network.parameters()).device)
@@ -94,29 +95,40 @@ class BatchLoss(nn.Module):
     @torch.no_grad()
     def begin_update(self, batch: SignalBatch, objective: int = 0) -> None:
         """Micro-steps on this batch follow: what they are held against is the draft as it is now."""
-        self._loss, self._reference_RNKH = self._losses[objective], None
+        self._loss, self._prepared = self._losses[objective], None
         prepared = self._prepare(batch)
         self.lost_mass = self._lost_mass(prepared)
-        self._prepared = self._rank(prepared, self._loss.settings.vocab_top_k)
+        prepared = self._rank(prepared, self._loss.settings.vocab_top_k)
         if self.before is not None and self._loss.needs_reference:
             self.before.catch_up()
             with self._computing:
-                self._reference_RNKH = self.before.drafter.replay_states(batch)
+                states = self.before.drafter.replay_states(batch)
+            prepared = replace(prepared, reference_RNKH=states)
+        self._prepared = prepared
+
+    @property
+    def begun(self) -> Prepared:
+        """Of the update whose micro-steps follow."""
+        assert self._prepared is not None, "an update has not begun"
+        return self._prepared
 
     def forward(self, batch: SignalBatch) -> Tensor:
         """Scalar loss of a batch, in float32 or wider."""
-        reference = self._reference_RNKH
-        begun = not self._loss.needs_reference or reference is not None
-        assert begun, "an update has not begun"
-        with self._computing:
-            return self._loss_of(batch, reference)
-
-    def _loss_of(self, batch: SignalBatch, reference: Tensor | None) -> Tensor:
-        weights_RNK, prepared = batch.weights_RNK, self._prepared
+        prepared = self._prepared
         if prepared is None or prepared.batch is not batch:
-            assert prepared is None or prepared.tokens_W is None, "an update has one batch"
+            only_once = self._loss.needs_reference or (prepared and prepared.tokens_W is not None)
+            assert not only_once, "an update begins, and has one batch"
             prepared = self._prepare(batch)
-        rows = prepared.rows
+        return self.loss_of(prepared)
+
+    def loss_of(self, prepared: Prepared) -> Tensor:
+        """Likewise, of what has been made ready: the device is asked nothing."""
+        with self._computing:
+            return self._loss_of(prepared)
+
+    def _loss_of(self, prepared: Prepared) -> Tensor:
+        batch, rows, reference = prepared.batch, prepared.rows, prepared.reference_RNKH
+        weights_RNK = batch.weights_RNK
         states_MH = _rows(self._drafter.replay_states(batch), rows.places_M)
         if reference is not None:
             reference = _rows(reference, rows.places_M)
@@ -219,10 +231,11 @@ class BatchLoss(nn.Module):
         ids, batch = self._drafter.target_ids(), prepared.batch
         if ids is None:
             return None
-        weights, counts_M = batch.weights_RNK.flatten(), prepared.rows.places_M
-        if not len(counts_M):  # a rank's share may have no row that counts
+        weights, rows = batch.weights_RNK.flatten(), prepared.rows
+        counts_M = rows.places_M[: rows.count]
+        if not rows.count:  # a rank's share may have no row that counts
             return weights.new_zeros(())
-        step = -(-len(counts_M) // ROWS_OF_LOST_MASS)
+        step = -(-rows.count // ROWS_OF_LOST_MASS)
         counts_M = counts_M[step // 2 :: step]
         lost_M = self._teacher.lost_mass(batch.teacher_RNKX.flatten(0, 2)[counts_M], ids)
         return (lost_M * weights[counts_M]).sum() / weights[counts_M].sum()
