@@ -25,6 +25,7 @@ from tests.helpers.cli import run_cli
 from tests.helpers.experiments import write
 from tests.helpers.guarded_runs import SAMPLED
 
+AUTO = "adapt.trainer.cuda_graph=auto"
 ALWAYS = "adapt.trainer.cuda_graph=always"
 
 
@@ -52,7 +53,7 @@ def test_all_that_comes_has_been_captured_at_the_start(
     monkeypatch.setattr(building, "Captured", partial(Captured, record=by_doing))
     config = load_config(
         SAMPLED,
-        ["arms=[adapted]", f"drafter.kind={kind}", f"drafter.path=tinyworld/{kind}",
+        ["arms=[adapted]", AUTO, f"drafter.kind={kind}", f"drafter.path=tinyworld/{kind}",
          "engine.max_batch=3", "adapt.replay.window=100", *own],
     )  # fmt: skip
     world = build_world(config)
@@ -92,7 +93,7 @@ def test_all_that_comes_has_been_captured_at_the_start(
 def test_what_stands_against_it_is_named(own: tuple[str, ...], says: str | None) -> None:
     """``auto`` does without then, and ``always`` says why."""
     arms = "arms=[adapted]"
-    auto = load_config(SAMPLED, [arms, *own])
+    auto = load_config(SAMPLED, [arms, AUTO, *own])
     target, drafter = sketch(auto)
     found = frames_of(auto, target, drafter, losses_of(auto), "cuda")
     assert (found is None) == bool(own)
@@ -104,7 +105,7 @@ def test_what_stands_against_it_is_named(own: tuple[str, ...], says: str | None)
 
 
 def test_several_ranks_and_strange_drafters_stay_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(SAMPLED, ["arms=[adapted]"])
+    config = load_config(SAMPLED, ["arms=[adapted]", AUTO])
     target, drafter = sketch(config)
     losses = losses_of(config)
     assert frames_of(config, target, drafter, losses, "cuda", 2) is None
