@@ -257,7 +257,7 @@ def test_a_captured_run_allocates_what_check_says(
     config = load_config(
         SAMPLED,
         ["arms=[adapted]", f"drafter.kind={kind}", f"drafter.path=tinyworld/{kind}",
-         "adapt.replay.window=100", "engine.max_batch=3"],
+         "adapt.replay.window=100", "engine.max_batch=3", "adapt.trainer.cuda_graph=auto"],
     )  # fmt: skip
     said = footprint(config, *sketch_of(config))
     assert said.added - said.beside_sglang == said.within_sglang > said.graphs > said.step == 0
