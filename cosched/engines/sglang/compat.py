@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import importlib
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _PATHS: dict[str, str] = {
     "AdaptiveController": "sglang.srt.speculative.adaptive_runtime_state:AdaptiveController",
@@ -22,6 +25,7 @@ _PATHS: dict[str, str] = {
     "ConfigArgumentMerger": "sglang.srt.utils.server_args_config_parser:ConfigArgumentMerger",
     "CustomSpecAlgo": "sglang.srt.speculative.spec_registry:CustomSpecAlgo",
     "DFlashWorkerV2": "sglang.srt.speculative.dflash_worker_v2:DFlashWorkerV2",
+    "DecodeCudaGraphRunner": "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner",
     "EAGLEWorkerV2": "sglang.srt.speculative.eagle_worker_v2:EAGLEWorkerV2",
     "EagleDraftExtendInput": "sglang.srt.speculative.eagle_info:EagleDraftExtendInput",
     "EagleDraftInput": "sglang.srt.speculative.eagle_info:EagleDraftInput",
@@ -89,6 +93,15 @@ def plan_rows(batch: Any, runner: Any) -> None:
     bind = getattr(runner.kv_index_translator, "bind_own_plan", None)
     if bind is not None:
         bind(batch)
+
+
+def capture_passes(runner: Any, runner_class: Callable[[], type]) -> None:
+    """Let a draft's runner capture its passes with that class, which is not asked for where it cannot.
+
+    It cannot on a CPU, or without CUDA graphs: it goes on without.
+    """
+    runner._decode_cuda_graph_runner_cls = runner_class
+    runner.init_decode_cuda_graph()
 
 
 def quiet_switches() -> None:
