@@ -71,16 +71,13 @@ class DraftLengths:
         drafted: Sequence[int],
         accepted: Sequence[int],
         tops: Sequence[Sequence[float]] | None,
-        seconds: float | None,
+        seconds: float,
     ) -> None:
-        """A round is done: of each request what was verified and accepted, and what all of it took.
-
-        None: its time is not its own, as where a prompt was run meanwhile.
-        """
+        """A round is done: of each request what was verified and accepted, and what all of it took."""
         tokens = max(drafted)
         self._acceptance.observe(drafted, accepted, tops)
         # Behind one without drafts, a draft first takes in what was committed: that is not K's doing.
-        if self._seconds and seconds is not None and not (tokens and self._undrafted):
+        if self._seconds and not (tokens and self._undrafted):
             self._seconds.observe(len(drafted), tokens, seconds)
         self._undrafted = 0 if tokens or self._keeps_up else self._undrafted + 1
         self._last[tokens] = self._seen.round_index

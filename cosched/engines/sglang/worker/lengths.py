@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from contextlib import contextmanager
+from statistics import median_low
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("cosched")
 
+BESIDES = 9  # rounds, the newest, whose median says what a round takes besides its passes
+
 
 class ServedLengths:
     """The policy that SGLang's ``AdaptiveController`` asks (its ``AdaptiveSpecPolicy``).
@@ -27,8 +31,9 @@ class ServedLengths:
     ``candidate_steps`` are what SGLang prepares: the policy's ``choices``, and ``max_tokens``, which it
     starts with. A round is chosen for with ``choose``, on the first of several ranks, and with
     ``settle`` all of them draft as that one says. It lasts from the counts of the round before to its
-    own, less what is done in ``own_time``; with a prompt in between that is not known. A policy that
-    raises is not asked again: ``max_tokens`` are drafted from then on.
+    own, less what is done in ``own_time``. With a prompt in between, which under load there may always
+    be, that is not known: then it lasts what drafting and verifying took, and what rounds usually take
+    besides. A policy that raises is not asked again: ``max_tokens`` are drafted from then on.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class ServedLengths:
         self._broken = False
         self._counted_at: float | None = None
         self._own_seconds = 0.0
+        self._besides = deque([0.0], maxlen=BESIDES)
         self._graph_sizes: list[int] | None = None
 
     # --- asked by the adaptation -----------------------------------------------------------
@@ -84,15 +90,23 @@ class ServedLengths:
             if not round_.blocks:
                 self._counted_at = None
                 continue
-            began, own = self._counted_at, self._own_seconds
+            seconds = self._lasted(round_.draft_seconds + round_.verify_seconds, now)
             self._counted_at, self._own_seconds = now, 0.0
             if not self._broken:
                 self._lengths.observe(
                     [len(block.path_K) for block in round_.blocks],
                     [block.num_accepted for block in round_.blocks],
                     None,
-                    None if began is None else max(now - began - own, 1e-6),
+                    seconds,
                 )
+
+    def _lasted(self, passes: float, now: float) -> float:
+        """What a round took whose counts came now, and whose passes so long."""
+        if self._counted_at is None:
+            return passes + median_low(self._besides)
+        seconds = max(passes, now - self._counted_at - self._own_seconds)
+        self._besides.append(seconds - passes)
+        return seconds
 
     # --- asked by SGLang -------------------------------------------------------------------
 
