@@ -125,5 +125,9 @@ class DraftLength(Protocol):
     needs_seconds: ClassVar[bool] = False
     by_request: ClassVar[bool] = False
 
+    def choices(self, max_tokens: int) -> tuple[int, ...]:
+        """The numbers that it chooses among, rising. SGLang prepares for each of them at its start."""
+        return tuple(range(max_tokens + 1))
+
     @abstractmethod
     def choose(self, snapshot: LengthSnapshot) -> int: ...

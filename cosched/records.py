@@ -72,11 +72,10 @@ class Scope:
 class SglangWorker:
     """How SGLang drafts with a drafter. Names alone: nothing of SGLang's is imported to know them.
 
-    ``algorithm`` is what cosched registers it as, and ``worker`` (``module:Class``) an
-    ``AdaptedWorker`` of ours mixed in before a worker of SGLang's. ``builtin`` is the algorithm that
-    SGLang takes it for, and ``stock`` says whether that one, without cosched, drafts with the same
-    checkpoints. ``has_steps``: SGLang is told how many steps it drafts in, one a token; a block has
-    none. ``algorithm_class`` (``module:function``) makes of ``builtin`` the class it is registered with.
+    ``worker`` (``module:Class``), an ``AdaptedWorker`` mixed in before one of SGLang's, is registered as
+    ``algorithm`` and taken for ``builtin``; ``stock``: that one drafts with the same checkpoints by itself.
+    ``has_steps``: it drafts in steps, one a token, and is told how many; ``changes_length``: other numbers
+    in other rounds. ``algorithm_class`` (``module:function``) makes of ``builtin`` what it is registered with.
     """
 
     algorithm: str
@@ -85,6 +84,7 @@ class SglangWorker:
     stock: bool = True
     has_steps: bool = True
     algorithm_class: str = "cosched.engines.sglang.worker.as_builtin:adapted_algorithm"
+    changes_length: bool = False
 
 
 @dataclass(frozen=True, slots=True)

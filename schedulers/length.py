@@ -21,6 +21,9 @@ class Fixed(DraftLength):
     def __init__(self, settings: LengthSettings) -> None:
         self.settings = settings
 
+    def choices(self, max_tokens: int) -> tuple[int, ...]:
+        return (max_tokens,)
+
     def choose(self, snapshot: LengthSnapshot) -> int:
         return snapshot.max_tokens
 
@@ -29,7 +32,11 @@ class GoodputSettings(LengthSettings, frozen=True, kw_only=True):
     """``explore_share`` of the time, at most, is expected to be lost by lengths that seem worse.
 
     They are tried because they may have become better, each after ``explore_rounds`` at the earliest.
+    ``among`` are the numbers of tokens to choose among, 0 for none; left empty, all up to the most. On
+    a GPU SGLang captures CUDA graphs for each of them, which takes time and memory when it starts.
     """
+
+    among: tuple[Annotated[int, Meta(ge=0)], ...] = ()
 
     explore_share: Annotated[float, Meta(ge=0, le=1)] = 0.005
     explore_rounds: Annotated[int, Meta(ge=1)] = 16
@@ -58,17 +65,20 @@ class Goodput(DraftLength):
     def __init__(self, settings: GoodputSettings) -> None:
         self.settings = settings
 
+    def choices(self, max_tokens: int) -> tuple[int, ...]:
+        if not self.settings.among:
+            return tuple(range(max_tokens + 1))
+        return tuple(sorted(set(self.settings.among)))
+
     def choose(self, snapshot: LengthSnapshot) -> int:
-        seconds = snapshot.seconds
-        if untried := [k for k, known in enumerate(seconds) if not known]:
+        seconds, among = snapshot.seconds, self.choices(snapshot.max_tokens)
+        if untried := [k for k in among if not seconds[k]]:
             return untried[-1]
         tokens = list(accumulate(accumulate(snapshot.acceptance, mul), initial=1.0))
-        best = max(range(len(seconds)), key=lambda k: tokens[k] / seconds[k])
-        due = [
-            k
-            for k in {0, best - 1, best + 1, len(seconds) - 1} - {best}
-            if 0 <= k < len(seconds) and self._is_due(k, best, tokens, snapshot)
-        ]
+        best = max(among, key=lambda k: tokens[k] / seconds[k])
+        at = among.index(best)
+        beside = {among[0], among[max(0, at - 1)], among[min(at + 1, len(among) - 1)], among[-1]}
+        due = [k for k in beside - {best} if self._is_due(k, best, tokens, snapshot)]
         return max(due, key=lambda k: (snapshot.ages[k], k), default=best)
 
     def _is_due(self, k: int, best: int, tokens: list[float], snapshot: LengthSnapshot) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from cosched.registry import LENGTHS
 from tests.helpers.lengths import Scripted, simulate, speed
 
 
-def make(kind: str, **settings: float) -> DraftLength:
+def make(kind: str, **settings: Any) -> DraftLength:
     cls = LENGTHS.get(kind)
     return cls(cls.Settings(kind=kind, **settings))
 
@@ -107,6 +108,16 @@ def test_goodput_repeats_exactly() -> None:
         for _ in range(2)
     ]
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("among", [(0, 1, 3, 6), (2, 4), (5,)])
+def test_goodput_chooses_among_what_it_is_given(among: tuple[int, ...]) -> None:
+    """SGLang prepares for a few numbers of tokens only; the best of them is found."""
+    length = make("goodput", among=among)
+    played = simulate(length, lambda *_: 0.9, lambda _n, k: 1 + k / 20, 600, max_tokens=6)
+    drafted = [tokens for tokens, _, _ in played]
+    assert set(drafted) <= set(among) == set(length.choices(6))
+    assert drafted[200:].count(max(among)) > 380
 
 
 # --- threshold ---------------------------------------------------------------------------------

@@ -368,8 +368,16 @@ def test_lengths_are_settings_of_each_draft(tmp_path: Path, settings: dict) -> N
             r"drafter\.length\.kind: goodput weighs the seconds",
         ),
         (
-            ["drafter.length.kind=threshold", "engine.kind=sglang"],
-            r"drafter\.length\.kind: SGLang drafts as many",
+            ["drafter.length.kind=threshold", "engine.kind=sglang", "drafter.kind=eagle3"],
+            r"drafter\.length\.kind: SGLang drafts as many tokens for every .* goodput or fixed",
+        ),
+        (
+            ["drafter.length.kind=goodput", "engine.kind=sglang", "drafter.kind=dflash"],
+            r"drafter\.length\.kind: in SGLang dflash drafts as many .* fixed \(eagle3 can",
+        ),
+        (
+            ["drafter.length={kind: goodput, among: [0, 2, 9]}"],
+            r"drafter\.length: it may draft 9 tokens, and drafter\.num_draft_tokens, the most, is",
         ),
     ],
 )

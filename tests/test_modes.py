@@ -24,6 +24,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("disaggregation_mode", "prefill"),
     ("enable_torch_compile", True),
     ("enable_memory_saver", True),
+    ("speculative_adaptive", True),
     ("enable_dp_attention", True),
     ("pp_size", 2),
 ]

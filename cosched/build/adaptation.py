@@ -11,9 +11,11 @@ from cosched.build.coscheduler import build_coscheduler
 from cosched.engines.sglang.worker.adaptation import Adaptation
 from cosched.engines.sglang.worker.autosave import Autosave
 from cosched.engines.sglang.worker.collector import RoundCollector
+from cosched.engines.sglang.worker.lengths import ServedLengths
 from cosched.errors import ConfigError, RunFolderError
+from cosched.loop.lengths import DraftLengths
 from cosched.loop.publish import InPlacePublisher, Serving
-from cosched.registry import DRAFTERS, POLICIES
+from cosched.registry import DRAFTERS, LENGTHS, POLICIES
 from cosched.telemetry.whole_folder import write_whole
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ def build_adaptation(
     Raises:
         CoschedError: the draft cannot be trained there, or the settings do not fit it.
     """
-    parts.check()
+    lengths = _lengths(config, parts.num_draft_tokens)
+    parts.check(lengths is not None)
     settings = msgspec.structs.replace(
         config.drafter_settings, num_draft_tokens=parts.num_draft_tokens
     )
@@ -93,7 +96,23 @@ def build_adaptation(
         operator=operator,
         sink=sink,
         autosave=autosave,
+        lengths=lengths,
     )
+
+
+def _lengths(config: Config, max_tokens: int) -> ServedLengths | None:
+    """How many tokens rounds draft; None where it is always as many as SGLang was started for."""
+    settings = config.length_settings
+    policy = LENGTHS.get(settings.kind)(settings)
+    choices = policy.choices(max_tokens)
+    if choices == (max_tokens,):
+        return None
+    if choices[-1] > max_tokens:
+        raise ConfigError(
+            f"--speculative-num-steps {max_tokens}: drafter.length may draft {choices[-1]} tokens"
+        )
+    # In SGLang a draft runs over what a round committed before the next, whatever was drafted.
+    return ServedLengths(DraftLengths(policy, max_tokens, keeps_up=True), choices, max_tokens)
 
 
 def _publisher_into(

@@ -24,12 +24,14 @@ class DraftLengths:
     """Asks a policy before each round, and of each request where it wants to be; measures the rounds.
 
     Whatever the policy says, one token is drafted behind ``MOST_UNDRAFTED`` rounds without any, so
-    that what a draft has not taken in yet is bounded.
+    that what a draft has not taken in yet is bounded. Not so a draft that ``keeps_up``: it takes in
+    every token in the round that commits it.
     """
 
-    def __init__(self, policy: DraftLength, max_tokens: int) -> None:
+    def __init__(self, policy: DraftLength, max_tokens: int, keeps_up: bool = False) -> None:
         self.by_request = policy.by_request
         self._policy = policy
+        self._keeps_up = keeps_up
         self._acceptance = Acceptance(max_tokens)
         self._seconds = RoundSeconds(max_tokens) if policy.needs_seconds else None
         self._last = [0] * (max_tokens + 1)  # round in which each length was last drafted
@@ -77,7 +79,7 @@ class DraftLengths:
         # Behind one without drafts, a draft first takes in what was committed: that is not K's doing.
         if self._seconds and not (tokens and self._undrafted):
             self._seconds.observe(len(drafted), tokens, seconds)
-        self._undrafted = 0 if tokens else self._undrafted + 1
+        self._undrafted = 0 if tokens or self._keeps_up else self._undrafted + 1
         self._last[tokens] = self._seen.round_index
 
 

@@ -23,7 +23,7 @@ from cosched.settings.arms import (
 from cosched.settings.device import check_name
 
 if TYPE_CHECKING:
-    from cosched.protocols import LossSettings, Policy
+    from cosched.protocols import DraftLength, LossSettings, Policy
     from cosched.settings.schema import Config
     from cosched.settings.sections import ScopeSettings
 
@@ -110,11 +110,15 @@ def _check_exact(config: Config) -> None:
 def _check_length(config: Config) -> None:
     """A draft's length can be chosen, by seconds that are those of serving."""
     engine, kind = config.engine, config.length_settings.kind
-    if engine.kind == "sglang" and kind != "fixed":
+    length, drafter = LENGTHS.get(kind)(config.length_settings), config.drafter_settings
+    most = length.choices(drafter.num_draft_tokens)[-1]
+    if most > drafter.num_draft_tokens:
         raise ConfigError(
-            f"{config.drafter_key}.length.kind: SGLang drafts as many tokens as it was started for, "
-            f"got {kind}; use fixed"
+            f"{config.drafter_key}.length: it may draft {most} tokens, and "
+            f"{config.drafter_key}.num_draft_tokens, the most, is {drafter.num_draft_tokens}"
         )
+    if engine.kind == "sglang" and kind != "fixed":
+        _check_served_length(config, length)
     if engine.kind == "trace" and not engine.live and LENGTHS.get(kind).needs_seconds:
         raise ConfigError(
             f"{config.drafter_key}.length.kind: {kind} weighs the seconds of verification, which a "
@@ -132,6 +136,23 @@ def _check_target_runs(config: Config) -> None:
                 f"{key}.kind: {settings.kind} drafts with the target, which a trace does not run; use "
                 f"engine.live: true"
             )
+
+
+def _check_served_length(config: Config, length: DraftLength) -> None:
+    """SGLang drafts as many tokens for every request of a round, and some of its workers always."""
+    kinds = {plugin.name: plugin.cls.sglang for plugin in DRAFTERS.plugins()}
+    can = [name for name, worker in kinds.items() if worker and worker.changes_length]
+    key, kind = f"{config.drafter_key}.length.kind", config.length_settings.kind
+    if config.drafter_settings.kind not in can:
+        raise ConfigError(
+            f"{key}: in SGLang {config.drafter_settings.kind} drafts as many tokens as it was started "
+            f"for, got {kind}; use fixed ({', '.join(can)} can change it)"
+        )
+    if length.by_request:
+        raise ConfigError(
+            f"{key}: SGLang drafts as many tokens for every request of a round, and {kind} goes by "
+            f"request; use goodput or fixed"
+        )
 
 
 def _check_arms(config: Config) -> None:

@@ -35,12 +35,16 @@ class LengthContract(ChoosingContract):
         """None at all up to the drafter's most; what it says of itself is so."""
         plugin, settings = case
         length: DraftLength = plugin.cls(settings)
+        choices = length.choices(MOST)
+        assert choices
+        assert list(choices) == sorted(set(choices))
         assert isinstance(length.needs_seconds, bool)
         assert isinstance(length.by_request, bool)
         for seed in range(1000):
             snapshot = self.snapshot(seed)
             assert 0 <= length.choose(snapshot) <= snapshot.max_tokens
             if not length.by_request:
+                assert length.choose(snapshot) in length.choices(snapshot.max_tokens)
                 asked = msgspec.structs.replace(snapshot, chances=None)
                 assert length.choose(asked) == length.choose(snapshot)
             if not length.needs_seconds:

@@ -50,14 +50,16 @@ class Ranks:
             singles = [dist.new_group([member], backend=backend) for member in members]
             self.alone = singles[rank]
 
-    def sync(self, well: bool, asked: bool) -> tuple[bool, bool]:
-        """Whether every rank is well, and whether any was asked for something."""
+    def sync(self, well: bool, asked: bool, number: int = 0) -> tuple[bool, bool, int]:
+        """Whether every rank is well, whether any was asked for something, and the first's number."""
         if self._group is not None:
-            flags = torch.tensor([well, not asked], dtype=torch.int32)
+            # The least of all numbers is that of the first rank where all others name the greatest.
+            mine = number if self.rank == 0 else torch.iinfo(torch.int32).max
+            flags = torch.tensor([well, not asked, mine], dtype=torch.int32)
             dist.all_reduce(flags, dist.ReduceOp.MIN, group=self._group)
-            well, asked = bool(flags[0]), not flags[1]
+            well, asked, number = bool(flags[0]), not flags[1], int(flags[2])
         self.parted = not well
-        return well, asked
+        return well, asked, number
 
     def meet(self) -> None:
         """Wait until every rank is here.

@@ -66,7 +66,10 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
     draft_type: ClassVar = "chain"
     borrowed: ClassVar = (EMBEDDING,)
     sglang: ClassVar = SglangWorker(
-        "COSCHED_EAGLE3", "cosched.engines.sglang.worker.eagle3:Eagle3Worker", builtin="EAGLE3"
+        "COSCHED_EAGLE3",
+        "cosched.engines.sglang.worker.eagle3:Eagle3Worker",
+        builtin="EAGLE3",
+        changes_length=True,
     )
 
     def __init__(

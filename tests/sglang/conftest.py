@@ -15,6 +15,7 @@ import pytest
 from cosched.engines.sglang.cpu.environment import environment, install_stand_ins
 
 if TYPE_CHECKING:
+    from tests.sglang.adapting import Serve
     from tests.sglang.server import Start
     from tests.sglang.serving import Decode
 
@@ -87,6 +88,18 @@ def decode(server_environment: dict[str, str]) -> Decode:
     from tests.sglang.serving import Decode  # after the environment above is set
 
     return Decode(server_environment)
+
+
+@pytest.fixture(scope="session")
+def serve(decode: Decode, tmp_path_factory: pytest.TempPathFactory) -> Serve:
+    from tests.sglang.adapting import Serve  # after the environment above is set
+
+    site = tmp_path_factory.mktemp("faults") / "faults-0.dist-info"
+    site.mkdir()
+    plugin = "[sglang.srt.plugins]\nfaults = tests.sglang.faults:install\n"
+    (site / "entry_points.txt").write_text(plugin)
+    (site / "METADATA").write_text("Metadata-Version: 2.1\nName: faults\nVersion: 0\n")
+    return Serve(decode, tmp_path_factory, site.parent)
 
 
 @pytest.fixture

@@ -54,6 +54,30 @@ def _nothing_to_train_on() -> None:
     ReplayBuffer.sample = lambda _self: None
 
 
+def _length_by_load() -> None:
+    """Three tokens are drafted for one request, one for each of two, none for more."""
+    from schedulers.length import Goodput
+
+    def choose(_self: Any, snapshot: Any) -> int:
+        return {1: 3, 2: 1}.get(snapshot.num_running, 0)
+
+    Goodput.choose = choose
+
+
+def _length_breaks() -> None:
+    """The policy of lengths raises from the tenth round on."""
+    from schedulers.length import Goodput
+
+    calls = count(1)
+
+    def broken(_self: Any, snapshot: Any) -> int:
+        if next(calls) >= 10:
+            raise KeyError("the policy broke")
+        return snapshot.round_index % 4
+
+    Goodput.choose = broken
+
+
 def _wrong_checksum() -> None:
     """At the third publication the draft's bits are not those that were published."""
     from cosched.loop import publish
@@ -156,6 +180,8 @@ FAULTS: dict[str, Callable[[], None]] = {
     "trainer": _trainer_raises,
     "gradient": _gradient_is_nan,
     "starve": _nothing_to_train_on,
+    "length by load": _length_by_load,
+    "length": _length_breaks,
     "checksum": _wrong_checksum,
     "fidelity": _compare_instead_of_training,
     "tap": _worker_looks_wrong,

@@ -1,7 +1,11 @@
-"""An SGLang plugin for tests: COSCHED_PARD with a draft that does not learn."""
+"""An SGLang plugin for tests: COSCHED_PARD with a draft that does not learn.
+
+Where ``COSCHED_TEST_GRAPHS`` names a file, its pass goes through the runner of CUDA graphs.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 
@@ -14,6 +18,10 @@ def register() -> None:
 
         return PardWorker
 
+    if os.environ.get("COSCHED_TEST_GRAPHS"):
+        from tests.sglang import graphs
+
+        graphs.install()
     compat.SpeculativeAlgorithm.register(
         pard_algorithm.NAME, supports_overlap=True, spec_class=pard_algorithm.algorithm()
     )(worker)

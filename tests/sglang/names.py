@@ -16,7 +16,7 @@ from typing import Any
 
 # What workers read of themselves. SGLang's own code must know it, or it was renamed.
 READ = {
-    "COSCHED_EAGLE3": ("draft_worker",),
+    "COSCHED_EAGLE3": ("draft_worker", "adaptive_controller"),
     "COSCHED_DFLASH": (
         "draft_model", "draft_model_runner", "_draft_block_tokens_buf", "_fused_kv_helper",
         "_init_fused_kv_helper",

@@ -42,7 +42,8 @@ def prompts() -> list[list[int]]:
 class Decode:
     """Decodes prompts with an SGLang engine that takes these arguments; remembers.
 
-    Greedily, or with the ``sampling`` parameters at each one's place, and all of them ``repeat`` times.
+    Greedily, or with the ``sampling`` parameters at each one's place, and all of them ``repeat`` times;
+    the first alone until it has said ``join`` tokens.
     """
 
     environment: dict[str, str]
@@ -63,6 +64,7 @@ class Decode:
         linger: float = 0,
         sampling: list[dict[str, Any]] | None = None,
         repeat: int = 1,
+        join: int = 0,
         **settings: Any,
     ) -> Answers:
         arguments = {"model_path": str(WORLD / "target"), "dtype": dtype, **(engine or {})}
@@ -80,6 +82,7 @@ class Decode:
                 "linger": linger,
                 "sampling": sampling,
                 "repeat": repeat,
+                "join": join,
             }
         )
         key = order + json.dumps(variables)

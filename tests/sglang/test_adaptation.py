@@ -3,124 +3,18 @@ breaks stops the learning and not the server."""
 
 from __future__ import annotations
 
-import functools
-import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import pytest
-from transformers import AutoTokenizer
 
-from cosched.records import RoundRow
-from cosched.settings.load import load_config, to_yaml
-from cosched.telemetry.metrics import RequestLog, RoundFigures, round_figures
-from tests.sglang.serving import ROOT, WORLD, Answers, Decode, rounds, tokens
+from tests.sglang.adapting import LENGTH, OFTEN, SHAPES, K, names, plainly, shifted
+from tests.sglang.serving import Decode, rounds, tokens
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]  # several engines a test
 
-CONFIG = ROOT / "configs" / "serve_tiny_cpu.yaml"
-K = 3
-SHAPES = {
-    "eagle3": {"num_steps": K, "eagle_topk": 1, "num_draft_tokens": K + 1},
-    "dflash": {"num_draft_tokens": K + 1},
-    "pard": {"num_steps": K, "eagle_topk": 1, "num_draft_tokens": K + 1},
-}
 STOCK = {"eagle3": "EAGLE3", "dflash": "DFLASH"}
-OFTEN = ("adapt.policy.rounds=4", "adapt.replay.anchors=32", "adapt.publish.target_check_every=1")
-LENGTH = 128
-
-
-@functools.cache
-def shifted() -> list[list[int]]:
-    """Prompts of a domain that no draft was trained on, of different lengths."""
-    tokenizer = AutoTokenizer.from_pretrained(WORLD / "target")
-    lines = (WORLD / "prompts" / "translated.jsonl").read_text().splitlines()[:8]
-    texts = [tokenizer(json.loads(line)["text"])["input_ids"] for line in lines]
-    return [text[: 24 + 7 * number] for number, text in enumerate(texts)]
-
-
-@dataclass(frozen=True)
-class Served:
-    """Answers of one engine and what its scheduler reported."""
-
-    answers: Answers
-    events: list[dict[str, Any]]
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["kind"] == kind]
-
-    def figures(self, texts: list[list[int]]) -> RoundFigures:
-        rows = [msgspec.convert(event["row"], RoundRow) for event in self.of("round")]
-        logs = [
-            RequestLog(name, text, answer["tokens"], [r for r in rows if r.request_id == name])
-            for name, text, answer in zip(names(texts), texts, self.answers, strict=True)
-        ]
-        return round_figures(logs)
-
-
-def plainly(decode: Decode) -> Answers:
-    """What the target says without a draft."""
-    return decode("float32", texts=shifted(), num_tokens=LENGTH)
-
-
-def names(texts: list[list[int]]) -> list[str]:
-    return [f"request-{number}" for number in range(len(texts))]
-
-
-@pytest.fixture(scope="module")
-def serve(decode: Decode, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Served]:
-    """Decode with one of our algorithms, with settings changed by ``key=value``."""
-    site = tmp_path_factory.mktemp("faults") / "faults-0.dist-info"
-    site.mkdir()
-    plugin = "[sglang.srt.plugins]\nfaults = tests.sglang.faults:install\n"
-    (site / "entry_points.txt").write_text(plugin)
-    (site / "METADATA").write_text("Metadata-Version: 2.1\nName: faults\nVersion: 0\n")
-    known: dict[str, Served] = {}
-
-    def run(
-        kind: str,
-        *overrides: str,
-        fault: str | None = None,
-        more: dict[str, Any] | None = None,
-        retract: bool = False,
-        **engine: Any,
-    ) -> Served:
-        key = repr((kind, overrides, fault, more, retract, engine))
-        if key in known:
-            return known[key]
-        folder = tmp_path_factory.mktemp(kind)
-        config = load_config(CONFIG, [f"drafter.kind={kind}", *overrides])
-        (folder / "config.yaml").write_text(to_yaml(config))
-        events = folder / "events.jsonl"
-        variables = {
-            "COSCHED_CONFIG": str(folder / "config.yaml"),
-            "COSCHED_EVENTS": str(events),
-            "SGLANG_CPU_OMP_THREADS_BIND": "0|1",  # of two ranks, where there are two
-        }
-        if retract:
-            variables |= {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
-        if fault:
-            paths = f"{decode.environment['PYTHONPATH']}:{site.parent}"
-            variables |= {"COSCHED_TEST_FAULT": fault, "PYTHONPATH": paths}
-        answers = decode(
-            "float32",
-            f"COSCHED_{kind.upper()}",
-            kind,
-            texts=shifted(),
-            num_tokens=LENGTH,
-            variables=variables,
-            **(more or {}),
-            engine=engine,
-            **SHAPES[kind],
-        )
-        lines = events.read_text().splitlines()
-        known[key] = Served(answers, [json.loads(line) for line in lines])
-        return known[key]
-
-    return run
 
 
 @pytest.mark.parametrize("kind", SHAPES)

@@ -13,18 +13,18 @@ from cosched.errors import ConfigError
 
 pytestmark = pytest.mark.sglang
 
-SPEC = {"speculative_eagle_topk": 1, "speculative_adaptive": False}
+SPEC = {"speculative_eagle_topk": 1}
 PARALLEL = {"attn_dp_size": 1, "pp_size": 1}
 
 
-def check(monkeypatch: pytest.MonkeyPatch, **settled: Any) -> None:
+def check(monkeypatch: pytest.MonkeyPatch, changes_length: bool = False, **settled: Any) -> None:
     spec = {name: settled.get(name, value) for name, value in SPEC.items()}
     parallel = {name: settled.get(name, value) for name, value in PARALLEL.items()}
     monkeypatch.setattr(compat, "get_spec", lambda: SimpleNamespace(**spec))
     monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(**parallel))
     rest = {name: value for name, value in settled.items() if name not in {**SPEC, **PARALLEL}}
     worker: Any = SimpleNamespace(server_args=SimpleNamespace(**rest))
-    AdaptedWorker._check(worker)
+    AdaptedWorker._check(worker, changes_length)
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,20 @@ def test_what_cannot_be_watched_is_refused_by_its_flag(
     check(monkeypatch)
     with pytest.raises(ConfigError, match=flag):
         check(monkeypatch, **settled)
+
+
+@pytest.mark.parametrize(
+    ("mode", "flag"),
+    [
+        ("enable_two_batch_overlap", "--enable-two-batch-overlap"),
+        ("enable_pdmux", "--enable-pdmux"),
+        ("enable_hisparse", "--enable-hisparse"),
+    ],
+)
+def test_modes_that_need_a_fixed_length_are_refused_with_another(
+    monkeypatch: pytest.MonkeyPatch, mode: str, flag: str
+) -> None:
+    """SGLang refuses them beside its own ``--speculative-adaptive``, which it is not told of here."""
+    check(monkeypatch, **{mode: True})
+    with pytest.raises(ConfigError, match=rf"{flag}: .* drafter\.length"):
+        check(monkeypatch, changes_length=True, **{mode: True})

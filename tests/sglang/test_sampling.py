@@ -34,6 +34,8 @@ SHAPES = {
     "eagle3-tree": ("EAGLE3", {"num_steps": 3, "eagle_topk": 2, "num_draft_tokens": 6}),
     "dflash": ("DFLASH", {"num_draft_tokens": 4}),
 }
+FIXED = "drafter.length.kind=fixed"
+CHANGING = "drafter.length={kind: goodput, explore_share: 1.0, explore_rounds: 2}"
 OFTEN = ("adapt.policy.rounds=4", "adapt.replay.anchors=32", "adapt.guard.kind=finite")
 
 
@@ -108,11 +110,14 @@ def test_sampled_text_has_the_targets_distribution(
     assert accept_length(answers) > 1.1  # drafts stand now and then
 
 
+@pytest.mark.parametrize("length", [FIXED, CHANGING], ids=["as many", "changing"])
 def test_publications_leave_the_distribution_alone(
-    decode: Decode, tmp_path: Path, report: Callable[[str], None]
+    length: str, decode: Decode, tmp_path: Path, report: Callable[[str], None]
 ) -> None:
-    """The draft changes between rounds, many times, and the target's distribution stays."""
-    config = load_config(ROOT / "configs" / "serve_tiny_cpu.yaml", ["drafter.kind=eagle3", *OFTEN])
+    """The draft changes between rounds, many times, and how much of it is drafted as well; the target's
+    distribution stays."""
+    words = ["drafter.kind=eagle3", length, *OFTEN]
+    config = load_config(ROOT / "configs" / "serve_tiny_cpu.yaml", words)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     events = tmp_path / "events.jsonl"
     answers = sampled(
@@ -125,9 +130,12 @@ def test_publications_leave_the_distribution_alone(
         },
         **SHAPES["eagle3-chain"][1],
     )
-    kinds = [json.loads(line)["kind"] for line in events.read_text().splitlines()]
+    told = [json.loads(line) for line in events.read_text().splitlines()]
+    kinds = [event["kind"] for event in told]
+    drafted = {event["row"]["num_drafted"] for event in told if event["kind"] == "round"}
     found = p_values(answers)
     report(f"p {min(found):.3f} at least, {kinds.count('publication')} publications")
+    assert drafted == {3} if length == FIXED else len(drafted) > 2
     assert kinds.count("publication") > 10
     assert min(found) > FALSE_ALARM
 

@@ -12,14 +12,20 @@ below and runs the three families on a CPU.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _PATHS: dict[str, str] = {
+    "AdaptiveController": "sglang.srt.speculative.adaptive_runtime_state:AdaptiveController",
     "AuthLevel": "sglang.srt.utils.auth:AuthLevel",
     "CaptureHiddenMode": "sglang.srt.model_executor.forward_batch_info:CaptureHiddenMode",
     "ConfigArgumentMerger": "sglang.srt.utils.server_args_config_parser:ConfigArgumentMerger",
     "CustomSpecAlgo": "sglang.srt.speculative.spec_registry:CustomSpecAlgo",
     "DFlashWorkerV2": "sglang.srt.speculative.dflash_worker_v2:DFlashWorkerV2",
+    "DecodeCudaGraphRunner": "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner",
     "EAGLEWorkerV2": "sglang.srt.speculative.eagle_worker_v2:EAGLEWorkerV2",
     "EagleDraftExtendInput": "sglang.srt.speculative.eagle_info:EagleDraftExtendInput",
     "EagleDraftInput": "sglang.srt.speculative.eagle_info:EagleDraftInput",
@@ -68,6 +74,8 @@ SCHEDULER_END = "sglang.srt.managers.scheduler.Scheduler.handle_shutdown"
 SCHEDULER_NEXT = "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run"
 SCHEDULER_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
 
+EAGLE_LOG = "sglang.srt.speculative.eagle_worker_v2"
+
 
 def resolve(path: str) -> Any:
     """What ``module`` or ``module:attribute`` names."""
@@ -85,6 +93,27 @@ def plan_rows(batch: Any, runner: Any) -> None:
     bind = getattr(runner.kv_index_translator, "bind_own_plan", None)
     if bind is not None:
         bind(batch)
+
+
+def capture_passes(runner: Any, runner_class: Callable[[], type]) -> None:
+    """Let a draft's runner capture its passes with that class, which is not asked for where it cannot.
+
+    It cannot on a CPU, or without CUDA graphs: it goes on without.
+    """
+    runner._decode_cuda_graph_runner_cls = runner_class
+    runner.init_decode_cuda_graph()
+
+
+def quiet_switches() -> None:
+    """Leave one line of SGLang's out of its log: there is one for every change of the draft's length.
+
+    It logs them for a policy of its own, which changes it rarely.
+    """
+    logging.getLogger(EAGLE_LOG).addFilter(_is_no_switch)
+
+
+def _is_no_switch(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Switch adaptive runtime state")
 
 
 def gone(request_ids: set[str], plan: Any, scheduler: Any) -> set[str]:

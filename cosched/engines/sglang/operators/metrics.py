@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ class Metrics:
         self._counters = {name: counter(name, text) for name, text in COUNTERS.items()}
         seconds = Counter("cosched:seconds", "Time spent, by what on.", (*labels, "kind"))
         self._seconds = {kind: seconds.labels(model_name, kind) for kind in KINDS}
+        about = "Verification rounds, by how many tokens they drafted for each request."
+        rounds = Counter("cosched:rounds_by_drafted", about, (*labels, "tokens"))
+        self._of_length = functools.partial(rounds.labels, model_name)
 
     def show(self, status: Status) -> None:
         for name, gauge in self._gauges.items():
@@ -64,6 +68,8 @@ class Metrics:
             self._count(name, counter, getattr(status, name))
         for kind, counter in self._seconds.items():
             self._count(kind, counter, getattr(status, f"{kind}_seconds"))
+        for tokens, total in enumerate(status.rounds_by_drafted):
+            self._count(f"drafted {tokens}", self._of_length(tokens), total)
 
     def _count(self, name: str, counter: Any, total: float) -> None:
         """Counters only rise: what came since the last status is added."""

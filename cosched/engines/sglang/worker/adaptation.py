@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, Protocol
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from cosched.coscheduler import Coscheduler
     from cosched.engines.sglang.worker.autosave import Autosave
     from cosched.engines.sglang.worker.collector import Prefill, RoundCollector, Verified
+    from cosched.engines.sglang.worker.lengths import ServedLengths
     from cosched.loop.roles import Sink
     from cosched.records import VerifyRound
     from cosched.training.ranks import Ranks
@@ -37,6 +39,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """How the adaptation stands: for ``/cosched/status``, ``/metrics`` and ``cosched doctor``.
 
     ``failure`` says why training stopped for good, ``warning`` what is wrong without stopping it.
+    ``rounds_by_drafted[K]`` counts the verification rounds that drafted K tokens for each request.
     """
 
     algorithm: str
@@ -60,6 +63,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     rollbacks: int = 0
     guard_seconds: float = 0.0
     evicted_requests: int = 0
+    rounds_by_drafted: tuple[int, ...] = ()
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,6 +120,7 @@ class Adaptation:
 
     ``save`` writes the serving draft as a checkpoint, ``autosave`` does unasked. With ``watches`` off
     (a policy that never trains) no rows are taken from the device and rounds are only counted.
+    ``lengths`` says how many tokens a round drafts; None where that is always the same.
     """
 
     def __init__(
@@ -130,6 +135,7 @@ class Adaptation:
         operator: Operator,
         sink: Sink,
         autosave: Autosave | None = None,
+        lengths: ServedLengths | None = None,
     ) -> None:
         self._algorithm = algorithm
         self._coscheduler = coscheduler
@@ -141,6 +147,8 @@ class Adaptation:
         self._operator = operator
         self._sink = sink
         self._autosave = autosave
+        self.lengths = lengths
+        self._rounds_by_drafted: list[int] = []
         self._ready: list[VerifyRound] = []
         self._iteration: int | None = None  # whose counts come next
         self._failure: str | None = None
@@ -173,7 +181,18 @@ class Adaptation:
     @_never_raises
     def counted(self, num_accepted: list[int]) -> None:
         """Accepted drafts of every request of the verification that was announced."""
-        self._ready.extend(self._collector.counted(num_accepted, self._iteration))
+        rounds = list(self._collector.counted(num_accepted, self._iteration))
+        self._ready.extend(rounds)
+        for round_ in rounds:
+            if round_.blocks:
+                self._count_drafted(len(round_.blocks[0].path_K))
+        if self.lengths is not None:
+            self.lengths.observe(rounds)
+
+    def _count_drafted(self, tokens: int) -> None:
+        missing = tokens + 1 - len(self._rounds_by_drafted)
+        self._rounds_by_drafted += [0] * missing
+        self._rounds_by_drafted[tokens] += 1
 
     def counts_follow(self, iteration: int) -> None:
         """The counts that come next are those of that pass of the scheduler's."""
@@ -198,11 +217,15 @@ class Adaptation:
     # --- between two forward passes --------------------------------------------------------
 
     @_never_raises
-    def step(self) -> None:
-        """Do what the operator asked for, and tell the co-scheduler of rounds that are complete."""
+    def step(self, num_running: int = 0) -> None:
+        """Do what the operator asked for, and tell the co-scheduler of rounds that are complete.
+
+        What is run next is a round of so many requests, or no round.
+        """
         ready, self._ready = self._ready, []
-        with torch.inference_mode(False), torch.no_grad():
-            well = self._sync_ranks()
+        apart = self.lengths.own_time() if self.lengths else nullcontext()
+        with apart, torch.inference_mode(False), torch.no_grad():
+            well = self._sync_ranks(num_running)
             self._tell(ready)
             if well and ready:
                 self._look_after()
@@ -231,13 +254,17 @@ class Adaptation:
                 self._ranks.part()  # first of all: others may wait for what this one has to say
                 raise
 
-    def _sync_ranks(self) -> bool:
+    def _sync_ranks(self, num_running: int) -> bool:
         """Bring all ranks to the same mind; whether they may go on learning."""
+        lengths = self.lengths if num_running else None
+        tokens = lengths.choose(num_running) if lengths else 0
         if self._ranks.parted:
+            self._settle(lengths, tokens)
             self._answer_alone(self._operator.asked())
             return False
         commands = self._operator.asked()
-        well, asked = self._ranks.sync(self._failure is None, bool(commands))
+        well, asked, tokens = self._ranks.sync(self._failure is None, bool(commands), tokens)
+        self._settle(lengths, tokens)
         if asked:
             verbs = self._ranks.from_first([command for command, _ in commands])
             answers = [answer for _, answer in commands] or [lambda _answer: None] * len(verbs)
@@ -245,6 +272,12 @@ class Adaptation:
         if not well and self._failure is None:
             self.fail("another rank stopped training")
         return well
+
+    def _settle(self, lengths: ServedLengths | None, tokens: int) -> None:
+        """Ranks that do not meet any more cannot choose together: they draft as many as can be."""
+        if lengths is not None:
+            apart = self._ranks.parted and self._ranks.size > 1
+            lengths.settle(lengths.max_tokens if apart else tokens)
 
     def fail(self, reason: str) -> None:
         """Stop training for good, and say why."""
@@ -334,4 +367,5 @@ class Adaptation:
             rollbacks=counters.rolled_back,
             guard_seconds=counters.guard_seconds,
             evicted_requests=counters.evicted,
+            rounds_by_drafted=tuple(self._rounds_by_drafted),
         )

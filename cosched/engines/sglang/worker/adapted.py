@@ -15,7 +15,7 @@ import torch
 from cosched.engines.sglang import compat
 from cosched.engines.sglang.worker.collector import Prefill, Prompt, Verified
 from cosched.engines.sglang.worker.serving import ServedDraft
-from cosched.engines.sglang.worker.supported import check_resolved
+from cosched.engines.sglang.worker.supported import WITH_LENGTHS, check_resolved
 from cosched.engines.sglang.worker.taps import HiddenTap, Stopwatch, owned
 from cosched.engines.sglang.worker.target import ServedTarget
 from cosched.errors import ConfigError
@@ -38,12 +38,13 @@ _ALIGNMENT = 64  # requests that SGLang may round the batch of a CUDA graph up t
 class WorkerParts:
     """What a worker has for who builds its adaptation.
 
-    ``check`` refuses what cannot be watched. ``serve(names)`` gives the tensors of the serving draft
-    by the names of the drafter's network; ``refresh`` makes anew what SGLang derived from them.
-    ``acceptance`` is how SGLang accepts a drafted token of a request that samples.
+    ``check`` refuses what cannot be watched, and, told that the number of drafted tokens changes, what
+    that does not go with; ``num_draft_tokens`` is the most. ``serve(names)`` gives the tensors of the
+    serving draft by the names of the drafter's network; ``refresh`` makes anew what SGLang derived from
+    them. ``acceptance`` is how SGLang accepts a drafted token of a request that samples.
     """
 
-    check: Callable[[], None]
+    check: Callable[[bool], None]
     algorithm: str
     target: ServedTarget
     ranks: Ranks
@@ -92,8 +93,8 @@ class AdaptedWorker:
     def _refresh(self) -> None:
         """Make anew what was derived from the draft's weights."""
 
-    def _check(self) -> None:
-        """Refuse what cannot be watched.
+    def _check(self, changes_length: bool) -> None:
+        """Refuse what cannot be watched, and what cannot change the number of drafted tokens.
 
         Raises:
             ConfigError: an argument of SGLang's.
@@ -104,8 +105,6 @@ class AdaptedWorker:
                 f"--speculative-eagle-topk {spec.speculative_eagle_topk}: cosched adapts chains; "
                 f"use 1"
             )
-        if spec.speculative_adaptive:
-            raise ConfigError("--speculative-adaptive: cosched needs a fixed number of drafts")
         if rejection_sampling() and str(self.device).startswith("cpu"):
             raise ConfigError(
                 "--speculative-use-rejection-sampling: not on a CPU; leave it out, and the target "
@@ -119,6 +118,8 @@ class AdaptedWorker:
         check_resolved(self.server_args)
         # What the ranks came to be: from 0.5.22 on the arguments do not tell.
         check_resolved(compat.get_parallel())
+        if changes_length:
+            check_resolved(self.server_args, WITH_LENGTHS)
 
     # --- what SGLang calls -----------------------------------------------------------------
 

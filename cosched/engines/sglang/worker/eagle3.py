@@ -17,9 +17,10 @@ class ChainWorker(AdaptedWorker):
     """For workers that draft, verify with ``verify``, and catch up."""
 
     def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        self.adaptation.step()
+        prefills = is_prefill(batch)
+        self.adaptation.step(0 if prefills else len(batch.reqs))
         self._started = self._stopwatch.mark()
-        if not is_prefill(batch):
+        if not prefills:
             return super().forward_batch_generation(batch, *args, **kwargs)
         tokens_T = batch.input_ids
         output = super().forward_batch_generation(batch, *args, **kwargs)
@@ -39,4 +40,10 @@ class ChainWorker(AdaptedWorker):
 
 
 class Eagle3Worker(ChainWorker, compat.EAGLEWorkerV2):
-    """SGLang's EAGLE3 worker."""
+    """SGLang's EAGLE3 worker, which can draft another number of tokens every round."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.adaptation.lengths is not None:
+            compat.quiet_switches()
+            self.adaptive_controller = compat.AdaptiveController(self, self.adaptation.lengths)

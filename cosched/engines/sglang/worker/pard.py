@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+GRAPH_RUNNER = "cosched.engines.sglang.worker.pard_graph:PardGraphRunner"
 PADDING_SLOT = 0  # of every cache: SGLang writes there what nobody reads
 
 
@@ -54,8 +55,10 @@ class PardDraftWorker(compat.StandaloneDraftWorker):
         self.draft_extend_attn_backend = None
 
     def _capture_cuda_graphs(self) -> None:
+        """Let the runner replay the pass; one that has no graphs runs it."""
         self.cuda_graph_runner = None
         self.cuda_graph_runner_for_draft_extend = None
+        compat.capture_passes(self.draft_runner, lambda: compat.resolve(GRAPH_RUNNER))
 
     # --- a round ---------------------------------------------------------------------------
 

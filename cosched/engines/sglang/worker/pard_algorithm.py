@@ -26,6 +26,9 @@ def algorithm(builtin: str = "STANDALONE") -> type:
             num_nodes = super().resolve_max_speculative_num_draft_tokens(server_args)
             return None if num_nodes is None else max(num_nodes, num_rows(num_nodes - 1))
 
+        def supports_target_verify_for_draft(self) -> bool:
+            return True  # what the draft's pass is, to a runner of CUDA graphs
+
         def get_num_tokens_per_req_for_target_verify(
             self, num_draft_tokens: int, is_draft_worker: bool
         ) -> int:

@@ -17,7 +17,21 @@ MODES: dict[str, tuple[Any, str]] = {
     "enable_layernorm_sp": (False, "a rank would see some rows of the target only"),
     "disaggregation_mode": ("null", "prompts and answers would be computed by different servers"),
     "enable_torch_compile": (False, "a compiled forward pass does not run what watches the target"),
+    "speculative_adaptive": (
+        False,
+        "SGLang leaves it out for cosched's algorithms; say drafter.length: {kind: goodput}",
+    ),
     "enable_memory_saver": (False, "weights that the draft learns from would be taken away"),
+}
+
+# The same where the number of drafted tokens changes while SGLang serves.
+WITH_LENGTHS: dict[str, tuple[Any, str]] = {
+    "enable_two_batch_overlap": (
+        False,
+        "drafter.length changes attention, which drops its wrapper",
+    ),
+    "enable_pdmux": (False, "drafter.length changes attention, of which it has several"),
+    "enable_hisparse": (False, "drafter.length changes sizes that it has settled when it starts"),
 }
 
 
@@ -30,7 +44,7 @@ def check_modes(given: Mapping[str, Any], called: Callable[[str], str]) -> None:
     check_values(MODES, given, called)
 
 
-def check_resolved(found: Any) -> None:
+def check_resolved(found: Any, table: Mapping[str, tuple[Any, str]] = MODES) -> None:
     """The same of what SGLang has made of it: it sets some of them by others, and by the model.
 
     ``found`` has them as attributes, those that this version has.
@@ -38,8 +52,8 @@ def check_resolved(found: Any) -> None:
     Raises:
         ConfigError: as ``check_modes``.
     """
-    values = {name: getattr(found, name) for name in MODES if hasattr(found, name)}
-    check_modes(values, lambda name: f"--{name.replace('_', '-')}")
+    values = {name: getattr(found, name) for name in table if hasattr(found, name)}
+    check_values(table, values, lambda name: f"--{name.replace('_', '-')}")
 
 
 def check_values(
