@@ -20,11 +20,33 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command does
 
 
+LONGEST = (
+    "test_contract",
+    "test_guarded_runs",
+    "test_sweep",
+    "test_run",
+    "test_trials",
+    "test_tinyworld",
+    "test_lossless",
+    "test_real_model",
+    "test_realworld_teach",
+    "test_interruption",
+    "test_recipes",
+    "test_tenants",
+    "test_process",
+)
+"""The files that take longest, the longest first."""
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: one that begins last keeps a process busy when others are done."""
+    """Long files first, and of the others those with slow tests: one that begins last keeps a process
+    busy when others are done."""
+    place = {name: number for number, name in enumerate(LONGEST)}
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(
+        key=lambda item: (place.get(item.path.stem, len(place)), item.path not in slow),
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

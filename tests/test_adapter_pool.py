@@ -154,6 +154,7 @@ def test_an_update_under_way_when_its_request_ends_serves_nobody(
     assert same(trained, first)
 
 
+@pytest.mark.slow
 def test_a_lent_adapter_comes_back_as_it_was(target: Target, configure: Configure) -> None:
     """A request is served round by round as if none had used its adapter before."""
     config = configure("adapt.scope.state=per_request", "engine.max_batch=3")

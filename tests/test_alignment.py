@@ -17,12 +17,14 @@ from cosched.testing.harness import (
 from drafters.eagle3 import Eagle3Drafter
 from tests.helpers.drafts import make_drafter
 
+NEW = 100  # tokens a text
+
 
 @pytest.fixture(scope="module")
 def drafter(target: Target) -> Eagle3Drafter:
     """A head that has seen these texts, so that many drafts are accepted and many are not."""
     drafter = make_drafter(target)
-    requests = make_requests(target, count=3, prompt=9, new=150)
+    requests = make_requests(target, count=3, prompt=9, new=NEW)
     observer = make_coscheduler(target, drafter, every=2, lr=3e-3)
     decode(make_engine(target, drafter, requests, 3, observer=observer), requests)
     return drafter
@@ -32,7 +34,7 @@ def test_committed_paths_carry_the_rows_of_their_text(
     target: Target, drafter: Eagle3Drafter
 ) -> None:
     """On committed text teacher row k is the target's at anchor + k, computed afresh."""
-    requests = make_requests(target, count=3, prompt=9, new=150)
+    requests = make_requests(target, count=3, prompt=9, new=NEW)
     rounds = serve(target, drafter, requests, max_batch=3)
     batch = collected(target, drafter, "delayed", None, rounds)
     assert batch is not None
@@ -52,7 +54,7 @@ def test_committed_paths_carry_the_rows_of_their_text(
 
 def test_a_segment_brings_what_was_refused(target: Target, drafter: Eagle3Drafter) -> None:
     """Row q behind the text is the target's behind refused token q, and of the last round nothing."""
-    rounds = serve(target, drafter, make_requests(target, count=1, prompt=9, new=150))
+    rounds = serve(target, drafter, make_requests(target, count=1, prompt=9, new=NEW))
     segments = [segment for round_ in rounds for segment in round_.segments]
     text = torch.cat([segments[0].tokens_R1, *(one.tokens_R1[1:] for one in segments[1:])])
     assert segments[0].refused is None  # of the prompt
@@ -79,7 +81,7 @@ def test_a_segment_brings_what_was_refused(target: Target, drafter: Eagle3Drafte
 
 def test_accepted_rows_end_at_the_refusal(target: Target, drafter: Eagle3Drafter) -> None:
     """``rows: accepted`` keeps rows 0 to a, a being the refused draft; ``all`` keeps K rows."""
-    rounds = serve(target, drafter, make_requests(target, count=3, prompt=9, new=150))
+    rounds = serve(target, drafter, make_requests(target, count=3, prompt=9, new=NEW))
     cut = collected(target, drafter, "accepted", None, rounds)
     whole = collected(target, drafter, "all", None, rounds)
     assert cut is not None

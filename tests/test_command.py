@@ -26,6 +26,7 @@ def test_check_and_plugins(tmp_path: Path, settings: dict) -> None:
     assert all(name in out for name in ("eagle3", "forward_kl", "never", "every_n_rounds"))
 
 
+@pytest.mark.slow
 def test_check_loads_no_model(tmp_path: Path, settings: dict) -> None:
     """Validation needs neither weights nor transformers."""
     program = (
@@ -49,6 +50,7 @@ def test_check_loads_no_model(tmp_path: Path, settings: dict) -> None:
     "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
     reason="this machine has no huge pages to give",
 )
+@pytest.mark.slow
 def test_large_tensors_lie_in_huge_pages() -> None:
     """The command asks torch for them before the first tensor, after which nobody is heard."""
     program = (

@@ -139,7 +139,7 @@ def conversations(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "p.jsonl", *lines, {"id": "c", "text": "def main():\n"})
 
 
-@pytest.mark.parametrize("max_batch", [1, 2])
+@pytest.mark.parametrize("max_batch", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_arms_answer_the_same_conversations(
     tmp_path: Path, tokenizer: Any, tiny_target: Target, max_batch: int
 ) -> None:
@@ -160,6 +160,7 @@ def test_arms_answer_the_same_conversations(
     assert text_of(tokenizer, expected[0, ids.shape[1] :]) == said["plain"]["b@2"]
 
 
+@pytest.mark.slow
 def test_a_conversation_that_outgrows_the_context_ends_and_is_counted(
     tmp_path: Path, tokenizer: Any
 ) -> None:
@@ -188,12 +189,13 @@ def test_a_conversation_that_outgrows_the_context_ends_and_is_counted(
     assert cut == {"a": False, "a@2": False, "b": True}
 
 
+@pytest.mark.slow
 def test_a_recording_has_all_turns(tmp_path: Path) -> None:
     """A later turn is recorded as a text like any other, and any draft can be judged on it."""
-    path = experiment(tmp_path, conversations(tmp_path))
-    live, said = run(load_config(path, ["arms=[plain, frozen]"]), record=True)
+    path, short = experiment(tmp_path, conversations(tmp_path)), "workload.max_new_tokens=12"
+    live, said = run(load_config(path, ["arms=[plain, frozen]", short]), record=True)
     trace = f"engine.trace={tmp_path / 'runs' / 'chat' / 'trace'}"
-    words = ["arms=[frozen]", "engine.kind=trace", trace, "run.name=judged"]
+    words = ["arms=[frozen]", short, "engine.kind=trace", trace, "run.name=judged"]
     judged, again = run(load_config(path, words))
     assert again["frozen"] == said["plain"]
     assert judged.arms["frozen"].tau == live.arms["frozen"].tau

@@ -226,10 +226,12 @@ def run(config: Config) -> tuple[Path, dict]:
 FIGURES = ("tokens", "rounds", "tau", "tau_novel", "position_acceptance", "updates", "losses")
 
 
+@pytest.mark.slow
 def test_each_draft_does_what_it_does_alone(tmp_path: Path) -> None:
     """Tokens, rounds, acceptance and losses to the last digit; one report has both."""
     arms = ["plain", "frozen", "adapted", "pard.frozen", "pard.adapted"]
-    folder, together = run(load_config(file(tmp_path, arms)))
+    short = "workload.max_new_tokens=16"
+    folder, together = run(load_config(file(tmp_path, arms), [short]))
     assert list(together["arms"]) == arms
     assert together["run"]["drafts"]["pard"] == {
         "drafter": "pard",
@@ -239,7 +241,7 @@ def test_each_draft_does_what_it_does_alone(tmp_path: Path) -> None:
     }
     for name, drafter in (("", EAGLE3), ("pard.", PARD)):
         path = file(tmp_path, ["adapted"], drafter=drafter, drafts=None)
-        _, alone = run(load_config(path, [f"run.name={drafter['kind']}"]))
+        _, alone = run(load_config(path, [short, f"run.name={drafter['kind']}"]))
         for arm, figures in alone["arms"].items():
             found = together["arms"][name + arm]
             assert {key: found[key] for key in FIGURES} == {key: figures[key] for key in FIGURES}
@@ -283,16 +285,19 @@ def test_an_interrupted_run_goes_on_with_every_draft(tmp_path: Path) -> None:
         assert resumed.arms[name].tau == arm["tau"]
 
 
+@pytest.mark.slow
 def test_a_trace_has_the_features_of_every_draft(tmp_path: Path) -> None:
     """Recorded by the plain arm, and replayed by the arms of each."""
     dflash = {"kind": "dflash", "path": str(TINYWORLD / "dflash"), "num_draft_tokens": 3}
     drafts = {"dflash": dflash, "eagle3": EAGLE3}
     arms = ["plain", "dflash.frozen", "eagle3.frozen"]
-    config = load_config(file(tmp_path, arms, drafter=None, drafts=drafts))
+    short = "workload.max_new_tokens=12"
+    config = load_config(file(tmp_path, arms, drafter=None, drafts=drafts), [short])
     folder = RunFolder(config.run_folder)
     folder.create()
     live = Experiment(config, record=True).run(folder)
     trace = [
+        short,
         "run.name=again",
         "engine.kind=trace",
         f"engine.trace={folder.path / 'trace'}",

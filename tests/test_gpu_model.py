@@ -55,7 +55,9 @@ def narrow(model: Any, kind: str) -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.parametrize("requests", [1, pytest.param(16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["eagle3", "dflash", pytest.param("pard", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["eagle3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dflash", "pard"))]
+)
 def test_operations_and_launches_are_those_of_a_micro_step(
     model: Any, kind: str, requests: int
 ) -> None:

@@ -77,6 +77,7 @@ def test_a_cached_model_is_run_by_its_name(tmp_path: Path, home: Path) -> None:
     assert yaml.safe_load((folder / "config.yaml").read_text())["target"] == {"path": NAME}
 
 
+@pytest.mark.slow
 def test_the_cache_is_where_hugging_face_has_it(tmp_path: Path) -> None:
     """``HF_HOME`` moves it, and ``check`` loads neither weights nor transformers."""
     cache(tmp_path / "elsewhere")

@@ -45,7 +45,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, settings: dict) -> None:
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, settings: dict) -> None:
     """Interrupted after the first request and resumed, all arms do what they do in one go."""
-    settings["workload"] |= {"max_new_tokens": 96, "max_prompts": 2}
+    settings["workload"] |= {"max_new_tokens": 64, "max_prompts": 2}
     path = write(tmp_path, settings)
     config = load_config(path)
     whole = Experiment(load_config(path, ["run.name=whole"]))
@@ -57,7 +57,7 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, settings: dict) -> N
     def interrupt(_arm: str, number: int) -> None:
         nonlocal committed
         committed += number
-        if committed > 4 * 96 + 40:  # in the middle of the second request
+        if committed > 4 * 64 + 40:  # in the middle of the second request
             raise KeyboardInterrupt
 
     cut = Experiment(config)

@@ -199,7 +199,14 @@ def coverage(found: Iterable[Ratio]) -> float:
     return sum(hits) / RUNS
 
 
-@pytest.mark.parametrize(("groups", "turns"), [(6, 8), (20, 2), (1, 24), (1, 96), (3, 20)])
+@pytest.mark.parametrize(
+    ("groups", "turns"),
+    [
+        (6, 8),
+        (1, 24),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((20, 2), (1, 96), (3, 20))),
+    ],
+)
 @pytest.mark.parametrize(
     ("machine", "least"),
     [

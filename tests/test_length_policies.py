@@ -42,7 +42,12 @@ def busy_machine(rounds: int) -> list[float]:
 
 @pytest.mark.parametrize(("chance", "row", "draft"), CELLS)
 @pytest.mark.parametrize(
-    ("num_running", "busy", "share"), [(1, False, 0.98), (8, False, 0.98), (4, True, 0.96)]
+    ("num_running", "busy", "share"),
+    [
+        (1, False, 0.98),
+        pytest.param(8, False, 0.98, marks=pytest.mark.slow),
+        pytest.param(4, True, 0.96, marks=pytest.mark.slow),
+    ],
 )
 def test_goodput_is_as_fast_as_the_best_fixed_length(
     chance: float, row: float, draft: float, num_running: int, busy: bool, share: float

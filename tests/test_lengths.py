@@ -41,7 +41,7 @@ SCRIPT = (3, 0, 2, 1, 0, 0, 3)
 # --- the text ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_batch", [1, 3])
+@pytest.mark.parametrize("max_batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_every_round_drafts_as_many_as_it_is_told(target: Target, max_batch: int) -> None:
     """Greedy text is plain decoding's, and blocks are as long as the script says, none left out."""
     requests = make_requests(target, count=4, prompt=6, new=60)
@@ -73,7 +73,7 @@ def test_fixed_is_as_ever(target: Target) -> None:
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("max_batch", [2, 3])
+@pytest.mark.parametrize("max_batch", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_requests_of_a_round_draft_unequally_many(target: Target, max_batch: int) -> None:
     """Rows are packed, drafts are cut, and greedy text is the target's while the draft learns."""
     requests = make_requests(target, count=4, prompt=6, new=60)
@@ -85,7 +85,13 @@ def test_requests_of_a_round_draft_unequally_many(target: Target, max_batch: int
     assert sum(len(found) > 1 for found in ragged) > len(ragged) / 2
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(1.0), SamplingParams(0.7, top_p=0.8)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        pytest.param(SamplingParams(1.0), marks=pytest.mark.slow),
+        SamplingParams(0.7, top_p=0.8),
+    ],
+)
 @pytest.mark.parametrize("tokens_alone", [False, True])
 def test_sampled_text_of_ragged_rounds_follows_the_target(
     sampling: SamplingParams, tokens_alone: bool
@@ -263,7 +269,15 @@ def test_short_blocks_teach_what_they_have(
 
 
 @pytest.mark.parametrize("rows", ["accepted", "refused", "all", "delayed"])
-@pytest.mark.parametrize("lengths", [ByTurns, lambda most: DraftLengths(Scripted(*SCRIPT), most)])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        ByTurns,
+        pytest.param(
+            lambda most: DraftLengths(Scripted(*SCRIPT), most), marks=pytest.mark.slow, id="script"
+        ),
+    ],
+)
 def test_a_draft_learns_from_rounds_of_any_length(target: Target, rows: Rows, lengths: Any) -> None:
     """Updates are made of finite losses, from whatever rows it is told to learn."""
     requests = make_requests(target, count=3, prompt=6, new=60)
@@ -300,9 +314,11 @@ def with_length(settings: dict, **length: Any) -> dict:
     return settings
 
 
+@pytest.mark.slow
 def test_a_run_says_how_many_tokens_were_drafted(tmp_path: Path, settings: dict) -> None:
     """Frozen and adapted arms choose their lengths, texts are equal, and summary and report tell."""
     settings["arms"] = ["plain", "frozen", "adapted"]
+    settings["workload"]["max_new_tokens"] = 24
     config = load_config(write(tmp_path, with_length(settings, kind="threshold", bound=0.3)))
     folder = new_folder(config)
     summary = Experiment(config).run(folder)
@@ -320,6 +336,7 @@ def test_a_run_says_how_many_tokens_were_drafted(tmp_path: Path, settings: dict)
     assert f"frozen drafted {summary.arms['frozen'].drafted_per_round:.2f} tokens a round" in page
 
 
+@pytest.mark.slow
 def test_a_trace_has_the_rounds_of_the_engine_at_changing_lengths(
     tmp_path: Path, settings: dict
 ) -> None:

@@ -54,12 +54,14 @@ def test_with_a_shared_store_sampled_text_follows_the_target() -> None:
     assert min(found) > FALSE_ALARM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ngram", "logitspec"])
 def test_a_run_takes_no_updates_and_adapted_is_frozen(
     settings: dict, tmp_path: Path, kind: str
 ) -> None:
     """From a file without a path: nothing is trained, arms agree round by round, texts are plain's."""
     settings["drafter"] = {"kind": kind, "num_draft_tokens": 4, "window": 48}
+    settings["workload"]["max_new_tokens"] = 32
     del settings["adapt"]
     code, out, err = run_cli("run", "-c", write(tmp_path, settings))
     assert code == 0, out + err

@@ -149,7 +149,7 @@ def test_the_chi_square_test_can_fail() -> None:
 # --- drafts without a distribution ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_batch", [1, 3])
+@pytest.mark.parametrize("max_batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_greedy_text_with_tokens_alone_is_the_targets(target: Target, max_batch: int) -> None:
     """Greedy verification asks for no logits, and drafts are accepted and refused on the way."""
     requests = make_requests(target, count=4, prompt=6, new=80)
@@ -161,7 +161,13 @@ def test_greedy_text_with_tokens_alone_is_the_targets(target: Target, max_batch:
     assert {0, drafter.num_draft_tokens} <= set(accepted)
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(1.0), SamplingParams(0.7, top_p=0.8)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        pytest.param(SamplingParams(1.0), marks=pytest.mark.slow),
+        SamplingParams(0.7, top_p=0.8),
+    ],
+)
 def test_sampling_with_tokens_alone_follows_the_target(sampling: SamplingParams) -> None:
     """Token d stands with probability p(d), and what follows its refusal is drawn from the rest."""
     target = sampling_target()

@@ -70,7 +70,13 @@ def peaks(
     return logits / CHUNK, wide / CHUNK
 
 
-@pytest.mark.parametrize("loss", LOSSES_TO_TEST)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(loss, marks=() if loss in {"forward_kl", "sum"} else pytest.mark.slow)
+        for loss in LOSSES_TO_TEST
+    ],
+)
 def test_logits_are_held_of_one_chunk(loss: str) -> None:
     """One chunk of the student's and one of the teacher's (and of the reference's, if asked for).
 
@@ -172,7 +178,7 @@ def test_at_a_real_vocabulary_two_chunks_of_logits_are_held() -> None:
 
 
 @pytest.mark.parametrize("chunk_rows", [None, CHUNK])
-@pytest.mark.parametrize("loss", ["forward_kl", "sum"])
+@pytest.mark.parametrize("loss", ["forward_kl", pytest.param("sum", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("kind", "example"), DRAFTERS_TO_TEST)
 def test_the_peak_of_sizes_is_that_of_a_step(
     kind: str, example: str, loss: str, chunk_rows: int | None
@@ -219,8 +225,18 @@ def test_the_peak_of_sizes_is_that_of_scores(
     assert found > copies + (1 if example == "reduced vocabulary" else 2) * logits
 
 
-@pytest.mark.parametrize("changed", ["zero_stage=0", "zero_stage=1", "zero_stage=2"])
-@pytest.mark.parametrize("kind", ["eagle3", "dflash", "pard"])
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        pytest.param(
+            kind,
+            f"zero_stage={stage}",
+            marks=pytest.mark.slow if kind != "eagle3" and stage != 1 else (),
+        )
+        for kind in ("eagle3", "dflash", "pard")
+        for stage in (0, 1, 2)
+    ],
+)
 def test_a_run_allocates_what_check_says(kind: str, changed: str) -> None:
     """Within a tenth, from the copy that learns to the second update and a look: DeepSpeed's own included,
     which once was a third more than was said."""

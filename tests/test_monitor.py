@@ -125,6 +125,7 @@ def test_training_starts_again_from_what_serves_once_a_candidate_is_worse() -> N
     assert (monitor.pause, monitor.waits, monitor.behind) == (0, False, Evidence())
 
 
+@pytest.mark.slow
 def test_poisoned_updates_never_serve() -> None:
     """Trained on random labels a draft is worse at once: in 200 streams of 50 looks none is served."""
     for seed in range(200):
@@ -211,6 +212,7 @@ def test_pauses_do_not_grow_for_ever_and_end_once_learning_pays() -> None:
     assert monitor.pause == 100
 
 
+@pytest.mark.slow
 def test_who_goes_back_has_lost_little() -> None:
     """In 128 looks of 8 rows with noise of 0.1 tokens, 50 runs (seeds fixed): a draft that is 0.1
     worse always goes back, half of them within 16 looks; one that is 0.05 better never, and one that is

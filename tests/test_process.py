@@ -26,6 +26,8 @@ from cosched.settings.schema import Config
 from cosched.testing.harness import collected, make_requests, serve
 from cosched.training.process import ProcessScorer, ProcessTrainer
 
+pytestmark = pytest.mark.slow  # a process takes seconds to begin
+
 WORLD = Path(__file__).parent.parent / "tinyworld"
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}  # the process has fewer threads: sums in another order
 

@@ -27,7 +27,7 @@ def test_greedy_answers_are_those_of_plain_decoding_to_the_bit(tmp_path: Path) -
     code, out, err = run_cli(
         *("run", "-c", ROOT / "configs" / "demo.yaml", f"run.dir={tmp_path}", "run.name=exact"),
         *("workload.documents=null", f"workload.prompts={ROOT / 'realworld/prompts/chat.jsonl'}"),
-        *("workload.max_prompts=2", "workload.max_new_tokens=64", "workload.temperature=0"),
+        *("workload.max_prompts=2", "workload.max_new_tokens=40", "workload.temperature=0"),
         *("adapt.policy.rounds=8", "adapt.trainer.background=false", "engine.exact=true"),
         f"arms=[plain,eagle3.frozen,{','.join(learning)}]",
     )

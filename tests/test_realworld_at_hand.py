@@ -116,6 +116,7 @@ def real_model() -> Path:
 
 
 @pytest.mark.realworld
+@pytest.mark.slow
 def test_the_real_model_is_the_pinned_one_and_answers(real_model: Path) -> None:
     """It knows a capital, stops by itself at its end token, and has the pinned weights."""
     assert model_module.weights_sha256(real_model) == module.WEIGHTS_SHA256

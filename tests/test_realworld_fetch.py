@@ -28,6 +28,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 # --- what is there afterwards --------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_everything_comes_through_pip_and_is_not_fetched_twice(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

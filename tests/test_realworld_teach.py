@@ -93,7 +93,10 @@ def test_words_go_by_how_often_they_are_answered() -> None:
     assert words_by_frequency([answer], 8).tolist() == [5, 3, 0, 1, 2, 4, 6, 7]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name == "eagle3" else pytest.mark.slow) for name in RECIPES],
+)
 def test_a_draft_learns_what_its_target_says(deep: Target, tmp_path: Path, name: str) -> None:
     """Forty steps on a dozen texts: its acceptance on them rises, and what is the target's stays."""
     recipe = RECIPES[name]

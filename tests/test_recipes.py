@@ -90,7 +90,7 @@ def test_every_recipe_learns(tmp_path: Path, kind: str) -> None:
         f"arms=[{','.join(arms)}]",
         "workload.max_prompts=2",
         "workload.samples=2",
-        "workload.max_new_tokens=32",
+        "workload.max_new_tokens=24",
         "variants.osd.policy.requests=2",
         "variants.aurora.policy.requests=2",
     )

@@ -16,6 +16,7 @@ from tests.helpers.experiments import events_of, new_folder, rounds_of, turns_of
 
 def test_a_run_leaves_its_folder(tmp_path: Path, settings: dict) -> None:
     """Four arms, equal greedy tokens, and every file that design.md names."""
+    settings["workload"]["max_new_tokens"] = 24
     code, out, err = run_cli("run", "-c", write(tmp_path, settings))
     assert code == 0, err
     assert "report.html" in out
@@ -48,6 +49,7 @@ def test_a_run_leaves_its_folder(tmp_path: Path, settings: dict) -> None:
     assert "adapted" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 def test_arms_take_turns(tmp_path: Path, settings: dict, background: bool) -> None:
     """A few tokens at a time, and more where an update would go on in the time of the others."""
@@ -118,6 +120,7 @@ def test_trace_equals_engine(
         ) is computed
 
 
+@pytest.mark.slow
 def test_parts_are_what_the_arms_did(tmp_path: Path, settings: dict) -> None:
     """Six requests make six parts: the same text in each arm, and all of it."""
     settings["arms"] = ["plain", "frozen"]
@@ -168,6 +171,8 @@ def test_documents_are_forced(tmp_path: Path, settings: dict, tinyworld: Path) -
 @pytest.mark.slow
 def test_no_compiler_is_needed(tmp_path: Path, settings: dict) -> None:
     """A run that trains goes through where neither a compiler nor ninja is on the path."""
+    settings["arms"] = ["plain", "adapted"]
+    settings["workload"]["max_new_tokens"] = 24
     empty = tmp_path / "bin"
     empty.mkdir()
     extensions = tmp_path / "extensions"
@@ -183,6 +188,7 @@ def test_no_compiler_is_needed(tmp_path: Path, settings: dict) -> None:
     assert not extensions.exists()  # nothing was compiled, nothing was cached
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_tokens", "dropped"), [(32, True), (64, False)])
 def test_requests_without_room_in_the_buffer_are_in_the_summary(
     tmp_path: Path, settings: dict, max_tokens: int, dropped: bool

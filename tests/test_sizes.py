@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 
 from cosched.memory import footprint as footprint_module
-from cosched.memory.footprint import footprint
+from cosched.memory.footprint import Footprint, footprint
 from cosched.memory.sketch import TargetSketch
 from cosched.memory.sketch import sketch as sketch_of
 from cosched.registry import DRAFTERS
@@ -22,9 +22,6 @@ from cosched.settings.load import load_config
 from cosched.testing.harness import make_target, make_trainer
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from tests.helpers.drafts import make_drafter
-
-if TYPE_CHECKING:
-    pass
 
 QWEN3_8B = {
     "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288,
@@ -155,12 +152,29 @@ CASES: dict[str, tuple[dict, dict, str, int, dict, tuple[int, ...], float, int, 
 }  # fmt: skip
 
 
-@pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, tuple]:
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name == "qwen3-pard2" else ())
+        for name in CASES
+    ],
+)
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, tuple]:
     """A target's and a draft's folder with nothing in them but ``config.json``."""
-    case = CASES[request.param]
-    write_folders(tmp_path, case[0], case[1])
-    return tmp_path, case
+    case, folder = CASES[request.param], tmp_path_factory.mktemp("case")
+    write_folders(folder, case[0], case[1])
+    return folder, case
+
+
+@pytest.fixture(scope="module")
+def counted(case: tuple[Path, tuple]) -> tuple[Footprint, TargetSketch]:
+    """What a run of that draft takes, and its target: a whole micro-step of sizes, once a draft."""
+    folder, (_, _, kind, drafted, *_) = case
+    config = load_config(write_experiment(folder, kind, drafted))
+    target, drafter = sketch_of(config)
+    return footprint(config, target, drafter), target
 
 
 def write_folders(folder: Path, target: dict, draft: dict) -> None:
@@ -207,12 +221,12 @@ def write_experiment(folder: Path, kind: str, drafted: int, **engine: Any) -> Pa
     return path
 
 
-def test_memory_of_published_drafts(case: tuple[Path, tuple]) -> None:
+def test_memory_of_published_drafts(
+    case: tuple[Path, tuple], counted: tuple[Footprint, TargetSketch]
+) -> None:
     """Bytes a token and a parameter, as worked out by hand from the shapes in bfloat16."""
-    folder, (_, _, kind, drafted, _, _, _, features, cache) = case
-    config = load_config(write_experiment(folder, kind, drafted))
-    target, drafter = sketch_of(config)
-    found = footprint(config, target, drafter)
+    *_, features, cache = case[1]
+    found, target = counted
     held = found.num_draft_parameters
     assert found.feature_bytes_per_token == features * 1024
     assert found.cache_bytes_per_token == cache * 1024
@@ -232,15 +246,14 @@ def test_memory_of_published_drafts(case: tuple[Path, tuple]) -> None:
     assert found.target is None  # there are no weights to count
 
 
-def test_the_buffer_admits_what_is_counted(case: tuple[Path, tuple]) -> None:
+def test_the_buffer_admits_what_is_counted(
+    case: tuple[Path, tuple], counted: tuple[Footprint, TargetSketch]
+) -> None:
     """Requests that ``max_tokens`` keeps out take no memory."""
     folder, (_, _, kind, drafted, *_) = case
     path = write_experiment(folder, kind, drafted)
-    both, one = (
-        footprint(config, *sketch_of(config)).replay
-        for config in (load_config(path), load_config(path, ["adapt.memory.max_tokens=1000"]))
-    )
-    assert both == 2 * one
+    config = load_config(path, ["adapt.memory.max_tokens=1000"])
+    assert counted[0].replay == 2 * footprint(config, *sketch_of(config)).replay
 
 
 def test_a_frozen_run_takes_nothing_for_training(case: tuple[Path, tuple]) -> None:
@@ -261,7 +274,11 @@ TOKENS = 2048  # of each running request that the caches must hold at least
 @pytest.mark.parametrize("captured", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("kind", "draft"),
-    [("eagle3", QWEN3_EAGLE3), ("dflash", QWEN3_DFLASH), ("pard", PARD_06B)],
+    [
+        ("eagle3", QWEN3_EAGLE3),
+        ("dflash", QWEN3_DFLASH),
+        pytest.param("pard", PARD_06B, marks=pytest.mark.slow),
+    ],
 )
 def test_shipped_configurations_fit_the_card_they_name(
     kind: str, draft: dict, captured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -288,12 +305,13 @@ def test_shipped_configurations_fit_the_card_they_name(
     assert found.beside_sglang + RESERVE <= CARD - share
 
 
-def test_what_training_takes_lies_within_or_beside(case: tuple[Path, tuple]) -> None:
+def test_what_training_takes_lies_within_or_beside(
+    case: tuple[Path, tuple], counted: tuple[Footprint, TargetSketch]
+) -> None:
     """Beside SGLang's share lies what is made after its caches are, or made anew for each update: SGLang
     gives back what a rehearsal has let go before it measures. The moments stay."""
     folder, (_, _, kind, drafted, *_) = case
-    config = load_config(write_experiment(folder, kind, drafted))
-    found = footprint(config, *sketch_of(config))
+    found = counted[0]
     held = found.num_draft_parameters
     assert found.within_sglang == (2 * 2 + 2 * 4 + 8 + 8) * held + found.draft_cache
     kept = 2 * held  # the one version of ``publish.keep``

@@ -170,7 +170,7 @@ def test_cells_of_a_text_that_was_not_recorded_fail(tmp_path: Path) -> None:
 def test_ctrl_c_keeps_the_cells_that_are_done(tmp_path: Path) -> None:
     """SIGINT in the middle: exit code 1, no worker left, a report of what there is; then the rest."""
     path = file(tmp_path, grid={"adapt.trainer.lr": [1e-4, 1e-3, 3e-3, 1e-2]})
-    longer = ["workload.max_new_tokens=300"]
+    longer = ["workload.max_new_tokens=160"]
     folder = tmp_path / "runs" / "grid"
     process = cosched_process(["sweep", "-c", str(path), "--jobs", "1", *longer], heed_ctrl_c)
     deadline = time.monotonic() + 200

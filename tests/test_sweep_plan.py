@@ -157,6 +157,7 @@ def test_shipped_sweeps_are_valid(path: Path, monkeypatch) -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_override_in_the_place_of_a_grid_axis_narrows_the_sweep(monkeypatch) -> None:
     """One drafter asked alone has the cells and recordings that it has among all three."""
     monkeypatch.chdir(ROOT)

@@ -119,6 +119,7 @@ def test_figures_of_a_text_are_of_its_own_turns(two: list[str]) -> None:
     assert figures_by_text({"a": logs[:1]}, {"a": turns[:1]}, [None]) == {"a": {}}
 
 
+@pytest.mark.slow
 def test_a_run_tells_figures_by_file(tmp_path: Path, two: list[str]) -> None:
     """In the summary, the report and on the terminal; batches are of one file, a trace keeps it."""
     path = settings(tmp_path, two)

@@ -158,6 +158,7 @@ def test_an_absurd_expert_leaves_no_trace(alone, good: int) -> None:
     assert same(state, expected)
 
 
+@pytest.mark.slow
 def test_the_cost_of_trials_is_counted() -> None:
     """All of a trial's updates and scores are time that the engine waited for, so that a share of
     the time bounds them as well."""
@@ -168,6 +169,7 @@ def test_the_cost_of_trials_is_counted() -> None:
     assert spent < counters.update_seconds_total - counters.guard_seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_any_scope_can_be_tried(kind: str) -> None:
     """Adapters that are merged to be published, too: the good one's versions, to the bit."""

@@ -6,10 +6,10 @@ there the figure is that of the sizes alone.
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,26 +28,41 @@ class LivePeak(TorchDispatchMode):
     ``peak`` is the most that lived at once. Only results are counted that ``counts(operation,
     result)`` says yes to: each storage once, with the size it was made in; views and changes in
     place are no new storage. What an operation takes and gives back within itself is not seen.
+
+    A storage is one object in Python for as long as anything holds it, a graph for its backward pass
+    included, so its end is told by a weak reference and need not be looked for.
     """
 
     def __init__(self, counts: Callable[[Any, Tensor], bool] = _all) -> None:
         super().__init__()
         self.peak = 0
         self._counts = counts
-        self._live: dict[StorageWeakRef, int] = {}
+        self._total = 0
+        self._live: dict[int, weakref.ref[UntypedStorage]] = {}  # by id
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given = {StorageWeakRef(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
+        given = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
-            if self._counts(func, tensor) and (key := StorageWeakRef(storage)) not in given:
-                self._live = {kept: size for kept, size in self._live.items() if not kept.expired()}
-                self._live[key] = storage.nbytes()
-        self.peak = max(self.peak, sum(self._live.values()))
+            if self._counts(func, tensor) and id(storage) not in given:
+                self._count(storage)
+        self.peak = max(self.peak, self._total)
         return result
+
+    def _count(self, storage: UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._live:
+            return
+
+        def ended(_: weakref.ref[UntypedStorage]) -> None:
+            del self._live[key]
+            self._total -= size
+
+        self._live[key] = weakref.ref(storage, ended)
+        self._total += size
 
 
 def _tensors(values: Any) -> list[Tensor]:

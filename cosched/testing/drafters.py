@@ -20,11 +20,10 @@ from cosched.testing.lengths import changing_lengths
 from cosched.testing.registered import OneThread, registered
 from cosched.testing.serving import ServingContract
 from cosched.testing.specimen import (
-    NUM_DRAFT_TOKENS,
     Feeder,
     MetaTarget,
     Specimen,
-    contract_target,
+    example_keys,
     make_texts,
     specimen,
 )
@@ -33,24 +32,33 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+CONDITIONING = {"chain": "chain", "block": "block", "parallel": "block", "none": "none"}
+"""What a draft of each type is conditioned on."""
+
+
 class DrafterContract(ServingContract, LearningContract, AdapterContract, OneThread):
     """Every example of every registered drafter, or of those in ``names``.
 
-    The first example of each is quick to test, the others are marked slow.
+    The first example of each is quick to test, the others are marked slow; and what takes long
+    (``takes_long``) is quick for one drafter of each conditioning.
     """
 
     names: ClassVar[tuple[str, ...] | None] = None
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         cases: list[Any] = []
+        tested: set[str | None] = set()  # in what takes long, quickly
         for plugin in registered(DRAFTERS, self.names):
-            keys = list(plugin.cls.examples(contract_target(), NUM_DRAFT_TOKENS))
+            conditioning = CONDITIONING.get(plugin.cls.draft_type)
+            again = getattr(metafunc.function, "takes_long", False) and conditioning in tested
+            tested.add(conditioning)
+            keys = example_keys(plugin)
             assert keys, f"{plugin.name} has no example to test"
             cases += [
                 pytest.param(
                     specimen(plugin, key),
                     id=f"{plugin.name}-{key}".replace(" ", "_"),
-                    marks=(pytest.mark.slow,) if number else (),
+                    marks=(pytest.mark.slow,) if number or again else (),
                 )
                 for number, key in enumerate(keys)
             ]
@@ -69,9 +77,8 @@ class DrafterContract(ServingContract, LearningContract, AdapterContract, OneThr
         if drafter.network() is not None:
             owed = ("scopes", "clone", "state_width", "replay_states", "project")
             assert not [name for name in owed if not _gives(drafter, name)], "a network has these"
-        knows = {"chain": "chain", "block": "block", "parallel": "block", "none": "none"}
         if not specimen.is_composed:  # what it is made of says it
-            assert knows[specimen.plugin.cls.draft_type] == drafter.signal.conditioning
+            assert CONDITIONING[specimen.plugin.cls.draft_type] == drafter.signal.conditioning
         costs = [drafter.cost(number) for number in range(1, NUM_DRAFT_TOKENS + 1)]
         assert 0 <= costs[0] <= costs[-1]
         assert costs == sorted(costs)

@@ -94,13 +94,21 @@ class _All(DraftLength):
 
 
 def changing_lengths() -> list[Any]:
-    """All lengths there are that change while they serve, made to change often in a small world."""
+    """All lengths there are that change while they serve, made to change often in a small world.
+
+    Those that go by request are quick to test, and make requests of a round differ as well; the others
+    are marked slow.
+    """
     often: dict[str, dict[str, Any]] = {
         "goodput": {"explore_share": 1.0, "explore_rounds": 2},
         "threshold": {"bound": 0.05, "explore_rounds": 5},
     }
     return [
-        pytest.param(_make(plugin, often.get(plugin.name, {})), id=plugin.name)
+        pytest.param(
+            _make(plugin, often.get(plugin.name, {})),
+            id=plugin.name,
+            marks=() if plugin.cls.by_request else (pytest.mark.slow,),
+        )
         for plugin in LENGTHS.plugins()
         if plugin.name != "fixed"
     ]

@@ -24,6 +24,7 @@ from cosched.testing.specimen import (
     Specimen,
     close,
     make_texts,
+    takes_long,
 )
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class ServingContract:
         teacher = make_coscheduler(specimen.target, drafter, every=4, lr=3e-3, window=WINDOW)
         assert specimen.decode(drafter, 1, WINDOW, teacher).texts == specimen.plain
 
+    @takes_long
     @pytest.mark.parametrize(
         ("trained", "num_draws"), [(True, 600), pytest.param(False, 2000, marks=pytest.mark.slow)]
     )
@@ -94,22 +96,24 @@ class ServingContract:
         found = p_values(target, drafter, SamplingVerifier(sampling), sampling, observer, num_draws)
         assert min(found) > FALSE_ALARM
 
+    @takes_long
+    @pytest.mark.parametrize("max_batch", [pytest.param(1, marks=pytest.mark.slow), 3])
     def test_greedy_text_is_the_targets_at_any_length(
-        self, specimen: Specimen, length: DraftLength
+        self, specimen: Specimen, max_batch: int, length: DraftLength
     ) -> None:
         """However many tokens are drafted, in every round and by each request, while the draft learns.
 
         Alone and in a batch of three, with rounds that draft nothing.
         """
-        for max_batch in (1, 3):
-            drafter = specimen.make()
-            teacher = make_coscheduler(specimen.target, drafter, every=4, lr=3e-3)
-            lengths = DraftLengths(length, drafter.num_draft_tokens)
-            served = specimen.decode(drafter, max_batch, None, teacher, lengths)
-            assert served.texts == specimen.plain
+        drafter = specimen.make()
+        teacher = make_coscheduler(specimen.target, drafter, every=4, lr=3e-3)
+        lengths = DraftLengths(length, drafter.num_draft_tokens)
+        served = specimen.decode(drafter, max_batch, None, teacher, lengths)
+        assert served.texts == specimen.plain
         drafted = {len(block.path_K) for round_ in served.rounds for block in round_.blocks}
         assert len(drafted) > 1
 
+    @takes_long
     def test_sampled_text_follows_the_target_at_any_length(
         self, specimen: Specimen, length: DraftLength
     ) -> None:
@@ -122,7 +126,8 @@ class ServingContract:
         found = p_values(target, drafter, verifier, sampling, teacher, 600, lengths)
         assert min(found) > FALSE_ALARM
 
-    @pytest.mark.parametrize("sampled", [False, True])
+    @takes_long
+    @pytest.mark.parametrize("sampled", [pytest.param(False, marks=pytest.mark.slow), True])
     def test_a_batch_says_what_each_would_alone_at_any_length(
         self, specimen: Specimen, sampled: bool
     ) -> None:

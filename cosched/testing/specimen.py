@@ -9,7 +9,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ from cosched.testing.harness import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from cosched.coscheduler import Coscheduler
     from cosched.engines.embedded.target import Target
@@ -56,6 +56,15 @@ SERVINGS = pytest.mark.parametrize(
         pytest.param(1, WINDOW, marks=pytest.mark.slow),
     ],
 )
+
+
+F = TypeVar("F", bound="Callable[..., None]")
+
+
+def takes_long(statement: F) -> F:
+    """Of a contract: what is quick to test for one drafter of each conditioning, and slow for all."""
+    statement.__dict__["takes_long"] = True
+    return statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +174,12 @@ class Specimen:
 def contract_target() -> Target:
     """The target that all specimens are made for: it uses a dozen words a text."""
     return make_target(std=0.15)
+
+
+@cache
+def example_keys(plugin: Plugin) -> tuple[str, ...]:
+    """The names of its examples, for which they are all made: once, and not for each statement."""
+    return tuple(plugin.cls.examples(contract_target(), NUM_DRAFT_TOKENS))
 
 
 @cache
