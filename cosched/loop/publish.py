@@ -110,7 +110,7 @@ class InPlacePublisher:
     def state(self) -> dict[str, Tensor]:
         """The weights that serve, where they are not those loaded."""
         kept = self._kept.get(self.version, {})
-        return {f"version.{self.version}.{name}": weight for name, weight in kept.items()}
+        return {f"version.{self.version}.{name}": weight.clone() for name, weight in kept.items()}
 
     def restore(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """Serve the weights of a ``state()`` under the version they had.
