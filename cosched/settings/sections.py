@@ -217,6 +217,9 @@ class TrainerSettings(Section, frozen=True):
     ``background`` trains beside the decoding and publishes when it is done: on a CPU in a process of
     its own, which has half of the threads while it works, on a GPU in a thread with a stream of its
     own. Off, the engine waits for each update, and runs repeat exactly.
+    A process that ends, or gives no answer for ``limit_seconds``, is started again, from the weights
+    that serve, while decoding goes on; after ``restarts`` times without an update between them learning
+    stops.
     ``precision`` is that of matrix products; ``auto`` is bfloat16 where the device multiplies it
     faster, so that results differ from one machine to another.
     """
@@ -227,6 +230,8 @@ class TrainerSettings(Section, frozen=True):
     max_grad_norm: Annotated[float, Meta(gt=0)] = 1.0
     weight_decay: NotNegative = 0.0
     background: bool = False
+    limit_seconds: Annotated[float, Meta(gt=0)] = 600.0
+    restarts: Annotated[int, Meta(ge=0)] = 3
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
 
     def stage_of(self, num_ranks: int) -> int:
