@@ -55,6 +55,7 @@ ConfigFile = Annotated[Path, typer.Option("-c", "--config", help="The experiment
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key.sub=value …]", help="Settings to change.")
 ]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where the last one was left.")]
 ServerUrl = Annotated[str, typer.Option(help="Where the server is.")]
 ApiKey = Annotated[
     str | None, typer.Option(envvar="COSCHED_API_KEY", help="The server's key, if it has one.")
@@ -71,9 +72,7 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run folder if it exists.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run.")
-    ] = False,
+    resume: Resume = False,
     record: Annotated[
         bool, typer.Option("--record", help="Record the first arm's text as a trace.")
     ] = False,
@@ -128,9 +127,7 @@ def sweep(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the sweep's folder if it exists.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on: what has been run already stays.")
-    ] = False,
+    resume: Resume = False,
 ) -> None:
     """Judge many settings on the same recorded text, and say which of them gain.
 
@@ -233,6 +230,7 @@ def serve(
             help="Settings to change; from the first word with -- on, what sglang serve takes.",
         ),
     ] = None,
+    resume: Resume = False,
 ) -> None:
     """Serve with SGLang, the draft learning from what it serves.
 
@@ -241,9 +239,10 @@ def serve(
     from cosched.engines.sglang.launcher.launch import serve as run_server
     from cosched.settings.load import load_config
 
-    words = words or []
+    resume = resume or "--resume" in (words or ())  # wherever it stands: SGLang has none
+    words = [word for word in words or () if word != "--resume"]
     first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
-    run_server(load_config(config, words[:first]), words[first:])
+    run_server(load_config(config, words[:first]), words[first:], resume)
 
 
 @app.command()

@@ -148,20 +148,28 @@ class Coscheduler:
     def _learner(self) -> Trainer | None:
         return self.trainer if self.learning else None
 
-    def state(self) -> tuple[Counters, int, Mapping[str, Tensor]]:
-        """What a later run goes on from; valid while no request runs, whose rows are not kept."""
+    def state(self, trains: bool = True) -> tuple[Counters, int, Mapping[str, Tensor]]:
+        """What a later run goes on from, in tensors of its own; rows that are kept are not in it.
+
+        Without ``trains`` it is what serves, from which a trainer can begin: for one that is lost.
+        """
         if self.trainer is None or self.publisher is None:
             return self.counters, self.version, {}
-        kept = {**self.trainer.state(), **self.publisher.state(), **self.guard.state()}
-        return self.counters, self.version, kept
+        own = self.trainer.state() if trains else {}
+        return self.counters, self.version, {**own, **self.publisher.state(), **self.guard.state()}
 
-    def restore(self, counters: Counters, version: int, tensors: Mapping[str, Tensor]) -> None:
+    def restore(
+        self, counters: Counters, version: int, tensors: Mapping[str, Tensor], trains: bool = True
+    ) -> None:
         """Go on from an earlier run's ``state()``."""
         self.counters = counters
         if self.trainer is not None and self.publisher is not None and counters.updates:
-            self.trainer.restore(tensors)
             self.publisher.restore(tensors, version)
             self.guard.restore(tensors)
+            if trains:
+                self.trainer.restore(tensors)
+            else:
+                self.trainer.load(self.publisher.weights_of(version))
 
     def _begin(self, trainer: Trainer, decision: Decision) -> UpdateResult | None:
         batch = self.buffer.sample() if decision.num_steps else None

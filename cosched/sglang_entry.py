@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from cosched.engines.sglang import CONFIG, EVENTS, START
+from cosched.engines.sglang import CONFIG, EVENTS, RESUME, START
 
 if TYPE_CHECKING:
     from cosched.engines.sglang.launcher.run_directory import RunDirectory
@@ -62,16 +62,19 @@ def _adaptation(parts: WorkerParts, directory: RunDirectory | None) -> Adaptatio
     from pathlib import Path
 
     from cosched.build.adaptation import build_adaptation
+    from cosched.engines.sglang.launcher.resuming import STATES
     from cosched.settings.load import load_config
 
     config = load_config(Path(os.environ[CONFIG]))
     first = parts.ranks.rank == 0
     operator = _operator(config, directory if first else None)
     events = os.environ.get(EVENTS)
-    start = os.environ.get(START) if first else None
-    sink = _sink(events if first else None, start)
-    checkpoints = None if start is None else Path(start) / "checkpoints"
-    return build_adaptation(config, parts, operator, sink, bool(events), checkpoints)
+    sink = _sink(events if first else None, os.environ.get(START) if first else None)
+    resume = Path(path) if (path := os.environ.get(RESUME)) else None
+    states = Path(start) / STATES if (start := os.environ.get(START)) else None
+    if resume is not None:
+        states = resume.parent
+    return build_adaptation(config, parts, operator, sink, bool(events), states, resume)
 
 
 def _operator(config: Config, directory: RunDirectory | None) -> Operator:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from cosched.engines.embedded.engine import EngineSeconds
 from cosched.loop.counters import Counters
@@ -107,3 +108,48 @@ def test_progress_with_a_loss_that_was_not_finite_is_readable(tmp_path: Path) ->
     arm = ArmProgress([], 1.0, EngineSeconds(), counters, 1, [Turn(1, 32, 0.5)])
     save(folder, Progress(1, 0, {"adapted": arm}), {"adapted": {}})
     assert load(folder)[0].arms["adapted"] == arm
+
+
+def test_the_progress_before_goes_where_the_newest_is_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk alters a file: it is named, and not loaded."""
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    for groups in range(4):
+        save(
+            folder, Progress(groups, 10 * groups, {}), {"adapted": {"w": torch.full((3,), groups)}}
+        )
+    assert load(folder)[0].groups_done == 3
+    newest = sorted((folder.path / "resume").glob("0*"))[-1]
+    data = bytearray((newest / "adapted.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "adapted.safetensors").write_bytes(data)
+    progress, tensors = load(folder)
+    assert progress.groups_done == 2
+    assert tensors["adapted"]["w"].tolist() == [2, 2, 2]
+    assert f"{newest}/adapted.safetensors is not as it was written" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_exactly(tmp_path: Path, settings: dict) -> None:
+    """SIGKILL in the middle of a request: nothing is said, and nothing but that request is lost."""
+    settings["workload"] |= {"max_new_tokens": 96, "max_prompts": 3}
+    settings["arms"] = ["adapted"]
+    path = write(tmp_path, settings)
+    whole = Experiment(load_config(path, ["run.name=whole"]))
+    expected = whole.run(new_folder(whole.config)).arms["adapted"]
+    process = cosched_process(["run", "-c", str(path)])
+    second = tmp_path / "runs" / "one" / "resume" / "00000002"  # behind the first request
+    until = time.monotonic() + 100
+    while not second.exists():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=60)
+    code, _, err = run_cli("run", "-c", path, "--resume")
+    assert code == 0, err
+    found = json.loads((tmp_path / "runs" / "one" / "summary.json").read_text())["arms"]["adapted"]
+    for field in ("tau", "rounds", "versions", "losses", "tokens"):
+        assert found[field] == getattr(expected, field), field

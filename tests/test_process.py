@@ -24,7 +24,8 @@ from cosched.records import Decision, SignalBatch
 from cosched.settings.load import load_config
 from cosched.settings.schema import Config
 from cosched.testing.harness import collected, make_requests, serve
-from cosched.training.process import ProcessScorer, ProcessTrainer
+from cosched.training.beside import ProcessScorer, ProcessTrainer
+from cosched.training.lasting import LastingTrainer
 
 pytestmark = pytest.mark.slow  # a process takes seconds to begin
 
@@ -51,7 +52,10 @@ def learner(world: Any, background: bool, **adapt: Any) -> tuple[Any, Any]:
     overrides = [f"adapt.trainer.background={background}".lower(), "arms=[adapted]"]
     overrides += [f"adapt.{key}={value}" for key, value in adapt.items()]
     config: Config = load_config(WORLD.parent / "configs" / "sampled.yaml", overrides)
-    return build_learner(config, world.target, load_drafter(world), "sampled")
+    trainer, scorer = build_learner(config, world.target, load_drafter(world), "sampled")
+    if isinstance(trainer, LastingTrainer):  # what is behind it when one is lost: test_lasting.py
+        return trainer.learner.trainer, trainer.learner.scorer
+    return trainer, scorer
 
 
 @pytest.fixture(scope="module")
@@ -222,8 +226,9 @@ def test_a_process_that_was_killed_is_an_error(world: Any) -> None:
         torch.set_num_threads(2)
         trainer, _ = learner(world, background=True)
         os.kill(trainer.worker.pid, signal.SIGKILL)
+        trainer.load(trainer.weights())
         with pytest.raises(TrainingError, match=r"has ended by itself, with exit code -9"):
-            trainer.load(trainer.weights())
+            trainer.weights()
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""What is kept of a served draft: whole checkpoints, saved unasked, and a history."""
+"""What is kept of a served draft: whole folders, and a history."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cosched.engines.sglang.worker.autosave import Autosave
-from cosched.errors import ConfigError, RunFolderError
+from cosched.errors import RunFolderError
 from cosched.telemetry.history import History
 from cosched.telemetry.whole_folder import write_whole
 from drafters.checkpoint import write_checkpoint
-from tests.helpers.serving import config
 
 # --- whole folders --------------------------------------------------------------------------
 
@@ -89,97 +87,15 @@ def test_all_files_of_a_checkpoint_have_the_mode_that_the_user_set(
     assert modes == {"model.safetensors": mode, "b.pt": mode, "config.json": mode}
 
 
-# --- saved unasked --------------------------------------------------------------------------
-
-
-def autosave(folder: Path, every: int = 0, at_end: bool = True, keep: int = 2) -> Autosave:
-    return Autosave(folder, lambda path: write_whole(path, fill), every, at_end, keep)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_every_so_many_publications_are_saved_and_the_newest_kept(tmp_path: Path) -> None:
-    """Folders that somebody named stay."""
-    fill(tmp_path / "auto-of-mine")
-    saving = autosave(tmp_path, every=4)
-    for version in range(1, 20):
-        saving.look(version)
-        saving.look(version)  # most rounds publish nothing
-    assert names(tmp_path) == ["auto-12", "auto-16", "auto-of-mine"]
-    saving.end(19)
-    assert names(tmp_path) == ["auto-16", "auto-19", "auto-of-mine"]
-
-
-def test_by_default_only_the_end_is_saved(tmp_path: Path) -> None:
-    """Requests would wait for it at any other time."""
-    publish = config().adapt.publish
-    assert (publish.save_at_end, publish.save_every, publish.saves_kept) == (True, 0, 2)
-    saving = autosave(tmp_path)
-    for version in range(1, 500):
-        saving.look(version)
-    assert names(tmp_path) == []
-    saving.end(499)
-    saving.end(499)
-    assert names(tmp_path) == ["auto-499"]
-
-
-def test_nothing_is_saved_that_is_not_asked_for(tmp_path: Path) -> None:
-    autosave(tmp_path, at_end=False).end(7)
-    autosave(tmp_path).end(0)  # nothing has been learnt
-    assert names(tmp_path) == []
-
-
-def test_a_full_disk_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The next one is tried again."""
-    failing = [True]
-
-    def save(path: Path) -> None:
-        if failing[0]:
-            raise RunFolderError(f"{path} cannot be written: No space left on device")
-        fill(path)
-
-    saving = Autosave(tmp_path, save, every=2, at_end=True, keep=2)
-    with caplog.at_level(logging.WARNING, "cosched"):
-        saving.look(2)
-    assert "version 2 of the draft is not saved" in caplog.text
-    saving.look(3)
-    failing[0] = False
-    saving.look(3)
-    assert names(tmp_path) == []
-    saving.look(4)
-    assert names(tmp_path) == ["auto-4"]
-
-
-def test_what_could_not_be_saved_is_saved_at_the_end(tmp_path: Path) -> None:
-    """Though nothing has been published since."""
-    disk = [RunFolderError("No space left on device")]
-
-    def save(path: Path) -> None:
-        if disk:
-            raise disk.pop()
-        fill(path)
-
-    saving = Autosave(tmp_path, save, every=2, at_end=True, keep=2)
-    saving.look(2)
-    assert names(tmp_path) == []
-    saving.end(2)
-    saving.end(2)
-    assert names(tmp_path) == ["auto-2"]
-
-
-@pytest.mark.parametrize("word", ["saves_kept=0", "save_every=-1", "save_at_end=2"])
-def test_what_is_saved_has_bounds(word: str) -> None:
-    with pytest.raises(ConfigError, match=rf"adapt\.publish\.{word.partition('=')[0]}: "):
-        config(f"adapt.publish.{word}")
-
-
 # --- history --------------------------------------------------------------------------------
 
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_a_history_says_when_and_is_bounded(tmp_path: Path) -> None:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
 from cosched.build.coscheduler import build_coscheduler
+from cosched.build.resuming import go_on, origin_of
 from cosched.engines.sglang.worker.adaptation import Adaptation
-from cosched.engines.sglang.worker.autosave import Autosave
 from cosched.engines.sglang.worker.collector import RoundCollector
 from cosched.engines.sglang.worker.lengths import ServedLengths
+from cosched.engines.sglang.worker.saving import Saving
 from cosched.errors import ConfigError, RunFolderError
 from cosched.loop.lengths import DraftLengths
 from cosched.loop.publish import InPlacePublisher, Serving
 from cosched.registry import DRAFTERS, LENGTHS, POLICIES
+from cosched.telemetry.saved_states import SavedStates
 from cosched.telemetry.whole_folder import write_whole
+from cosched.training.lasting import LastingTrainer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from cosched.engines.sglang.worker.adaptation import Operator
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
     from cosched.records import RoundRow
     from cosched.settings.schema import Config
     from cosched.settings.sections import PublishSettings
+    from cosched.training.ranks import Ranks
 
 
 def build_adaptation(
@@ -36,14 +42,17 @@ def build_adaptation(
     operator: Operator,
     sink: Sink,
     with_rounds: bool,
-    checkpoints: Path | None = None,
+    states: Path | None = None,
+    resume: Path | None = None,
 ) -> Adaptation:
     """The co-scheduler of a worker inside SGLang; ``with_rounds`` tells the sink every round.
 
-    It saves into ``checkpoints`` unasked, as ``adapt.publish`` says; None is nowhere.
+    It saves what it learns into ``states``, as ``adapt.checkpoint`` says; None is nowhere. It goes on
+    from the saved state in ``resume``, if one is named.
 
     Raises:
-        CoschedError: the draft cannot be trained there, or the settings do not fit it.
+        CoschedError: the draft cannot be trained there, the settings do not fit it, or what was saved
+            is not of this target, draft or learning.
     """
     lengths = _lengths(config, parts.num_draft_tokens)
     parts.check(lengths is not None)
@@ -65,26 +74,24 @@ def build_adaptation(
             parts.acceptance,
         )
 
-    def save(directory: Path) -> None:
-        try:
-            adapted = drafter.clone(parts.target.embedding.weight.dtype)
-        except RuntimeError as error:  # the device's memory, which requests need more than a save
-            raise RunFolderError(f"{directory}: no copy of the draft to save: {error}") from error
-        weights = publisher.weights_of(publisher.version) if publisher else {}
-        network = adapted.network()
-        assert network is not None
-        network.load_state_dict(weights, strict=False)
-        write_whole(directory, adapted.save)
+    served = _ServedDraft(drafter, publisher, parts.target.embedding.weight.dtype)
 
     def on_row(row: RoundRow) -> None:
         sink.emit("round", row=row)
 
-    publish = config.adapt.publish
-    autosave = None
-    if checkpoints is not None and publisher is not None:
-        autosave = Autosave(
-            checkpoints, save, publish.save_every, publish.save_at_end, publish.saves_kept
-        )
+    def trouble() -> str | None:
+        trainer = coscheduler.trainer
+        return trainer.learner.trouble if isinstance(trainer, LastingTrainer) else None
+
+    saving = None
+    if publisher is not None and (states or resume):
+        origin = origin_of(config, publisher, parts.ranks.size)
+        kept = _held(config, states, parts.ranks)
+        if resume is not None:
+            go_on(coscheduler, resume, origin, parts.ranks.rank)
+        if states is not None:
+            checkpoint, write = config.adapt.checkpoint, served.to_write
+            saving = Saving(coscheduler, checkpoint, origin, parts.ranks, kept, write)
     return Adaptation(
         algorithm=parts.algorithm,
         coscheduler=coscheduler,
@@ -92,10 +99,11 @@ def build_adaptation(
         ranks=parts.ranks,
         watches=trains,
         window=config.adapt.replay.window,
-        save=save,
+        save=served.save,
         operator=operator,
         sink=sink,
-        autosave=autosave,
+        saving=saving,
+        trouble=trouble,
         lengths=lengths,
     )
 
@@ -113,6 +121,52 @@ def _lengths(config: Config, max_tokens: int) -> ServedLengths | None:
         )
     # In SGLang a draft runs over what a round committed before the next, whatever was drafted.
     return ServedLengths(DraftLengths(policy, max_tokens, keeps_up=True), choices, max_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _ServedDraft:
+    """The draft as it serves, to be written as a checkpoint in its public format."""
+
+    drafter: Drafter
+    publisher: InPlacePublisher | None
+    dtype: torch.dtype
+
+    def copy(self) -> Drafter:
+        publisher, copy = self.publisher, self.drafter.clone(self.dtype)
+        weights = publisher.weights_of(publisher.version) if publisher else {}
+        network = copy.network()
+        assert network is not None
+        network.load_state_dict(weights, strict=False)
+        return copy
+
+    def save(self, directory: Path) -> None:
+        """Write it now, whole.
+
+        Raises:
+            RunFolderError: the disk refuses, or the device has no room for a copy.
+        """
+        try:
+            copy = self.copy()
+        except RuntimeError as error:  # the device's memory, which requests need more than a save
+            raise RunFolderError(f"{directory}: no copy of the draft to save: {error}") from error
+        write_whole(directory, copy.save)
+
+    def to_write(self) -> Callable[[Path], None]:
+        """A copy in the host's memory, which writes itself later."""
+        copy = self.copy()
+        network = copy.network()
+        assert network is not None
+        network.to("cpu")
+        return copy.save
+
+
+def _held(config: Config, folder: Path | None, ranks: Ranks) -> SavedStates | None:
+    """Where the first rank saves: all take, it writes."""
+    if folder is None or ranks.rank:
+        return None
+    states = SavedStates(folder, config.adapt.checkpoint.keep)
+    states.hold()
+    return states
 
 
 def _publisher_into(

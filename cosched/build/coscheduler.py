@@ -72,7 +72,7 @@ def build_coscheduler(
     trainer: Trainer | None = None
     if publisher is not None:
         if learner is None:
-            learner = build_learner(config, target, drafter, acceptance, ranks)
+            learner = build_learner(config, target, drafter, acceptance, ranks, publisher)
         trainer, scorer = learner
         if shadow is not None:
             guard = ShadowGuard(shadow, scorer, buffer, publisher)

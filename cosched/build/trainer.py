@@ -18,25 +18,28 @@ from cosched.memory.full_size import batch_of_look, batches_of_update
 from cosched.records import Decision
 from cosched.registry import DRAFTERS
 from cosched.training.background import BackgroundScorer, BackgroundTrainer
+from cosched.training.beside import ProcessScorer, ProcessTrainer
 from cosched.training.captured import Captured
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.group import TrainingGroup
+from cosched.training.lasting import LastingLearner, LastingScorer, LastingTrainer
 from cosched.training.lora import MergingTrainer
 from cosched.training.micro_step import BatchLoss
-from cosched.training.process import ProcessScorer, ProcessTrainer, Worker
+from cosched.training.process import Worker
 from cosched.training.scope import lora_of, parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
-    from cosched.loop.roles import Scorer, Trainer
+    from cosched.loop.roles import Publisher, Scorer, Trainer
     from cosched.protocols import Drafter, TargetInfo
     from cosched.records import Acceptance
     from cosched.settings.schema import Config
     from cosched.training.frames import Frames
     from cosched.training.lora import Lora
+    from cosched.training.process import Build
     from cosched.training.ranks import Ranks
 
 
@@ -46,11 +49,12 @@ def build_learner(
     drafter: Drafter,
     acceptance: Acceptance,
     ranks: Ranks | None = None,
+    publisher: Publisher | None = None,
 ) -> tuple[Trainer, Scorer]:
     """What trains a float32 copy of the serving draft, and what scores its weights for a guard.
 
     In the background both are in a process of their own on a CPU, and elsewhere in a thread. On a GPU
-    they come rehearsed.
+    they come rehearsed. Where a process is lost the next goes on from what the ``publisher`` serves.
 
     Raises:
         ConfigError: it is to train in the background, and several ranks train together.
@@ -63,8 +67,7 @@ def build_learner(
         )
     if background and device.type == "cpu":
         sent = config, _tables_of(target), drafter.num_draft_tokens, acceptance
-        worker = Worker(partial(_build_alone, *sent))
-        return ProcessTrainer(worker), ProcessScorer(worker)
+        return _lasting(config, partial(_build_alone, *sent), publisher)
     copy = drafter.clone(torch.float32)
     trainer = build_trainer(config, target, copy, ranks)
     scorer = build_scorer(config, target, copy, acceptance, ranks)
@@ -74,6 +77,25 @@ def build_learner(
         return trainer, scorer
     behind = BackgroundTrainer(trainer, device)
     return behind, BackgroundScorer(scorer, behind)
+
+
+def _lasting(
+    config: Config, build: Build, publisher: Publisher | None
+) -> tuple[LastingTrainer, LastingScorer]:
+    """Both in a process, with another behind it."""
+    settings, num_threads = config.adapt.trainer, torch.get_num_threads()
+
+    def start() -> tuple[ProcessTrainer, ProcessScorer]:
+        worker = Worker(build, num_threads, settings.limit_seconds)
+        return ProcessTrainer(worker), ProcessScorer(worker)
+
+    def serving() -> Mapping[str, Tensor] | None:
+        if publisher is None or not publisher.version:
+            return None
+        return publisher.weights_of(publisher.version)
+
+    learner = LastingLearner(start, serving, settings.restarts)
+    return LastingTrainer(learner), LastingScorer(learner)
 
 
 def build_trainer(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cosched.errors import PublicationError
-from cosched.loop.checksum import fold, fold_together, read, sliced
+from cosched.loop.checksum import checksum, fold, fold_together, read, sliced
 from cosched.loop.copies import Copies
 from cosched.records import WeightVersion
 
@@ -99,6 +99,10 @@ class InPlacePublisher:
         first = {name: p.detach().clone() for name, p in serving.draft.items()}
         return cls(serving, first, target_check_every, keep)
 
+    def target_checksum(self) -> str:
+        """Of all of it, by which a later run knows it again; reads it through."""
+        return checksum(self._serving.target)
+
     def _writes_to_target(self) -> list[int]:
         """How often each tensor was written in place, as autograd counts it: free to ask."""
         return [tensor._version for tensor in self._serving.target.values()]
@@ -110,7 +114,7 @@ class InPlacePublisher:
     def state(self) -> dict[str, Tensor]:
         """The weights that serve, where they are not those loaded."""
         kept = self._kept.get(self.version, {})
-        return {f"version.{self.version}.{name}": weight for name, weight in kept.items()}
+        return {f"version.{self.version}.{name}": weight.clone() for name, weight in kept.items()}
 
     def restore(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """Serve the weights of a ``state()`` under the version they had.

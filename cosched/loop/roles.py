@@ -83,7 +83,7 @@ class Trainer(Protocol):
         ...
 
     def state(self) -> Mapping[str, Tensor]:
-        """Everything that the next step depends on."""
+        """Everything that the next step depends on, in tensors that are nobody else's."""
         ...
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -171,7 +171,7 @@ class Publisher(Protocol):
     version: int
 
     def state(self) -> Mapping[str, Tensor]:
-        """The weights that serve, where they are not those loaded."""
+        """The weights that serve, where they are not those loaded, in tensors that are nobody else's."""
         ...
 
     def restore(self, tensors: Mapping[str, Tensor], version: int) -> None:

@@ -1,7 +1,6 @@
 """Going on with an interrupted run: what is kept at every point where no request is running.
 
-``resume/`` holds ``state.json`` and one tensor file for each arm that trains. The state names the
-tensor files it belongs to and is replaced last, so a reader finds a whole state or none.
+``resume/`` holds the newest two states: ``state.json`` and one tensor file for each arm that trains.
 """
 
 from __future__ import annotations
@@ -15,16 +14,21 @@ from safetensors.torch import load_file, save_file
 from cosched.engines.embedded.engine import EngineSeconds
 from cosched.errors import RunFolderError
 from cosched.loop.counters import Counters
+from cosched.loop.learner_state import on_host
 from cosched.telemetry.metrics import RequestLog, Turn
-from cosched.telemetry.run_folder import RunFolder, explained
+from cosched.telemetry.run_folder import explained
+from cosched.telemetry.saved_states import SavedStates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from torch import Tensor
 
+    from cosched.telemetry.run_folder import RunFolder
+
 FOLDER = "resume"
-STATE = f"{FOLDER}/state.json"
+STATE = "state.json"
 
 
 class ArmProgress(msgspec.Struct, frozen=True):
@@ -49,43 +53,37 @@ class Progress(msgspec.Struct, frozen=True):
 def save(
     folder: RunFolder, progress: Progress, tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Keep the progress; the one kept before stays readable until this one is whole."""
-    directory = folder.path / FOLDER
-    with explained(directory):
-        directory.mkdir(exist_ok=True)
+    """Keep the progress; the one kept before stays until this one is whole."""
+
+    def fill(path: Path) -> None:
+        (path / STATE).write_bytes(msgspec.json.encode(progress))
         for arm, state in tensors.items():
-            contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-            save_file(contiguous, directory / f"{progress.groups_done}-{arm}.safetensors")
-    folder.write(STATE, msgspec.json.encode(progress))
-    with explained(directory):
-        for old in directory.glob("*.safetensors"):
-            if not old.name.startswith(f"{progress.groups_done}-"):
-                old.unlink()
+            save_file(on_host(state), path / f"{arm}.safetensors")
+
+    SavedStates(folder.path / FOLDER).save(fill)
 
 
 def load(folder: RunFolder) -> tuple[Progress, dict[str, dict[str, Tensor]]]:
-    """The kept progress, and the tensors of each arm that trains.
+    """The newest progress that is whole, and the tensors of each arm that trains.
 
     Raises:
         RunFolderError: there is none, or it is damaged.
     """
-    path = folder.path / STATE
-    if not path.exists():
+    path = SavedStates(folder.path / FOLDER).newest()
+    if path is None:
         raise RunFolderError(
             f"{folder.path} has nothing to resume: no run was interrupted there, or one "
             f"that keeps nothing to go on from (a recording, or engine.kind: sglang)"
         )
+    tensors: dict[str, dict[str, Tensor]] = {}
+    with explained(path, "read"):
+        data = (path / STATE).read_bytes()
+        for file in path.glob("*.safetensors"):
+            tensors[file.stem] = load_file(file)
     try:
-        progress = msgspec.json.decode(path.read_bytes(), type=Progress)
+        return msgspec.json.decode(data, type=Progress), tensors
     except msgspec.DecodeError as error:
-        raise RunFolderError(f"{path} is damaged: {error}") from error
-    tensors = {}
-    for arm in progress.arms:
-        file = folder.path / FOLDER / f"{progress.groups_done}-{arm}.safetensors"
-        with explained(file):
-            if file.exists():
-                tensors[arm] = load_file(file)
-    return progress, tensors
+        raise RunFolderError(f"{path / STATE} is damaged: {error}") from error
 
 
 def forget(folder: RunFolder) -> None:

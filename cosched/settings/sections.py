@@ -222,6 +222,9 @@ class TrainerSettings(Section, frozen=True):
     ``background`` trains beside the decoding and publishes when it is done: on a CPU in a process of
     its own, which has half of the threads while it works, on a GPU in a thread with a stream of its
     own. Off, the engine waits for each update, and runs repeat exactly.
+    A process that ends, or gives no answer for ``limit_seconds``, is started again, from the weights
+    that serve, while decoding goes on; after ``restarts`` times without an update between them learning
+    stops.
     ``precision`` is that of matrix products; ``auto`` is bfloat16 where the device multiplies it
     faster, so that results differ from one machine to another.
     ``cuda_graph`` has a GPU repeat loss and gradients of a micro-step, captured at the start, so that the
@@ -237,6 +240,8 @@ class TrainerSettings(Section, frozen=True):
     max_grad_norm: Annotated[float, Meta(gt=0)] = 1.0
     weight_decay: NotNegative = 0.0
     background: bool = False
+    limit_seconds: Annotated[float, Meta(gt=0)] = 600.0
+    restarts: Annotated[int, Meta(ge=0)] = 3
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     cuda_graph: Literal["auto", "never", "always"] = "never"
 
@@ -253,19 +258,31 @@ class PublishSettings(Section, frozen=True):
     ``keep`` is how many of the newest versions are kept in memory, that which serves among them; each
     can be served again, and so can the draft as it was loaded. With 1 that is all there is to go back
     to; each more takes the draft's size once.
-
-    A server saves what has been learnt into its run folder, as ``checkpoints/auto-VERSION``, and keeps
-    the newest ``saves_kept``. ``save_at_end`` does when it is told to stop (SIGTERM) and has answered
-    everybody: on, for nobody waits any more and else it would be lost. ``save_every`` does with every
-    so many publications, for what ends without a word: off (0), because all requests wait while a
-    draft is written, a second for about a gigabyte.
     """
 
+    replaced: ClassVar[dict[str, str]] = {
+        "save_at_end": "adapt.checkpoint.at_end",
+        "save_every": "adapt.checkpoint.every_updates",
+        "saves_kept": "adapt.checkpoint.keep",
+    }
     target_check_every: Annotated[int, Meta(ge=0)] = 16
     keep: Positive = 1
-    save_at_end: bool = True
-    save_every: Annotated[int, Meta(ge=0)] = 0
-    saves_kept: Positive = 2
+
+
+class CheckpointSettings(Section, frozen=True):
+    """``adapt.checkpoint``: what a server saves of its learning, to be gone on from with ``--resume``.
+
+    A checkpoint has all that the next update depends on, and the draft in its public format. It is
+    taken between two rounds with every ``every_updates`` updates, ``every_minutes`` minutes (null:
+    neither), and ``at_end``, when the server is told to stop (SIGTERM) and has answered everybody. The
+    newest ``keep`` stay. Rounds wait while it is copied in memory, which takes five to eight times the
+    draft's size for a while, and not for the disk.
+    """
+
+    every_updates: Positive | None = None
+    every_minutes: Annotated[float, Meta(gt=0)] | None = None
+    at_end: bool = True
+    keep: Positive = 2
 
 
 class AdaptSettings(Section, frozen=True):
@@ -285,6 +302,7 @@ class AdaptSettings(Section, frozen=True):
     trainer: TrainerSettings = TrainerSettings()
     guard: FiniteSettings | ShadowSettings = ShadowSettings()
     publish: PublishSettings = PublishSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
 
 
 class Draft(Section, frozen=True):

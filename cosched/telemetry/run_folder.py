@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from contextlib import contextmanager
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import msgspec
 from safetensors import SafetensorError
@@ -153,11 +153,10 @@ class NoEvents:
 
 
 @contextmanager
-def explained(path: Path) -> Generator[None]:
+def explained(path: Path, done: Literal["written", "read"] = "written") -> Generator[None]:
     """Turn what the file system says into one message that names the file."""
     try:
         yield
-    except OSError as error:
-        raise RunFolderError(f"{path} cannot be written: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise RunFolderError(f"{path} cannot be written: {error}") from error
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise RunFolderError(f"{path} cannot be {done}: {said}") from error

@@ -20,6 +20,7 @@ from cosched.testing.lengths import changing_lengths
 from cosched.testing.registered import OneThread, registered
 from cosched.testing.serving import ServingContract
 from cosched.testing.specimen import (
+    NUM_DRAFT_TOKENS,
     Feeder,
     MetaTarget,
     Specimen,

@@ -58,10 +58,10 @@ SERVINGS = pytest.mark.parametrize(
 )
 
 
-F = TypeVar("F", bound="Callable[..., None]")
+Statement = TypeVar("Statement", bound="Callable[..., None]")
 
 
-def takes_long(statement: F) -> F:
+def takes_long(statement: Statement) -> Statement:
     """Of a contract: what is quick to test for one drafter of each conditioning, and slow for all."""
     statement.__dict__["takes_long"] = True
     return statement

@@ -230,7 +230,8 @@ class DeepSpeedTrainer:
         for key, value in tensors.items():
             kind, number, entry = (*key.split("."), "", "")[:3]
             if kind == "optimizer":
-                optimizer.state[owners[int(number)]][entry] = value.clone()
+                owner = owners[int(number)]
+                optimizer.state[owner][entry] = value.to(owner.device, copy=True)
 
     def _empty_optimizer(self) -> None:
         for state in self._base_optimizer.state.values():

@@ -1,4 +1,4 @@
-"""Updates beside the decoding, in a process of their own: what a CPU with more cores than one is for.
+"""A process beside the decoding that trains and scores: what a CPU with more cores than one is for.
 
 Two threads of one process take turns in its interpreter, so that decoding waits for training and the
 other way round. Two processes do not. What trains and scores is made in the other process, by a
@@ -8,6 +8,9 @@ function that is sent there; batches go through a pipe, and weights lie in memor
 While it works PyTorch's threads are shared: half are the worker's, and the engine's again when it is
 done. With more threads than cores each would wait for the other at the end of every kernel, many times
 as long as the kernel takes.
+
+The engine never waits for this process to read or to go on: a thread hands over what is sent, and
+what is waited for has a limit, after which the process is taken for hung and killed.
 """
 
 from __future__ import annotations
@@ -20,37 +23,42 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cosched.errors import TrainingError
-from cosched.records import UpdateResult
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from cosched.loop.roles import Scorer, Trainer
-    from cosched.records import Decision, SignalBatch
 
 ALIGNMENT = 64  # bytes
 CANDIDATE, SLOTS = 0, 3  # the candidate lies in the first; others are put there to be scored
 PATIENCE_S = 10.0  # for a process that was told to end
-
-R = TypeVar("R")
+LIMIT_S = 600.0  # for an answer, and never less for a start, which reads and builds a lot
 
 Build = Callable[[], "tuple[Trainer, Scorer]"]
 """Makes what trains, and what scores its weights."""
 
 Layout = list[tuple[str, torch.dtype, torch.Size]]
 """Name, type and shape of each tensor of the shared weights, in the order of their bytes."""
+
+
+class LostError(TrainingError):
+    """The process that trains is no more, and with it what it had not yet given."""
 
 
 class Pending:
@@ -82,15 +90,26 @@ class Pending:
 class Worker:
     """A process that trains, with ``build`` made into what does it; it ends with this object.
 
-    It does one thing after another, in the order in which it was asked. ``build`` is pickled.
+    It does one thing after another, in the order in which it was asked. ``build`` is pickled. Half of
+    ``num_threads`` are the process's (None: of those that PyTorch has here). Nothing may take longer
+    than ``limit_s``.
 
     Raises:
-        TrainingError: the process has ended by itself; at any call.
+        LostError: the process has ended by itself, or took too long and was killed; at any call.
         Exception: what ``build`` raised there.
     """
 
-    def __init__(self, build: Build) -> None:
-        self._threads = torch.get_num_threads()
+    def __init__(
+        self,
+        build: Build,
+        num_threads: int | None = None,
+        limit_s: float = LIMIT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._threads = num_threads or torch.get_num_threads()
+        self._limit_s = max(limit_s, LIMIT_S)
+        self._clock = clock
+        self._since = clock()  # it has been at the first of what is awaited
         self._awaited: deque[Pending] = deque()
         here, there = Pipe()
         shared = tempfile.TemporaryFile()  # noqa: SIM115  mapped as long as this lives
@@ -100,7 +119,10 @@ class Worker:
         )
         there.close()
         self._pipe = here
-        self._end = weakref.finalize(self, _end, self._process, here, shared)
+        self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
+        sender = threading.Thread(target=_hand_over, args=(self._outgoing, here), daemon=True)
+        sender.start()
+        self._end = weakref.finalize(self, _end, self._process, self._outgoing, here, shared)
         self._send((max(1, self._threads // 2), build))
         well, answer = self._answer()
         if not well:
@@ -108,6 +130,7 @@ class Worker:
             raise answer
         # The candidate, and what else is to be scored: what serves, and what was loaded.
         self.slots = _mapped(shared.fileno(), answer)
+        self._limit_s = limit_s
 
     @property
     def pid(self) -> int:
@@ -115,6 +138,8 @@ class Worker:
 
     def ask(self, method: str, *arguments: Any) -> Pending:
         """Have it done; the engine has fewer threads meanwhile."""
+        if not self._awaited:
+            self._since = self._clock()
         self._send((method, arguments))
         pending = Pending(self)
         self._awaited.append(pending)
@@ -124,14 +149,26 @@ class Worker:
     def receive(self, waits: bool = False) -> None:
         """Take in what has been answered."""
         while self._awaited and (waits or self._pipe.poll()):
-            self._awaited.popleft().answer = self._answer()
-            waits = False
+            self._awaited[0].answer = self._answer()
+            self._awaited.popleft()
+            self._since, waits = self._clock(), False
         if not self._awaited:
             self._leave(0)
+        elif self._seconds_left <= 0:
+            raise self._hung()
 
     def close(self) -> None:
         """End the process; nothing can be asked of it any more."""
         self._end()
+
+    def kill(self) -> None:
+        """The same of one that may not hear of it."""
+        self._process.kill()
+        self._end()
+
+    @property
+    def _seconds_left(self) -> float:
+        return self._since + self._limit_s - self._clock()
 
     def _leave(self, number: int) -> None:
         """The engine works with all threads but that number."""
@@ -139,149 +176,46 @@ class Worker:
             torch.set_num_threads(self._threads - number)
 
     def _send(self, message: Any) -> None:
-        try:
-            self._pipe.send_bytes(pickle.dumps(message))
-        except OSError as error:
-            raise self._ended() from error
+        self._outgoing.put(pickle.dumps(message))
 
     def _answer(self) -> tuple[bool, Any]:
         try:
-            return pickle.loads(self._pipe.recv_bytes())  # host waits for the process
+            if self._pipe.poll(max(0.0, self._seconds_left)):  # host waits for the process
+                return pickle.loads(self._pipe.recv_bytes())
         except (EOFError, OSError) as error:
-            raise self._ended() from error
+            code = self._lost()
+            raise LostError(
+                f"the process that trains has ended by itself, with exit code {code}"
+            ) from error
+        raise self._hung()
 
-    def _ended(self) -> TrainingError:
+    def _hung(self) -> LostError:
+        self._process.kill()  # it may be stopped, and hear of nothing else
+        self._lost()
+        return LostError(
+            f"the process that trains gave no answer in {self._limit_s:g} s and was killed"
+        )
+
+    def _lost(self) -> int:
         self._awaited.clear()
         self._leave(0)
-        code = self._process.wait(PATIENCE_S)
-        return TrainingError(f"the process that trains has ended by itself, with exit code {code}")
+        return self._process.wait(PATIENCE_S)
 
 
-class _OneAtATime(Generic[R]):
-    """Whoever has a worker do one thing at a time."""
-
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
-        self._under_way: Pending | None = None
-
-    def _begin(self, method: str, *arguments: Any) -> None:
-        assert self._under_way is None, f"one {method} at a time"
-        self._under_way = self.worker.ask(method, *arguments)
-
-    def finished(self) -> R | None:
-        """What was begun, once it is done; what it raised is raised here."""
-        if self._under_way is None or not self._under_way.done:
-            return None
-        done, self._under_way = self._under_way, None
-        return done.result()
+def _hand_over(outgoing: SimpleQueue[bytes | None], pipe: Connection) -> None:
+    """Write what is sent, in a thread of its own: a process that hangs reads nothing."""
+    with suppress(OSError, TypeError):  # it has ended, or the pipe was closed meanwhile
+        while (message := outgoing.get()) is not None:
+            pipe.send_bytes(message)
 
 
-class ProcessTrainer(_OneAtATime[UpdateResult]):
-    """The trainer in a worker. One update is under way at a time; a ``reset`` drops it.
-
-    Everything else waits for what is under way to end.
-    """
-
-    def __init__(self, worker: Worker) -> None:
-        super().__init__(worker)
-        self._resetting: Pending | None = None
-
-    def update(self, batch: SignalBatch, decision: Decision) -> None:
-        """Begin an update; none may be under way."""
-        self._begin("update", batch, decision)
-
-    @property
-    def busy(self) -> bool:
-        """Whether an update is under way, or done and not yet taken, or being dropped."""
-        if self._resetting is not None and self._resetting.done:
-            self._settle()
-        return self._under_way is not None or self._resetting is not None
-
-    def weights(self) -> Mapping[str, Tensor]:
-        self._settle()
-        return self.worker.slots[CANDIDATE]
-
-    def reset(self) -> None:
-        """Nobody waits for it: who asks for weights does."""
-        self._under_way, self._resetting = None, self.worker.ask("reset")
-
-    def load(self, weights: Mapping[str, Tensor]) -> None:
-        self._call("load", dict(weights))
-
-    def state(self) -> Mapping[str, Tensor]:
-        return self._call("state")
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        self._call("restore", dict(tensors))
-
-    def _call(self, method: str, *arguments: Any) -> Any:
-        self._settle()
-        return self.worker.ask(method, *arguments).result()
-
-    def _settle(self) -> None:
-        """Wait for what is under way, and let it go."""
-        awaited = self._under_way, self._resetting
-        self._under_way = self._resetting = None
-        for pending in awaited:
-            if pending is not None:
-                pending.result()
-
-
-@dataclass(frozen=True, slots=True)
-class _Copy:
-    """Of which weights a slot holds a copy, and how often those had been written in place by then."""
-
-    of: Mapping[str, Tensor]
-    times_written: int
-
-    def is_still(self, weights: Mapping[str, Tensor]) -> bool:
-        return weights is self.of and _times_written(weights) == self.times_written
-
-
-class ProcessScorer(_OneAtATime[list[list[float]]]):
-    """The scorer in a worker: one look is under way at a time.
-
-    Weights that are there already, and were not written to since, are not sent again.
-    """
-
-    def __init__(self, worker: Worker) -> None:
-        super().__init__(worker)
-        self._copies: dict[int, _Copy] = {}  # by slot
-
-    def scores(self, batch: SignalBatch, weights: Sequence[Mapping[str, Tensor]]) -> None:
-        """Begin to score; no scores may be under way."""
-        slots = self.worker.slots
-        needed = [n for n, copy in self._copies.items() if any(map(copy.is_still, weights))]
-        free = [n for n in range(SLOTS) if n != CANDIDATE and n not in needed]
-        asked = [
-            CANDIDATE if one is slots[CANDIDATE] else self._slot_of(one, free) for one in weights
-        ]
-        self._begin("scores", batch, asked)
-
-    def _slot_of(self, weights: Mapping[str, Tensor], free: list[int]) -> int:
-        """Where they are, or are put now."""
-        for number, copy in self._copies.items():
-            if copy.is_still(weights):
-                return number
-        number = free.pop()
-        _copy(weights, self.worker.slots[number])
-        self._copies[number] = _Copy(weights, _times_written(weights))
-        return number
-
-    @property
-    def busy(self) -> bool:
-        return self._under_way is not None
-
-    def forget(self) -> None:
-        """Nobody wants to know any more."""
-        self._under_way = None
-
-
-def _times_written(weights: Mapping[str, Tensor]) -> int:
-    return sum(weight._version for weight in weights.values())
-
-
-def _end(process: subprocess.Popen[bytes], pipe: Connection, shared: Any) -> None:
+def _end(
+    process: subprocess.Popen[bytes],
+    outgoing: SimpleQueue[bytes | None],
+    pipe: Connection,
+    shared: Any,
+) -> None:
+    outgoing.put(None)
     pipe.close()  # which it takes for the end
     shared.close()
     try:
@@ -344,7 +278,7 @@ class _Learner:
             return self.scorer.scores(batch, [self.slots[number] for number in asked])
         answer = getattr(self.trainer, method)(*arguments)
         if method != "state":
-            _copy(self.trainer.weights(), self.slots[CANDIDATE])
+            copy_weights(self.trainer.weights(), self.slots[CANDIDATE])
         return answer
 
 
@@ -355,7 +289,7 @@ def _begin(pipe: Connection, descriptor: int) -> _Learner:
     first = trainer.weights()
     layout = [(name, weight.dtype, weight.shape) for name, weight in first.items()]
     slots = _mapped(descriptor, layout)
-    _copy(first, slots[CANDIDATE])
+    copy_weights(first, slots[CANDIDATE])
     pipe.send_bytes(pickle.dumps((True, layout)))
     return _Learner(trainer, scorer, slots)
 
@@ -370,7 +304,8 @@ def _do(pipe: Connection, learner: _Learner) -> None:
 
 
 @torch.no_grad()
-def _copy(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> None:
+def copy_weights(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> None:
+    """Write what the source has over tensors of the same names."""
     for name, weight in destination.items():
         weight.copy_(source[name])
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosched.engines.sglang import CONFIG, EVENTS, RUN, START, compat
+from cosched.engines.sglang import CONFIG, EVENTS, RESUME, RUN, START, compat
 from cosched.engines.sglang.cpu.environment import (
     environment,
     install_command,
@@ -29,6 +29,7 @@ from cosched.engines.sglang.launcher.arguments import (
     keyword_arguments,
     worker_of,
 )
+from cosched.engines.sglang.launcher.resuming import state_to_resume
 from cosched.engines.sglang.launcher.run_directory import RunDirectory, version_of
 from cosched.engines.sglang.operators.control import Client
 from cosched.engines.sglang.operators.routes import add_routes
@@ -49,21 +50,26 @@ if TYPE_CHECKING:
     from cosched.settings.schema import Config
 
 
-def serve(config: Config, words: Sequence[str] = ()) -> None:
+def serve(config: Config, words: Sequence[str] = (), resume: bool = False) -> None:
     """Serve until the server is told to stop; ``words`` are SGLang's own arguments.
 
-    What this start was made with, and the checkpoints that it saves, go into a folder of its own
-    below the run folder: a server is restarted with the same command.
+    What this start was made with, and what it saves, go into a folder of its own below the run folder:
+    a server is restarted with the same command. With ``resume`` the draft goes on learning from what
+    the newest of the earlier starts has saved.
 
     Raises:
         CoschedError: a setting or argument is wrong, the draft cannot be served, or SGLang came up
             without our workers.
     """
     check_servable(config)
+    state = state_to_resume(config) if resume else None
     _prepare_environment(config)
     directory = RunDirectory.create(to_yaml(config))
+    variables = {CONFIG: str(directory.config), RUN: str(directory.path)}
+    if state is not None:
+        variables[RESUME] = str(state)
     try:
-        with _variables({CONFIG: str(directory.config), RUN: str(directory.path)}):
+        with _variables(variables):
             _run(config, words, directory)
     finally:
         directory.remove()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,9 +22,9 @@ from cosched.training.ranks import PartedError
 
 if TYPE_CHECKING:
     from cosched.coscheduler import Coscheduler
-    from cosched.engines.sglang.worker.autosave import Autosave
     from cosched.engines.sglang.worker.collector import Prefill, RoundCollector, Verified
     from cosched.engines.sglang.worker.lengths import ServedLengths
+    from cosched.engines.sglang.worker.saving import Saving
     from cosched.loop.roles import Sink
     from cosched.records import VerifyRound
     from cosched.training.ranks import Ranks
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("cosched")
 
 STARVED_AFTER = 64  # decisions in a row that found nothing to train on, until it is reported
+SETTLING_S = 2.0  # that an ending server waits for an update that is under way
 
 P = ParamSpec("P")
 
@@ -118,9 +120,10 @@ def _never_raises(
 class Adaptation:
     """The co-scheduler inside one scheduler process.
 
-    ``save`` writes the serving draft as a checkpoint, ``autosave`` does unasked. With ``watches`` off
-    (a policy that never trains) no rows are taken from the device and rounds are only counted.
-    ``lengths`` says how many tokens a round drafts; None where that is always the same.
+    ``save`` writes the serving draft as a checkpoint, ``saving`` all that was learnt, unasked. ``trouble``
+    says what is wrong with what trains while it trains on. With ``watches`` off (a policy that never
+    trains) no rows are taken from the device and rounds are only counted. ``lengths`` says how many
+    tokens a round drafts; None where that is always the same.
     """
 
     def __init__(
@@ -134,7 +137,8 @@ class Adaptation:
         save: Callable[[Path], None],
         operator: Operator,
         sink: Sink,
-        autosave: Autosave | None = None,
+        saving: Saving | None = None,
+        trouble: Callable[[], str | None] = lambda: None,
         lengths: ServedLengths | None = None,
     ) -> None:
         self._algorithm = algorithm
@@ -146,13 +150,15 @@ class Adaptation:
         self._save = save
         self._operator = operator
         self._sink = sink
-        self._autosave = autosave
+        self._saving = saving
+        self._trouble = trouble
         self.lengths = lengths
         self._rounds_by_drafted: list[int] = []
         self._ready: list[VerifyRound] = []
         self._iteration: int | None = None  # whose counts come next
         self._failure: str | None = None
         self._warning: str | None = None
+        self._starving: str | None = None
         self._adapting = True
 
     @property
@@ -229,6 +235,8 @@ class Adaptation:
             self._tell(ready)
             if well and ready:
                 self._look_after()
+            else:
+                self._warn()
 
     @_never_raises
     def idle(self) -> None:
@@ -242,9 +250,25 @@ class Adaptation:
 
     def ending(self) -> None:
         """Everybody has been answered, and the process is about to end."""
-        if self._autosave is not None and not self._coscheduler.counters.serves_loaded:
-            with torch.inference_mode(False), torch.no_grad():
-                self._autosave.end(self.version)
+        if self._saving is None:
+            return
+        self._finish_what_goes_on()
+        self._save_at_end(self._saving)
+
+    @_never_raises
+    def _save_at_end(self, saving: Saving) -> None:
+        well = self._failure is None and not self._ranks.parted
+        with torch.inference_mode(False), torch.no_grad():
+            saving.end(trains=well and not self._coscheduler.busy)
+
+    @_never_raises
+    def _finish_what_goes_on(self) -> None:
+        """Wait for what is under way, so that it is not lost."""
+        until = time.monotonic() + SETTLING_S
+        with torch.inference_mode(False), torch.no_grad():
+            while self._coscheduler.busy and self.watching and time.monotonic() < until:
+                time.sleep(0.005)
+                self._tell([self._collector.idle()])
 
     def _tell(self, rounds: Iterable[VerifyRound]) -> None:
         for round_ in rounds:
@@ -263,6 +287,9 @@ class Adaptation:
             self._answer_alone(self._operator.asked())
             return False
         commands = self._operator.asked()
+        if self._saving is not None and self._failure is None and self._saving.due():
+            # As if an operator of rank 0 had asked for it: so all ranks do it in the same round.
+            commands.append((Command(verb="checkpoint"), lambda _answer: None))
         well, asked, tokens = self._ranks.sync(self._failure is None, bool(commands), tokens)
         self._settle(lengths, tokens)
         if asked:
@@ -291,13 +318,23 @@ class Adaptation:
     def _look_after(self) -> None:
         starved = self._coscheduler.counters.starved
         if starved == STARVED_AFTER:
-            self._warning = f"the replay buffer had nothing to train on {starved} times in a row"
-            logger.warning("cosched: %s", self._warning)
-            self._sink.emit("warning", reason=self._warning)
-        elif self._warning and not starved:
-            self._warning = None
-        if self._autosave is not None and not self._coscheduler.counters.serves_loaded:
-            self._autosave.look(self.version)
+            self._starving = f"the replay buffer had nothing to train on {starved} times in a row"
+        elif not starved:
+            self._starving = None
+        self._warn()
+        self._operator.show(self.status())
+
+    def _warn(self) -> None:
+        """Say what is wrong, once, and that it is not any more."""
+        unsaved = self._saving.trouble if self._saving else None
+        reasons = [one for one in (self._trouble(), self._starving, unsaved) if one]
+        warning = "; ".join(reasons) or None
+        if warning == self._warning:
+            return
+        self._warning = warning
+        if warning:
+            logger.warning("cosched: %s", warning)
+            self._sink.emit("warning", reason=warning)
         self._operator.show(self.status())
 
     # --- for operators ---------------------------------------------------------------------
@@ -333,9 +370,12 @@ class Adaptation:
                 assert command.path is not None
                 if self._ranks.rank == 0:
                     self._save(Path(command.path))  # a full disk stops no training
+            case "checkpoint":
+                assert self._saving is not None
+                self._saving.take()
             case other:
                 raise ConfigError(f"{other!r} is no command; status, on, off, rollback, save")
-        if command.verb != "status":
+        if command.verb not in {"status", "checkpoint"}:
             logger.info("cosched: %s", command)
 
     def status(self) -> Status:
