@@ -16,8 +16,9 @@ from cosched.engines.sglang import CONFIG, EVENTS, RESUME, START
 
 if TYPE_CHECKING:
     from cosched.engines.sglang.launcher.run_directory import RunDirectory
-    from cosched.engines.sglang.worker.adaptation import Adaptation, Operator
+    from cosched.engines.sglang.worker.adaptation import Adaptation
     from cosched.engines.sglang.worker.adapted import WorkerParts
+    from cosched.engines.sglang.worker.operator import Operator
     from cosched.loop.roles import Sink
     from cosched.settings.schema import Config
 
@@ -81,7 +82,7 @@ def _operator(config: Config, directory: RunDirectory | None) -> Operator:
     from cosched.engines.sglang import compat
     from cosched.engines.sglang.operators.control import SocketOperator
     from cosched.engines.sglang.operators.metrics import Metrics
-    from cosched.engines.sglang.worker.adaptation import NullOperator
+    from cosched.engines.sglang.worker.operator import NullOperator
 
     if directory is None:
         return NullOperator()

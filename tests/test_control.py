@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from cosched import cli
 from cosched.engines.sglang.launcher.run_directory import RunDirectory
 from cosched.engines.sglang.operators.control import Client, SocketOperator
-from cosched.engines.sglang.worker.adaptation import Command, Status
+from cosched.engines.sglang.worker.operator import Command, Status
 from cosched.errors import ConfigError, ControlError
 from tests.helpers.cli import run_cli
 from tests.helpers.serving import STATUS

@@ -8,7 +8,7 @@ import pytest
 from typer.main import get_command
 
 from cosched.cli import app
-from cosched.engines.sglang.worker.adaptation import Status
+from cosched.engines.sglang.worker.operator import Status
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

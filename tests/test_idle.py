@@ -11,8 +11,9 @@ import torch
 
 from cosched.coscheduler import Coscheduler
 from cosched.engines.sglang import compat
-from cosched.engines.sglang.worker.adaptation import Adaptation, NullOperator
+from cosched.engines.sglang.worker.adaptation import Adaptation
 from cosched.engines.sglang.worker.collector import RoundCollector
+from cosched.engines.sglang.worker.operator import NullOperator
 from cosched.guard.guard import FiniteGuard
 from cosched.loop.replay import ReplayBuffer, ReplayLimits
 from cosched.records import Decision, Snapshot, UpdateResult

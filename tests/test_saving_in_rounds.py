@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from cosched.coscheduler import Coscheduler
-from cosched.engines.sglang.worker.adaptation import Adaptation, NullOperator
+from cosched.engines.sglang.worker.adaptation import Adaptation
 from cosched.engines.sglang.worker.collector import RoundCollector
+from cosched.engines.sglang.worker.operator import NullOperator
 from cosched.engines.sglang.worker.saving import Saving
 from cosched.loop.learner_state import read_state, read_tensors
 from cosched.records import VerifyRound

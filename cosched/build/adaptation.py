@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from cosched.engines.sglang.worker.adaptation import Operator
     from cosched.engines.sglang.worker.adapted import WorkerParts
+    from cosched.engines.sglang.worker.operator import Operator
     from cosched.loop.roles import Sink
     from cosched.protocols import Drafter
     from cosched.records import RoundRow

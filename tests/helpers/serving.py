@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cosched.engines.sglang.worker.adaptation import Status
+from cosched.engines.sglang.worker.operator import Status
 from cosched.settings.load import load_config
 from cosched.settings.schema import Config
 from tests.helpers.paths import ROOT

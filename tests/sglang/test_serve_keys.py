@@ -13,7 +13,7 @@ import pytest
 
 from cosched.engines.sglang.operators.control import Client, SocketOperator
 from cosched.engines.sglang.operators.routes import add_routes
-from cosched.engines.sglang.worker.adaptation import Status
+from cosched.engines.sglang.worker.operator import Status
 from tests.helpers.serving import STATUS
 from tests.sglang.client import complete
 from tests.sglang.server import Start

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 import msgspec
 
-from cosched.engines.sglang.worker.adaptation import Answer, Command, Status
+from cosched.engines.sglang.worker.operator import Answer, Command, Status
 from cosched.errors import ControlError
 
 if TYPE_CHECKING:

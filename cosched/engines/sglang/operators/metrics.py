@@ -8,7 +8,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cosched.engines.sglang.worker.adaptation import Status
+    from cosched.engines.sglang.worker.operator import Status
 
 GAUGES = {
     "draft_version": "Version of the draft that serves; rises by one with every publication.",

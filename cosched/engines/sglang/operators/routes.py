@@ -22,7 +22,7 @@ import msgspec
 
 from cosched.engines.sglang import compat
 from cosched.engines.sglang.operators.control import VERBS, Client, Reply, seconds_for
-from cosched.engines.sglang.worker.adaptation import Command, Status
+from cosched.engines.sglang.worker.operator import Command, Status
 from cosched.errors import ConfigError, ControlError
 
 if TYPE_CHECKING:
