@@ -116,15 +116,19 @@ def test_a_server_can_be_started_from_the_settings_that_a_start_has_left(
     check_for_server(load_config(tmp_path / "config.yaml"))
 
 
-def test_words_before_the_first_dashes_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rest is SGLang's, whatever it looks like."""
-    calls: list[tuple[Config, list[str]]] = []
+@pytest.mark.parametrize("at", [None, 0, 1, 3, 6])
+def test_words_before_the_first_dashes_are_settings(
+    monkeypatch: pytest.MonkeyPatch, at: int | None
+) -> None:
+    """The rest is SGLang's, whatever it looks like, but for --resume: that may stand anywhere."""
+    calls: list[tuple[Config, list[str], bool]] = []
     monkeypatch.setattr(launch, "serve", lambda *given: calls.append(given))
     words = ["run.name=x", "--port", "1", "a=b", "-v", "--help"]
-    result = CliRunner().invoke(cli.app, ["serve", "-c", str(TINY), *words])
+    said = words if at is None else [*words[:at], "--resume", *words[at:]]
+    result = CliRunner().invoke(cli.app, ["serve", "-c", str(TINY), *said])
     assert result.exit_code == 0, result.output
-    loaded, rest = calls[0]
-    assert (loaded.run.name, rest) == ("x", words[1:])
+    loaded, rest, resume = calls[0]
+    assert (loaded.run.name, rest, resume) == ("x", words[1:], at is not None)
 
 
 def test_every_start_has_a_folder_of_its_own(tmp_path: Path) -> None:
