@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from cosched.loop.roles import Buffer, Decider, Guard, Publisher, Sink, Trainer
     from cosched.records import Decision, Snapshot, UpdateResult, VerifyRound
 
+    State = Mapping[str, Tensor]
+
 
 class Coscheduler:
     """Turns verification rounds into better drafts, and never touches the target.
@@ -148,28 +150,23 @@ class Coscheduler:
     def _learner(self) -> Trainer | None:
         return self.trainer if self.learning else None
 
-    def state(self, trains: bool = True) -> tuple[Counters, int, Mapping[str, Tensor]]:
-        """What a later run goes on from, in tensors of its own; rows that are kept are not in it.
-
-        Without ``trains`` it is what serves, from which a trainer can begin: for one that is lost.
-        """
+    def state(self, trains: bool = True) -> tuple[Counters, int, State]:
+        """What a later run goes on from; only what serves, if the trainer is lost and not ``trains``."""
         if self.trainer is None or self.publisher is None:
             return self.counters, self.version, {}
         own = self.trainer.state() if trains else {}
         return self.counters, self.version, {**own, **self.publisher.state(), **self.guard.state()}
 
     def restore(
-        self, counters: Counters, version: int, tensors: Mapping[str, Tensor], trains: bool = True
+        self, counters: Counters, version: int, tensors: State, trains: bool = True
     ) -> None:
         """Go on from an earlier run's ``state()``."""
         self.counters = counters
         if self.trainer is not None and self.publisher is not None and counters.updates:
             self.publisher.restore(tensors, version)
             self.guard.restore(tensors)
-            if trains:
-                self.trainer.restore(tensors)
-            else:
-                self.trainer.load(self.publisher.weights_of(version))
+            serving = self.publisher.weights_of(version)
+            self.trainer.restore(tensors) if trains else self.trainer.load(serving)
 
     def _begin(self, trainer: Trainer, decision: Decision) -> UpdateResult | None:
         batch = self.buffer.sample() if decision.num_steps else None
