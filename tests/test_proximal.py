@@ -155,7 +155,7 @@ def test_steps_equal_plain_adamw_with_a_kept_copy(
 
 def test_an_update_must_have_begun(target: Target, batch: SignalBatch) -> None:
     copy = make_drafter(target).clone(torch.float32)
-    with pytest.raises(AssertionError, match="has not begun"):
+    with pytest.raises(AssertionError, match="an update begins"):
         BatchLoss(copy, held(1.0), target.head, "hidden")(batch)
 
 
