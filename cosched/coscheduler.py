@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cosched.errors import PublicationError
@@ -19,36 +19,27 @@ if TYPE_CHECKING:
     from cosched.loop.roles import Buffer, Decider, Guard, Publisher, Sink, Trainer
     from cosched.records import Decision, Snapshot, UpdateResult, VerifyRound
 
-    State = Mapping[str, Tensor]
 
-
+@dataclass(eq=False)
 class Coscheduler:
     """Turns verification rounds into better drafts, and never touches the target.
 
     Without a trainer the draft learns by itself: rounds are counted, and that is all.
     """
 
-    def __init__(
-        self,
-        buffer: Buffer,
-        policy: Decider,
-        trainer: Trainer | None,
-        guard: Guard,
-        publisher: Publisher | None,
-        sink: Sink,
-        reset_when_finished: bool,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.buffer = buffer
-        self.policy = policy
-        self.trainer = trainer
-        self.guard = guard
-        self.publisher = publisher
-        self.sink = sink
-        self._reset_when_finished = reset_when_finished
-        self._meter = Meter(clock)
-        self.counters = Counters()
-        self.learning = True  # off: rounds are counted, nothing is kept and nothing is trained
+    buffer: Buffer
+    policy: Decider
+    trainer: Trainer | None
+    guard: Guard
+    publisher: Publisher | None
+    sink: Sink
+    reset_when_finished: bool
+    clock: Callable[[], float] = time.perf_counter
+    counters: Counters = field(default_factory=Counters, init=False)
+    learning: bool = field(default=True, init=False)  # off: rounds are counted, and nothing else
+
+    def __post_init__(self) -> None:
+        self._meter = Meter(self.clock)
 
     def on_round(self, round_: VerifyRound) -> None:
         """One walk, after a round, a prefill, or a tick in which nothing ran."""
@@ -100,7 +91,7 @@ class Coscheduler:
         """What is to become of the candidate and of what serves: the guard's word."""
         if self._learner is None:
             return KEEP
-        if self._reset_when_finished and round_.finished:
+        if self.reset_when_finished and round_.finished:
             return self._forget()
         if self._learner.busy:
             return KEEP  # the copy is in use
@@ -150,7 +141,7 @@ class Coscheduler:
     def _learner(self) -> Trainer | None:
         return self.trainer if self.learning else None
 
-    def state(self, trains: bool = True) -> tuple[Counters, int, State]:
+    def state(self, trains: bool = True) -> tuple[Counters, int, Mapping[str, Tensor]]:
         """What a later run goes on from; only what serves, if the trainer is lost and not ``trains``."""
         if self.trainer is None or self.publisher is None:
             return self.counters, self.version, {}
@@ -158,7 +149,7 @@ class Coscheduler:
         return self.counters, self.version, {**own, **self.publisher.state(), **self.guard.state()}
 
     def restore(
-        self, counters: Counters, version: int, tensors: State, trains: bool = True
+        self, counters: Counters, version: int, tensors: Mapping[str, Tensor], trains: bool = True
     ) -> None:
         """Go on from an earlier run's ``state()``."""
         self.counters = counters
