@@ -19,6 +19,7 @@ from drafters import adapters
 from drafters.cache import SlotCache
 from drafters.checkpoint import Checkpoint, check_tensors, tokenizer_vocabulary
 from drafters.config import DecoderConfig
+from drafters.costs import layer_and_head
 from drafters.layers import initialise
 from drafters.vocabulary import (
     check_mapping,
@@ -256,18 +257,14 @@ class NetworkDrafter(Drafter, Generic[C, N]):
         return values * self._weight.element_size()
 
     def cost(self, num_draft_tokens: int) -> float:
-        """By weights that are multiplied: the network's and its head's, once a pass, over the target's.
-
-        Of a target of L layers, width H and vocabulary V those are about 12 L H^2 + V H (Kaplan et al.,
-        arXiv 2001.08361), which is all that is known of it here.
-        """
+        """By weights that are multiplied: the network's and its head's, once a pass, over the target's."""
         target, own = self._target, dict(self._network.named_parameters())
-        head = target.vocab_size * target.hidden_size
+        layer, head = layer_and_head(target)
         multiplied = sum(p.numel() for name, p in own.items() if "embed_tokens." not in name)
         if getattr(self._network, "lm_head", None) is None:
             multiplied += head
         passes = num_draft_tokens if self.conditioning == "chain" else 1
-        return passes * multiplied / (12 * target.num_layers * target.hidden_size**2 + head)
+        return passes * multiplied / (target.num_layers * layer + head)
 
     def new_state(self, max_batch: int, max_length: int, window: int | None) -> SlotCache:
         length = max_length + self.spare_positions

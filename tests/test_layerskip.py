@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import random
 from pathlib import Path
 
@@ -23,8 +22,7 @@ from cosched.testing.sampling import FALSE_ALARM, p_values, sampling_target
 from drafters.best_of import BestOfDrafter
 from drafters.layerskip import LayerskipDrafter, LayerskipSettings
 from drafters.layerskip.choices import MEMORY, Choices, skipped_sets
-from tests.helpers.cli import run_cli
-from tests.helpers.experiments import rounds_of, write
+from tests.helpers.experiments import run_without_updates, write
 
 TEXT = torch.arange(1, 13)
 
@@ -166,13 +164,7 @@ def test_beside_a_copy_text_is_the_targets(target: Target) -> None:
 def test_a_run_repeats_and_takes_no_updates(settings: dict, tmp_path: Path) -> None:
     settings["drafter"] = {"kind": "layerskip", "num_draft_tokens": 3, "window": 48}
     del settings["adapt"]
-    code, out, err = run_cli("run", "-c", write(tmp_path, settings))
-    assert code == 0, out + err
-    folder = tmp_path / "runs" / "one"
-    arms = json.loads((folder / "summary.json").read_text())["arms"]
-    assert {arm["lossless_mismatches"] for arm in arms.values()} == {0}
-    assert arms["adapted"]["updates"] == arms["adapted"]["versions"] == 0
-    assert rounds_of(folder, "adapted") == rounds_of(folder, "frozen")
+    run_without_updates(tmp_path, settings)
 
 
 @pytest.mark.parametrize("composed", [False, True])

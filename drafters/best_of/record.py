@@ -7,7 +7,10 @@ has for it, which is also how often the text turns out to have it there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
+
+from drafters.chances import Chances, expected_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,40 +23,6 @@ EXPLORED = 0.005  # share of the tokens, at most, that trying a model is expecte
 
 FAILED, PARTLY, HELD = range(3)
 """What became of a copy's newest proposal: wrong at once, wrong later, or right as far as the text goes."""
-
-
-class Chances:
-    """How likely each place of a proposal is accepted where all before it are.
-
-    A place of which little is known is supposed to be like the one before it.
-    """
-
-    def __init__(self, num_places: int) -> None:
-        self._true = [0.0] * num_places
-        self._tried = [0.0] * num_places
-
-    def note(self, place: int, came_true: bool) -> None:
-        if place == 0:  # one more proposal: those before count less
-            for each in range(len(self._tried)):
-                self._true[each] *= 1 - 1 / MEMORY
-                self._tried[each] *= 1 - 1 / MEMORY
-        self._true[place] += came_true
-        self._tried[place] += 1
-
-    def by_place(self, supposed: Sequence[float]) -> list[float]:
-        """The mean of what was seen, and a little of what is supposed of the place."""
-        return [
-            (true + PRIOR * before) / (tried + PRIOR)
-            for true, tried, before in zip(self._true, self._tried, supposed, strict=True)
-        ]
-
-    def after(self, first: float) -> list[float]:
-        """The same where only the first place is supposed, and each other to be like the one before."""
-        found: list[float] = []
-        for true, tried in zip(self._true, self._tried, strict=True):
-            first = (true + PRIOR * first) / (tried + PRIOR)
-            found.append(first)
-        return found
 
 
 @dataclass(slots=True)
@@ -81,8 +50,9 @@ class Record:
 
     def __init__(self, num_drafters: int, model: int | None, num_places: int) -> None:
         self._model = model
-        self._overall = [Chances(num_places) for _ in range(num_drafters)]
-        self._cells = [[Chances(num_places) for _ in range(3)] for _ in range(num_drafters)]
+        new = partial(Chances, num_places, PRIOR, MEMORY)
+        self._overall = [new() for _ in range(num_drafters)]
+        self._cells = [[new() for _ in range(3)] for _ in range(num_drafters)]
         self._states = [FAILED] * num_drafters
         self._waiting: list[_Copied] = []
         self._modelled: tuple[tuple[Chances, Chances], int] | None = None
@@ -109,11 +79,7 @@ class Record:
         """How many of so many tokens are accepted."""
         supposed = self._overall[drafter].after(MODEL if drafter == self._model else COPY)
         cell = self._cells[drafter][self._state(drafter)]
-        total, alive = 0.0, 1.0
-        for chance in cell.by_place(supposed)[:number]:
-            alive *= chance
-            total += alive
-        return total
+        return expected_tokens(cell.by_place(supposed)[:number])
 
     def _state(self, drafter: int) -> int:
         return max(self._states) if drafter == self._model else self._states[drafter]
@@ -157,4 +123,6 @@ class Record:
 
 def _note(cell: tuple[Chances, Chances], place: int, came_true: bool) -> None:
     for chances in cell:
+        if place == 0:  # one more proposal: those before count less
+            chances.fade()
         chances.note(place, came_true)

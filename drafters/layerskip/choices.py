@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from drafters.chances import Chances, expected_tokens
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -49,8 +51,7 @@ class Choices:
     def __init__(self, supposed: Sequence[float], costs: Sequence[float], num_places: int) -> None:
         self._supposed = supposed
         self._costs = costs
-        self._true = [[0.0] * num_places for _ in costs]
-        self._tried = [[0.0] * num_places for _ in costs]
+        self._chances = [Chances(num_places, PRIOR, MEMORY) for _ in costs]
         self._current, self._left, self._asked = 0, 0, num_places
 
     def choose(self, number: int) -> int:
@@ -63,18 +64,12 @@ class Choices:
         return self._current
 
     def _tokens_per_cost(self, one: int, number: int) -> float:
-        tokens, alive, chance = 1.0, 1.0, self._supposed[one]
-        for place in range(number):
-            seen, tried = self._true[one][place], self._tried[one][place]
-            chance = (seen + PRIOR * chance) / (tried + PRIOR)
-            alive *= chance
-            tokens += alive
+        tokens = 1 + expected_tokens(self._chances[one].after(self._supposed[one])[:number])
         return tokens / (1 + number * self._costs[one])
 
     def observe(self, one: int, drafted: int, accepted: int) -> None:
         """A request's round: so many tokens were drafted without that set, and so many accepted."""
-        for counts in (*self._true, *self._tried):
-            counts[:] = [count * (1 - 1 / MEMORY) for count in counts]
+        for chances in self._chances:
+            chances.fade()
         for place in range(min(drafted, accepted + 1)):
-            self._true[one][place] += place < accepted
-            self._tried[one][place] += 1
+            self._chances[one].note(place, place < accepted)

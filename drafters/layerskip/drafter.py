@@ -17,6 +17,7 @@ import torch
 from cosched.protocols import Choose, Drafter, DrafterSettings, LayersForward, TargetInfo
 from cosched.records import Proposal, Segment, SignalSpec
 from cosched.registry import DRAFTERS
+from drafters.costs import layer_and_head
 from drafters.layerskip.choices import Choices, skipped_sets
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ class LayerskipDrafter(Drafter):
         every = range(target.num_layers)
         skipped = skipped_sets(target.num_layers)
         self._kept: list[Layers] = [tuple(i for i in every if i not in one) for one in skipped]
-        # A layer of width H has about 12 H^2 weights, and the head V H (arXiv 2001.08361).
-        layer, head = 12 * target.hidden_size**2, target.vocab_size * target.hidden_size
+        layer, head = layer_and_head(target)
         whole = target.num_layers * layer + head
         self._costs = [(len(kept) * layer + head) / whole for kept in self._kept]
         self._supposed = [1 - (len(one) / target.num_layers) ** 2 for one in skipped]

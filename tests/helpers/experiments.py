@@ -9,6 +9,7 @@ import yaml
 
 from cosched.settings.schema import Config
 from cosched.telemetry.run_folder import RunFolder
+from tests.helpers.cli import run_cli
 
 
 def write(tmp_path: Path, settings: dict) -> Path:
@@ -41,3 +42,18 @@ def turns_of(folder: Path) -> list[dict]:
     """Which arm decoded when, and for how long."""
     events = [json.loads(line) for line in events_of(folder)]
     return [e["turn"] | {"arm": e["arm"]} for e in events if e["kind"] == "turn"]
+
+
+def run_without_updates(tmp_path: Path, settings: dict) -> tuple[Path, dict]:
+    """Run a drafter that learns by itself: texts are plain's, and ``adapted`` is ``frozen``, round by round.
+
+    Returns the run folder and the figures of its arms.
+    """
+    code, out, err = run_cli("run", "-c", write(tmp_path, settings))
+    assert code == 0, out + err
+    folder = tmp_path / "runs" / "one"
+    arms = json.loads((folder / "summary.json").read_text())["arms"]
+    assert {arm["lossless_mismatches"] for arm in arms.values()} == {0}
+    assert arms["adapted"]["updates"] == arms["adapted"]["versions"] == 0
+    assert rounds_of(folder, "adapted") == rounds_of(folder, "frozen")
+    return folder, arms
