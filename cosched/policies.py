@@ -1,18 +1,112 @@
-"""The roles of what decides from numbers alone, and its settings: cadences, objectives, draft lengths.
+"""What decides from numbers alone: its roles, its settings, what it is shown and what it says.
 
-Plugins take them from ``cosched.protocols``, where the other roles are. No tensor has a part in this.
+Cadences, objectives and draft lengths. Plugins take the roles from ``cosched.protocols`` and the records from
+``cosched.records``, where the others are. No tensor has a part in this.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import msgspec
 from msgspec import Meta
 
-if TYPE_CHECKING:
-    from cosched.records import Choice, Decision, Snapshot
+MOST_UNDRAFTED = 128
+"""In how many rounds in a row, at most, an engine drafts nothing."""
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """Everything a policy may know. Counters run from the start of the arm.
+
+    ``seconds_updating`` and ``seconds_publishing`` are those that the engine waited for. The mean
+    behind ``reference_acceptance_length`` is slow (5,000 rounds), that behind the recent one fast (20).
+    ``acceptance_shortfall`` is how many tokens a request has lost against the reference since
+    acceptance began to fall. ``last_update_seconds`` is what the newest update has cost since it began,
+    publication included; ``serving_seconds_since_update`` what drafting and verifying took since then.
+    ``micro_step_seconds`` is 0 until it has been measured. ``update_gain`` is the acceptance length
+    after an update over the one before it, a geometric moving mean that starts at 1; where a guard
+    scores candidates it is theirs over the serving draft's, on the same rows. ``seconds_earned`` is
+    what drafting and verifying would have taken longer with the draft as loaded, by the guard's mean
+    difference less its standard error. ``expected_tokens_left`` is per running request.
+    ``tokens_since_loaded`` were committed since the draft was last as it was loaded. ``trials`` are the
+    newest comparisons of objectives, the oldest first: what one update with each of them, from the same
+    weights, would have brought over the serving draft, in tokens; ``num_trials`` counts all there were.
+    ``serves_loaded`` says whether what serves is the draft as it was loaded; for ``pause_rounds`` more
+    the guard, which has just undone a publication, would have nothing trained.
+    """
+
+    round_index: int
+    num_running: int
+    num_committed: int
+    num_drafted: int
+    num_accepted: int
+    recent_acceptance_length: float
+    rounds_since_update: int
+    tokens_since_update: int
+    num_updates: int
+    draft_version: int
+    buffered_tokens: int
+    seconds_drafting: float
+    seconds_verifying: float
+    seconds_updating: float
+    seconds_publishing: float
+    recent_round_seconds: float = 0.0
+    reference_acceptance_length: float = 0.0
+    acceptance_shortfall: float = 0.0
+    last_update_seconds: float = 0.0
+    serving_seconds_since_update: float = 0.0
+    micro_step_seconds: float = 0.0
+    update_gain: float = 1.0
+    expected_tokens_left: float = 0.0
+    num_queued: int = 0
+    seconds_earned: float = 0.0
+    num_finished: int = 0
+    requests_since_update: int = 0
+    tokens_since_loaded: int = 0
+    updates_since_trial: int = 0
+    num_trials: int = 0
+    trials: tuple[tuple[float, ...], ...] = ()
+    serves_loaded: bool = True
+    pause_rounds: int = 0
+    lead_tokens: float = 0.0  # as the guard's Standing has it
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """What a guard knows, in numbers, for the next ``Snapshot``.
+
+    ``lead_tokens`` is by how much what was learnt is known to be better than the draft as loaded on text
+    like this, in tokens a round: the mean difference less its standard error, and never less than 0.
+    ``resumes_at`` is the round until which the guard would have nothing trained.
+    """
+
+    lead_tokens: float = 0.0
+    resumes_at: int = 0
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """Train now, or not. ``learning_rate`` None keeps the trainer's own.
+
+    The rest says what with: the loss of which of the objectives (0 where there is but one), what
+    share of the learning rate, and whether all objectives are tried and the best of them is kept.
+    """
+
+    num_steps: int
+    learning_rate: float | None = None
+    reason: str = ""
+    objective: int = 0
+    rate_share: float = 1.0
+    trial: bool = False
+
+
+NOTHING = Decision(num_steps=0)  # not now
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """Which objective the next update takes, and whether it tries all of them instead."""
+
+    objective: int = 0
+    trial: bool = False
 
 
 class PolicySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -14,10 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_ch
 import msgspec
 from msgspec import Meta
 
-from cosched.drafting import MOST_UNDRAFTED as MOST_UNDRAFTED  # so that plugins have all from here
-from cosched.drafting import Choose as Choose  # noqa: TC001
-from cosched.drafting import LayersForward as LayersForward  # noqa: TC001
-from cosched.drafting import TargetInfo as TargetInfo
+from cosched.policies import MOST_UNDRAFTED as MOST_UNDRAFTED  # so that plugins have all from here
 from cosched.policies import DraftLength as DraftLength
 from cosched.policies import Expert as Expert
 from cosched.policies import ExpertSettings as ExpertSettings
@@ -37,6 +34,8 @@ from cosched.records import (
     SignalBatch,
     SignalSpec,
 )
+from cosched.records import LayersForward as LayersForward
+from cosched.records import TargetInfo as TargetInfo
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -118,6 +117,27 @@ class ComposedSettings(DrafterSettings, frozen=True, kw_only=True):
 
 
 OF_THE_WHOLE = ("num_draft_tokens", "length", "window")  # settings that no part of one has
+
+
+class Choose(Protocol):
+    """How drafted tokens are picked from the draft's logits: ``choose(k, logits_BV)``, token by token."""
+
+    @abstractmethod
+    def __call__(self, k: int, logits_BV: Tensor, /) -> Tensor | None:
+        """Token k of each request's chain ``[B]``.
+
+        None, never of the first one: neither that token nor more are wanted.
+        """
+        ...
+
+    @abstractmethod
+    def siblings(self, first: int, logits_BRV: Tensor, rows_BW: Tensor) -> Tensor:
+        """Tokens ``first .. first + W - 1`` of each request's tree ``[B, W]``.
+
+        Token w is picked from the logits ``rows_BW[:, w]``, and several from the same are siblings. How many
+        each row has may follow from all logits and all tokens before these, and from nothing else.
+        """
+        ...
 
 
 class CheckpointFormats(Protocol):

@@ -1,7 +1,7 @@
 """What crosses a stage of the round, as frozen records.
 
-Here are those that hold tensors; those of numbers and words (``cosched.control_records``) are to be had from
-here as well.
+Those of numbers and words can be read without a tensor library; what policies see and say is from
+``cosched.policies``.
 
 Shapes: B requests of the round, K drafted tokens, S = K + 1 verified rows, R rows of one request,
 N anchors per request, C rows of context, F feature width, H hidden width, V vocabulary.
@@ -9,24 +9,23 @@ N anchors per request, C rows of context, F feature width, H hidden width, V voc
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from cosched.control_records import KEEP as KEEP
-from cosched.control_records import NOTHING as NOTHING
-from cosched.control_records import Action as Action
-from cosched.control_records import Choice as Choice
-from cosched.control_records import Decision as Decision
-from cosched.control_records import RoundRow as RoundRow
-from cosched.control_records import Snapshot as Snapshot
-from cosched.control_records import Standing as Standing
-from cosched.control_records import UpdateResult as UpdateResult
-from cosched.control_records import Verdict as Verdict
-from cosched.control_records import WeightVersion as WeightVersion
+import msgspec
+
+from cosched.policies import NOTHING as NOTHING
+from cosched.policies import Choice as Choice
+from cosched.policies import Decision as Decision
+from cosched.policies import Snapshot as Snapshot
+from cosched.policies import Standing as Standing
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
-    from torch import Tensor
+    from torch import Tensor, nn
 
 Rows = Literal["accepted", "refused", "all", "delayed"]
 DraftType = Literal["chain", "block", "parallel", "none"]
@@ -39,6 +38,30 @@ Acceptance = Literal["sampled", "target_only", "greedy"]
 """How an engine accepts a drafted token (``cosched.guard.scorer``): it was drawn from the draft's
 distribution, and speculative sampling corrects for that; it is the draft's best one, and the target draws
 it; or it is the best one of both. Of a request at temperature 0 the last holds whatever the engine's way."""
+
+
+class TargetInfo(Protocol):
+    """What a drafter may know of the target when it is loaded; ``model_type`` is transformers' name."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_length: int
+    model_type: str
+    embedding: nn.Embedding
+    head: nn.Module
+
+    def token_ids(self) -> Mapping[str, int] | None:
+        """The tokenizer's vocabulary; None where the target came without a tokenizer."""
+        ...
+
+
+LayersForward = Callable[["Tensor", "Tensor", Sequence[int], "Sequence[int] | None"], "Tensor"]
+"""``forward(ids_BT, positions_BT, layers, counts) -> logits_BTV``: the target with those of its layers alone.
+
+For slots ``0..B - 1``, of each its first ``counts[b]`` rows (None: all; zeros for the others), over the
+keys and values of the text that is committed. It writes at ``positions_BT``: from the newest token on.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,3 +271,79 @@ class Proposal:
     logits_BKV: Tensor | None = None
     counts: tuple[int, ...] | None = None  # all
     parents_BK: Tensor | None = None
+
+
+# --- numbers and words only ----------------------------------------------------------------
+
+
+class UpdateResult(msgspec.Struct, frozen=True):
+    """What the trainer did: micro-steps taken, steps skipped as non-finite, loss of each step.
+
+    ``lost_mass`` is the share of the teacher's mass outside of the draft's vocabulary, estimated on
+    some rows of the batch (``BatchLoss``; of this rank's share, where there are several); None where
+    the vocabularies are one. After a trial ``objective`` is the one whose update was kept, and
+    ``trial`` what each brought: the score of its candidate above that of the serving draft, in tokens.
+    """
+
+    num_steps: int
+    num_skipped: int
+    losses: tuple[float, ...]
+    num_rows: int
+    seconds: float
+    lost_mass: float | None = None
+    objective: int = 0
+    trial: tuple[float, ...] = ()
+
+
+Action = Literal["keep", "publish", "roll_back", "wait"]
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What is to become of the candidate and of what serves: one action, and why.
+
+    ``keep``       what serves stays, and no candidate is looked at; without a reason nothing was
+    ``wait``       what serves stays, and the candidate is trained on until more is known of it
+    ``publish``    the candidate serves
+    ``roll_back``  training starts again from version ``to``, with an empty optimizer; that version
+                   serves again, if it does not already
+
+    Scores are mean acceptance lengths, expected on ``num_rows`` held-out rows; None where nothing
+    was scored.
+    """
+
+    action: Action
+    reason: str = ""
+    to: int | None = None
+    num_rows: int | None = None
+    candidate_score: float | None = None
+    serving_score: float | None = None
+    loaded_score: float | None = None
+
+
+KEEP = Verdict("keep")  # there was nothing to look at
+
+
+class WeightVersion(msgspec.Struct, frozen=True):
+    """The serving draft after a publication: its number and checksums in hexadecimal.
+
+    That of the target is of the slice which was looked at; None where none was.
+    """
+
+    version: int
+    draft_checksum: str
+    target_checksum: str | None
+    seconds: float
+
+
+class RoundRow(msgspec.Struct, frozen=True):
+    """One request in one round, for the reports: where it stood and what was committed.
+
+    ``position`` counts generated tokens: 0 is the first token of the answer.
+    """
+
+    request_id: str
+    position: int
+    draft_version: int
+    num_drafted: int
+    num_accepted: int
+    num_committed: int

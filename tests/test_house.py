@@ -11,13 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("cosched", "drafters", "losses", "schedulers")
 MOST_LINES = 400
 DOORS = {"cli", "convert_checkpoint", "doctor", "sglang_entry"}
-CORE = {"coscheduler", "errors", "protocols", "registry"}
-CORE |= {
-    "drafting",
-    "policies",
-    "records",
-    "control_records",
-}  # what plugins take from two of these
+CORE = {"coscheduler", "errors", "policies", "protocols", "records", "registry"}
 
 
 def modules() -> list[Path]:
