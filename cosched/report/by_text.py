@@ -63,7 +63,10 @@ def text_rows(summary: RunSummary) -> list[list[str]]:
 
 
 def text_table(summary: RunSummary) -> Table | None:
-    """The rows for a terminal, each text named once; None where there is one text."""
+    """The rows for a terminal, each text above its arms, which leaves figures the room that they need.
+
+    None where there is one text.
+    """
     rows = text_rows(summary)
     if not rows:
         return None
@@ -74,13 +77,15 @@ def text_table(summary: RunSummary) -> Table | None:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    for index, (header, _) in enumerate(TEXT_COLUMNS):
-        justify = "right" if index > 1 else "left"
+    for index, (header, _) in enumerate(TEXT_COLUMNS[1:]):
+        justify = "right" if index else "left"
         table.add_column(header, justify=justify, vertical="bottom", no_wrap=True)
     before = None
     for text, arm, *cells in rows:
-        if text != before is not None:
-            table.add_section()
-        table.add_row(Text("" if text == before else text), Text(arm, "bold"), *cells)
+        if text != before:
+            if before is not None:
+                table.add_section()
+            table.add_row(Text(text))
+        table.add_row(Text(arm, "bold"), *cells)
         before = text
     return table
