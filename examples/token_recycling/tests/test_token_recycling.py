@@ -11,10 +11,10 @@ import pytest
 import torch
 from token_recycling.drafter import TokenRecycling, TokenRecyclingSettings, levels
 
-from cosched.engines.embedded.choosing import Best
 from cosched.errors import CheckpointError
 from cosched.memory.footprint import footprint
 from cosched.memory.sketch import sketch
+from cosched.protocols import Choose
 from cosched.records import Refused, Segment
 from cosched.report.html import write_report
 from cosched.runs.experiment import Experiment
@@ -41,7 +41,7 @@ def test_it_drafts_what_the_target_said_last_time() -> None:
     assert torch.equal(state.best_BVW[0, 5], expected[2])  # the later row of the two
     state.best_BVW[0, expected[1, 0]] = torch.tensor([9, 10, 11, 12])
     state.best_BVW[0, expected[1, 1]] = torch.tensor([20, 21, 22, 23])
-    proposal = drafter.propose(state, 1, Best(), 2)
+    proposal = drafter.propose(state, 1, NothingToChooseFrom(), 2)
     first, second, third, fourth = expected[1].tolist()
     assert proposal.tokens_BK[0].tolist() == [
         *(first, second, third, fourth),
@@ -76,8 +76,16 @@ def test_behind_an_unknown_token_it_comes_again() -> None:
     drafter = TokenRecycling.load(SETTINGS, make_target())
     state = drafter.new_state(2, 16, None)
     state.anchor_B[1] = 5
-    proposal = drafter.propose(state, 2, Best(), 3)
+    proposal = drafter.propose(state, 2, NothingToChooseFrom(), 3)
     assert proposal.tokens_BK.tolist() == [[0] * 25, [5] * 25]
+
+
+class NothingToChooseFrom(Choose):
+    def __call__(self, k: int, logits_BV: torch.Tensor, /) -> torch.Tensor:
+        raise AssertionError("it has no logits")
+
+    def siblings(self, first: int, logits_BRV: torch.Tensor, rows_BW: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("it has no logits")
 
 
 def test_a_request_learns_for_itself() -> None:

@@ -42,10 +42,7 @@ class Level(NamedTuple):
 
 def levels(width: int, depth: int) -> list[Level]:
     found: list[Level] = []
-    rooms, row = (
-        [width],
-        0,
-    )  # how many ranks there are behind each row of a level, and its first row
+    rooms, row = [width], 0  # ranks there are behind each row of a level, and the first of these
     for _ in range(depth):
         ways = [(at, rank) for at, room in enumerate(rooms) for rank in range(room)]
         behind, ranks = [at for at, _ in ways], [rank for _, rank in ways]
