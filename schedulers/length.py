@@ -66,9 +66,7 @@ class Goodput(DraftLength):
         self.settings = settings
 
     def choices(self, max_tokens: int) -> tuple[int, ...]:
-        if not self.settings.among:
-            return tuple(range(max_tokens + 1))
-        return tuple(sorted(set(self.settings.among)))
+        return tuple(sorted(set(self.settings.among))) or super().choices(max_tokens)
 
     def choose(self, snapshot: LengthSnapshot) -> int:
         seconds, among = snapshot.seconds, self.choices(snapshot.max_tokens)
