@@ -25,7 +25,7 @@ VERSIONS := 0.5.20 0.5.21
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo demo-tiny test parity sglang versions serve-venv serve-demo examples lint docs format bench clean
+.PHONY: help venv demo demo-tiny test test-long parity sglang versions serve-venv serve-demo examples lint docs format bench clean
 
 help:  ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -56,7 +56,10 @@ demo-tiny: $(STAMP)  ## The same in small, with a model of our own making: nothi
 
 # A thread limit inherited from the shell would change speeds and, through summation order, last digits.
 test: $(STAMP)  ## Run the tests that need neither a GPU nor SGLang
-	env -u OMP_NUM_THREADS $(BIN)/pytest $(PARALLEL) -m "not gpu and not sglang" $(PYTEST_ARGS)
+	env -u OMP_NUM_THREADS $(BIN)/pytest $(PARALLEL) -m "not gpu and not sglang and not long" $(PYTEST_ARGS)
+
+test-long: $(STAMP)  ## Run those of them that `make test` leaves out: whole builds, runs, lost processes
+	env -u OMP_NUM_THREADS $(BIN)/pytest $(PARALLEL) -m "long and not gpu and not sglang" $(PYTEST_ARGS)
 
 # Into a folder of its own, as pip leaves a stranger's package; .venv stays what `make venv` made.
 examples: $(STAMP)  ## Install the example plugin from examples/ and run the contract tests on it

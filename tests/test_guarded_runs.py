@@ -42,6 +42,7 @@ def moments(trainer: Any) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_poisoned_update_is_caught_before_it_serves(monkeypatch) -> None:
     """Random labels once a draft serves, until the guard has seen that they make it worse: no version of
     theirs is published, training starts again from what serves with an empty optimizer, and what
@@ -137,6 +138,7 @@ def test_poison_that_serves_is_undone(monkeypatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_default_guard_serves_no_poison(monkeypatch) -> None:
     """On far text, where drafts serve once learning has shown that it pays: of updates on random labels
     for 100 rounds none serves, training starts again from what serves, nothing that serves is undone
@@ -168,6 +170,7 @@ def test_the_default_guard_serves_no_poison(monkeypatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_nothing_is_undone_where_learning_pays() -> None:
     """On foreign text: drafts serve, none is rolled back, and scores say what they bring: of some 110
     looks 25 publish."""

@@ -231,6 +231,7 @@ def arm(tmp_path: Path, *overrides: str) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_decoding_goes_on_while_the_trainer_is_lost_and_found(tmp_path: Path, how: int) -> None:
     """The real one, in the middle of a text: rounds go on with the last good draft, the text is that

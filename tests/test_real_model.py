@@ -20,6 +20,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.long
 def test_greedy_answers_are_those_of_plain_decoding_to_the_bit(tmp_path: Path) -> None:
     """While drafts are accepted, refused and replaced, those of all families; ``engine.exact`` leaves
     no near-tie to luck."""

@@ -156,6 +156,7 @@ def test_what_was_interrupted_goes_on_to_the_same_draft(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.realworld
 @pytest.mark.timeout(900)
 def test_the_build_command_makes_a_draft(tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ def test_parts_are_what_the_arms_did(tmp_path: Path, settings: dict) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sampled_trace_agrees_with_sampling_in_the_mean(tmp_path: Path, settings: dict) -> None:
     """Acceptance on recorded samples estimates that of sampling: within four standard errors."""
     settings["arms"] = ["frozen"]
@@ -169,6 +170,7 @@ def test_documents_are_forced(tmp_path: Path, settings: dict, tinyworld: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_compiler_is_needed(tmp_path: Path, settings: dict) -> None:
     """A run that trains goes through where neither a compiler nor ninja is on the path."""
     settings["arms"] = ["plain", "adapted"]

@@ -130,6 +130,7 @@ def test_a_folder_that_is_no_sweep_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_worker_that_dies_is_one_failed_job(tmp_path: Path) -> None:
     """Killed in the middle, as for want of memory: named with its signal; the next job has another."""
     plan = load_plan(file(tmp_path, grid=RATES))
@@ -167,6 +168,7 @@ def test_cells_of_a_text_that_was_not_recorded_fail(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_keeps_the_cells_that_are_done(tmp_path: Path) -> None:
     """SIGINT in the middle: exit code 1, no worker left, a report of what there is; then the rest."""
     path = file(tmp_path, grid={"adapt.trainer.lr": [1e-4, 1e-3, 3e-3, 1e-2]})

@@ -72,7 +72,13 @@ def test_tenants_of_a_variant_are_looked_for_too(configure: Configure, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(one, marks=pytest.mark.long if number else ())
+        for number, one in enumerate(FAMILIES)
+    ],
+)
 def test_a_run_with_tenants(configure: Configure, tmp_path: Path, family: str) -> None:
     """From files to files: the plain text, events that say whose they are, a draft for each tenant;
     and the same from a recording, which knows the tenants."""

@@ -56,6 +56,7 @@ def test_deroff_leaves_text() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_build_command_goes_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a thousandth of the training, on a sixth of each source's text and crops of a quarter of their

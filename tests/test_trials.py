@@ -180,6 +180,7 @@ def test_any_scope_can_be_tried(kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_run_chooses_the_same(tmp_path: Path) -> None:
     """What earlier trials brought is kept: a resumed run takes the same experts, to the bit."""
 
