@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cosched.errors import CheckpointError
 from drafters.config import DecoderConfig
+from drafters.raw_keys import check_raw
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping
@@ -45,7 +46,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The ``config.json`` of a checkpoint folder.
 
     Raises:
-        CheckpointError: no folder, no file, or not a JSON object.
+        CheckpointError: no folder, no file, or not a JSON object; or a key is not what any format has.
     """
     path = directory / "config.json"
     if not directory.is_dir():
@@ -54,10 +55,13 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory} has no config.json")
     try:
         raw = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} is not a JSON object")
+    check_raw(raw, path)
     return raw
 
 
@@ -134,18 +138,25 @@ def read_saved(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def check_tensors(
-    expected: Mapping[str, torch.Size], found: Mapping[str, Tensor], directory: Path
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], directory: Path
 ) -> None:
-    """Refuse missing, unknown and misshapen tensors, with one line for each.
+    """Refuse missing, unknown and misshapen tensors, and weights without fractions: one line for each.
 
     Raises:
-        CheckpointError: any name or shape differs.
+        CheckpointError: any name or shape differs, or a weight is of integers.
     """
     problems = [
-        f"  {name}: expected {list(shape)}, "
+        f"  {name}: expected {list(one.shape)}, "
         + (f"found {list(found[name].shape)}" if name in found else "missing")
-        for name, shape in expected.items()
-        if name not in found or found[name].shape != shape
+        for name, one in expected.items()
+        if name not in found or found[name].shape != one.shape
+    ]
+    problems += [
+        f"  {name}: expected a floating-point type, found {tensor.dtype}"
+        for name, tensor in found.items()
+        if name in expected
+        and expected[name].is_floating_point()
+        and not tensor.is_floating_point()
     ]
     problems += [
         f"  {name}: not a tensor of this drafter, found {list(tensor.shape)}"
