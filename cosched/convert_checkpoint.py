@@ -31,6 +31,7 @@ def family_of(directory: Path) -> str:
     path = directory / "config.json"
     try:
         raw = json.loads(path.read_text())
+        json.dumps(raw, ensure_ascii=False).encode()  # half a character is none
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping
     from pathlib import Path
 
+LONGEST_NAME = 200  # characters of a foreign tensor's that are shown
+MOST_LINES = 40  # of a table of wrong tensors
 VERIFIERS_OWN = ("verifier_lm_head.weight", "verifier_norm.weight")  # the target's, saved by some
 
 C = TypeVar("C", bound=DecoderConfig)
@@ -55,6 +57,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory} has no config.json")
     try:
         raw = json.loads(path.read_text())
+        json.dumps(raw, ensure_ascii=False).encode()  # half a character can be escaped, and is none
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     except OSError as error:
@@ -159,14 +162,14 @@ def check_tensors(
         and not tensor.is_floating_point()
     ]
     problems += [
-        f"  {name}: not a tensor of this drafter, found {list(tensor.shape)}"
+        f"  {name[:LONGEST_NAME]}: not a tensor of this drafter, found {list(tensor.shape)}"
         for name, tensor in found.items()
         if name not in expected
     ]
     if problems:
-        raise CheckpointError(
-            f"the tensors of {directory} do not fit:\n" + "\n".join(sorted(problems))
-        )
+        more = [f"  and {len(problems) - MOST_LINES} more"] if len(problems) > MOST_LINES else []
+        shown = "\n".join([*sorted(problems)[:MOST_LINES], *more])
+        raise CheckpointError(f"the tensors of {directory} do not fit:\n{shown}")
 
 
 def write_checkpoint(

@@ -54,6 +54,7 @@ class TargetSketch:
         directory = Path(path)
         try:
             raw = json.loads((directory / "config.json").read_text())
+            json.dumps(raw, ensure_ascii=False).encode()  # half a character is none
             text: dict[str, Any] = raw.get("text_config", raw)
             vocab, hidden = int(text["vocab_size"]), int(text["hidden_size"])
             layers = int(text["num_hidden_layers"])
