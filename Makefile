@@ -25,7 +25,7 @@ VERSIONS := 0.5.20 0.5.21
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo demo-tiny test parity sglang versions serve-venv serve-demo examples lint docs format bench clean
+.PHONY: help venv demo demo-tiny test fuzz chaos parity sglang versions serve-venv serve-demo examples lint docs format bench clean
 
 help:  ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,14 @@ demo-tiny: $(STAMP)  ## The same in small, with a model of our own making: nothi
 # A thread limit inherited from the shell would change speeds and, through summation order, last digits.
 test: $(STAMP)  ## Run the tests that need neither a GPU nor SGLang
 	env -u OMP_NUM_THREADS $(BIN)/pytest $(PARALLEL) -m "not gpu and not sglang" $(PYTEST_ARGS)
+
+# The tests take a few inputs and moments of these; here are all of them.
+fuzz: $(STAMP)  ## Damage configurations, checkpoints and control requests, 10,000 of each
+	env -u OMP_NUM_THREADS COSCHED_FUZZ=10000 $(BIN)/pytest tests/test_fuzz_settings.py \
+	  tests/test_fuzz_checkpoints.py tests/test_fuzz_control.py --timeout=7200 --durations=0 $(PYTEST_ARGS)
+
+chaos: $(STAMP)  ## Kill a run, its trainer or both at 40 random moments, go on each time, and show figures
+	env -u OMP_NUM_THREADS COSCHED_CHAOS=40 $(BIN)/pytest tests/test_chaos.py $(PYTEST_ARGS)
 
 # Into a folder of its own, as pip leaves a stranger's package; .venv stays what `make venv` made.
 examples: $(STAMP)  ## Install the example plugin from examples/ and run the contract tests on it
