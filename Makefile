@@ -25,7 +25,7 @@ VERSIONS := 0.5.20 0.5.21
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo demo-tiny test test-long parity sglang versions serve-venv serve-demo examples lint docs format bench clean
+.PHONY: help venv demo demo-tiny test test-long fuzz chaos parity sglang versions serve-venv serve-demo examples lint docs format bench clean
 
 help:  ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,14 @@ test: $(STAMP)  ## Run the tests that need neither a GPU nor SGLang
 
 test-long: $(STAMP)  ## Run those of them that `make test` leaves out: whole builds, runs, lost processes
 	env -u OMP_NUM_THREADS $(BIN)/pytest $(PARALLEL) -m "long and not gpu and not sglang" $(PYTEST_ARGS)
+
+# The tests take a few inputs and moments of these; here are all of them.
+fuzz: $(STAMP)  ## Damage configurations, checkpoints and control requests, 10,000 of each
+	env -u OMP_NUM_THREADS COSCHED_FUZZ=10000 $(BIN)/pytest tests/test_fuzz_settings.py \
+	  tests/test_fuzz_checkpoints.py tests/test_fuzz_control.py --timeout=7200 --durations=0 $(PYTEST_ARGS)
+
+chaos: $(STAMP)  ## Kill a run, its trainer or both at 40 random moments, go on each time, and show figures
+	env -u OMP_NUM_THREADS COSCHED_CHAOS=40 $(BIN)/pytest tests/test_chaos.py $(PYTEST_ARGS)
 
 # Into a folder of its own, as pip leaves a stranger's package; .venv stays what `make venv` made.
 examples: $(STAMP)  ## Install the example plugin from examples/ and run the contract tests on it

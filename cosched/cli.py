@@ -21,6 +21,7 @@ from rich.table import Table
 
 from cosched.errors import ConfigError, CoschedError
 from cosched.realworld.commands import realworld_app
+from cosched.runs.ending import sigterm_interrupts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,7 +97,7 @@ def run(
         experiment = Experiment(loaded, record)
     if not resume:
         folder.create(overwrite)
-    with _progress() as progress:
+    with _progress() as progress, sigterm_interrupts():
         task = progress.add_task("decoding", total=experiment.total_tokens)
 
         def advance(arm: str, number: int) -> None:
@@ -169,7 +170,7 @@ def sweep(
 
 def _with_progress(running: Sweep) -> SweepSummary:
     """Run a sweep under one bar for all of it and one for each worker."""
-    with _progress("{task.fields[what]}") as progress:
+    with _progress("{task.fields[what]}") as progress, sigterm_interrupts():
         whole = progress.add_task("sweep", total=len(running.jobs), what="runs,")
         bars: dict[int, TaskID] = {}
 

@@ -31,9 +31,10 @@ def family_of(directory: Path) -> str:
     path = directory / "config.json"
     try:
         raw = json.loads(path.read_text())
+        json.dumps(raw, ensure_ascii=False).encode()  # half a character is none
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     asked = [plugin for plugin in DRAFTERS.plugins() if plugin.cls.formats is not None]
     for plugin in asked:

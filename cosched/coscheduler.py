@@ -141,11 +141,14 @@ class Coscheduler:
     def _learner(self) -> Trainer | None:
         return self.trainer if self.learning else None
 
-    def state(self, trains: bool = True) -> tuple[Counters, int, Mapping[str, Tensor]]:
+    def state(
+        self, trains: bool = True, with_rows: bool = False
+    ) -> tuple[Counters, int, Mapping[str, Tensor]]:
         """What a later run goes on from; only what serves, if the trainer is lost and not ``trains``."""
         if self.trainer is None or self.publisher is None:
             return self.counters, self.version, {}
-        own = self.trainer.state() if trains else {}
+        own = {**self.trainer.state()} if trains else {}
+        own |= self.buffer.state() if with_rows else {}
         return self.counters, self.version, {**own, **self.publisher.state(), **self.guard.state()}
 
     def restore(
@@ -153,6 +156,7 @@ class Coscheduler:
     ) -> None:
         """Go on from an earlier run's ``state()``."""
         self.counters = counters
+        self.buffer.restore(tensors)
         if self.trainer is not None and self.publisher is not None and counters.updates:
             self.publisher.restore(tensors, version)
             self.guard.restore(tensors)

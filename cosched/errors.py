@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
+
+NOT_DECODED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are nothing of the type: of other text, or of brackets without end."""
+
 
 class CoschedError(Exception):
     """Base of every error a user may cause. The command line prints it as one message."""

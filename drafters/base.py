@@ -123,7 +123,7 @@ class NetworkDrafter(Drafter, Generic[C, N]):
         config, tensors = checkpoint.config, checkpoint.tensors
         with torch.device("meta"):
             network = cls.make_network(config, config.target_width, frozenset(tensors))
-        expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
+        expected = network.state_dict()
         own = {n: t for n, t in tensors.items() if n in expected or n not in cls.borrowed}
         check_tensors(expected, own, directory)
         if "d2t" in own:

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from cosched.errors import CheckpointError
 from drafters.config import DecoderConfig
+from drafters.raw_keys import check_raw
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping
     from pathlib import Path
 
+LONGEST_NAME = 200  # characters of a foreign tensor's that are shown
+MOST_LINES = 40  # of a table of wrong tensors
 VERIFIERS_OWN = ("verifier_lm_head.weight", "verifier_norm.weight")  # the target's, saved by some
 
 C = TypeVar("C", bound=DecoderConfig)
@@ -45,7 +48,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The ``config.json`` of a checkpoint folder.
 
     Raises:
-        CheckpointError: no folder, no file, or not a JSON object.
+        CheckpointError: no folder, no file, or not a JSON object; or a key is not what any format has.
     """
     path = directory / "config.json"
     if not directory.is_dir():
@@ -54,10 +57,14 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory} has no config.json")
     try:
         raw = json.loads(path.read_text())
-    except ValueError as error:
+        json.dumps(raw, ensure_ascii=False).encode()  # half a character can be escaped, and is none
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} is not a JSON object")
+    check_raw(raw, path)
     return raw
 
 
@@ -134,28 +141,35 @@ def read_saved(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def check_tensors(
-    expected: Mapping[str, torch.Size], found: Mapping[str, Tensor], directory: Path
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], directory: Path
 ) -> None:
-    """Refuse missing, unknown and misshapen tensors, with one line for each.
+    """Refuse missing, unknown and misshapen tensors, and weights without fractions: one line for each.
 
     Raises:
-        CheckpointError: any name or shape differs.
+        CheckpointError: any name or shape differs, or a weight is of integers.
     """
     problems = [
-        f"  {name}: expected {list(shape)}, "
+        f"  {name}: expected {list(one.shape)}, "
         + (f"found {list(found[name].shape)}" if name in found else "missing")
-        for name, shape in expected.items()
-        if name not in found or found[name].shape != shape
+        for name, one in expected.items()
+        if name not in found or found[name].shape != one.shape
     ]
     problems += [
-        f"  {name}: not a tensor of this drafter, found {list(tensor.shape)}"
+        f"  {name}: expected a floating-point type, found {tensor.dtype}"
+        for name, tensor in found.items()
+        if name in expected
+        and expected[name].is_floating_point()
+        and not tensor.is_floating_point()
+    ]
+    problems += [
+        f"  {name[:LONGEST_NAME]}: not a tensor of this drafter, found {list(tensor.shape)}"
         for name, tensor in found.items()
         if name not in expected
     ]
     if problems:
-        raise CheckpointError(
-            f"the tensors of {directory} do not fit:\n" + "\n".join(sorted(problems))
-        )
+        more = [f"  and {len(problems) - MOST_LINES} more"] if len(problems) > MOST_LINES else []
+        shown = "\n".join([*sorted(problems)[:MOST_LINES], *more])
+        raise CheckpointError(f"the tensors of {directory} do not fit:\n{shown}")
 
 
 def write_checkpoint(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cosched.errors import CheckpointError
+from drafters.raw_keys import check_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +26,16 @@ ROPE_KEYS = frozenset({
     "mrope_interleaved", "finetuned",
 })  # fmt: skip
 """What a rotary embedding may be told; the sections of ``mrope`` say nothing to a text."""
+
+ROPE_NUMBERS = frozenset({
+    "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
+    "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
+})  # fmt: skip
+ROPE_NEEDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
 
 C = TypeVar("C", bound="DecoderConfig")
 
@@ -148,6 +159,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
                 for key, value in self.rope.items()
                 if key not in ROPE_KEYS and value is not None
             ]
+        found += self._rope_numbers()
         factor = self.rope.get("partial_rotary_factor", self.partial_rotary_factor)
         if factor not in {None, 1.0}:
             found.append(f"partial_rotary_factor {factor}")
@@ -175,6 +187,31 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
                 found.append("layer type 'sliding_attention' without a sliding_window")
         return found
 
+    def _rope_numbers(self) -> list[str]:
+        """What its angles cannot be computed from."""
+        rope, kind = self.rope, self.rope["rope_type"]
+        found = [
+            f"{key} = {value!r} in its rope parameters (a number above 0 is allowed)"
+            for key, value in rope.items()
+            if key in ROPE_NUMBERS
+            and (value is not None or key == "rope_theta")
+            and not _is_positive(value)
+        ]
+        found += [
+            f"rope_type {kind!r} without {key}"
+            for key in ROPE_NEEDS.get(str(kind), ())
+            if rope.get(key) is None
+        ]
+        if self.width_of_head % 2:
+            found.append(f"head_dim {self.width_of_head}: rotary embeddings turn pairs")
+        if not _is_positive(self.rms_norm_eps):
+            found.append(f"rms_norm_eps {self.rms_norm_eps}")
+        return found
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
+
 
 def convert_config(raw: Mapping[str, Any], cls: type[C], where: object) -> C:
     """A family's configuration from the keys of its file, which were checked by their names.
@@ -186,9 +223,7 @@ def convert_config(raw: Mapping[str, Any], cls: type[C], where: object) -> C:
         config = msgspec.convert({**raw, "layer_types": _layer_types(raw)}, cls)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
-        if getattr(config, name) < 1:
-            raise CheckpointError(f"{where}: {name} is {getattr(config, name)}")
+    check_sizes({name: getattr(config, name) for name in config.__struct_fields__}, where)
     if problems := config.problems():
         raise CheckpointError(
             f"{where} asks for what is not implemented, and loading it anyway would draft badly "

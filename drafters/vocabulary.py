@@ -50,6 +50,8 @@ def complete_maps(
         if draft_vocab_size != vocab_size:
             return tensors
         d2t_U = torch.zeros(vocab_size, dtype=torch.int64)
+    if d2t_U.ndim != 1:
+        return tensors
     ids = target_ids(d2t_U).long()
     t2d_V = torch.zeros(vocab_size, dtype=torch.bool)
     t2d_V[ids[(ids >= 0) & (ids < vocab_size)]] = True  # others are refused with the map

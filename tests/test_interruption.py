@@ -13,12 +13,14 @@ import torch
 from cosched.engines.embedded.engine import EngineSeconds
 from cosched.loop.counters import Counters
 from cosched.runs.experiment import Experiment
-from cosched.runs.resume import ArmProgress, Progress, load, save
+from cosched.runs.resume import ArmProgress, Progress, RunOrigin, load, save, states_of
 from cosched.settings.load import load_config
 from cosched.telemetry.metrics import Turn
 from cosched.telemetry.run_folder import RunFolder
 from tests.helpers.cli import cosched_process, heed_ctrl_c, run_cli
 from tests.helpers.experiments import new_folder, rounds_of, turns_of, write
+
+ORIGIN = RunOrigin("target", "text", {})
 
 
 @pytest.mark.slow
@@ -106,7 +108,7 @@ def test_progress_with_a_loss_that_was_not_finite_is_readable(tmp_path: Path) ->
     folder.create()
     counters = Counters(losses=[0.5, None], skipped_steps=1)
     arm = ArmProgress([], 1.0, EngineSeconds(), counters, 1, [Turn(1, 32, 0.5)])
-    save(folder, Progress(1, 0, {"adapted": arm}), {"adapted": {}})
+    save(states_of(folder), Progress(1, 0, {"adapted": arm}, ORIGIN), {"adapted": {}})
     assert load(folder)[0].arms["adapted"] == arm
 
 
@@ -117,9 +119,8 @@ def test_the_progress_before_goes_where_the_newest_is_damaged(
     folder = RunFolder(tmp_path / "run")
     folder.create()
     for groups in range(4):
-        save(
-            folder, Progress(groups, 10 * groups, {}), {"adapted": {"w": torch.full((3,), groups)}}
-        )
+        weights = {"adapted": {"w": torch.full((3,), groups)}}
+        save(states_of(folder), Progress(groups, 10 * groups, {}, ORIGIN), weights)
     assert load(folder)[0].groups_done == 3
     newest = sorted((folder.path / "resume").glob("0*"))[-1]
     data = bytearray((newest / "adapted.safetensors").read_bytes())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from cosched.settings.load import load_config
 from cosched.telemetry.run_folder import NoEvents
 from cosched.training.lasting import LastingLearner, LastingScorer, LastingTrainer
 from cosched.training.process import LostError, Worker
+from tests.helpers.paths import ROOT
 
 WEIGHTS = {"w": torch.zeros(2)}
 
@@ -213,6 +216,39 @@ def test_a_process_that_hangs_is_killed_after_its_time() -> None:
     worker.close()
     with pytest.raises(ProcessLookupError):
         os.kill(worker.pid, 0)
+
+
+@pytest.mark.slow
+def test_a_process_ends_when_its_engine_was_killed() -> None:
+    """In the middle of an update of ten minutes it was left behind until that was done."""
+    program = (
+        "import time\n"
+        "from cosched.training.process import Worker\n"
+        "from tests.helpers.busy import build\n"
+        "worker = Worker(build)\n"
+        "worker.ask('update')\n"
+        "print(worker.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    engine = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert engine.stdout is not None
+    with engine.stdout:
+        pid = int(engine.stdout.readline())
+        os.kill(pid, 0)
+        engine.kill()
+        engine.wait()
+    until(lambda: _is_dead(pid))
+
+
+def _is_dead(pid: int) -> bool:
+    """Whether it has ended, also where nobody has asked for its exit code."""
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
 
 
 def arm(tmp_path: Path, *overrides: str) -> Any:

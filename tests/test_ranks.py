@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,57 +17,76 @@ import torch.multiprocessing as processes
 from torch import nn
 
 from cosched.training import deepspeed_trainer
+from cosched.training import ranks as ranks_module
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.group import TrainingGroup
 from cosched.training.ranks import PartedError, Ranks
 
+Wrong = Literal["", "fails", "hangs", "loss", "gradient"]
+SHORT = timedelta(seconds=10)  # that a rank waits for another; these take their steps in a second
+
 
 class Loss(nn.Module):
-    """(w - x)^2 for a batch of numbers; its backward pass raises where it is told to."""
+    """(w - x)^2 for a batch of numbers; what goes wrong in it is said.
 
-    def __init__(self, fails: bool = False) -> None:
+    ``fails`` and ``hangs`` are of its backward pass, ``loss`` and ``gradient`` are not finite in the second
+    step.
+    """
+
+    def __init__(self, wrong: Wrong = "") -> None:
         super().__init__()
         self.network = nn.Linear(2, 1, bias=False)
         with torch.no_grad():
             self.network.weight.copy_(torch.tensor([[1.0, -2.0]]))
-        self._fails = fails
+        self._wrong: Wrong = wrong
+        self._steps = 0
         self.lost_mass = None
 
     def begin_update(self, batch: Any, objective: Any) -> None:
         pass
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        self._steps += 1
         weight = self.network.weight
-        if self._fails:
-            weight = _Fails.apply(weight)
-        return ((weight - batch) ** 2).mean()
+        if self._wrong in {"fails", "hangs"} or (self._wrong == "gradient" and self._steps == 2):
+            weight = _Backward.apply(weight, self._wrong)
+        bad = self._wrong == "loss" and self._steps == 2
+        return ((weight - batch) ** 2).mean() * (float("nan") if bad else 1.0)
 
 
-class _Fails(torch.autograd.Function):
+class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, tensor: torch.Tensor) -> torch.Tensor:
+    def forward(context: Any, tensor: torch.Tensor, wrong: Wrong) -> torch.Tensor:
+        context.wrong = wrong
         return tensor.clone()
 
     @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("out of memory")
+    def backward(context: Any, gradient: torch.Tensor) -> Any:
+        if context.wrong == "fails":
+            raise RuntimeError("out of memory")
+        if context.wrong == "hangs":
+            time.sleep(2 * SHORT.total_seconds())
+            return gradient, None
+        return gradient * float("nan"), None
 
 
-def rank(number: int, folder: str, stage: int, fails: bool) -> None:
-    """One of two: trains three steps, and writes what came of it."""
+def rank(number: int, folder: str, stage: int, wrong: Wrong) -> None:
+    """One of two: trains three steps, and writes what came of it; what goes wrong does on the second."""
+    ranks_module.PATIENCE = SHORT
     os.environ["LOCAL_RANK"] = "5"  # of whoever started us; there is no such device
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=number, world_size=2)
     ranks = Ranks(number, [0, 1], torch.device("cpu"))
     group = TrainingGroup(number, 2, ranks.together, ranks.alone, ranks.meet)
-    loss: Any = Loss(fails and number == 1)
+    loss: Any = Loss(wrong if number == 1 else "")
     trainer = DeepSpeedTrainer(loss, ["weight"], stage, 0.1, 1.0, group=group)
     dist.barrier()
-    started, said = time.monotonic(), "done"
+    started, said, skipped = time.monotonic(), "done", []
     try:
         for step in range(3):
-            trainer.step(torch.tensor([[float(number), 3.0 * step]]))  # type: ignore[arg-type]
+            batch: Any = torch.tensor([[float(number), 3.0 * step]])
+            skipped.append(int(trainer.step(batch)[1]))
     except PartedError:
         said = "parted"
     except RuntimeError as error:
@@ -73,7 +94,7 @@ def rank(number: int, folder: str, stage: int, fails: bool) -> None:
         said = str(error)
     weights = trainer.weights()["weight"].flatten().tolist()
     local = (os.environ["LOCAL_RANK"], trainer._engine.local_rank)
-    torch.save((said, time.monotonic() - started, weights, local), f"{folder}/{number}")
+    torch.save((said, time.monotonic() - started, weights, local, skipped), f"{folder}/{number}")
 
 
 @pytest.fixture(autouse=True)
@@ -83,22 +104,45 @@ def _imported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     multiprocessing.set_forkserver_preload(["deepspeed"])
 
 
-def run(folder: Path, stage: int, fails: bool) -> list[Any]:
-    arguments = (str(folder), stage, fails)
+def run(folder: Path, stage: int, wrong: Wrong = "") -> list[Any]:
+    arguments = (str(folder), stage, wrong)
     processes.start_processes(rank, arguments, nprocs=2, start_method="forkserver")
     return [torch.load(folder / str(number)) for number in range(2)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_rank_that_fails_in_its_backward_pass_is_not_waited_for(
     tmp_path: Path, stage: int
 ) -> None:
     """The other was left in a collective for a minute, which NCCL answers by ending the process."""
-    well, failed = run(tmp_path, stage, fails=True)
+    well, failed = run(tmp_path, stage, "fails")
     assert (well[0], failed[0]) == ("parted", "out of memory")
-    assert well[1] < 30
-    assert well[2] == [1.0, -2.0]
+    assert well[1] < SHORT.total_seconds()
+    assert well[2] == failed[2] == [1.0, -2.0]
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_waited_for_so_long_and_no_longer(tmp_path: Path) -> None:
+    """The other gives the step up, and so does this one when it comes round: neither has taken it."""
+    well, hung = run(tmp_path, 1, "hangs")
+    assert "done" not in (well[0], hung[0])
+    assert SHORT.total_seconds() - 1 < well[1] < 3 * SHORT.total_seconds()
+    assert well[2] == hung[2] == [1.0, -2.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", ["loss", "gradient"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
+    tmp_path: Path, stage: int, wrong: Wrong
+) -> None:
+    """Else their drafts part without a word; the steps before and behind it are taken."""
+    first, second = run(tmp_path, stage, wrong)
+    assert first[0] == second[0] == "done"
+    assert first[4] == second[4] == [0, 1, 0]
+    assert first[2] == second[2] != [1.0, -2.0]
+    assert all(map(math.isfinite, first[2]))
 
 
 @pytest.mark.slow
@@ -106,7 +150,7 @@ def test_a_rank_that_fails_in_its_backward_pass_is_not_waited_for(
 def test_ranks_take_the_steps_that_one_would(tmp_path: Path, stage: int) -> None:
     """Gradients are known before DeepSpeed is asked, and are the same to the bit; ranks that share a
     batch evenly take the mean. Nor does it matter which device somebody's LOCAL_RANK names."""
-    first, second = run(tmp_path, stage, fails=False)
+    first, second = run(tmp_path, stage)
     assert first[2] == second[2]
     assert first[3] == second[3] == ("5", 0)
     alone: Any = Loss()

@@ -244,3 +244,44 @@ def test_recording_for_other_drafters(tmp_path: Path) -> None:
         experiment("record.feature_layers=[17]")
     with pytest.raises(ConfigError, match=r"'frozen'.*plain as the first arm"):
         experiment("record.feature_layers=[3]", "arms=[frozen]")
+
+
+@pytest.mark.parametrize("rows", ["delayed", "accepted"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_ended_requests_left_is_gone_on_with(rows: Rows, fresh: bool) -> None:
+    """A run that is resumed learnt from fewer rows than one that was not: its next loss was another."""
+    limits = ReplayLimits(24, 16, K, 1 << 20, 1 << 30, 0, 4 * WIDTH)
+
+    def buffer() -> ReplayBuffer:
+        return ReplayBuffer(limits, rows, 8, keep_finished=True, fresh=fresh, held_out=4)
+
+    one, other = buffer(), buffer()
+    for number, request in enumerate(["a", "b", "ü"]):
+        one.collect(named_round(20, request, number))
+        one.collect(named_round(23, request, number, grown=3))
+        one.held_out(4, once=True)
+        one.collect(named_round(41 + number, request, number, grown=18 + number))
+        if number == 1:
+            one.sample()
+        one.collect(named_round(44 + number, request, number, grown=3, finished=(request,)))
+    other.restore({"weight.w": torch.zeros(1), **one.state()})
+    assert other.num_tokens == one.num_tokens > 0
+    for _ in range(2):
+        for both in (one, other):
+            both.collect(named_round(30, "runs", 9))
+        given, expected = other.held_out(4, once=True), one.held_out(4, once=True)
+        assert same_batch(given, expected)
+        assert same_batch(other.sample(), one.sample())
+        for both in (one, other):
+            both.collect(named_round(33, "runs", 9, grown=3, finished=("runs",)))
+
+
+def same_batch(one: Any, other: Any) -> bool:
+    """Every tensor of them, to the bit; or none of both."""
+    if one is None or other is None:
+        return one is other
+    for name in ("starts_R", "lengths_R", "tokens_RC1", "features_RCF", "anchors_RN", "paths_RNK",
+                 "teacher_RNKX", "weights_RNK"):  # fmt: skip
+        if not torch.equal(getattr(one, name), getattr(other, name)):
+            return False
+    return one.temperatures == other.temperatures

@@ -67,6 +67,7 @@ def build_coscheduler(
         adapt.replay.keep_finished,
         fresh=adapt.replay.fresh,
         held_out=shadow.anchors if shadow else 0,
+        device=target.embedding.weight.device,
     )
     guard: Guard = FiniteGuard()
     trainer: Trainer | None = None

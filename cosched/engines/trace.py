@@ -9,7 +9,6 @@ width.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from cosched.engines.embedded.target import Target, TargetRows
 from cosched.engines.embedded.verifiers import ForcedKind
 from cosched.engines.request import GenerationRequest
-from cosched.errors import CheckpointError, WorkloadError
+from cosched.errors import NOT_DECODED, CheckpointError, WorkloadError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -143,7 +142,7 @@ def read_meta(directory: Path) -> TraceMeta:
         raise WorkloadError(
             f"engine.trace: {directory} is no recorded trace (no {META}): record one with --record"
         ) from error
-    except (msgspec.DecodeError, json.JSONDecodeError) as error:
+    except NOT_DECODED as error:
         raise WorkloadError(f"engine.trace: {path} is damaged: {error}") from error
 
 

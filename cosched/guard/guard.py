@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
+from cosched.errors import NOT_DECODED, RunFolderError
 from cosched.guard.monitor import Monitor, Scores
 from cosched.records import KEEP, Standing, Verdict
 
@@ -145,4 +146,13 @@ class ShadowGuard:
         return {STATE: torch.frombuffer(remembered, dtype=torch.uint8)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        self._monitor = msgspec.msgpack.decode(bytes(tensors[STATE].tolist()), type=Monitor)
+        """Remember what that guard did.
+
+        Raises:
+            RunFolderError: it is no guard's.
+        """
+        try:
+            remembered = bytes(tensors[STATE].tolist())
+            self._monitor = msgspec.msgpack.decode(remembered, type=Monitor)
+        except (KeyError, TypeError, ValueError, *NOT_DECODED) as error:
+            raise RunFolderError(f"{STATE} of the saved state is no guard's: {error}") from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from safetensors.torch import load_file, save_file
 
-from cosched.errors import RunFolderError
+from cosched.errors import NOT_DECODED, RunFolderError
 from cosched.loop.counters import Counters
 from cosched.telemetry.run_folder import explained
 
@@ -88,7 +88,7 @@ def read_state(path: Path) -> LearnerState:
         if form != FORM:
             raise RunFolderError(f"{file} has the form {form}; this cosched reads {FORM}")
         return msgspec.json.decode(data, type=LearnerState)
-    except (msgspec.DecodeError, AttributeError) as error:
+    except (*NOT_DECODED, AttributeError) as error:
         raise RunFolderError(f"{file} is not a saved state: {error}") from error
 
 
@@ -103,6 +103,23 @@ def read_tensors(path: Path, rank: int = 0) -> Tensors:
         with explained(file, "read"):
             tensors |= load_file(file)
     return tensors
+
+
+def taken(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """One tensor of a state, of the shape that it goes into.
+
+    Raises:
+        RunFolderError: it is not there, or has another shape or none of its numbers.
+    """
+    found = tensors.get(name)
+    if found is None:
+        raise RunFolderError(f"the saved state has no {name}")
+    if found.shape != like.shape or found.is_floating_point() != like.is_floating_point():
+        raise RunFolderError(
+            f"{name} of the saved state is {found.dtype} {list(found.shape)}, and has to be "
+            f"{like.dtype} {list(like.shape)}"
+        )
+    return found
 
 
 def _tensor_file(path: Path, rank: int) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from cosched.errors import WorkloadError
+from cosched.errors import RunFolderError, WorkloadError
 from cosched.loop.counters import Counters
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ class Part(Protocol):
 
     def on_round(self, round_: VerifyRound) -> None: ...
 
-    def state(self) -> tuple[Counters, int, Mapping[str, Tensor]]: ...
+    def state(
+        self, trains: bool = ..., with_rows: bool = ...
+    ) -> tuple[Counters, int, Mapping[str, Tensor]]: ...
 
     def restore(self, counters: Counters, version: int, tensors: Mapping[str, Tensor]) -> None: ...
 
@@ -158,18 +160,30 @@ class CoschedulerPool:
             verify_seconds=share * round_.verify_seconds,
         )
 
-    def state(self) -> tuple[Counters, int, Mapping[str, Tensor]]:
+    def state(
+        self, trains: bool = True, with_rows: bool = False
+    ) -> tuple[Counters, int, Mapping[str, Tensor]]:
         """As one co-scheduler's; the tensors of adapter i begin with its number."""
         tensors: dict[str, Tensor] = {}
         counters = self.counters
         counters.versions = [part.version for part in self.parts]
         for index, part in enumerate(self.parts):
-            tensors |= {f"{index}.{name}": tensor for name, tensor in part.state()[2].items()}
+            own = part.state(trains, with_rows)[2]
+            tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
         return counters, self.version, tensors
 
     def restore(self, counters: Counters, version: int, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from an earlier run's ``state()``."""
+        """Go on from an earlier run's ``state()``.
+
+        Raises:
+            RunFolderError: it is of another number of adapters.
+        """
         del version  # the sum of those of the parts
+        found = len(counters.parts), len(counters.versions)
+        if set(found) != {len(self.parts)}:
+            raise RunFolderError(
+                f"the saved state is of {found[0]} adapters, and here are {len(self.parts)}"
+            )
         self._rounds = counters.rounds
         kept = zip(self.parts, counters.parts, counters.versions, strict=True)
         for index, (part, counted, own) in enumerate(kept):

@@ -12,14 +12,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cosched.errors import RunFolderError
 from cosched.loop.copies import Copies
+from cosched.loop.kept_rows import rows_of, tensors_of
 from cosched.loop.request_rows import Drawn, RequestRows, pad
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
 
     from cosched.records import Rows, Segment, ServedBlock, SignalBatch, VerifyRound
 
+STATE = "replay."  # begins the names of what is saved
 TOKEN_BYTES = torch.int64.itemsize
 
 
@@ -80,6 +85,7 @@ class ReplayBuffer:
         keep_finished: bool = False,
         fresh: bool = False,
         held_out: int = 0,
+        device: torch.device | None = None,
     ) -> None:
         self.limits = limits
         self.rows: Rows = rows
@@ -87,6 +93,7 @@ class ReplayBuffer:
         self._keep_finished = keep_finished
         self._fresh = fresh
         self._held_out = held_out
+        self._device = device
         # What rows behind the first refusal weigh: as set where they are kept, nothing where cut.
         self.refused_weight = refused_weight if rows == "all" else 0.0
         self._keep_blocks = rows != "delayed"
@@ -209,6 +216,37 @@ class ReplayBuffer:
         done = [request_id for request_id, rows in self._requests.items() if rows.finished]
         for request_id in done:
             del self._requests[request_id]
+
+    def state(self) -> dict[str, Tensor]:
+        """Rows of requests that have ended; there are none but with ``keep_finished``."""
+        ended = [(name, rows) for name, rows in self._requests.items() if rows.finished]
+        return {
+            f"{STATE}{place}.{key}": tensor
+            for place, (name, rows) in enumerate(ended)
+            for key, tensor in tensors_of(name, rows).items()
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Have the rows of a ``state()``, in the same order; other tensors are not looked at.
+
+        Raises:
+            RunFolderError: they are no rows, or more than there is room for.
+        """
+        each: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(STATE):
+                place, _, key = name.removeprefix(STATE).partition(".")
+                each.setdefault(place, {})[key] = tensor.to(self._device)
+        room = self.limits.room(self._request_bytes)
+        if len(each) > room:
+            raise RunFolderError(
+                f"the saved state has rows of {len(each)} requests, and there is room for {room}"
+            )
+        in_order = sorted(each, key=lambda place: (len(place), place))  # numbers, as text
+        window = self.limits.window
+        self._requests = OrderedDict(
+            rows_of(each[place], window, self.draft_window) for place in in_order
+        )
 
 
 def _owned(block: ServedBlock) -> ServedBlock:

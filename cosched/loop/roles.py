@@ -53,6 +53,12 @@ class Buffer(Protocol):
         """
         ...
 
+    def state(self) -> Mapping[str, Tensor]:
+        """Rows of requests that have ended."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None: ...
+
 
 class Trainer(Protocol):
     """Turns a batch into micro-steps on its own copy of the draft.

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SAFETENSORS_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 """Bytes of an element by the name that a safetensors header gives its type; one where not listed."""
 
+MOST = 1 << 24  # tokens, width, layers: far more than any model has
+
 
 @dataclass(slots=True)
 class TargetSketch:
@@ -52,6 +54,7 @@ class TargetSketch:
         directory = Path(path)
         try:
             raw = json.loads((directory / "config.json").read_text())
+            json.dumps(raw, ensure_ascii=False).encode()  # half a character is none
             text: dict[str, Any] = raw.get("text_config", raw)
             vocab, hidden = int(text["vocab_size"]), int(text["hidden_size"])
             layers = int(text["num_hidden_layers"])
@@ -65,10 +68,19 @@ class TargetSketch:
             raise CheckpointError(
                 f"target.path: no Hugging Face model folder at {directory}"
             ) from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(f"{directory / 'config.json'} is damaged: {error}") from error
         except KeyError as error:
             raise CheckpointError(f"{directory / 'config.json'} has no {error}") from error
+        for name, size in (
+            ("vocab_size", vocab),
+            ("hidden_size", hidden),
+            ("num_hidden_layers", layers),
+        ):
+            if not 1 <= size <= MOST:
+                raise CheckpointError(
+                    f"{directory / 'config.json'}: {name} {size} (1 to {MOST} is allowed)"
+                )
         with torch.device("meta"):
             embedding = nn.Embedding(vocab, hidden, dtype=dtype)
             head = nn.Linear(hidden, vocab, bias=False, dtype=dtype)

@@ -14,9 +14,16 @@ from cosched.build.embedded import Arm, World, build_arm, build_recorder, build_
 from cosched.build.served_arm import ServedArm, ServedWorld, build_served_arm, build_served_world
 from cosched.errors import ConfigError
 from cosched.protocols import ServesAdapters
-from cosched.records import IDLE_TICK
 from cosched.runs import resume as resume_state
-from cosched.runs.resume import ArmProgress, Progress
+from cosched.runs.keeping import (
+    Keeping,
+    check_kept,
+    origin_of,
+    point_of,
+    put_back,
+    settle,
+    updates_of,
+)
 from cosched.runs.summary import Running, groups_of, run_summary
 from cosched.settings.arms import adapts
 from cosched.settings.load import to_yaml
@@ -26,10 +33,10 @@ from cosched.telemetry.run_folder import EventLog, RunFolder, explained
 if TYPE_CHECKING:
     from cosched.engines.request import FinishedRequest
     from cosched.engines.trace import TraceWriter
+    from cosched.runs.resume import RunOrigin
     from cosched.settings.schema import Config
 
 TURN_TOKENS = 32  # that an arm commits before it is the next one's turn: less than a second's drift
-IDLE_SECONDS = 0.001  # between two ticks
 
 OnTokens = Callable[[str, int], None]
 """``on_tokens(arm, n)``: an arm committed n more tokens."""
@@ -50,6 +57,7 @@ class Experiment:
         self._served = config.engine.kind == "sglang"
         if self._served and record:
             raise ConfigError("--record: SGLang's arms are not recorded; use engine.kind=embedded")
+        check_kept(config, record)
         self.world: World | ServedWorld = (
             build_served_world(config) if self._served else build_world(config)
         )
@@ -62,6 +70,8 @@ class Experiment:
             Running(self._build(name, self._writer if index == 0 else None))
             for index, name in enumerate(config.arms)
         ]
+        self._keeping: Keeping | None = None
+        self._origin = self._began_with()
         self._on_tokens: OnTokens = lambda _arm, _n: None
         self._tokens = Counter[str]()
 
@@ -79,7 +89,7 @@ class Experiment:
     ) -> RunSummary:
         """Decode everything and write all files; Ctrl-C ends it early and keeps what there is.
 
-        With ``resume`` it goes on behind the last group of requests that all arms had finished.
+        With ``resume`` it goes on behind the last group of requests that was saved.
 
         Raises:
             RunFolderError: the folder cannot be written, or has nothing to resume.
@@ -90,11 +100,29 @@ class Experiment:
             on_tokens(self._arms[-1].arm.name, sum(one.num_tokens for one in self._arms))
         started = time.perf_counter()
         try:
+            self._decode(folder, groups_done)
+            summary = self._summary(time.perf_counter() - started)
+            folder.write("summary.json", msgspec.json.format(msgspec.json.encode(summary)))
+            self._save_drafts(folder)
+        finally:
+            if self._keeping is not None:
+                self._keeping.close()
+        if not self.interrupted:
+            resume_state.forget(folder)
+        return summary
+
+    def _decode(self, folder: RunFolder, groups_done: int) -> None:
+        """All that is to be decoded, or what there is when it is interrupted."""
+        try:
             if self._served:
                 self._run_served(folder)
             else:
-                self._run_in_turn(folder, groups_done)
-        except KeyboardInterrupt:
+                self._run_in_turn(groups_done)
+        except BaseException as error:
+            if self._keeping is not None:
+                self._keeping.interrupted()  # first: who interrupts may not wait
+            if not isinstance(error, KeyboardInterrupt):
+                raise
             self.interrupted = True
             for one in self._arms:
                 for finished in one.arm.engine.abandon():
@@ -103,21 +131,18 @@ class Experiment:
             with explained(self._writer.directory):
                 self._writer.close()
         self._events.close()
-        summary = run_summary(
+
+    def _summary(self, seconds: float) -> RunSummary:
+        return run_summary(
             self.config,
             self.world,
             self._arms,
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
             interrupted=self.interrupted,
             recorded=self._writer is not None,
         )
-        folder.write("summary.json", msgspec.json.format(msgspec.json.encode(summary)))
-        self._save_drafts(folder)
-        if not self.interrupted:
-            resume_state.forget(folder)
-        return summary
 
-    def _run_in_turn(self, folder: RunFolder, groups_done: int) -> None:
+    def _run_in_turn(self, groups_done: int) -> None:
         """Each group in every arm, by turns."""
         groups = groups_of(self.world.requests, self.config.engine.max_batch)
         for number, group in enumerate(groups, 1):
@@ -132,7 +157,7 @@ class Experiment:
                 for name, (one, rounds) in list(going.items()):
                     if not self._turn(one, rounds, number):
                         del going[name]
-            self._keep_progress(folder, number)
+            self._keep_progress(number)
 
     def _run_served(self, folder: RunFolder) -> None:
         """One arm after the other: memory holds one engine of SGLang's."""
@@ -151,36 +176,37 @@ class Experiment:
         if self._writer is not None:
             with explained(folder.path / "trace"):
                 self._writer.open(folder.path / "trace")
-        self._keep_progress(folder, groups_done=0)
+        if self._origin is not None:  # a recording, or what other processes hold, is made again
+            self._keeping = Keeping(folder, self.config.adapt.checkpoint)
+        self._keep_progress(groups_done=0)
         return 0
 
     def _restore(self, folder: RunFolder) -> int:
         """Put every arm where an interrupted run left it; returns how many groups are done."""
         progress, tensors = resume_state.load(folder)
+        assert self._origin is not None, "there is a state to resume, so one was saved"
+        resume_state.check_same(progress, self._origin, set(self.config.arms), folder)
+        self._keeping = Keeping(folder, self.config.adapt.checkpoint)
         self._events.open(folder.path / "events.jsonl", keep_bytes=progress.events_bytes)
-        for one in self._arms:
-            kept = progress.arms[one.arm.name]
-            one.logs, one.wall_seconds, one.turns = kept.logs, kept.wall_seconds, kept.turns
-            one.arm.engine.seconds = kept.engine_seconds
-            learner = one.arm.coscheduler if isinstance(one.arm, Arm) else None
-            if learner is not None and kept.counters is not None:
-                learner.restore(kept.counters, kept.version, tensors.get(one.arm.name, {}))
+        put_back(self._arms, progress, tensors)
+        self._keeping.start_from(updates_of(self._arms))
         return progress.groups_done
 
-    def _keep_progress(self, folder: RunFolder, groups_done: int) -> None:
+    def _began_with(self) -> RunOrigin | None:
+        """What it is to be gone on from with; None where there is nothing to go on from."""
+        if self._writer is not None or isinstance(self.world, ServedWorld):
+            return None
+        return origin_of(self.world, self._arms)
+
+    def _keep_progress(self, groups_done: int) -> None:
         """No request is running: what an interrupted run can go on from."""
-        if self._writer is not None or self._served:
-            return  # a recording, or what other processes hold, is whole or is made again
-        arms, tensors = {}, {}
-        for one in self._arms:
-            counters, version = None, 0
-            if isinstance(one.arm, Arm) and one.arm.coscheduler is not None:
-                counters, version, tensors[one.arm.name] = one.arm.coscheduler.state()
-            seconds = one.arm.engine.seconds
-            arms[one.arm.name] = ArmProgress(
-                one.logs, one.wall_seconds, seconds, counters, version, one.turns
-            )
-        resume_state.save(folder, Progress(groups_done, self._events.flush(), arms), tensors)
+        if self._keeping is None or self._origin is None:
+            return
+        origin = self._origin
+        self._keeping.behind_group(
+            updates_of(self._arms),
+            lambda: point_of(self._arms, groups_done, self._events.flush(durable=True), origin),
+        )
 
     def _build(self, name: str, writer: TraceWriter | None) -> Arm | ServedArm:
         if isinstance(self.world, ServedWorld):
@@ -211,9 +237,8 @@ class Experiment:
                 finished = next(rounds, None)
                 more = finished is not None
                 finished_requests += finished or []
-        while learner and learner.busy:  # no request runs any more, and nobody waits
-            time.sleep(IDLE_SECONDS)
-            learner.on_round(IDLE_TICK)
+        if learner:
+            settle(learner)
         return more
 
     @contextmanager

@@ -76,6 +76,21 @@ def check_together(config: Config) -> None:
     # The section itself is checked whether or not an arm uses it: servers have no arms.
     for arm in dict.fromkeys((ADAPTED, *(arm for arm in config.arms if adapts(arm)))):
         _check_adapt(config.for_arm(arm), used=arm in config.arms)
+    _check_saved_together(config)
+
+
+def _check_saved_together(config: Config) -> None:
+    """A run goes on with all its arms from one point."""
+    places = {f"variants.{name}": adapt for name, adapt in config.variants.items()}
+    for draft, own in config.drafts.items():
+        places[f"drafts.{draft}.adapt"] = own.adapt
+        places |= {f"drafts.{draft}.variants.{name}": one for name, one in own.variants.items()}
+    for where, adapt in places.items():
+        if adapt.checkpoint != config.adapt.checkpoint:
+            raise ConfigError(
+                f"{where}.checkpoint: a run saves all its arms at once, when adapt.checkpoint says; "
+                f"set it there"
+            )
 
 
 def _check_names(config: Config) -> None:

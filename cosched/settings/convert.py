@@ -47,6 +47,8 @@ def convert(raw: Any, kind: Any, where: str) -> Any:
             )
     try:
         return msgspec.convert(raw, kind)
+    except UnicodeEncodeError as error:  # as JSON can escape it
+        raise ConfigError(f"{where or 'configuration'}: half a character: {error}") from error
     except msgspec.ValidationError as error:
         message, _, tail = str(error).partition(" - at `$")
         steps = _steps(raw, kind, tail.removesuffix("`"))

@@ -54,16 +54,23 @@ def read_yaml(path: Path) -> DictConfig:
     try:
         with explained(str(path)):
             given = OmegaConf.load(path)
+    except AssertionError as error:  # OmegaConf's, of a text that is itself no mapping
+        raise ConfigError(f"{path}: expected sections, as in `run: {{name: …}}`") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is no text: byte {error.start} of it is not UTF-8") from error
-    except Exception as error:  # PyYAML's errors share no base with OmegaConf's
-        if type(error).__module__.startswith("yaml"):
+    except Exception as error:
+        if _is_of_yaml(error):
             raise ConfigError(f"{path} is not YAML: {error}") from error
         raise
     if not isinstance(given, DictConfig) or not given:
         found = "nothing is in it" if not given else "there are none"
         raise ConfigError(f"{path}: expected sections, as in `run: {{name: …}}`; {found}")
     return given
+
+
+def _is_of_yaml(error: Exception) -> bool:
+    """PyYAML's errors share no base with OmegaConf's."""
+    return type(error).__module__.startswith("yaml")
 
 
 def from_words(words: Sequence[str]) -> DictConfig:
@@ -75,8 +82,13 @@ def from_words(words: Sequence[str]) -> DictConfig:
     malformed = [word for word in words if "=" not in word]
     if malformed:
         raise ConfigError(f"an override has the form key.sub=value; got {malformed[0]!r}")
-    with explained("override"):
-        return OmegaConf.from_dotlist(list(words))
+    try:
+        with explained("override"):
+            return OmegaConf.from_dotlist(list(words))
+    except Exception as error:
+        if _is_of_yaml(error):
+            raise ConfigError(f"override: a value is not YAML: {error}") from error
+        raise
 
 
 def from_keys(changes: Mapping[str, Any], where: str) -> DictConfig:

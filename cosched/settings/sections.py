@@ -270,13 +270,18 @@ class PublishSettings(Section, frozen=True):
 
 
 class CheckpointSettings(Section, frozen=True):
-    """``adapt.checkpoint``: what a server saves of its learning, to be gone on from with ``--resume``.
+    """``adapt.checkpoint``: what a server or a run saves, to be gone on from with ``--resume``.
 
-    A checkpoint has all that the next update depends on, and the draft in its public format. It is
-    taken between two rounds with every ``every_updates`` updates, ``every_minutes`` minutes (null:
-    neither), and ``at_end``, when the server is told to stop (SIGTERM) and has answered everybody. The
-    newest ``keep`` stay. Rounds wait while it is copied in memory, which takes five to eight times the
-    draft's size for a while, and not for the disk.
+    A checkpoint has all that the next update depends on, and a server's has the draft in its public
+    format. A server's is taken between two rounds with every ``every_updates`` updates,
+    ``every_minutes`` minutes (null: neither), and ``at_end``, when the server is told to stop (SIGTERM)
+    and has answered everybody. Rounds wait while it is copied in memory, which takes five to eight times
+    the draft's size for a while, and not for the disk.
+    ``cosched run`` takes one behind a group of requests, when none is running: behind each, or where
+    ``every_updates`` (of any arm) or ``every_minutes`` is set, behind the first since so many.
+    ``at_end`` holds the newest in memory until it is saved, when the run is interrupted (SIGTERM,
+    Ctrl-C) or fails. It is of all arms, so that variants and drafts have none of their own.
+    The newest ``keep`` stay.
     """
 
     every_updates: Positive | None = None

@@ -23,7 +23,7 @@ from cosched.settings.arms import ADAPTED, FROZEN, PLAIN, VARIANT_NAME, WINDOW_S
 from cosched.settings.convert import convert
 from cosched.settings.load import check_paths, resolved, typed
 from cosched.settings.merge import from_keys, from_words, merge, read_yaml
-from cosched.settings.sections import AdaptSettings, Section
+from cosched.settings.sections import AdaptSettings, CheckpointSettings, Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -218,6 +218,11 @@ def _typed(merged: DictConfig, where: str) -> Config:
         raise ConfigError(
             f"{where}: drafts: a sweep judges one draft at a time, got {', '.join(config.drafts)}; "
             f"use drafter, and drafter.kind as an axis"
+        )
+    if config.adapt.checkpoint != CheckpointSettings():
+        raise ConfigError(
+            f"{where}: adapt.checkpoint: a sweep goes on with whole cells, and saves nothing of one; "
+            f"leave it out"
         )
     return config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -74,8 +75,11 @@ class RunFolder:
         self.check_free(overwrite)
         with explained(self.path):
             if self.path.exists():
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True)
+                # The marker goes last: who is killed in between has left a folder that may be replaced.
+                for path in sorted(self.path.iterdir(), key=lambda one: one.name == self._marker):
+                    is_folder = path.is_dir() and not path.is_symlink()
+                    shutil.rmtree(path) if is_folder else path.unlink()
+            self.path.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Write a file whole: a reader finds the old or the new one, never half of it."""
@@ -101,10 +105,15 @@ class EventLog:
         Without a buffer every event is in the file at once, also if the process is killed.
 
         Raises:
-            RunFolderError: it cannot be written.
+            RunFolderError: it cannot be written, or has not so many bytes.
         """
         self._path = path
         with explained(path):
+            size = path.stat().st_size if path.exists() else 0
+            if not 0 <= keep_bytes <= size:
+                raise RunFolderError(
+                    f"{path} has {size} bytes, and {keep_bytes} of it are to be kept; it was cut off"
+                )
             self._file = path.open("ab", buffering=1 << 16 if buffered else 0)
             self._file.truncate(keep_bytes)
 
@@ -115,12 +124,17 @@ class EventLog:
         with explained(self._path):
             self._file.write(msgspec.json.encode({"kind": kind, **fields}) + b"\n")
 
-    def flush(self) -> int:
-        """Write out what is buffered; returns the size of the file in bytes."""
+    def flush(self, durable: bool = False) -> int:
+        """Write out what is buffered; returns the size of the file in bytes.
+
+        What is ``durable`` is on the disk when this returns: it survives the machine's end too.
+        """
         assert self._file is not None
         assert self._path is not None
         with explained(self._path):
             self._file.flush()
+            if durable:
+                os.fsync(self._file.fileno())
             return self._file.tell()
 
     def for_arm(self, arm: str) -> ArmEvents:

@@ -41,9 +41,10 @@ class SavedStates:
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder = folder
         self._keep = keep
+        self._lock: int | None = None
 
     def hold(self) -> None:
-        """Let no other process hold the folder as long as this one lives.
+        """Let no other process hold the folder as long as this one lives, or until it is let go.
 
         Raises:
             RunFolderError: another holds it, or it cannot be written to.
@@ -59,6 +60,13 @@ class SavedStates:
                 f"{self.folder} is another process's to write to: end that, or take a run.name of "
                 f"your own"
             ) from error
+        self._lock = lock
+
+    def let_go(self) -> None:
+        """Whoever wants to may hold the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     @property
     def saved_at(self) -> float:

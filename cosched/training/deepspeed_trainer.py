@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from cosched.errors import TrainingError
+from cosched.loop.learner_state import taken
 from cosched.records import Decision, SignalBatch, UpdateResult
 from cosched.training.captured import Captured
 from cosched.training.clipping import clip_finite
 from cosched.training.micro_step import share_of
+from cosched.training.moments import moments_of, owners_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -209,7 +211,7 @@ class DeepSpeedTrainer:
         """Everything that the next step depends on: weights and the optimizer's moments."""
         tensors = {f"weight.{name}": weight.clone() for name, weight in self.weights().items()}
         optimizer = self._base_optimizer
-        for number, owner in enumerate(_owners(optimizer)):
+        for number, owner in enumerate(owners_of(optimizer)):
             for key, value in optimizer.state.get(owner, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{number}.{key}"] = value.detach().clone()
@@ -220,18 +222,19 @@ class DeepSpeedTrainer:
         """Go on from ``state()`` of a trainer built the same way, to the bit.
 
         One that had not stepped yet has no moments in its state: they become zero, as at its start.
+
+        Raises:
+            RunFolderError: the state is of other weights; then this trainer is as it was.
         """
-        for name, parameter in self._trained.items():
-            parameter.copy_(tensors[f"weight.{name}"])
+        weights = [taken(tensors, f"weight.{name}", p) for name, p in self._trained.items()]
+        optimizer = self._base_optimizer
+        moments = moments_of(tensors, owners_of(optimizer))
+        for parameter, weight in zip(self._trained.values(), weights, strict=True):
+            parameter.copy_(weight)
         self._refresh_masters()
         self._empty_optimizer()
-        optimizer = self._base_optimizer
-        owners = _owners(optimizer)
-        for key, value in tensors.items():
-            kind, number, entry = (*key.split("."), "", "")[:3]
-            if kind == "optimizer":
-                owner = owners[int(number)]
-                optimizer.state[owner][entry] = value.to(owner.device, copy=True)
+        for owner, entry, value in moments:
+            optimizer.state[owner][entry] = value.to(owner.device, copy=True)
 
     def _empty_optimizer(self) -> None:
         for state in self._base_optimizer.state.values():
@@ -265,11 +268,6 @@ class _KnownGradient(nn.Module):
     def forward(self, value: Tensor, gradients: Mapping[str, Tensor]) -> Tensor:
         linear = torch.stack([(self._trained[n] * g).sum() for n, g in gradients.items()]).sum()
         return value + (linear - linear.detach())
-
-
-def _owners(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """What the moments are of, in an order that does not depend on which had a gradient first."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 @contextmanager

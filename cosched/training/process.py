@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 ALIGNMENT = 64  # bytes
 CANDIDATE, SLOTS = 0, 3  # the candidate lies in the first; others are put there to be scored
 PATIENCE_S = 10.0  # for a process that was told to end
+LOOKS_S = 1.0  # between two looks at whether the engine is there
 LIMIT_S = 600.0  # for an answer, and never less for a start, which reads and builds a lot
 
 Build = Callable[[], "tuple[Trainer, Scorer]"]
@@ -251,6 +252,7 @@ def _mapped(descriptor: int, layout: Layout) -> list[dict[str, Tensor]]:
 def main() -> None:
     """The other side: make the learner, then do what comes through the pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which then closes it
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     pipe, descriptor = Connection(int(sys.argv[1])), int(sys.argv[2])
     try:
         try:
@@ -262,6 +264,13 @@ def main() -> None:
             _do(pipe, learner)
     except (EOFError, ConnectionError):
         return
+
+
+def _end_with(engine: int) -> None:
+    """An update may take minutes: where the engine was killed, nobody waits for it."""
+    while os.getppid() == engine:
+        time.sleep(LOOKS_S)
+    os._exit(1)
 
 
 @dataclass(frozen=True, slots=True)

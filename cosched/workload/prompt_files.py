@@ -78,7 +78,7 @@ def _records(path: Path, key: str) -> Iterator[tuple[str, int, Any]]:
     if content.lstrip().startswith("["):
         try:
             records = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WorkloadError(
                 f"{key}: {path} begins as a JSON array and is none: {error}"
             ) from error
@@ -91,7 +91,7 @@ def _records(path: Path, key: str) -> Iterator[tuple[str, int, Any]]:
         where = f"{key}: line {number} of {path}"
         try:
             yield where, number, json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WorkloadError(f"{where} is not JSON: {error}") from error
 
 

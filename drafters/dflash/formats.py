@@ -31,6 +31,7 @@ from drafters.config import convert_config
 from drafters.dflash.config import DFlashConfig
 from drafters.keys import LAYER_KEYS, KeyTable, refuse_unknown
 from drafters.layer_ids import from_hidden_states, to_hidden_states
+from drafters.raw_keys import architectures_of
 from drafters.vocabulary import complete_maps
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def recognises(raw: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is of a DFlash draft."""
     if "speculators_model_type" in raw:
         return raw["speculators_model_type"] == "dflash"
-    return "DFlashDraftModel" in (raw.get("architectures") or []) or "dflash_config" in raw
+    return "DFlashDraftModel" in architectures_of(raw) or "dflash_config" in raw
 
 
 def not_for_sglang(config: DFlashConfig, names: frozenset[str]) -> list[str]:

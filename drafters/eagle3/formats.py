@@ -33,6 +33,7 @@ from drafters.eagle3.config import Eagle3Config
 from drafters.eagle3.keys import NORM_OUTPUT, flat_problems, speculators_problems
 from drafters.keys import refuse_unknown
 from drafters.layer_ids import from_hidden_states, to_hidden_states
+from drafters.raw_keys import architectures_of
 from drafters.vocabulary import complete_maps, without_identity
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def recognises(raw: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is of an EAGLE-3 head."""
     if "speculators_model_type" in raw:
         return raw["speculators_model_type"] == "eagle3"
-    return any("eagle3" in str(name).lower() for name in raw.get("architectures") or [])
+    return any("eagle3" in name.lower() for name in architectures_of(raw))
 
 
 def not_for_sglang(config: Eagle3Config, names: frozenset[str]) -> list[str]:

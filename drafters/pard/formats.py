@@ -88,7 +88,7 @@ def read(directory: Path, settings: DrafterSettings | None = None) -> Checkpoint
     tensors = read_tensors(directory, extra=[WARP] if config.uses_features else [])
     table = tensors.get("model.embed_tokens.weight")
     if config.tie_word_embeddings and TIED in tensors and table is not None:
-        if not torch.equal(tensors[TIED], table):
+        if tensors[TIED].dtype != table.dtype or not torch.equal(tensors[TIED], table):
             raise CheckpointError(
                 f"{directory} says tie_word_embeddings, but its lm_head.weight is not its embedding"
             )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import msgspec
 
 from cosched.engines.sglang.worker.operator import Answer, Command, Status
-from cosched.errors import ControlError
+from cosched.errors import NOT_DECODED, ControlError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -182,7 +182,7 @@ class _Handler(socketserver.StreamRequestHandler):
         try:
             command = msgspec.json.decode(line, type=Command)
             check(command)
-        except (msgspec.DecodeError, ControlError) as error:
+        except (*NOT_DECODED, ControlError) as error:
             return Reply(error=str(error))
         return cast("_Server", self.server).ask(command)
 
@@ -233,5 +233,5 @@ class Client:
                 connection.sendall(msgspec.json.encode(command) + b"\n")
                 with connection.makefile("rb") as stream:
                     return msgspec.json.decode(stream.readline(), type=Reply)
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, *NOT_DECODED) as error:
             raise ControlError(f"no server answers at {self._path}: {error}") from error

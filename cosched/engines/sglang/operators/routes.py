@@ -21,15 +21,17 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from cosched.engines.sglang import compat
-from cosched.engines.sglang.operators.control import VERBS, Client, Reply, seconds_for
+from cosched.engines.sglang.operators.control import LONGEST, VERBS, Client, Reply, seconds_for
 from cosched.engines.sglang.worker.operator import Command, Status
-from cosched.errors import ConfigError, ControlError
+from cosched.errors import NOT_DECODED, ConfigError, ControlError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
 HOST = re.compile(r"^\[?([^\[\]]*?)\]?(?::\d+)?$")  # of a header Host, without its port
+LONGEST_ANSWER = 1 << 20  # bytes
+LONGEST_REASON = 2000  # characters that are shown
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a checkpoint
 
 
@@ -57,7 +59,7 @@ def _endpoint(
         if not has_key and (refusal := refused(request.client, request.headers)):
             return _response(403, Reply(error=refusal))
         try:
-            command = command_of(verb, await request.body(), checkpoints)
+            command = command_of(verb, await body_of(request), checkpoints)
         except ControlError as error:
             return _response(400, Reply(error=str(error)))
         try:
@@ -69,6 +71,20 @@ def _endpoint(
         return _response(code, reply, **saved)
 
     return answer
+
+
+async def body_of(request: Any) -> bytes:
+    """The body of a request, in memory that all requests share.
+
+    Raises:
+        ControlError: it is longer than any command.
+    """
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > LONGEST:
+            raise ControlError(f"the body has more than {LONGEST} bytes; no command has")
+    return bytes(body)
 
 
 def _response(code: int, reply: Reply, **more: Any) -> Any:
@@ -121,7 +137,7 @@ def command_of(verb: str, raw: bytes, checkpoints: Path) -> Command:
     """
     try:
         body = msgspec.json.decode(raw or b"{}", type=Body)
-    except msgspec.DecodeError as error:
+    except NOT_DECODED as error:
         raise ControlError(f"{verb}: the body is not as it must be: {error}") from error
     if verb == "rollback":
         if body.version is None or body.version < 0:
@@ -177,11 +193,26 @@ def call(url: str, verb: str, body: dict[str, Any], api_key: str | None = None) 
         request.add_header("Authorization", f"Bearer {api_key}")
     try:
         with urllib.request.urlopen(request, timeout=seconds_for(verb) + 5) as response:
-            return json.load(response)
+            return read_answer(where, response.read(LONGEST_ANSWER))
     except urllib.error.HTTPError as error:
         raise ControlError(f"{where}: {_said(error)}") from error
     except (OSError, ValueError) as error:
         raise ControlError(f"{where} does not answer: {error}") from error
+
+
+def read_answer(where: str, raw: bytes) -> dict[str, Any]:
+    """What a server has answered.
+
+    Raises:
+        ControlError: it is no JSON object, so whatever answers there is no server of ours.
+    """
+    try:
+        answer = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ControlError(f"{where} does not answer in JSON: {error}") from error
+    if not isinstance(answer, dict):
+        raise ControlError(f"{where} does not answer with a status; is it a server of cosched's?")
+    return answer
 
 
 def _said(error: urllib.error.HTTPError) -> str:
@@ -190,8 +221,8 @@ def _said(error: urllib.error.HTTPError) -> str:
     if error.code == 401:
         return "the server wants its --api-key (or --admin-api-key): give --api-key"
     try:
-        return str(json.loads(error.read())["error"])
-    except (ValueError, KeyError, TypeError):
+        return str(json.loads(error.read(LONGEST_ANSWER))["error"])[:LONGEST_REASON]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"HTTP {error.code} {error.reason}"
 
 
