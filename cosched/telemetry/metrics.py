@@ -49,7 +49,6 @@ class RoundFigures(msgspec.Struct, kw_only=True):
     repeat_fraction: float
     drafted_per_round: float = 0.0  # tokens of a request that were verified, the bonus left out
     rounds_by_drafted: list[int] = []  # how many rounds drafted 0, 1, … tokens
-    tau_parts: Parts = NO_PARTS
     position_parts: list[Parts] = []  # of each of ``position_acceptance``
 
 
@@ -167,7 +166,6 @@ def round_figures(logs: Iterable[RequestLog]) -> RoundFigures:
         repeat_fraction=repeated / max(1, generated),
         drafted_per_round=sum(k * n for k, n in drafted.items()) / max(1, len(rows)),
         rounds_by_drafted=[drafted[k] for k in range(max(drafted, default=0) + 1)],
-        tau_parts=_tau_parts(everything),
         position_parts=[parts_of_rounds(pairs) for pairs in reached],
     )
 
