@@ -156,7 +156,7 @@ def test_page_can_be_heard(page: str, tmp_path: Path) -> None:
 
 
 def test_page_can_be_printed(page: str, tmp_path: Path) -> None:
-    """On paper it is a few pages, all of it: tables that are folded on a screen are not."""
+    """A browser makes a few pages of paper of it."""
     (tmp_path / "page.html").write_text(page)
     paper = tmp_path / "page.pdf"
     chromium(tmp_path, f"--print-to-pdf={paper}", (tmp_path / "page.html").as_uri())
