@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +23,7 @@ from rich.table import Table
 
 from cosched.errors import ConfigError, CoschedError
 from cosched.realworld.commands import realworld_app
+from cosched.report.commands import report_app
 from cosched.runs.ending import sigterm_interrupts
 
 if TYPE_CHECKING:
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
     from cosched.sweep.pool import Event
     from cosched.sweep.results import SweepSummary
     from cosched.sweep.sweep import Sweep
-    from cosched.telemetry.metrics import RunSummary
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,6 +51,7 @@ app = typer.Typer(
 tinyworld_app = typer.Typer(
     no_args_is_help=True, help="The small target, drafts and prompts that come with cosched."
 )
+app.add_typer(report_app)  # no group: one command
 app.add_typer(tinyworld_app, name="tinyworld")
 app.add_typer(realworld_app, name="realworld")
 
@@ -94,7 +97,7 @@ def run(
     with console.status("loading the target and the drafts"):
         from cosched.runs.experiment import Experiment
 
-        experiment = Experiment(loaded, record)
+        experiment = Experiment(loaded, record, shlex.join(["cosched", *sys.argv[1:]]))
     if not resume:
         folder.create(overwrite)
     with _progress() as progress, sigterm_interrupts():
@@ -104,12 +107,13 @@ def run(
             progress.update(task, advance=number, description=f"decoding [bold]{arm}[/]")
 
         summary = experiment.run(folder, advance, resume)
+    from cosched.report.commands import print_tables
     from cosched.report.html import write_report
     from cosched.report.remarks import cut_line
 
     with console.status("writing the report"):
         report_path = write_report(folder.path)
-    _print_tables(summary)
+    print_tables(summary, console)
     if cut := cut_line(summary):
         console.print(cut, soft_wrap=True)
     console.print(f"report: [bold]{report_path}[/]", soft_wrap=True)
@@ -322,18 +326,6 @@ def plugins() -> None:
     console.print(table)
 
 
-@app.command()
-def report(
-    run_dir: Annotated[Path, typer.Argument(help="A folder that cosched run has written.")],
-) -> None:
-    """Write the report of a run again, and print its table."""
-    from cosched.report.html import write_report
-    from cosched.report.table import load_summary
-
-    _print_tables(load_summary(run_dir))
-    console.print(f"report: [bold]{write_report(run_dir)}[/]", soft_wrap=True)
-
-
 @tinyworld_app.command("build")
 def tinyworld_build(
     directory: Annotated[Path, typer.Option(help="Where the models and prompts go.")] = Path(
@@ -351,15 +343,6 @@ def tinyworld_build(
     with _progress() as progress:
         build(directory, seed, threads, share, progress)
     console.print(f"built: [bold]{directory}[/]", soft_wrap=True)
-
-
-def _print_tables(summary: RunSummary) -> None:
-    from cosched.report.by_text import text_table
-    from cosched.report.table import summary_table
-
-    console.print(summary_table(summary))
-    if (by_text := text_table(summary)) is not None:
-        console.print(by_text)
 
 
 def _say_what_sglang_cannot(problems: Sequence[str], draft: str = "this draft") -> None:

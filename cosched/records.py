@@ -314,7 +314,8 @@ class Verdict(msgspec.Struct, frozen=True):
                    serves again, if it does not already
 
     Scores are mean acceptance lengths, expected on ``num_rows`` held-out rows; None where nothing
-    was scored.
+    was scored. Evidence is that learning is better, or worse, than nothing, as a share of what its
+    error rate asks for: a hypothesis is rejected from 1 on (``cosched.guard.statistics``).
     """
 
     action: Action
@@ -324,6 +325,8 @@ class Verdict(msgspec.Struct, frozen=True):
     candidate_score: float | None = None
     serving_score: float | None = None
     loaded_score: float | None = None
+    evidence_better: float | None = None
+    evidence_worse: float | None = None
 
 
 KEEP = Verdict("keep")  # there was nothing to look at

@@ -203,14 +203,14 @@ def test_sglang_is_told_the_own_draft(tmp_path: Path) -> None:
 
 
 def test_names() -> None:
-    """An arm learns, is held against the frozen arm of its draft, and has its own colour."""
+    """An arm learns, is held against the frozen arm of its draft, and looks as with any other draft."""
     named = "pard.adapted+window"
     assert (split_arm(named), draft_of(named), adapts(named)) == (("adapted", True), "pard", True)
     assert (draft_of("adapted"), beside(named, "frozen")) == (None, "pard.frozen")
     assert control_of(named) == "pard.frozen+window"
     assert control_of("pard.fast") == "pard.frozen"
     arms = ["plain", *(f"{d}.{a}" for d in ("one", "two", "three") for a in ("frozen", "adapted"))]
-    assert len({arm_colour_name(arm, arms) for arm in arms}) == len(arms)
+    assert [arm_colour_name(arm, arms) for arm in arms] == ["plain", *["frozen", "adapted"] * 3]
 
 
 # --- runs ----------------------------------------------------------------------------------

@@ -75,7 +75,11 @@ def test_what_is_learnt_serves_once_learning_has_been_shown_to_pay() -> None:
         verdict := candidate(monitor, draw.gauss(0.2, 0.05), seen(loaded=True), wide=True)
     ).action != "publish":
         assert verdict.action == "wait"
+        assert verdict.evidence_better is not None
+        assert verdict.evidence_better < 1
         waited += 1
+    assert verdict.evidence_better is not None
+    assert verdict.evidence_better >= 1
     assert 4 <= waited <= 20
     assert monitor.trusted
     assert not monitor.waits

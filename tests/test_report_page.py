@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
+from cosched.report.sheets import units_line
+from cosched.report.svg import PALETTE, arm_mark, line_style
 from cosched.report.table import arm_cells, load_summary, summary_table
-from tests.helpers.made_up_runs import make_run, page_of, summary_of
+from cosched.telemetry.metrics import RunSummary
+from tests.helpers.made_up_runs import ALL_ARMS, make_run, page_of, summary_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,12 +50,16 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
 
 
 def test_page_has_every_figure(tmp_path: Path) -> None:
-    """Five figures, each with a title and a description of its numbers for who cannot see it."""
+    """Five figures, wide and narrow, each with a title and a description of its numbers for who cannot
+
+    see it.
+    """
     summary = make_run(tmp_path / "run")
     page = page_of(tmp_path / "run")
-    assert page.count("<svg") == page.count('role="img"') == 5
-    for name in ("tau", "depth", "time", "speed", "learning"):
-        assert f'<title id="{name}-title">' in page
+    assert page.count("<svg") == page.count('role="img"') == 10
+    for name in ("tau", "depth", "time", "speed", "learning-draft"):
+        assert f'<title id="{name}-wide-title">' in page
+        assert f'<title id="{name}-narrow-title">' in page
     assert f"{summary.arms['adapted'].position_acceptance[0]:.2f}" in page
 
 
@@ -108,6 +115,78 @@ def test_missing_events_and_config(tmp_path: Path) -> None:
     (folder / "events.jsonl").unlink()
     (folder / "config.yaml").unlink()
     page = page_of(folder)
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 8
     assert "config.yaml is missing" in page
     assert "What was said" not in page
+
+
+def test_page_says_how_sure_its_figures_are(tmp_path: Path) -> None:
+    """With six requests every span, place and stage has an interval, and the page says over what; with
+    fewer they are of these texts, and a run that has none says so."""
+    make_run(tmp_path / "many", num_requests=7)
+    page = page_of(tmp_path / "many")
+    for caption in ("by generated position", "by place in the drafted block", "token by stage"):
+        table = page[page.index(f"{caption}, with 95 %") :].partition("</table>")[0]
+        assert re.search(r"<td>[\d.]+(\xa0%)? \([\d.]+\u2013[\d.]+\)</td>", table), caption
+    assert "a jackknife over requests: they speak of texts like these" in page
+    one = make_run(tmp_path / "one", ("adapted",), num_requests=1)
+    assert "those speak of these texts only" in units_line(one)
+    assert "There are no intervals" in units_line(RunSummary(run={}, arms={}))
+
+
+def test_guard_is_drawn_with_its_bound(tmp_path: Path) -> None:
+    """Evidence of the guard's verdicts, as shares of what they take; a guard that has none draws none."""
+    make_run(tmp_path / "run")
+    page = page_of(tmp_path / "run")
+    assert "evidence at last 1.20 of its bound that learning is better, -0.60" in page
+    assert ">bound<" in page
+    events = tmp_path / "run/events.jsonl"
+    events.write_text(
+        re.sub(r'"evidence_\w+":[-\d.]+', '"evidence_better":null', events.read_text())
+    )
+    assert ">bound<" not in page_of(tmp_path / "run")
+
+
+def test_memory_and_command_are_told(tmp_path: Path) -> None:
+    """What the run was asked with, escaped, and what it was reckoned to take, without what takes nothing."""
+    sizes = [("draft weights", 3 << 20, "<all>"), ("Adam moments", 0, ""), ("target", None, "")]
+    make_run(tmp_path / "run", memory=sizes)
+    page = page_of(tmp_path / "run")
+    assert "cosched run -c &lt;made_up&gt;.yaml" in page
+    table = page[page.index("Memory of the arm that takes most") :].partition("</table>")[0]
+    assert "<td>3 MiB</td><td>&lt;all&gt;</td>" in table
+    assert "Adam moments" not in table
+    make_run(tmp_path / "run", memory={"of": "another version"})
+    assert "What took memory?" not in page_of(tmp_path / "run")
+
+
+def test_no_text_and_no_line_is_faint() -> None:
+    """WCAG 2: text has a contrast of 4.5 to its ground, lines and areas that carry meaning 3, in both
+    themes; numbers on a bar are text."""
+    for theme, card in ((0, "#ffffff"), (1, "#1c2128")):
+        shades = {name: both[theme] for name, both in PALETTE.items()}
+        for name, shade in shades.items():
+            if name in ("ink", "muted"):
+                assert contrast(shade, card) >= 4.5, name
+            elif name.startswith("stage-"):
+                assert contrast(shades["ink"], shade) >= 4.5, name
+            elif name != "grid":
+                assert contrast(shade, card) >= 3, name
+
+
+def contrast(one: str, other: str) -> float:
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(shade: str) -> float:
+    parts = [int(shade[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_arms_can_be_told_apart_without_colour() -> None:
+    """Marker and dash together are different for all arms of a draft."""
+    arms = [*ALL_ARMS, "tts", "osd", "tts+window", "osd+window"]
+    looks = [(arm_mark(arm, arms), line_style(arm)) for arm in arms]
+    assert len(set(looks)) == len(arms)

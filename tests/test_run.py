@@ -40,6 +40,10 @@ def test_a_run_leaves_its_folder(tmp_path: Path, settings: dict) -> None:
         )
         assert found == rounds
     assert (folder / "report.html").stat().st_size > 10_000
+    assert summary["run"]["command"].startswith("cosched run -c ")
+    assert all(takes > 0 for what, takes, _ in summary["run"]["memory"] if what == "draft weights")
+    for turn in turns_of(folder):
+        assert sum(turn["stages"].values()) <= turn["seconds"]
     again = load_config(folder / "config.yaml")  # fully resolved, and readable as an experiment
     assert again.run.name == "one"
     saved = folder / "checkpoints" / "adapted" / "model.safetensors"

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from cosched.guard.statistics import Evidence, Fall, Leads, blocks, falls_short, mean
 from cosched.records import Standing, Verdict
 
@@ -100,6 +102,12 @@ class Monitor:
         if scores.loaded is not None:
             self.leads.loaded_draft(mean(loaded), len(loaded))
         self.leads.here.add(differences, len(learnt))
+        better = self.better.share(settings.false_publish)
+        worse = self.worse.share(settings.false_rollback)
+        concluded = self._conclude(scores, settings, seen)
+        return msgspec.structs.replace(concluded, evidence_better=better, evidence_worse=worse)
+
+    def _conclude(self, scores: Scores, settings: ShadowSettings, seen: Snapshot) -> Verdict:
         ahead = f"what was learnt scores {self.leads.here.mean:+.3f} on what was loaded"
         if self.worse.rejects(settings.false_rollback):
             return self._undo(scores, settings)

@@ -135,6 +135,10 @@ class Evidence:
     def log_wealth(self) -> float:
         return _log_sum(self.wealths)
 
+    def share(self, rate: float) -> float:
+        """The logarithm of the wealth as a share of that at which this error rate rejects."""
+        return self.log_wealth / -math.log(rate)
+
     def rejects(self, rate: float) -> bool:
         """Whether there is evidence that the one draft is better, at this error rate."""
         return self.log_wealth >= -math.log(rate)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from cosched.records import RoundRow
+from cosched.records import RoundRow, Verdict
+from cosched.telemetry.metrics import Turn
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,11 +46,36 @@ class _Publication(msgspec.Struct):
     version: _Version
 
 
+class _Judged(msgspec.Struct):
+    arm: str
+    round: int
+    verdict: Verdict
+
+
+class _Turn(msgspec.Struct):
+    arm: str
+    turn: Turn
+
+
+class _Rollback(msgspec.Struct):
+    arm: str
+    round: int
+
+
+class _Reset(msgspec.Struct):
+    arm: str
+    round: int
+
+
 _KINDS: dict[str, type] = {
     "round": _Round,
     "request": _Request,
     "update": _Update,
     "publication": _Publication,
+    "verdict": _Judged,
+    "turn": _Turn,
+    "rollback": _Rollback,
+    "reset": _Reset,
 }
 
 
@@ -61,17 +87,31 @@ class _ConfigFacts(msgspec.Struct):
     engine: _EngineFacts = msgspec.field(default_factory=_EngineFacts)
 
 
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a look of the guard's made of learning; a hypothesis is rejected from 1 on."""
+
+    round: int
+    better: float
+    worse: float
+
+
 @dataclass(slots=True)
 class ArmEvents:
     """What an arm wrote. ``rows`` are as in the file: request by request.
 
-    ``losses`` and ``publications`` carry the co-scheduler's round at which they happened. The loss
-    is that of an update's first step, before the step has learnt from its own rows.
+    ``losses`` and ``publications`` carry the co-scheduler's round at which they happened, ``rollbacks`` and
+    ``resets`` (a request ended whose draft was its own) are such rounds. The loss is that of an
+    update's first step, before the step has learnt from its own rows.
     """
 
     rows: list[RoundRow] = field(default_factory=list)
     losses: list[tuple[int, float]] = field(default_factory=list)
     publications: list[tuple[int, int]] = field(default_factory=list)
+    rollbacks: list[int] = field(default_factory=list)
+    resets: list[int] = field(default_factory=list)
+    evidence: list[Evidence] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
     # The file of each request, where there are several.
     sources: dict[str, str | None] = field(default_factory=dict)
@@ -142,6 +182,17 @@ def _take(events: RunEvents, line: Any) -> None:
         case _Update():
             if event.result.losses and event.result.losses[0] is not None:
                 arm.losses.append((event.round, event.result.losses[0]))
+        case _Judged():
+            better, worse = event.verdict.evidence_better, event.verdict.evidence_worse
+            if better is not None and worse is not None:
+                arm.evidence.append(Evidence(event.round, better, worse))
+        case _Turn():
+            arm.turns.append(event.turn)
+        case _Reset():
+            arm.resets.append(event.round)
+        case _Rollback():
+            if event.round not in arm.resets[-1:]:  # a reset is told as a rollback as well
+                arm.rollbacks.append(event.round)
         case _:
             arm.publications.append((event.round, event.version.version))
 

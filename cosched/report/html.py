@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from markupsafe import Markup
 
-from cosched.report import plots
+from cosched.report import plots, sheets, spending, timeline
 from cosched.report.by_text import TEXT_COLUMNS, text_rows
 from cosched.report.events import RunEvents, read_events
 from cosched.report.findings import headline, is_replay
+from cosched.report.memory import in_units
 from cosched.report.remarks import (
     cautions,
     decay_lines,
@@ -21,19 +22,29 @@ from cosched.report.remarks import (
     repetition_lines,
     text_remark,
 )
-from cosched.report.svg import PALETTE, arm_colour_name
+from cosched.report.svg import NARROW, PALETTE, WIDE, arm_colour_name
 from cosched.report.table import COLUMNS, DASH, arm_cells, load_summary
-from cosched.report.timeline import adaptation
 from cosched.telemetry.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from cosched.report.shares import Interval
+    from cosched.report.svg import Frame
     from cosched.telemetry.metrics import RunSummary
 
 SAMPLE_CHARACTERS = 600
 # Control characters are no legal HTML, and a model may say any of them: show their pictures.
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A figure, drawn twice."""
+
+    wide: Markup
+    narrow: Markup
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +65,7 @@ def write_report(run_dir: Path) -> Path:
     """
     summary = load_summary(run_dir)
     events = read_events(run_dir)
+    intervals = spending.stage_intervals(summary, events)
     page = template("report.html.j2").render(
         palette=PALETTE,
         run=summary.run,
@@ -62,9 +74,17 @@ def write_report(run_dir: Path) -> Path:
         cautions=cautions(summary, (run_dir / "trace").is_dir(), events.num_damaged),
         columns=COLUMNS,
         text_columns=TEXT_COLUMNS,
-        text_rows=text_rows(summary),
+        by_text=_by_text(summary),
         rows=[_row(summary, name) for name in summary.arms],
-        figures=_figures(summary, events),
+        figures=_figures(summary, intervals),
+        learning=_learning(summary, events),
+        judged=any(events.of(name).evidence for name in summary.arms),
+        tau_sheet=sheets.tau_sheet(summary),
+        places_sheet=sheets.places_sheet(summary),
+        time_sheet=sheets.time_sheet(summary, intervals),
+        memory_sheet=sheets.memory_sheet(summary),
+        units=sheets.units_line(summary),
+        command=summary.run.get("command"),
         replay=is_replay(summary),
         decay=decay_lines(summary),
         lengths=length_lines(summary),
@@ -74,6 +94,7 @@ def write_report(run_dir: Path) -> Path:
         text_remark=text_remark(summary),
         samples=_samples(summary, events),
         facts=_facts(summary),
+        peak=in_units(max((arm.peak_bytes for arm in summary.arms.values()), default=0)),
         config=_config(run_dir / "config.yaml"),
     )
     return RunFolder(run_dir).write("report.html", page)
@@ -98,16 +119,42 @@ def _row(summary: RunSummary, name: str) -> dict[str, Any]:
     }
 
 
-def _figures(summary: RunSummary, events: RunEvents) -> dict[str, Markup | None]:
-    drawn = {
-        "tau": plots.tau_by_position(summary),
-        "depth": plots.position_acceptance(summary),
-        "time": plots.time_per_token(summary),
-        "speed": plots.speed(summary),
-        "learning": adaptation(summary, events),
-    }
+def _by_text(summary: RunSummary) -> dict[str, list[list[str]]]:
+    found: dict[str, list[list[str]]] = {}
+    for text, *cells in text_rows(summary):
+        found.setdefault(text, []).append(cells)
+    return found
+
+
+def drawn(draw: Callable[[Frame], str | None]) -> Drawing | None:
+    """A figure for a wide page and for a narrow one."""
+    wide, narrow = draw(WIDE), draw(NARROW)
     # Matplotlib escapes the text in its drawings.
-    return {name: Markup(svg) if svg else None for name, svg in drawn.items()}
+    return Drawing(Markup(wide), Markup(narrow)) if wide and narrow else None
+
+
+def _figures(
+    summary: RunSummary, intervals: Mapping[str, Mapping[str, Interval | None]]
+) -> dict[str, Drawing | None]:
+    return {
+        "tau": drawn(lambda frame: plots.tau_by_position(summary, frame)),
+        "depth": drawn(lambda frame: plots.position_acceptance(summary, frame)),
+        "time": drawn(lambda frame: spending.time_per_token(summary, intervals, frame)),
+        "speed": drawn(lambda frame: spending.speed(summary, frame)),
+    }
+
+
+def _learning(summary: RunSummary, events: RunEvents) -> list[tuple[str | None, Drawing]]:
+    """One figure for each draft that learnt."""
+    found: list[tuple[str | None, Drawing]] = []
+    for draft in timeline.learners(summary, events):
+
+        def draw(frame: Frame, draft: str | None = draft) -> str | None:
+            return timeline.adaptation(summary, events, draft, frame)
+
+        if drawing := drawn(draw):
+            found.append((draft, drawing))
+    return found
 
 
 def _samples(summary: RunSummary, events: RunEvents) -> list[Sample]:
@@ -142,11 +189,12 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
         "device": run.get("device"),
         "CPU threads": run.get("num_threads"),
         "machine": run.get("machine"),
+        "cosched": run.get("cosched"),
         "Python": run.get("python"),
         "torch": run.get("torch"),
         "seconds in all": f"{run['seconds']:.1f}" if "seconds" in run else None,
         "finished at": run.get("finished_at"),
-        "peak memory of the process": f"{peak / 2**20:,.0f} MiB" if peak else None,
+        "peak memory of the process": in_units(peak) if peak else None,
     }
     return [(name, DASH if value is None else str(value)) for name, value in given.items()]
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from cosched.memory.footprint import Footprint
 
 DASH = "\u2013"  # an en dash
+ADDED = "on top of the target"
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -23,10 +24,22 @@ def footprint_table(footprint: Footprint, in_sglang: bool = False) -> Table:
     table.add_column("what")
     table.add_column("takes", justify="right")
     table.add_column("because")
+    for what, takes, why in footprint_rows(footprint):
+        if what == ADDED:
+            table.add_section()
+        table.add_row(what, DASH if takes is None else in_units(takes), why)
+    if in_sglang:
+        beside = in_units(footprint.beside_sglang)
+        table.add_row("of it beside SGLang", beside, "outside of mem_fraction_static")
+    return table
+
+
+def footprint_rows(footprint: Footprint) -> list[tuple[str, int | None, str]]:
+    """What takes memory, how many bytes (None: not known), and what they come from; the sum last."""
     known = footprint.num_target_parameters
     draft, trained = footprint.num_draft_parameters, footprint.num_trained
     per_token = in_units(footprint.cache_bytes_per_token)
-    rows = (
+    return [
         (
             "target weights",
             footprint.target,
@@ -60,19 +73,8 @@ def footprint_table(footprint: Footprint, in_sglang: bool = False) -> Table:
             f"{in_units(footprint.feature_bytes_per_token)} of features and "
             f"{in_units(footprint.teacher_bytes_per_row)} of teacher a token",
         ),
-    )
-    for what, takes, why in rows:
-        table.add_row(what, DASH if takes is None else in_units(takes), why)
-    table.add_section()
-    table.add_row(
-        "on top of the target",
-        in_units(footprint.added),
-        "what decoding takes for a moment comes on top",
-    )
-    if in_sglang:
-        beside = in_units(footprint.beside_sglang)
-        table.add_row("of it beside SGLang", beside, "outside of mem_fraction_static")
-    return table
+        (ADDED, footprint.added, "what decoding takes for a moment comes on top"),
+    ]
 
 
 def in_units(number: int) -> str:

@@ -1,41 +1,71 @@
-"""The figures of the report. Each function returns an ``<svg>``, or None if there is nothing."""
+"""The figures of acceptance: along the answer, and inside a block. None where there is nothing.
+
+The arms of each draft have a panel of their own. What is drawn around a point is the interval of
+``cosched.report.shares``: a band where few arms share a panel, else whiskers.
+"""
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import matplotlib as mpl
 from matplotlib.ticker import PercentFormatter
 
 from cosched.report.remarks import MIN_ROUNDS, span
-from cosched.report.svg import STYLE, arm_colour_name, colour, new_figure, to_svg
-from cosched.report.table import arm_seconds, speed_ratio, times
+from cosched.report.shares import interval
+from cosched.report.svg import (
+    SMALL,
+    arm_colour_name,
+    arm_mark,
+    by_draft,
+    colour,
+    line_style,
+    new_figure,
+    styled,
+    to_svg,
+)
+from cosched.settings.arms import DRAFT_MARK, draft_of
+from cosched.telemetry.parts import NO_PARTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-    from cosched.telemetry.metrics import ArmSummary, RunSummary
+    from cosched.report.shares import Interval
+    from cosched.report.svg import Frame
+    from cosched.telemetry.metrics import ArmSummary, Bucket, RunSummary
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-WIDTH = 8.4  # inches; the page scales it
-STAGES = ("prefill", "verify", "draft", "update", "publish", "other")
-LABEL_SHARE = 0.055  # a segment narrower than this share of the axis has no room for its number
+MOST_BANDS = 3  # in a panel; more of them hide each other
+MOST_LEVEL = 4  # labels of spans
+SHIFT = 0.07  # between arms, of the distance of two places
+SPREAD = 0.3  # that all of them may take
 
 
-def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Run a drawing function under the report's style and restore what was there."""
+class Look(NamedTuple):
+    """How a line is drawn, and what it is called."""
 
-    @functools.wraps(draw)
-    def inner(*args: P.args, **kwargs: P.kwargs) -> R:
-        with mpl.rc_context(STYLE):
-            return draw(*args, **kwargs)
+    name: str
+    shade: str
+    mark: str
+    style: str
 
-    return inner
+
+class Point(NamedTuple):
+    """One value of a line, with its interval; one that is not ``solid`` rests on little."""
+
+    x: float
+    y: float
+    ends: Interval | None
+    solid: bool = True
+
+
+def arm_look(summary: RunSummary, name: str) -> Look:
+    """An arm's, the same in all figures; which draft it has is for its panel to say."""
+    arms = list(summary.arms)
+    shade = colour(arm_colour_name(name, arms))
+    own = name.removeprefix(f"{draft_of(name)}{DRAFT_MARK}")
+    return Look(own, shade, arm_mark(name, arms), line_style(name))
 
 
 def drafting(summary: RunSummary) -> dict[str, ArmSummary]:
@@ -43,171 +73,152 @@ def drafting(summary: RunSummary) -> dict[str, ArmSummary]:
     return {name: arm for name, arm in summary.arms.items() if arm.position_acceptance}
 
 
-def arm_colour(summary: RunSummary, name: str) -> str:
-    """The arm's colour, the same in all figures."""
-    return colour(arm_colour_name(name, list(summary.arms)))
+def draw_lines(axes: Axes, lines: Mapping[Look, Sequence[Point]]) -> None:
+    """Lines with what is known of their points; beside each other where they would hide each other."""
+    step = min(SHIFT, SPREAD / max(1, len(lines)))
+    bands = len(lines) <= MOST_BANDS
+    for index, (look, points) in enumerate(lines.items()):
+        shift = 0 if bands else step * (index - (len(lines) - 1) / 2)
+        _draw_line(axes, look, [p._replace(x=p.x + shift) for p in points], bands)
+        axes.plot([], [], color=look.shade, linestyle=look.style, marker=look.mark, markersize=4.5,
+                  label=look.name)  # fmt: skip
 
 
-def line_style(name: str) -> str:
-    """Dashed where the draft sees only a window."""
-    return "--" if name.endswith("+window") else "-"
+def _draw_line(axes: Axes, look: Look, points: Sequence[Point], bands: bool) -> None:
+    axes.plot([p.x for p in points], [p.y for p in points], color=look.shade,
+              linestyle=look.style, linewidth=1.5)  # fmt: skip
+    known = [(p, p.ends) for p in points if p.ends is not None]
+    places = [p.x for p, _ in known]
+    lows, highs = [ends[0] for _, ends in known], [ends[1] for _, ends in known]
+    if bands and len(known) > 1:
+        axes.fill_between(places, lows, highs, color=look.shade, alpha=0.16, linewidth=0)
+    # Also in a band, for print and for who sees no pale colours.
+    axes.vlines(places, lows, highs, color=look.shade, linewidth=1)
+    for solid in (True, False):
+        chosen = [p for p in points if p.solid == solid]
+        axes.plot([p.x for p in chosen], [p.y for p in chosen], look.mark, markersize=4.5,
+                  color=look.shade, fillstyle="full" if solid else "none")  # fmt: skip
+
+
+def legend(figure: Figure, panels: Sequence[Axes], frame: Frame) -> None:
+    """One above the whole figure; what is in several panels stands in it once."""
+    found: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(list(found.values()), list(found), loc="outside upper left",
+                  ncols=2 if frame.narrow else 5)  # fmt: skip
+
+
+def all_panels(figure: Figure, number: int, across: int, sharey: bool = True) -> list[Axes]:
+    """So many panels, in rows of ``across``."""
+    down = -(-number // across)
+    panels: list[Axes] = list(figure.subplots(down, across, squeeze=False, sharey=sharey).flatten())
+    for axes in panels[number:]:
+        axes.set_visible(False)
+    return panels[:number]
 
 
 @styled
-def tau_by_position(summary: RunSummary) -> str | None:
+def tau_by_position(summary: RunSummary, frame: Frame) -> str | None:
     """Acceptance length against generated position, on all and on novel positions."""
-    arms = drafting(summary)
-    rounds: dict[str, int] = {}  # of the arm that has fewest in the bucket
-    starts: dict[str, int] = {}
-    for arm in arms.values():
-        for bucket in arm.tau_by_position:
-            label = span(bucket)
-            starts[label] = bucket.start
-            rounds[label] = min(rounds.get(label, bucket.rounds), bucket.rounds)
-    labels = sorted(starts, key=starts.__getitem__)
-    if not labels:
+    arms = {name: arm for name, arm in drafting(summary).items() if arm.tau_by_position}
+    if not arms:
         return None
-    figure = new_figure(WIDTH, 3.3)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, novel in ((left, False), (right, True)):
-        for index, name in enumerate(arms):
-            _bucket_line(axes, summary, name, labels, novel, index - (len(arms) - 1) / 2)
-        ticks = [f"{label}\n{_count(rounds[label])}" for label in labels]
-        axes.set_xticks(range(len(labels)), ticks, fontsize=7.5)
-        axes.set_xlim(-0.5, len(labels) - 0.5)
-        axes.set_xlabel("generated position\n(below it: rounds of the arm with fewest)")
-        axes.axhline(1, color=colour("plain"), linewidth=1, linestyle=":")
-        axes.annotate("no draft", (0.995, 1), (0, 2), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", ha="right", va="bottom", fontsize=7.5,
-                      color=colour("muted"))  # fmt: skip
-    left.set_title("all positions", pad=8)
-    right.set_title("novel positions only", pad=8)
-    left.set_ylabel("tokens per request and round (τ)")
-    left.set_ylim(0.85, max(1.6, left.get_ylim()[1]))
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=5)
+    groups = by_draft(list(arms))
+    across = 1 if frame.narrow else 2
+    figure = new_figure(frame.width, 0.5 + 2 * len(groups) / across * 2.3)
+    panels = all_panels(figure, 2 * len(groups), across)
+    for number, (draft, names) in enumerate(groups.items()):
+        for novel in (False, True):
+            axes = panels[2 * number + novel]
+            _tau_panel(axes, summary, {name: arms[name] for name in names}, novel)
+            what = "novel positions only" if novel else "all positions"
+            axes.set_title(what if draft is None else f"{draft}: {what}")
+            if frame.narrow or not novel:
+                axes.set_ylabel("tokens per round (τ)")
+    panels[0].set_ylim(0.85, max(1.6, panels[0].get_ylim()[1]))
+    legend(figure, panels, frame)
     told = "; ".join(
         f"{name}: " + ", ".join(f"{span(b)} {b.tau:.2f}" for b in arm.tau_by_position)
         for name, arm in arms.items()
     )
-    return to_svg(figure, "tau", "Acceptance length by generated position", told)
+    return to_svg(figure, f"tau-{frame.name}", "Acceptance length by generated position", told)
 
 
-def _bucket_line(
-    axes: Axes, summary: RunSummary, name: str, labels: list[str], novel: bool, shift: float
+def _tau_panel(
+    axes: Axes, summary: RunSummary, arms: Mapping[str, ArmSummary], novel: bool
 ) -> None:
-    buckets = summary.arms[name].tau_by_position
-    points = [
-        (labels.index(span(bucket)) + 0.05 * shift, tau, bucket.rounds)
-        for bucket in buckets
-        if (tau := bucket.tau_novel if novel else bucket.tau) is not None
-    ]
-    shade = arm_colour(summary, name)
-    axes.plot([x for x, _, _ in points], [tau for _, tau, _ in points], color=shade,
-              linestyle=line_style(name), linewidth=1.6)  # fmt: skip
-    for solid in (True, False):
-        chosen = [(x, tau) for x, tau, count in points if (count >= MIN_ROUNDS) == solid]
-        axes.plot([x for x, _ in chosen], [tau for _, tau in chosen], "o", markersize=5,
-                  color=shade, fillstyle="full" if solid else "none")  # fmt: skip
-    axes.plot([], [], color=shade, linestyle=line_style(name), marker="o", markersize=5, label=name)
+    starts = {span(b): b.start for arm in arms.values() for b in arm.tau_by_position}
+    labels = sorted(starts, key=starts.__getitem__)
+    lines: dict[Look, list[Point]] = {}
+    for name, arm in arms.items():
+        lines[arm_look(summary, name)] = tau_points(arm.tau_by_position, labels, novel)
+    draw_lines(axes, lines)
+    position_ticks(axes, labels)
+    axes.set_xlim(-0.5, len(labels) - 0.5)
+    axes.axhline(1, color=colour("muted"), linewidth=1, linestyle=":")
+    axes.annotate("no draft", (0.995, 1), (0, 2), xycoords=("axes fraction", "data"),
+                  textcoords="offset points", ha="right", va="bottom", fontsize=SMALL,
+                  color=colour("muted"))  # fmt: skip
 
 
-def _count(number: int) -> str:
-    return f"{number / 1000:.1f}k" if number >= 10_000 else f"{number:,}"
+def position_ticks(axes: Axes, labels: Sequence[str]) -> None:
+    """Spans of the answer below the axes, turned where there are too many to stand side by side."""
+    many = len(labels) > MOST_LEVEL
+    axes.set_xticks(range(len(labels)), labels, fontsize=SMALL, rotation=30 if many else 0,
+                    ha="right" if many else "center", rotation_mode="anchor")  # fmt: skip
+    axes.set_xlabel("generated position")
+
+
+def tau_points(
+    buckets: Sequence[Bucket], labels: Sequence[str], novel: bool = False
+) -> list[Point]:
+    """A point for each bucket that has any, at the place of its label."""
+    found: list[Point] = []
+    for b in buckets:
+        tau, parts, rounds = b.tau, b.parts, b.rounds
+        if novel:
+            tau, parts, rounds = b.tau_novel, b.parts_novel, b.rounds_novel
+        if tau is not None:
+            x = labels.index(span(b))
+            found.append(Point(x, tau, interval(parts.pairs, least=1), rounds >= MIN_ROUNDS))
+    return found
 
 
 @styled
-def position_acceptance(summary: RunSummary) -> str | None:
-    """Chance of drafted token k, given that those before it stood: grouped bars."""
+def position_acceptance(summary: RunSummary, frame: Frame) -> str | None:
+    """Chance of drafted token k, given that those before it stood."""
     arms = drafting(summary)
     if not arms:
         return None
+    groups = by_draft(list(arms))
     depth = max(len(arm.position_acceptance) for arm in arms.values())
-    figure = new_figure(WIDTH, 2.7)
-    axes = figure.subplots()
-    width = 0.8 / len(arms)
-    for index, (name, arm) in enumerate(arms.items()):
-        places = [k + 1 - 0.4 + width * (index + 0.5) for k in range(len(arm.position_acceptance))]
-        bars = axes.bar(places, arm.position_acceptance, width * 0.9, label=name,
-                        color=arm_colour(summary, name))  # fmt: skip
-        if len(arms) * depth <= 24:
-            axes.bar_label(bars, fmt="%.2f", fontsize=6.5, padding=1, color=colour("muted"))
-    axes.set_xticks(range(1, depth + 1))
-    axes.set_xlabel("place in the drafted block")
-    axes.set_ylabel("accepted, if reached")
-    axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=5)
+    across = 1 if frame.narrow else min(3, len(groups))
+    figure = new_figure(frame.width, 0.5 + -(-len(groups) // across) * 2.2)
+    panels = all_panels(figure, len(groups), across)
+    for number, (axes, (draft, names)) in enumerate(zip(panels, groups.items(), strict=True)):
+        draw_lines(axes, {arm_look(summary, name): _places(arms[name]) for name in names})
+        axes.set_xticks(range(1, depth + 1))
+        axes.set_xlim(0.6, depth + 0.4)
+        axes.set_xlabel("place in the drafted block")
+        if number % across == 0:
+            axes.set_ylabel("accepted, if reached")
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        if draft is not None:
+            axes.set_title(draft)
+    legend(figure, panels, frame)
     told = "; ".join(
         f"{name}: " + ", ".join(f"{share:.2f}" for share in arm.position_acceptance)
         for name, arm in arms.items()
     )
-    return to_svg(figure, "depth", "Acceptance by place in the drafted block", told)
+    return to_svg(figure, f"depth-{frame.name}", "Acceptance by place in the drafted block", told)
 
 
-@styled
-def time_per_token(summary: RunSummary) -> str | None:
-    """Milliseconds per committed token of each arm, stacked by stage."""
-    arms = {name: arm for name, arm in summary.arms.items() if arm.tokens and arm_seconds(arm)}
-    if not arms:
-        return None
-    stages = {name: _stage_ms(arm) for name, arm in arms.items()}
-    longest = max(sum(parts.values()) for parts in stages.values())
-    figure = new_figure(WIDTH, 0.75 + 0.36 * len(arms))
-    axes = figure.subplots()
-    for stage in STAGES:
-        before = [
-            sum(parts[earlier] for earlier in STAGES[: STAGES.index(stage)])
-            for parts in stages.values()
-        ]
-        lengths = [parts[stage] for parts in stages.values()]
-        bars = axes.barh(list(arms), lengths, 0.66, left=before, label=stage,
-                         color=colour(f"stage-{stage}"))  # fmt: skip
-        labels = [f"{ms:.2f}" if ms > LABEL_SHARE * longest else "" for ms in lengths]
-        axes.bar_label(bars, labels, label_type="center", fontsize=7.5)
-    for row, parts in enumerate(stages.values()):
-        total = sum(parts.values())
-        axes.annotate(f"{total:.2f} ms", (total, row), (4, 0), textcoords="offset points",
-                      va="center", fontweight="bold")  # fmt: skip
-    _horizontal(axes, 1.13 * longest, "milliseconds per committed token")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=6)
-    told = "; ".join(
-        f"{name}: " + ", ".join(f"{stage} {ms:.2f} ms" for stage, ms in parts.items())
-        for name, parts in stages.items()
-    )
-    return to_svg(figure, "time", "Time per committed token by stage", told)
-
-
-def _stage_ms(arm: ArmSummary) -> dict[str, float]:
-    named = {stage: arm.seconds.get(stage, 0.0) for stage in STAGES if stage != "other"}
-    named["other"] = max(0.0, arm_seconds(arm) - sum(named.values()))
-    return {stage: 1000 * seconds / arm.tokens for stage, seconds in named.items()}
-
-
-def _horizontal(axes: Axes, limit: float, label: str) -> None:
-    """The manners of a bar chart that is read from the top, with names at the left."""
-    axes.set_xlim(0, limit)
-    axes.invert_yaxis()
-    axes.set_xlabel(label)
-    axes.grid(visible=False, axis="y")
-    axes.grid(visible=True, axis="x")
-    axes.tick_params(axis="y", length=0, labelcolor=colour("ink"))
-
-
-@styled
-def speed(summary: RunSummary) -> str | None:
-    """Tokens per second of each arm."""
-    arms = {name: arm for name, arm in summary.arms.items() if arm.tokens_per_s}
-    if not arms:
-        return None
-    figure = new_figure(WIDTH, 0.5 + 0.33 * len(arms))
-    axes = figure.subplots()
-    shades = [arm_colour(summary, name) for name in arms]
-    axes.barh(list(arms), [arm.tokens_per_s for arm in arms.values()], 0.66, color=shades)
-    for row, (name, arm) in enumerate(arms.items()):
-        ratio = speed_ratio(summary.arms, name, "plain")
-        note = f" · {times(ratio)} plain" if ratio and name != "plain" else ""
-        axes.annotate(f"{arm.tokens_per_s:.1f}{note}", (arm.tokens_per_s, row), (4, 0),
-                      textcoords="offset points", va="center")  # fmt: skip
-    _horizontal(axes, 1.36 * max(arm.tokens_per_s for arm in arms.values()), "tokens per second")
-    told = "; ".join(f"{name}: {arm.tokens_per_s:.1f}" for name, arm in arms.items())
-    return to_svg(figure, "speed", "Tokens per second", told)
+def _places(arm: ArmSummary) -> list[Point]:
+    parts = arm.position_parts or [NO_PARTS] * len(arm.position_acceptance)
+    return [
+        Point(k, share, interval(own.pairs, most=1))
+        for k, (share, own) in enumerate(zip(arm.position_acceptance, parts, strict=True), 1)
+    ]

@@ -49,11 +49,13 @@ class Experiment:
     is waited for also behind the last request, where it is nobody's time.
     Arms in SGLang run one after the other: an engine takes the memory that there is.
 
-    ``total_tokens`` is known before ``run`` and at most what the arms will commit.
+    ``total_tokens`` is known before ``run`` and at most what the arms will commit. ``command`` is what
+    the run was asked for with, for who wants to repeat it.
     """
 
-    def __init__(self, config: Config, record: bool = False) -> None:
+    def __init__(self, config: Config, record: bool = False, command: str | None = None) -> None:
         self.config = config
+        self._command = command
         self._served = config.engine.kind == "sglang"
         if self._served and record:
             raise ConfigError("--record: SGLang's arms are not recorded; use engine.kind=embedded")
@@ -140,6 +142,7 @@ class Experiment:
             seconds=seconds,
             interrupted=self.interrupted,
             recorded=self._writer is not None,
+            command=self._command,
         )
 
     def _run_in_turn(self, groups_done: int) -> None:
@@ -244,7 +247,8 @@ class Experiment:
     @contextmanager
     def _timed(self, one: Running, group: int) -> Generator[list[FinishedRequest]]:
         """A turn: its time counts, and what is in the list is kept, also when it is interrupted."""
-        before, started = self._tokens[one.arm.name], time.perf_counter()
+        before, stages = self._tokens[one.arm.name], one.stages()
+        started = time.perf_counter()
         finished_requests: list[FinishedRequest] = []
         try:
             yield finished_requests
@@ -252,7 +256,8 @@ class Experiment:
             seconds = time.perf_counter() - started
             one.wall_seconds += seconds
             if tokens := self._tokens[one.arm.name] - before:
-                one.turns.append(Turn(group, tokens, seconds))
+                spent = {stage: after - stages[stage] for stage, after in one.stages().items()}
+                one.turns.append(Turn(group, tokens, seconds, spent))
                 self._events.emit("turn", arm=one.arm.name, turn=one.turns[-1])
             for finished in finished_requests:
                 self._keep(one, finished)

@@ -6,14 +6,18 @@ import platform
 import resource
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
 
+from cosched.memory.footprint import footprint
+from cosched.memory.sketch import sketch
 from cosched.report.by_text import figures_by_text
 from cosched.report.intervals import cut
+from cosched.report.memory import footprint_rows
 from cosched.settings.arms import draft_of
 from cosched.telemetry.metrics import (
     ArmSummary,
@@ -48,6 +52,17 @@ class Running:
     def num_tokens(self) -> int:
         return sum(len(log.generated) for log in self.logs)
 
+    def stages(self) -> dict[str, float]:
+        """Seconds so far by what they were spent on."""
+        engine, learner = self.arm.engine.seconds, self.arm.coscheduler
+        return {
+            "prefill": engine.prefill,
+            "draft": engine.draft,
+            "verify": engine.verify,
+            "update": learner.counters.update_seconds_total if learner else 0.0,
+            "publish": learner.counters.publish_seconds if learner else 0.0,
+        }
+
 
 def groups_of(requests: list[GenerationRequest], size: int) -> Iterator[list[GenerationRequest]]:
     """So many at a time, all of one file."""
@@ -63,6 +78,7 @@ def run_summary(
     seconds: float,
     interrupted: bool,
     recorded: bool,
+    command: str | None = None,
 ) -> RunSummary:
     """What ``summary.json`` says; the first arm's text is what greedy text is compared with."""
     greedy = world.sampling.greedy or world.forced
@@ -75,6 +91,7 @@ def run_summary(
     return RunSummary(
         run={
             "name": config.run.name,
+            "command": command,
             "interrupted": interrupted,
             "seconds": seconds,
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -89,6 +106,8 @@ def run_summary(
             **_about_drafts(config, running),
             "device": world.device,
             "num_threads": torch.get_num_threads(),
+            "memory": footprint_rows(footprint(config, *sketch(config))),
+            "cosched": version("cosched"),
             "python": platform.python_version(),
             "torch": str(torch.__version__),
             "machine": f"{platform.machine()} {platform.system()}",
@@ -136,21 +155,14 @@ def _arm_summary(
     by_text: dict[str, TextFigures],
 ) -> ArmSummary:
     figures = round_figures(one.logs)
-    engine, coscheduler = one.arm.engine.seconds, one.arm.coscheduler
+    coscheduler, stages = one.arm.coscheduler, one.stages()
     counters = coscheduler.counters if coscheduler else None
-    update = counters.update_seconds_total if counters else 0.0
-    publish = counters.publish_seconds if counters else 0.0
-    named = engine.prefill + engine.draft + engine.verify + update + publish
     return ArmSummary(
         **msgspec.structs.asdict(figures),
         tokens_per_s=figures.tokens / one.wall_seconds if one.wall_seconds else 0.0,
         seconds={
-            "prefill": engine.prefill,
-            "draft": engine.draft,
-            "verify": engine.verify,
-            "update": update,
-            "publish": publish,
-            "other": max(0.0, one.wall_seconds - named),
+            **stages,
+            "other": max(0.0, one.wall_seconds - sum(stages.values())),
             "wall": one.wall_seconds,
         },
         lossless_mismatches=(

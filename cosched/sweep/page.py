@@ -8,8 +8,7 @@ from markupsafe import Markup
 from matplotlib.ticker import PercentFormatter
 
 from cosched.report.html import template
-from cosched.report.plots import WIDTH, styled
-from cosched.report.svg import PALETTE, SPARE, colour, new_figure, to_svg
+from cosched.report.svg import PALETTE, SPARE, WIDE, colour, new_figure, styled, to_svg
 from cosched.report.table import percent
 from cosched.sweep.results import effects, points, texts_of
 from cosched.sweep.table import CAPTION, effect_cells, point_cells
@@ -78,7 +77,7 @@ def gains(by_drafter: dict[str, list[Point]]) -> str | None:
     texts = texts_of(point for some in by_drafter.values() for point in some)
     shown = {drafter: some[:MOST] for drafter, some in by_drafter.items()}
     heights = [0.5 + 0.2 * len(some) for some in shown.values()]
-    figure = new_figure(WIDTH, 0.4 + sum(heights))
+    figure = new_figure(WIDE.width, 0.4 + sum(heights))
     panels = figure.subplots(len(shown), 1, squeeze=False, sharex=True, height_ratios=heights)
     for (drafter, some), axes in zip(shown.items(), panels[:, 0], strict=True):
         _panel(axes, some, texts)

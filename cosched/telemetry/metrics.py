@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from cosched.records import RoundRow
+from cosched.telemetry.parts import NO_PARTS, Parts, parts_of_rounds
 
 NOVEL_NGRAM = 8
 POSITION_EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -30,6 +31,8 @@ class Bucket(msgspec.Struct, frozen=True):
     tau: float
     tau_novel: float | None
     rounds_novel: int = 0
+    parts: Parts = NO_PARTS
+    parts_novel: Parts = NO_PARTS
 
 
 class RoundFigures(msgspec.Struct, kw_only=True):
@@ -46,14 +49,19 @@ class RoundFigures(msgspec.Struct, kw_only=True):
     repeat_fraction: float
     drafted_per_round: float = 0.0  # tokens of a request that were verified, the bonus left out
     rounds_by_drafted: list[int] = []  # how many rounds drafted 0, 1, … tokens
+    position_parts: list[Parts] = []  # of each of ``position_acceptance``
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """What an arm committed before it was the next one's turn, in its ``group``-th of requests."""
+    """What an arm committed before it was the next one's turn, in its ``group``-th of requests.
+
+    ``stages`` are seconds by what they were spent on; what is missing is bookkeeping.
+    """
 
     group: int
     tokens: int
     seconds: float
+    stages: dict[str, float] = {}
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -145,6 +153,7 @@ def round_figures(logs: Iterable[RequestLog]) -> RoundFigures:
     by_request = [_tau(log.rounds) for log in logs if log.rounds]
     everything = [row for row, _ in rows]
     drafted = Counter(row.num_drafted for row in everything)
+    reached = _by_place(everything)
     return RoundFigures(
         tokens=generated,
         rounds=len(rows),
@@ -153,10 +162,11 @@ def round_figures(logs: Iterable[RequestLog]) -> RoundFigures:
         tau_novel=_tau([row for row, is_novel in rows if is_novel]),
         tau_mean_of_requests=sum(t or 0.0 for t in by_request) / max(1, len(by_request)),
         tau_by_position=_by_position(rows),
-        position_acceptance=_position_acceptance(everything),
+        position_acceptance=[_share(pairs) for pairs in reached],
         repeat_fraction=repeated / max(1, generated),
         drafted_per_round=sum(k * n for k, n in drafted.items()) / max(1, len(rows)),
         rounds_by_drafted=[drafted[k] for k in range(max(drafted, default=0) + 1)],
+        position_parts=[parts_of_rounds(pairs) for pairs in reached],
     )
 
 
@@ -171,19 +181,42 @@ def _by_position(rows: Sequence[tuple[RoundRow, bool]]) -> list[Bucket]:
         if inside:
             tau = _tau([row for row, _ in inside]) or 0.0
             novel = [row for row, is_novel in inside if is_novel]
-            buckets.append(Bucket(start, end, len(inside), tau, _tau(novel), len(novel)))
+            everything = [row for row, _ in inside]
+            buckets.append(
+                Bucket(
+                    start,
+                    end,
+                    len(inside),
+                    tau,
+                    _tau(novel),
+                    len(novel),
+                    _tau_parts(everything),
+                    _tau_parts(novel),
+                )
+            )
     return buckets
 
 
-def _position_acceptance(rows: Sequence[RoundRow]) -> list[float]:
-    """P(draft k accepted | drafts before it accepted), for each k."""
+def _tau_parts(rows: Sequence[RoundRow]) -> Parts:
+    by_request: dict[str, list[tuple[int, int]]] = {}
+    for row in rows:
+        by_request.setdefault(row.request_id, []).append((row.num_committed, 1))
+    return parts_of_rounds(by_request)
+
+
+def _by_place(rows: Sequence[RoundRow]) -> list[dict[str, list[tuple[int, int]]]]:
+    """Of each place k and request: was draft k accepted, in each round that accepted those before it."""
     drafted = max((row.num_drafted for row in rows), default=0)
-    shares = []
-    for k in range(drafted):
-        reached = [row for row in rows if row.num_accepted >= k and row.num_drafted > k]
-        accepted = sum(row.num_accepted > k for row in reached)
-        shares.append(accepted / len(reached) if reached else 0.0)
-    return shares
+    places: list[dict[str, list[tuple[int, int]]]] = [{} for _ in range(drafted)]
+    for row in rows:
+        for k in range(min(row.num_accepted + 1, row.num_drafted)):
+            places[k].setdefault(row.request_id, []).append((int(row.num_accepted > k), 1))
+    return places
+
+
+def _share(by_request: dict[str, list[tuple[int, int]]]) -> float:
+    reached = [accepted for pairs in by_request.values() for accepted, _ in pairs]
+    return sum(reached) / len(reached) if reached else 0.0
 
 
 def lossless_mismatches(reference: Iterable[RequestLog], arm: Iterable[RequestLog]) -> int:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from cosched.records import RoundRow
+from cosched.records import RoundRow, Verdict
 from cosched.report.html import write_report
 from cosched.report.intervals import cut
+from cosched.settings.arms import adapts
 from cosched.telemetry.metrics import ArmSummary, RequestLog, RunSummary, Turn, round_figures
 
 if TYPE_CHECKING:
@@ -43,17 +44,19 @@ def make_run(
     found: dict[str, ArmSummary] = {}
     for arm in arms:
         logs = [_request(arm, f"p{number}", log) for number in range(num_requests)]
-        if arm.startswith("adapted"):
+        if adapts(arm):
             for version, loss in enumerate(losses, 1):
                 _update(log, arm, version, loss)
         found[arm] = summary_of(arm, logs, (speeds or SPEEDS).get(arm, 90.0), losses)
     parts, parts_of = cut({arm: _turns(arm, one, num_requests) for arm, one in found.items()})
     for arm, own in parts.items():
         found[arm].parts = own
+        for turn in _turns(arm, found[arm], num_requests):
+            log.emit("turn", arm=arm, turn=turn)
     (folder / "events.jsonl").write_bytes(b"".join(log))
     facts = {"name": "made up", "engine": "embedded", "text": "greedy", "interrupted": False}
     facts |= {"lossless_reference": arms[0] if arms else None, "seconds": 1.5}
-    facts |= {"parts_of": parts_of}
+    facts |= {"parts_of": parts_of, "command": "cosched run -c <made_up>.yaml"}
     summary = RunSummary(run=facts | run, arms=found)
     (folder / "summary.json").write_bytes(msgspec.json.encode(summary))
     (folder / "config.yaml").write_text("run:\n  name: <made up>\nengine:\n  max_batch: 1\n")
@@ -68,10 +71,10 @@ def _request(arm: str, name: str, log: EventLines) -> RequestLog:
     position = 1
     while position < len(tokens):
         accepted = 0
-        while accepted < drafted and rng.random() < CHANCE[arm]:
+        while accepted < drafted and rng.random() < CHANCE[arm.split(".")[-1]]:
             accepted += 1
         committed = min(accepted + 1, len(tokens) - position)
-        version = min(2, position // 50) if arm.startswith("adapted") else 0
+        version = min(2, position // 50) if adapts(arm) else 0
         rows.append(RoundRow(name, position, version, drafted, accepted, committed))
         position += committed
     for row in rows:
@@ -82,7 +85,8 @@ def _request(arm: str, name: str, log: EventLines) -> RequestLog:
 
 def _update(log: EventLines, arm: str, version: int, loss: float) -> None:
     log.emit("update", arm=arm, round=10 * version, result={"losses": [loss, loss / 2]})
-    log.emit("verdict", arm=arm, round=10 * version, verdict={"action": "publish", "reason": ""})
+    verdict = Verdict("publish", evidence_better=0.6 * version, evidence_worse=-0.3 * version)
+    log.emit("verdict", arm=arm, round=10 * version, verdict=verdict)
     log.emit("publication", arm=arm, round=10 * version, version={"version": version})
 
 
@@ -90,7 +94,7 @@ def summary_of(
     arm: str, logs: list[RequestLog], speed: float, losses: tuple[float, ...]
 ) -> ArmSummary:
     figures = round_figures(logs)
-    adapted = arm.startswith("adapted")
+    adapted = adapts(arm)
     wall = figures.tokens / speed
     seconds = {
         "prefill": 0.05,
@@ -118,7 +122,20 @@ def _turns(arm: str, summary: ArmSummary, num_requests: int) -> list[Turn]:
     rng = random.Random(arm)
     shares = [rng.uniform(0.98, 1.02) for _ in range(10 * num_requests)]
     seconds = summary.seconds["wall"] / sum(shares)
-    return [Turn(turn // 10, 15, share * seconds) for turn, share in enumerate(shares)]
+    stages = {
+        stage: s / summary.seconds["wall"]
+        for stage, s in summary.seconds.items()
+        if stage != "wall"
+    }
+    return [
+        Turn(
+            turn // 10 + 1,
+            15,
+            share * seconds,
+            {stage: part * share * seconds for stage, part in stages.items()},
+        )
+        for turn, share in enumerate(shares)
+    ]
 
 
 def page_of(folder: Path) -> str:
