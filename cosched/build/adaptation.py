@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from cosched.loop.lengths import DraftLengths
 from cosched.loop.publish import InPlacePublisher, Serving
 from cosched.registry import DRAFTERS, LENGTHS, POLICIES
 from cosched.telemetry.saved_states import SavedStates
+from cosched.telemetry.tally import Tally
 from cosched.telemetry.whole_folder import write_whole
 from cosched.training.lasting import LastingTrainer
 
@@ -75,8 +77,10 @@ def build_adaptation(
         )
 
     served = _ServedDraft(drafter, publisher, parts.target.embedding.weight.dtype)
+    tally = Tally(time.time)
 
-    def on_row(row: RoundRow) -> None:
+    def count_and_tell(row: RoundRow) -> None:
+        tally.observe(row)
         sink.emit("round", row=row)
 
     def trouble() -> str | None:
@@ -95,13 +99,14 @@ def build_adaptation(
     return Adaptation(
         algorithm=parts.algorithm,
         coscheduler=coscheduler,
-        collector=RoundCollector(on_row if with_rounds else None),
+        collector=RoundCollector(count_and_tell if with_rounds else tally.observe),
         ranks=parts.ranks,
         watches=trains,
         window=config.adapt.replay.window,
         save=served.save,
         operator=operator,
         sink=sink,
+        tally=tally,
         saving=saving,
         trouble=trouble,
         lengths=lengths,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec
 import torch
 
 from cosched.engines.sglang.worker.operator import Answer, Command, Operator, Status
+from cosched.engines.sglang.worker.standing import status_of
 from cosched.errors import ConfigError, CoschedError
 from cosched.training.ranks import PartedError
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from cosched.engines.sglang.worker.saving import Saving
     from cosched.loop.roles import Sink
     from cosched.records import VerifyRound
+    from cosched.telemetry.tally import Tally
     from cosched.training.ranks import Ranks
 
 logger = logging.getLogger("cosched")
@@ -62,7 +64,8 @@ class Adaptation:
     ``save`` writes the serving draft as a checkpoint, ``saving`` all that was learnt, unasked. ``trouble``
     says what is wrong with what trains while it trains on. With ``watches`` off (a policy that never
     trains) no rows are taken from the device and rounds are only counted. ``lengths`` says how many
-    tokens a round drafts; None where that is always the same.
+    tokens a round drafts; None where that is always the same. Whoever makes the ``collector`` lets it tell
+    ``tally`` of every request in every round.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Adaptation:
         save: Callable[[Path], None],
         operator: Operator,
         sink: Sink,
+        tally: Tally,
         saving: Saving | None = None,
         trouble: Callable[[], str | None] = lambda: None,
         lengths: ServedLengths | None = None,
@@ -89,10 +93,12 @@ class Adaptation:
         self._save = save
         self._operator = operator
         self._sink = sink
+        self._tally = tally
         self._saving = saving
         self._trouble = trouble
         self.lengths = lengths
         self._rounds_by_drafted: list[int] = []
+        self._num_running = 0
         self._ready: list[VerifyRound] = []
         self._iteration: int | None = None  # whose counts come next
         self._failure: str | None = None
@@ -168,6 +174,7 @@ class Adaptation:
         What is run next is a round of so many requests, or no round.
         """
         ready, self._ready = self._ready, []
+        self._num_running = num_running
         apart = self.lengths.own_time() if self.lengths else nullcontext()
         with apart, torch.inference_mode(False), torch.no_grad():
             well = self._sync_ranks(num_running)
@@ -176,6 +183,8 @@ class Adaptation:
                 self._look_after()
             else:
                 self._warn()
+                if ready:  # nothing is learnt, and what serves is still to be watched
+                    self._operator.show(self.status)
 
     @_never_raises
     def idle(self) -> None:
@@ -252,7 +261,7 @@ class Adaptation:
             self._sink.emit("failure", reason=reason)
         self._coscheduler.learning = False
         self._ready.clear()
-        self._operator.show(self.status())
+        self._operator.show(self.status, at_once=True)
 
     def _look_after(self) -> None:
         starved = self._coscheduler.counters.starved
@@ -261,7 +270,7 @@ class Adaptation:
         elif not starved:
             self._starving = None
         self._warn()
-        self._operator.show(self.status())
+        self._operator.show(self.status)
 
     def _warn(self) -> None:
         """Say what is wrong, once, and that it is not any more."""
@@ -274,7 +283,7 @@ class Adaptation:
         if warning:
             logger.warning("cosched: %s", warning)
             self._sink.emit("warning", reason=warning)
-        self._operator.show(self.status())
+        self._operator.show(self.status)
 
     # --- for operators ---------------------------------------------------------------------
 
@@ -319,32 +328,13 @@ class Adaptation:
 
     def status(self) -> Status:
         """How it stands now."""
-        counters = self._coscheduler.counters
-        blocks = (
-            counters.committed - counters.accepted
-        )  # each verified block commits one token more
-        losses = counters.losses
-        return Status(
+        return status_of(
+            self._coscheduler,
+            self._tally.figures(),
             algorithm=self._algorithm,
             adapting=self.watching,
             failure=self._failure,
             warning=self._warning,
-            draft_version=self._coscheduler.version,
-            rounds=counters.rounds,
-            acceptance_length=counters.committed / blocks if blocks else None,
-            recent_acceptance_length=counters.recent,
-            updates=counters.updates,
-            skipped_steps=counters.skipped_steps,
-            starved_decisions=counters.starved,
-            update_seconds=counters.update_seconds_total,
-            background_seconds=counters.background_seconds,
-            publish_seconds=counters.publish_seconds,
-            draft_seconds=counters.draft_seconds,
-            verify_seconds=counters.verify_seconds,
-            last_loss=losses[-1] if losses else None,
-            refused_updates=counters.refused,
-            rollbacks=counters.rolled_back,
-            guard_seconds=counters.guard_seconds,
-            evicted_requests=counters.evicted,
+            num_running=self._num_running,
             rounds_by_drafted=tuple(self._rounds_by_drafted),
         )
