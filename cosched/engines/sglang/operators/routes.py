@@ -180,7 +180,11 @@ def call(url: str, verb: str, body: dict[str, Any], api_key: str | None = None) 
             return json.load(response)
     except urllib.error.HTTPError as error:
         raise ControlError(f"{where}: {_said(error)}") from error
-    except (OSError, ValueError) as error:
+    except ValueError as error:
+        raise ControlError(
+            f"{where} answers with no status; was this server started with cosched serve?"
+        ) from error
+    except OSError as error:
         raise ControlError(f"{where} does not answer: {error}") from error
 
 
