@@ -21,6 +21,7 @@ from rich.table import Table
 
 from cosched.errors import ConfigError, CoschedError
 from cosched.realworld.commands import realworld_app
+from cosched.top.command import top
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,6 +51,7 @@ tinyworld_app = typer.Typer(
 )
 app.add_typer(tinyworld_app, name="tinyworld")
 app.add_typer(realworld_app, name="realworld")
+app.command()(top)
 
 ConfigFile = Annotated[Path, typer.Option("-c", "--config", help="The experiment, a YAML file.")]
 Overrides = Annotated[
@@ -256,37 +258,10 @@ def control(
 
     [bold]save[/] writes the draft that serves into the server's run folder, as checkpoints/NAME.
     """
-    from cosched.engines.sglang.operators.routes import call, request_body
+    from cosched.engines.sglang.operators.routes import call, in_lines, request_body
 
-    answer = call(url, verb, request_body(verb, what), api_key)
-    alarms = answer.pop("alarms", {})
-    for name, value in [*answer.items(), *((f"alarm {one}", text) for one, text in alarms.items())]:
-        if not isinstance(value, dict):  # cosched top shows those
-            console.print(f"{name:26}{value}", markup=False, highlight=False, soft_wrap=True)
-
-
-@app.command()
-def top(
-    run_dir: Annotated[
-        Path | None, typer.Argument(help="The folder of a run, instead of a server.")
-    ] = None,
-    url: ServerUrl = "http://127.0.0.1:30000",
-    api_key: ApiKey = None,
-    arm: Annotated[str, typer.Option(help="Which arm of the run.")] = "adapted",
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
-) -> None:
-    """Watch a running server, or a run: acceptance by place and depth, versions, guard, time, alarms.
-
-    It ends with Ctrl-C. [bold]--once[/] is for scripts.
-    """
-    import time
-
-    from cosched.top.sources import Run, Server
-    from cosched.top.watch import watch
-
-    source = Server(url, api_key) if run_dir is None else Run(run_dir, arm)
-    watch(source, console, interval, time.sleep, once)
+    for name, value in in_lines(call(url, verb, request_body(verb, what), api_key)):
+        console.print(f"{name:26}{value}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -56,15 +56,17 @@ def healthy(seed: int = 0, rounds: int = 4 * BLOCK) -> tuple[Tally, Draft]:
     return tally, draft
 
 
-def test_a_healthy_draft_raises_none() -> None:
+@pytest.mark.parametrize("chances", [HEALTHY, (0.3, 0.3, 0.3, 0.3)], ids=["strong", "weak"])
+def test_a_healthy_draft_raises_none(chances: tuple[float, ...]) -> None:
     """40 streams of 5,120 rounds, looked at every 32: not one alarm of some 6,400 looks. The seeds are
-    fixed; a share of one in a thousand would show with a chance of more than 99 %."""
+    fixed; a share of one in a thousand would show with a chance of more than 99 %. A weak draft's last
+    place is reached some ten times in a stretch: then chance alone leaves it without an acceptance."""
     for seed in range(STREAMS):
-        tally, draft = Tally(lambda: 0.0), Draft(seed)
+        tally, draft = Tally(lambda: 0.0), Draft(seed, chances)
         for number in range(LENGTH):
             tally.observe(draft.round())
             if number % LOOK_EVERY == 0:
-                assert alarms(tally.figures(), guard(serving_score=3.0)) == {}
+                assert alarms(tally.figures(), guard(serving_score=1.5)) == {}
 
 
 @pytest.mark.parametrize("place", [1, 2, 3])

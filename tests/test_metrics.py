@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import time
 
 import msgspec
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from cosched.engines.sglang.operators.metrics import METRICS, PREFIX, samples
 from cosched.engines.sglang.worker.operator import Status
 from cosched.records import RoundRow
-from cosched.telemetry.alarms import ALARMS
+from cosched.telemetry.alarms import ALARMS, alarms
 from cosched.telemetry.metrics import POSITION_EDGES
 from cosched.telemetry.tally import MOST_PLACES, VERSIONS_KEPT, Tally
 from tests.helpers.serving import STATUS, busy
@@ -20,6 +21,7 @@ from tests.helpers.serving import STATUS, busy
 PROMTOOL = shutil.which("promtool")
 KINDS_OF_TIME = 6
 MOST_DRAFTED = 16  # tokens of a block
+SHOWN_SECONDS = 0.005  # a hundredth of the half second between two
 
 
 def said(status: Status) -> dict[str, dict[str | None, float]]:
@@ -109,6 +111,22 @@ def test_a_server_that_runs_for_months_has_no_more_series_than_one_that_has_just
     number = sum(len(series) for series in said(status).values())
     labelled = len(ALARMS) + 2 * len(POSITION_EDGES) + 2 * MOST_PLACES + 3 * (VERSIONS_KEPT + 1)
     assert number <= len(METRICS) + labelled + KINDS_OF_TIME + len(drafted) + 4
+
+
+def test_to_show_a_status_takes_less_than_a_hundredth_of_the_time_between_two() -> None:
+    """Figures, alarms and samples after many rounds: the best of ten. Counting itself is in test_tally."""
+    tally = Tally(lambda: 0.0)
+    for number in range(20_000):
+        accepted = number * 7 % 5 % 4
+        tally.observe(RoundRow("r", number % 2000, number // 500, 3, accepted, accepted + 1))
+    best = float("inf")
+    for _ in range(10):
+        started = time.perf_counter()
+        figures = tally.figures()
+        status = msgspec.structs.replace(STATUS, figures=figures, alarms=alarms(figures))
+        assert len(list(samples(status))) > 50
+        best = min(best, time.perf_counter() - started)
+    assert best < SHOWN_SECONDS
 
 
 def test_the_client_shows_what_a_status_says_and_counters_only_rise() -> None:

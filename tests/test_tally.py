@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cosched.records import RoundRow
 from cosched.telemetry.metrics import RequestLog, round_figures
-from cosched.telemetry.tally import BLOCK, MOST_PLACES, VERSIONS_KEPT, Tally
+from cosched.telemetry.tally import BLOCK, MEMORY_BLOCKS, MOST_PLACES, VERSIONS_KEPT, Tally
 
 MICROSECONDS = 10.0  # of a request round: a thousandth of the shortest round that we know of
 
@@ -62,6 +62,14 @@ def test_recent_is_the_newest_and_before_is_all_else() -> None:
     figures = counted(good + bad + good).figures()
     assert figures.recent.acceptance_length == 4.0
     assert 1.0 < (figures.before.acceptance_length or 0) < 4.0
+
+
+def test_what_was_long_ago_is_forgotten() -> None:
+    """Text of last week is not what is usual today: after 200 blocks hardly any of the first 40 is left."""
+    figures = counted([row(3, 3)] * (40 * BLOCK) + [row(3, 0)] * (200 * BLOCK)).figures()
+    assert figures.before.acceptance_length == pytest.approx(1.0, abs=0.05)
+    assert figures.before.rounds == pytest.approx(MEMORY_BLOCKS * BLOCK, rel=0.01)
+    assert figures.total.acceptance_length == pytest.approx(1 + 3 / 6)
 
 
 def test_rounds_without_a_draft_say_nothing_of_the_draft() -> None:

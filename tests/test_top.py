@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ WIDTH = 80
 
 
 def text_of(status: Status, width: int = WIDTH) -> str:
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(frame("http://x", status, (2.0, 2.2, 2.1)))
     return console.export_text()
 

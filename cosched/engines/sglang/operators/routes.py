@@ -26,7 +26,7 @@ from cosched.engines.sglang.worker.operator import Command, Status
 from cosched.errors import ConfigError, ControlError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
 HOST = re.compile(r"^\[?([^\[\]]*?)\]?(?::\d+)?$")  # of a header Host, without its port
@@ -197,6 +197,15 @@ def _said(error: urllib.error.HTTPError) -> str:
         return str(json.loads(error.read())["error"])
     except (ValueError, KeyError, TypeError):
         return f"HTTP {error.code} {error.reason}"
+
+
+def in_lines(answer: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What ``call`` returned as one line a figure, alarms too; ``cosched top`` shows what has parts."""
+    for name, value in answer.items():
+        if name == "alarms":
+            yield from ((f"alarm {alarm}", text) for alarm, text in value.items())
+        elif not isinstance(value, dict):
+            yield name, value
 
 
 def status_of(answer: dict[str, Any]) -> Status:
