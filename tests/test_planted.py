@@ -113,6 +113,8 @@ def test_half_of_the_weights_lost_where_they_serve_is_told_by_scores(
     assert published
     if damaged:
         assert watched.alarms["not_as_scored"] - published[0] <= WITHIN
+        estimates = [status.frozen_acceptance_length for _, status in watched.statuses]
+        assert all(length is None or length >= 1 for length in estimates)
         alerts(watched.statuses, "CoschedNotAsScored", tmp_path)
     else:
         assert watched.alarms.keys() <= {"fell"}

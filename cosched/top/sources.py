@@ -154,7 +154,7 @@ class Run:
         verdict = self._verdict
         if verdict is None or not verdict.loaded_score or not verdict.serving_score:
             return None
-        return recent * verdict.loaded_score / verdict.serving_score
+        return max(1.0, recent * verdict.loaded_score / verdict.serving_score)
 
 
 class _Losses(msgspec.Struct):

@@ -80,7 +80,8 @@ def frozen_length(counters: Counters, guard: GuardFigures | None) -> float | Non
     """What the draft as loaded would have where the recent length is that of what serves.
 
     Scores are of every place of the text, rounds begin where the one before ended, mostly at a token
-    that is hard to guess; the ratio of two scores on the same rows is free of that.
+    that is hard to guess; the ratio of two scores on the same rows is free of that. No length is below 1,
+    also where what serves does far worse than it was scored.
     """
     if not counters.rounds:
         return None
@@ -88,7 +89,7 @@ def frozen_length(counters: Counters, guard: GuardFigures | None) -> float | Non
         return counters.recent
     if guard is None or guard.serving_score is None or guard.loaded_score is None:
         return None
-    return counters.recent * guard.loaded_score / guard.serving_score
+    return max(1.0, counters.recent * guard.loaded_score / guard.serving_score)
 
 
 def _resident_bytes() -> int:
