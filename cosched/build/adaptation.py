@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from cosched.engines.sglang.worker.adapted import WorkerParts
     from cosched.engines.sglang.worker.operator import Operator
+    from cosched.engines.sglang.worker.texts import Texts
     from cosched.loop.roles import Sink
     from cosched.protocols import Drafter
     from cosched.records import RoundRow
@@ -46,11 +47,12 @@ def build_adaptation(
     with_rounds: bool,
     states: Path | None = None,
     resume: Path | None = None,
+    texts: Texts | None = None,
 ) -> Adaptation:
     """The co-scheduler of a worker inside SGLang; ``with_rounds`` tells the sink every round.
 
     It saves what it learns into ``states``, as ``adapt.checkpoint`` says; None is nowhere. It goes on
-    from the saved state in ``resume``, if one is named.
+    from the saved state in ``resume``, if one is named. ``texts`` keeps what clients ask, if anything does.
 
     Raises:
         CoschedError: the draft cannot be trained there, the settings do not fit it, or what was saved
@@ -110,6 +112,7 @@ def build_adaptation(
         saving=saving,
         trouble=trouble,
         lengths=lengths,
+        texts=texts,
     )
 
 

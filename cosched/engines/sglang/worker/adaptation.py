@@ -11,7 +11,7 @@ import logging
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import torch
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cosched.engines.sglang.worker.collector import Prefill, RoundCollector, Verified
     from cosched.engines.sglang.worker.lengths import ServedLengths
     from cosched.engines.sglang.worker.saving import Saving
+    from cosched.engines.sglang.worker.texts import Texts
     from cosched.loop.roles import Sink
     from cosched.records import VerifyRound
     from cosched.telemetry.tally import Tally
@@ -65,7 +66,7 @@ class Adaptation:
     says what is wrong with what trains while it trains on. With ``watches`` off (a policy that never
     trains) no rows are taken from the device and rounds are only counted. ``lengths`` says how many
     tokens a round drafts; None where that is always the same. Whoever makes the ``collector`` lets it tell
-    ``tally`` of every request in every round.
+    ``tally`` of every request in every round. ``texts`` records those that it is told of; None records none.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Adaptation:
         saving: Saving | None = None,
         trouble: Callable[[], str | None] = lambda: None,
         lengths: ServedLengths | None = None,
+        texts: Texts | None = None,
     ) -> None:
         self._algorithm = algorithm
         self._coscheduler = coscheduler
@@ -97,6 +99,7 @@ class Adaptation:
         self._saving = saving
         self._trouble = trouble
         self.lengths = lengths
+        self._texts = texts
         self._rounds_by_drafted: list[int] = []
         self._num_running = 0
         self._ready: list[VerifyRound] = []
@@ -150,9 +153,21 @@ class Adaptation:
         self._iteration = iteration
 
     @_never_raises
+    def began(self, requests: Iterable[Any]) -> None:
+        """Prompts of these requests of SGLang's are run, or pieces of them."""
+        if self._texts is not None:
+            for request in requests:
+                self._texts.began(request)
+
+    @_never_raises
     def finished(self, request_id: str) -> None:
         """The request is done or was aborted."""
+        self._finish(request_id)
+
+    def _finish(self, request_id: str) -> None:
         self._collector.finish(request_id)
+        if self._texts is not None:
+            self._texts.finished(request_id)
 
     @_never_raises
     def chose(self, num_queued: int, gone: Callable[[set[str]], set[str]]) -> None:
@@ -163,7 +178,7 @@ class Adaptation:
         """
         self._collector.num_queued = num_queued
         for request_id in sorted(gone(self._collector.requests)):  # alike on all ranks
-            self._collector.finish(request_id)
+            self._finish(request_id)
 
     # --- between two forward passes --------------------------------------------------------
 
@@ -198,6 +213,8 @@ class Adaptation:
 
     def ending(self) -> None:
         """Everybody has been answered, and the process is about to end."""
+        if self._texts is not None:
+            self._texts.close()
         if self._saving is None:
             return
         self._finish_what_goes_on()
