@@ -23,10 +23,10 @@ class Kept:
 
 
 def request(name: str, custom: Any = None) -> Any:
-    """As SGLang has one; ``output_ids`` grow while it runs."""
+    """As SGLang has one; what it has answered grows while it runs."""
     sampling = SimpleNamespace(custom_params=custom)
     return SimpleNamespace(
-        rid=name, origin_input_ids=[1, 2], output_ids=[], sampling_params=sampling
+        rid=name, origin_input_ids=[1, 2], output_ids_through_stop=[], sampling_params=sampling
     )
 
 
@@ -52,11 +52,11 @@ def test_prompt_and_answer_are_kept_when_the_request_is_done() -> None:
     for one in requests:
         texts.began(one)
         texts.began(one)  # a prompt is run in pieces
-        one.output_ids += [7, 8]
+        one.output_ids_through_stop += [7, 8]
     assert kept.all == []
     for one in (*requests, requests[0]):
         texts.finished(one.rid)
-        one.output_ids.append(9)  # SGLang may still write
+        one.output_ids_through_stop.append(9)  # SGLang may still write
     texts.close()
     assert [one["id"] for one in kept.all] == ["a", "c", "d"]
     assert kept.all[0] == {"id": "a", "prompt": "1 2", "answer": "7 8"}
@@ -96,7 +96,7 @@ def test_a_tokenizer_that_fails_loses_that_text_alone(caplog: pytest.LogCaptureF
     kept = Kept()
     texts = Texts(kept, 1.0, decode)
     bad, good = request("bad"), request("good")
-    bad.output_ids.append(666)
+    bad.output_ids_through_stop.append(666)
     with caplog.at_level(logging.ERROR, "cosched"):
         for one in (bad, good):
             texts.began(one)

@@ -8,6 +8,8 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from cosched.engines.sglang import compat
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -45,7 +47,7 @@ class Texts:
         """It is done, or was aborted: what there is of its answer is kept."""
         request = self._running.pop(request_id, None)
         if request is not None:
-            prompt, answer = list(request.origin_input_ids), list(request.output_ids)
+            prompt, answer = list(request.origin_input_ids), compat.answer_of(request)
             self._thread.submit(self._write, request_id, prompt, answer)
 
     def _write(self, request_id: str, prompt: list[int], answer: list[int]) -> None:
