@@ -25,6 +25,7 @@ from cosched.errors import ConfigError, CoschedError
 from cosched.realworld.commands import realworld_app
 from cosched.report.commands import report_app
 from cosched.runs.ending import sigterm_interrupts
+from cosched.top.command import top
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,6 +55,7 @@ tinyworld_app = typer.Typer(
 app.add_typer(report_app)  # no group: one command
 app.add_typer(tinyworld_app, name="tinyworld")
 app.add_typer(realworld_app, name="realworld")
+app.command()(top)
 
 ConfigFile = Annotated[Path, typer.Option("-c", "--config", help="The experiment, a YAML file.")]
 Overrides = Annotated[
@@ -261,10 +263,9 @@ def control(
 
     [bold]save[/] writes the draft that serves into the server's run folder, as checkpoints/NAME.
     """
-    from cosched.engines.sglang.operators.routes import call, request_body
+    from cosched.engines.sglang.operators.routes import call, in_lines, request_body
 
-    answer = call(url, verb, request_body(verb, what), api_key)
-    for name, value in answer.items():
+    for name, value in in_lines(call(url, verb, request_body(verb, what), api_key)):
         console.print(f"{name:26}{value}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -206,6 +206,8 @@ def server(url: str, api_key: str | None) -> Iterator[Finding]:
         )
     if status.warning:
         yield Finding("note", f"{url}: {status.warning}")
+    for name in status.alarms.keys() - {"failed", "warned"}:
+        yield Finding("note", f"{url}: alarm {name}: {status.alarms[name]}; see docs/watching.md")
     if not status.adapting and not status.failure:
         yield Finding(
             "note", f"{url}: its draft does not learn: adaptation is off or its policy never trains"

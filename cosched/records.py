@@ -332,6 +332,27 @@ class Verdict(msgspec.Struct, frozen=True):
 KEEP = Verdict("keep")  # there was nothing to look at
 
 
+class GuardFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """How a guard's tests stand, for people: each is a wealth, in natural logarithms, and its bound.
+
+    ``better`` rejects that learning is no better than the draft as loaded, ``worse`` that it is no
+    worse. ``lead_tokens`` is the mean difference a round, ``lead_error`` its standard error. Scores are
+    mean acceptance lengths of what serves and of the draft as loaded on the same, newest rows. What is
+    not known yet is None.
+    """
+
+    better: float
+    better_bound: float
+    worse: float
+    worse_bound: float
+    trusted: bool
+    serves_loaded: bool
+    lead_tokens: float | None = None
+    lead_error: float | None = None
+    serving_score: float | None = None
+    loaded_score: float | None = None
+
+
 class WeightVersion(msgspec.Struct, frozen=True):
     """The serving draft after a publication: its number and checksums in hexadecimal.
 

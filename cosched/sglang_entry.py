@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cosched.engines.sglang.worker.adaptation import Adaptation
     from cosched.engines.sglang.worker.adapted import WorkerParts
     from cosched.engines.sglang.worker.operator import Operator
+    from cosched.engines.sglang.worker.texts import Texts
     from cosched.loop.roles import Sink
     from cosched.settings.schema import Config
 
@@ -75,7 +76,8 @@ def _adaptation(parts: WorkerParts, directory: RunDirectory | None) -> Adaptatio
     states = Path(start) / STATES if (start := os.environ.get(START)) else None
     if resume is not None:
         states = resume.parent
-    return build_adaptation(config, parts, operator, sink, bool(events), states, resume)
+    texts = _texts(config, parts, os.environ.get(START)) if first else None
+    return build_adaptation(config, parts, operator, sink, bool(events), states, resume, texts)
 
 
 def _operator(config: Config, directory: RunDirectory | None) -> Operator:
@@ -90,6 +92,24 @@ def _operator(config: Config, directory: RunDirectory | None) -> Operator:
     if compat.get_observability().enable_metrics:
         show = Metrics(compat.get_serving().served_model_name or config.target.path).show
     return SocketOperator(directory.socket, show)
+
+
+def _texts(config: Config, parts: WorkerParts, start: str | None) -> Texts | None:
+    """What keeps texts into the folder of this start; None where nobody has asked for that."""
+    import time
+    from pathlib import Path
+
+    from cosched.engines.sglang.worker.texts import Texts
+    from cosched.errors import ConfigError
+    from cosched.telemetry.history import History
+
+    if not config.record.text:
+        return None
+    if start is None:
+        raise ConfigError("record.text: only cosched serve has a folder for texts; leave it out")
+    parts.target.decode([])  # or say now that there is no tokenizer
+    history = History(Path(start) / "texts.jsonl", time.time, private=True)
+    return Texts(history, config.record.text_share, parts.target.decode)
 
 
 def _sink(events: str | None, start: str | None) -> Sink:

@@ -188,7 +188,7 @@ def test_statuses_are_shown_now_and_then_and_the_last_one_always(directory: RunD
     try:
         statuses = [msgspec.structs.replace(STATUS, rounds=number) for number in range(5)]
         for status in statuses:
-            operator.show(status)
+            operator.show(lambda status=status: status)
         assert shown == statuses[:1]
         operator.asked()
         assert shown == statuses[:1]
@@ -197,7 +197,7 @@ def test_statuses_are_shown_now_and_then_and_the_last_one_always(directory: RunD
         assert shown == [statuses[0], statuses[-1]]
         operator.asked()
         assert len(shown) == 2
-        operator.show(msgspec.structs.replace(STATUS, failure="broken"))
+        operator.show(lambda: msgspec.structs.replace(STATUS, failure="broken"), at_once=True)
         assert shown[-1].failure == "broken"
     finally:
         operator.close()

@@ -142,6 +142,6 @@ def test_the_commands_page_has_every_option():
     page = commands_page()
     for word in ("cosched realworld build", "`-c`, `--config`", "**Required.**", "`--jobs`"):
         assert word in page
-    assert "`cosched:draft_version`" in metrics_table()
-    assert "`cosched:evicted_requests`" in metrics_table()
+    assert "`cosched_draft_version`" in metrics_table()
+    assert "`cosched_evicted_requests_total`" in metrics_table()
     assert "| `coscheduler.py` | " in modules_page()

@@ -17,6 +17,7 @@ from cosched.engines.sglang.worker.operator import NullOperator
 from cosched.guard.guard import FiniteGuard
 from cosched.loop.replay import ReplayBuffer, ReplayLimits
 from cosched.records import Decision, Snapshot, UpdateResult
+from cosched.telemetry.tally import Tally
 from cosched.testing.harness import Every, NoEvents
 from cosched.training.ranks import Ranks
 from tests.helpers.costly import Costly
@@ -150,6 +151,7 @@ class Scheduler:
             save=lambda _path: None,
             operator=NullOperator(),
             sink=NoEvents(),
+            tally=Tally(lambda: 0.0),
         )
 
     def _update(self, batch: Any, _decision: Decision) -> UpdateResult:

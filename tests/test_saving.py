@@ -120,6 +120,16 @@ def test_a_history_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [event["round"] for event in lines(tmp_path / "events.jsonl")] == [0, 1]
 
 
+def test_a_private_history_is_its_users_alone(tmp_path: Path) -> None:
+    """Texts of clients are in one: the next file is as private as the one before it."""
+    texts = History(tmp_path / "texts.jsonl", lambda: 0.0, limit=100, private=True)
+    for number in range(20):
+        texts.emit("text", id=str(number))
+    texts.close()
+    assert names(tmp_path) == ["texts.1.jsonl", "texts.jsonl"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
+
+
 def test_a_history_that_cannot_be_written_stops_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -128,4 +138,4 @@ def test_a_history_that_cannot_be_written_stops_nothing(
         history = History(tmp_path / "nowhere" / "events.jsonl", lambda: 0.0)
         for number in range(3):
             history.emit("update", round=number)
-    assert caplog.text.count("keeps no history") == 1
+    assert caplog.text.count("writes events.jsonl no more") == 1

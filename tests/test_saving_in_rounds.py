@@ -19,6 +19,7 @@ from cosched.loop.learner_state import read_state, read_tensors
 from cosched.records import VerifyRound
 from cosched.settings.sections import CheckpointSettings
 from cosched.telemetry.saved_states import SavedStates
+from cosched.telemetry.tally import Tally
 from cosched.testing.harness import make_target
 from cosched.training.ranks import Ranks
 from tests.helpers.learners import (
@@ -53,7 +54,7 @@ def adaptation(one: Coscheduler, saves: Saving, events: Events, **more: Any) -> 
     return Adaptation(
         algorithm="COSCHED_EAGLE3", coscheduler=one, collector=RoundCollector(), ranks=ALONE,
         watches=True, window=64, save=lambda _path: None, operator=NullOperator(), sink=events,
-        saving=saves, **more,
+        tally=Tally(lambda: 0.0), saving=saves, **more,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from cosched.loop.lengths import DraftLengths
 from cosched.loop.publish import InPlacePublisher, Serving
 from cosched.registry import DRAFTERS, LENGTHS, POLICIES
 from cosched.telemetry.saved_states import SavedStates
+from cosched.telemetry.tally import Tally
 from cosched.telemetry.whole_folder import write_whole
 from cosched.training.lasting import LastingTrainer
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from cosched.engines.sglang.worker.adapted import WorkerParts
     from cosched.engines.sglang.worker.operator import Operator
+    from cosched.engines.sglang.worker.texts import Texts
     from cosched.loop.roles import Sink
     from cosched.protocols import Drafter
     from cosched.records import RoundRow
@@ -44,11 +47,12 @@ def build_adaptation(
     with_rounds: bool,
     states: Path | None = None,
     resume: Path | None = None,
+    texts: Texts | None = None,
 ) -> Adaptation:
     """The co-scheduler of a worker inside SGLang; ``with_rounds`` tells the sink every round.
 
     It saves what it learns into ``states``, as ``adapt.checkpoint`` says; None is nowhere. It goes on
-    from the saved state in ``resume``, if one is named.
+    from the saved state in ``resume``, if one is named. ``texts`` keeps what clients ask, if anything does.
 
     Raises:
         CoschedError: the draft cannot be trained there, the settings do not fit it, or what was saved
@@ -75,8 +79,10 @@ def build_adaptation(
         )
 
     served = _ServedDraft(drafter, publisher, parts.target.embedding.weight.dtype)
+    tally = Tally(time.time)
 
-    def on_row(row: RoundRow) -> None:
+    def count_and_tell(row: RoundRow) -> None:
+        tally.observe(row)
         sink.emit("round", row=row)
 
     def trouble() -> str | None:
@@ -95,16 +101,18 @@ def build_adaptation(
     return Adaptation(
         algorithm=parts.algorithm,
         coscheduler=coscheduler,
-        collector=RoundCollector(on_row if with_rounds else None),
+        collector=RoundCollector(count_and_tell if with_rounds else tally.observe),
         ranks=parts.ranks,
         watches=trains,
         window=config.adapt.replay.window,
         save=served.save,
         operator=operator,
         sink=sink,
+        tally=tally,
         saving=saving,
         trouble=trouble,
         lengths=lengths,
+        texts=texts,
     )
 
 

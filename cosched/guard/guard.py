@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from cosched.guard.settings import ShadowSettings
     from cosched.loop.roles import Buffer, Publisher, Scorer
-    from cosched.records import Snapshot, UpdateResult, VerifyRound
+    from cosched.records import GuardFigures, Snapshot, UpdateResult, VerifyRound
 
 LOOKED_AT = 4  # times ``anchors``: rows of a look, at most
 STATE = "guard.monitor"
@@ -32,6 +32,9 @@ class FiniteGuard:
 
     standing = Standing()
     busy = False
+
+    def figures(self, serves_loaded: bool) -> None:
+        """It tests nothing."""
 
     def observe(self, round_: VerifyRound, serves_loaded: bool) -> None:
         """What serves is not watched."""
@@ -87,6 +90,9 @@ class ShadowGuard:
     @property
     def standing(self) -> Standing:
         return self._monitor.standing
+
+    def figures(self, serves_loaded: bool) -> GuardFigures:
+        return self._monitor.figures(self._settings, serves_loaded)
 
     def observe(self, round_: VerifyRound, serves_loaded: bool) -> None:
         if round_.blocks:

@@ -5,13 +5,14 @@ Numbers only: no model, no clock. The tests behind every verdict are those of ``
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from cosched.guard.statistics import Evidence, Fall, Leads, blocks, falls_short, mean
-from cosched.records import Standing, Verdict
+from cosched.guard.statistics import Evidence, Fall, Leads, Levels, blocks, falls_short, mean
+from cosched.records import GuardFigures, Standing, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,11 +69,29 @@ class Monitor:
     newest: list[float] = field(default_factory=list)  # blocks since what serves was published
     leads: Leads = field(default_factory=Leads)  # of the learner over the draft as loaded
     fall: Fall = field(default_factory=Fall)
+    levels: Levels = field(default_factory=Levels)
 
     @property
     def standing(self) -> Standing:
         """What others may know of it."""
         return Standing(lead_tokens=self.leads.here.proven, resumes_at=self.resumes_at)
+
+    def figures(self, settings: ShadowSettings, serves_loaded: bool) -> GuardFigures:
+        """How the tests stand, for people."""
+        lead, levels = self.leads.here, self.levels
+        known = math.isfinite(lead.error)
+        return GuardFigures(
+            better=self.better.log_wealth,
+            better_bound=-math.log(settings.false_publish),
+            worse=self.worse.log_wealth,
+            worse_bound=-math.log(settings.false_rollback),
+            trusted=self.trusted,
+            serves_loaded=serves_loaded,
+            lead_tokens=lead.mean if known else None,
+            lead_error=lead.error if known else None,
+            serving_score=levels.serving if levels.known else None,
+            loaded_score=levels.loaded if levels.known else None,
+        )
 
     def observe(self, length: float, serves_loaded: bool) -> None:
         """The acceptance length of one more round."""
@@ -96,6 +115,7 @@ class Monitor:
             self.fall.begin()
         learnt = scores.serving if scores.candidate is None else scores.candidate
         loaded = scores.serving if scores.loaded is None else scores.loaded
+        self.levels.add(scores.serving, loaded)
         differences = blocks(learnt, loaded)
         self.better.add(differences)
         self.worse.add(-difference for difference in differences)

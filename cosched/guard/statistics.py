@@ -221,6 +221,30 @@ class Leads:
 
 
 @dataclass(slots=True)
+class Levels:
+    """What the serving draft and the one as loaded score on the same rows: the newest ``LEVEL_ROWS``.
+
+    For people and alarms; no test goes by it. Weights that have become NaN score an acceptance length
+    of 1, as in ``blocks``.
+    """
+
+    serving: float = 1.0
+    loaded: float = 1.0
+    rows: float = 0.0
+
+    def add(self, serving: Sequence[float], loaded: Sequence[float]) -> None:
+        number = len(serving)
+        self.rows = min(self.rows + number, max(LEVEL_ROWS, number))
+        weight = number / self.rows
+        self.serving += weight * (mean([_finite(one) for one in serving]) - self.serving)
+        self.loaded += weight * (mean([_finite(one) for one in loaded]) - self.loaded)
+
+    @property
+    def known(self) -> bool:
+        return self.rows >= LEVEL_ROWS
+
+
+@dataclass(slots=True)
 class Fall:
     """Whether the acceptance length has fallen, round by round, without scoring anything.
 

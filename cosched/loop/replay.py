@@ -109,6 +109,10 @@ class ReplayBuffer:
         """Reserved bytes: every request counts at its most from the start."""
         return len(self._requests) * self._request_bytes
 
+    @property
+    def max_bytes(self) -> int:
+        return self.limits.max_bytes
+
     def collect(self, round_: VerifyRound) -> int:
         """Take in a round: new rows, served blocks, and which requests are done.
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from cosched.records import (
         Decision,
+        GuardFigures,
         SignalBatch,
         Snapshot,
         Standing,
@@ -35,6 +36,14 @@ class Buffer(Protocol):
 
     @property
     def num_tokens(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are reserved for the requests in it."""
+        ...
+
+    @property
+    def max_bytes(self) -> int: ...
 
     def collect(self, round_: VerifyRound) -> int:
         """Keep its rows; how many requests had to go for want of room."""
@@ -135,6 +144,10 @@ class Guard(Protocol):
     @property
     def standing(self) -> Standing:
         """What it knows, in numbers."""
+        ...
+
+    def figures(self, serves_loaded: bool) -> GuardFigures | None:
+        """How its tests stand, for people; None where it tests nothing."""
         ...
 
     def observe(self, round_: VerifyRound, serves_loaded: bool) -> None:

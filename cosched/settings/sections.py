@@ -137,14 +137,22 @@ class WorkloadSettings(Section, frozen=True):
 
 
 class RecordSettings(Section, frozen=True):
-    """``record``: how ``--record`` stores a trace, in ``dtype`` (float32: exact).
+    """``record``: what is kept of texts.
 
+    A server keeps neither prompts nor answers unless ``text`` is on: then those of a share ``text_share``
+    of the requests, in ``texts.jsonl`` in the folder of its start, for its own user alone and the newest 64
+    to 128 MB. A request with ``"custom_params": {"cosched_record": false}`` is left out. Only a server reads
+    these two; a run has its texts from a file.
+
+    ``--record`` stores a trace, in ``dtype`` (float32: exact).
     A request that would take the folder above ``max_bytes`` is left out and counted.
 
     ``feature_layers`` are stored beside those that the drafter needs, so that other drafters can be
     judged on the same trace ("after that layer", 0-based).
     """
 
+    text: bool = False
+    text_share: Annotated[float, Meta(gt=0, le=1)] = 1.0
     feature_layers: tuple[Annotated[int, Meta(ge=0)], ...] = ()
 
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -20,15 +20,18 @@ LIMIT = 1 << 26  # bytes of one file
 class History:
     """Takes events with the time of day, in seconds since 1970, of ``clock``.
 
-    A server runs for months: the file becomes ``events.1.jsonl`` when it has ``limit`` bytes, in the
-    place of the one before it. What cannot be written stops neither serving nor learning: it is said
+    A server runs for months: the file ``NAME.jsonl`` becomes ``NAME.1.jsonl`` when it has ``limit`` bytes,
+    in the place of the one before it. One that is ``private`` can be read by its user alone. What cannot be written stops neither serving nor learning: it is said
     once, and there is no history from then on.
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float], limit: int = LIMIT) -> None:
+    def __init__(
+        self, path: Path, clock: Callable[[], float], limit: int = LIMIT, private: bool = False
+    ) -> None:
         self._path = path
         self._clock = clock
         self._limit = limit
+        self._private = private
         self._log: EventLog | None = None
         self._attempt(self._open)
 
@@ -44,6 +47,8 @@ class History:
     def _open(self) -> None:
         self._log = EventLog()
         with explained(self._path):
+            if self._private:
+                self._path.touch(mode=0o600)
             size = self._path.stat().st_size if self._path.exists() else 0
         self._log.open(self._path, keep_bytes=size, buffered=False)
 
@@ -53,7 +58,7 @@ class History:
         if self._log.flush() >= self._limit:
             self._log.close()
             with explained(self._path):
-                self._path.replace(self._path.with_name("events.1.jsonl"))
+                self._path.replace(self._path.with_suffix(f".1{self._path.suffix}"))
             self._open()
 
     def _attempt(self, do: Callable[[], None]) -> None:
@@ -61,4 +66,4 @@ class History:
             do()
         except RunFolderError as error:
             self._log = None
-            logger.warning("cosched keeps no history of this draft any more: %s", error)
+            logger.warning("cosched writes %s no more: %s", self._path.name, error)

@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 from typer.main import get_command
 
 from cosched.cli import app
-from cosched.engines.sglang.operators.metrics import COUNTERS, GAUGES
+from cosched.engines.sglang.operators.metrics import METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,11 +64,14 @@ def _plain(help_text: str) -> str:
 def metrics_table() -> str:
     """What SGLang's ``/metrics`` page shows of ours."""
     rows = [
-        f"| `cosched:{name}` | {kind} | {about} |"
-        for kind, group in (("gauge", GAUGES), ("counter", COUNTERS))
-        for name, about in group.items()
+        f"| `{one.shown_as}` | {one.kind} | {f'`{one.label}`' if one.label else ''} | {one.about} |"
+        for one in METRICS
     ]
-    return "| metric | kind | what it is |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
+    return (
+        "| metric | kind | label | what it is |\n| --- | --- | --- | --- |\n"
+        + "\n".join(rows)
+        + "\n"
+    )
 
 
 def modules_page() -> str:

@@ -148,6 +148,6 @@ def test_an_operator_sees_how_many_tokens_are_drafted(start: Start) -> None:
     assert sum(count > 0 for count in counts) > 2
     assert sum(counts) == status["rounds"]
     page: Any = server.get("/metrics")
-    shown = re.findall(r'^cosched:rounds_by_drafted_total\{.*tokens="(\d+)"\} (\S+)$', page, re.M)
+    shown = re.findall(r'^cosched_rounds_by_drafted_total\{.*tokens="(\d+)"\} (\S+)$', page, re.M)
     assert {int(number): float(count) for number, count in shown} == dict(enumerate(counts))
     assert "Switch adaptive runtime state" not in server.log.read_text()

@@ -227,20 +227,20 @@ def test_metrics_and_server_info_carry_the_same_figures(
     time.sleep(1.5)  # two idle ticks that may show the last status
     status = server.get("/cosched/status")
     metrics = server.get("/metrics")
-    shown = dict(re.findall(r"^cosched:(\w+)\{[^}]*\} (\S+)$", metrics, re.MULTILINE))
+    shown = dict(re.findall(r"^cosched_(\w+)\{[^}]*\} (\S+)$", metrics, re.MULTILINE))
     assert float(shown["draft_version"]) == status["draft_version"] > 0
     assert float(shown["rounds_total"]) == status["rounds"]
     assert float(shown["updates_total"]) == status["updates"]
     assert float(shown["evicted_requests_total"]) == status["evicted_requests"]
     assert float(shown["adapting"]) == 1
     assert float(shown["failed"]) == 0
-    seconds = dict(re.findall(r'cosched:seconds_total\{kind="(\w+)"[^}]*\} (\S+)', metrics))
+    seconds = dict(re.findall(r'cosched_time_seconds_total\{kind="(\w+)"[^}]*\} (\S+)', metrics))
     for kind, value in seconds.items():
         assert float(value) == pytest.approx(status[f"{kind}_seconds"])
     assert len(seconds) == 6
     assert float(shown["rollbacks_total"]) == status["rollbacks"] > 0
     assert float(shown["refused_updates_total"]) == status["refused_updates"]
-    assert metrics.count("\ncosched:draft_version{") == 1
+    assert metrics.count("\ncosched_draft_version{") == 1
     (state,) = server.get("/server_info")["internal_states"]
     assert state["cosched"]["updates"] == status["updates"]
 

@@ -141,6 +141,11 @@ def is_health_check(request: Any) -> bool:
     return request.rid.startswith(resolve(_PATHS["HEALTH_CHECK_RID_PREFIX"]))
 
 
+def answer_of(request: Any) -> list[int]:
+    """The tokens that a client gets of a request so far: not what its last round committed beyond its end."""
+    return list(request.output_ids_through_stop)
+
+
 def has_pictures(request: Any) -> bool:
     """Whether a prompt has pictures or sound in it: hashes beyond the vocabulary stand for their tokens."""
     return getattr(request, "multimodal_inputs", None) is not None

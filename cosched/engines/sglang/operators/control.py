@@ -66,7 +66,8 @@ def check(command: Command) -> None:
 class SocketOperator:
     """The operator of rank 0's adaptation: whoever can open the socket.
 
-    ``show`` gets a status now and then while rounds go on, and after every command.
+    ``show`` gets a status now and then while rounds go on, and after every command; none is made that
+    nobody would see.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class SocketOperator:
         self._patience = patience
         self._clock = clock
         self._queue: deque[tuple[Command, Answer]] = deque()
-        self._unseen: Status | None = None
+        self._unseen: Callable[[], Status] | None = None
         self._shown_at = float("-inf")
         mask = os.umask(0o177)  # the socket is made with mode 0600
         try:
@@ -103,15 +104,15 @@ class SocketOperator:
                 break
         return commands
 
-    def show(self, status: Status) -> None:
+    def show(self, status: Callable[[], Status], at_once: bool = False) -> None:
         if self._show is None:
             return
         now = self._clock()
-        if now < self._shown_at + SHOW_EVERY and status.failure is None:
+        if now < self._shown_at + SHOW_EVERY and not at_once:
             self._unseen = status
             return
         self._unseen, self._shown_at = None, now
-        self._show(status)
+        self._show(status())
 
     # --- threads of requests ---------------------------------------------------------------
 
@@ -122,7 +123,7 @@ class SocketOperator:
 
         def answer(result: Status | str) -> None:
             if isinstance(result, Status):
-                self._unseen = result
+                self._unseen = lambda: result
             answers.append(result)
             answered.set()
 

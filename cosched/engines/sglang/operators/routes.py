@@ -26,7 +26,7 @@ from cosched.engines.sglang.worker.operator import Command, Status
 from cosched.errors import NOT_DECODED, ConfigError, ControlError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
 HOST = re.compile(r"^\[?([^\[\]]*?)\]?(?::\d+)?$")  # of a header Host, without its port
@@ -196,7 +196,11 @@ def call(url: str, verb: str, body: dict[str, Any], api_key: str | None = None) 
             return read_answer(where, response.read(LONGEST_ANSWER))
     except urllib.error.HTTPError as error:
         raise ControlError(f"{where}: {_said(error)}") from error
-    except (OSError, ValueError) as error:
+    except ValueError as error:
+        raise ControlError(
+            f"{where} answers with no status; was this server started with cosched serve?"
+        ) from error
+    except OSError as error:
         raise ControlError(f"{where} does not answer: {error}") from error
 
 
@@ -224,6 +228,15 @@ def _said(error: urllib.error.HTTPError) -> str:
         return str(json.loads(error.read(LONGEST_ANSWER))["error"])[:LONGEST_REASON]
     except (ValueError, KeyError, TypeError, RecursionError):
         return f"HTTP {error.code} {error.reason}"
+
+
+def in_lines(answer: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What ``call`` returned as one line a figure, alarms too; ``cosched top`` shows what has parts."""
+    for name, value in answer.items():
+        if name == "alarms":
+            yield from ((f"alarm {alarm}", text) for alarm, text in value.items())
+        elif not isinstance(value, dict):
+            yield name, value
 
 
 def status_of(answer: dict[str, Any]) -> Status:

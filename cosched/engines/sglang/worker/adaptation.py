@@ -11,11 +11,12 @@ import logging
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import torch
 
 from cosched.engines.sglang.worker.operator import Answer, Command, Operator, Status
+from cosched.engines.sglang.worker.standing import status_of
 from cosched.errors import ConfigError, CoschedError
 from cosched.training.ranks import PartedError
 
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     from cosched.engines.sglang.worker.collector import Prefill, RoundCollector, Verified
     from cosched.engines.sglang.worker.lengths import ServedLengths
     from cosched.engines.sglang.worker.saving import Saving
+    from cosched.engines.sglang.worker.texts import Texts
     from cosched.loop.roles import Sink
     from cosched.records import VerifyRound
+    from cosched.telemetry.tally import Tally
     from cosched.training.ranks import Ranks
 
 logger = logging.getLogger("cosched")
@@ -62,7 +65,8 @@ class Adaptation:
     ``save`` writes the serving draft as a checkpoint, ``saving`` all that was learnt, unasked. ``trouble``
     says what is wrong with what trains while it trains on. With ``watches`` off (a policy that never
     trains) no rows are taken from the device and rounds are only counted. ``lengths`` says how many
-    tokens a round drafts; None where that is always the same.
+    tokens a round drafts; None where that is always the same. Whoever makes the ``collector`` lets it tell
+    ``tally`` of every request in every round. ``texts`` records those that it is told of; None records none.
     """
 
     def __init__(
@@ -76,9 +80,11 @@ class Adaptation:
         save: Callable[[Path], None],
         operator: Operator,
         sink: Sink,
+        tally: Tally,
         saving: Saving | None = None,
         trouble: Callable[[], str | None] = lambda: None,
         lengths: ServedLengths | None = None,
+        texts: Texts | None = None,
     ) -> None:
         self._algorithm = algorithm
         self._coscheduler = coscheduler
@@ -89,10 +95,13 @@ class Adaptation:
         self._save = save
         self._operator = operator
         self._sink = sink
+        self._tally = tally
         self._saving = saving
         self._trouble = trouble
         self.lengths = lengths
+        self._texts = texts
         self._rounds_by_drafted: list[int] = []
+        self._num_running = 0
         self._ready: list[VerifyRound] = []
         self._iteration: int | None = None  # whose counts come next
         self._failure: str | None = None
@@ -144,9 +153,21 @@ class Adaptation:
         self._iteration = iteration
 
     @_never_raises
+    def began(self, requests: Iterable[Any]) -> None:
+        """Prompts of these requests of SGLang's are run, or pieces of them."""
+        if self._texts is not None:
+            for request in requests:
+                self._texts.began(request)
+
+    @_never_raises
     def finished(self, request_id: str) -> None:
         """The request is done or was aborted."""
+        self._finish(request_id)
+
+    def _finish(self, request_id: str) -> None:
         self._collector.finish(request_id)
+        if self._texts is not None:
+            self._texts.finished(request_id)
 
     @_never_raises
     def chose(self, num_queued: int, gone: Callable[[set[str]], set[str]]) -> None:
@@ -157,7 +178,7 @@ class Adaptation:
         """
         self._collector.num_queued = num_queued
         for request_id in sorted(gone(self._collector.requests)):  # alike on all ranks
-            self._collector.finish(request_id)
+            self._finish(request_id)
 
     # --- between two forward passes --------------------------------------------------------
 
@@ -168,6 +189,7 @@ class Adaptation:
         What is run next is a round of so many requests, or no round.
         """
         ready, self._ready = self._ready, []
+        self._num_running = num_running
         apart = self.lengths.own_time() if self.lengths else nullcontext()
         with apart, torch.inference_mode(False), torch.no_grad():
             well = self._sync_ranks(num_running)
@@ -176,6 +198,8 @@ class Adaptation:
                 self._look_after()
             else:
                 self._warn()
+                if ready:  # nothing is learnt, and what serves is still to be watched
+                    self._operator.show(self.status)
 
     @_never_raises
     def idle(self) -> None:
@@ -189,6 +213,8 @@ class Adaptation:
 
     def ending(self) -> None:
         """Everybody has been answered, and the process is about to end."""
+        if self._texts is not None:
+            self._texts.close()
         if self._saving is None:
             return
         self._finish_what_goes_on()
@@ -252,7 +278,7 @@ class Adaptation:
             self._sink.emit("failure", reason=reason)
         self._coscheduler.learning = False
         self._ready.clear()
-        self._operator.show(self.status())
+        self._operator.show(self.status, at_once=True)
 
     def _look_after(self) -> None:
         starved = self._coscheduler.counters.starved
@@ -261,7 +287,7 @@ class Adaptation:
         elif not starved:
             self._starving = None
         self._warn()
-        self._operator.show(self.status())
+        self._operator.show(self.status)
 
     def _warn(self) -> None:
         """Say what is wrong, once, and that it is not any more."""
@@ -274,7 +300,7 @@ class Adaptation:
         if warning:
             logger.warning("cosched: %s", warning)
             self._sink.emit("warning", reason=warning)
-        self._operator.show(self.status())
+        self._operator.show(self.status)
 
     # --- for operators ---------------------------------------------------------------------
 
@@ -319,32 +345,13 @@ class Adaptation:
 
     def status(self) -> Status:
         """How it stands now."""
-        counters = self._coscheduler.counters
-        blocks = (
-            counters.committed - counters.accepted
-        )  # each verified block commits one token more
-        losses = counters.losses
-        return Status(
+        return status_of(
+            self._coscheduler,
+            self._tally.figures(),
             algorithm=self._algorithm,
             adapting=self.watching,
             failure=self._failure,
             warning=self._warning,
-            draft_version=self._coscheduler.version,
-            rounds=counters.rounds,
-            acceptance_length=counters.committed / blocks if blocks else None,
-            recent_acceptance_length=counters.recent,
-            updates=counters.updates,
-            skipped_steps=counters.skipped_steps,
-            starved_decisions=counters.starved,
-            update_seconds=counters.update_seconds_total,
-            background_seconds=counters.background_seconds,
-            publish_seconds=counters.publish_seconds,
-            draft_seconds=counters.draft_seconds,
-            verify_seconds=counters.verify_seconds,
-            last_loss=losses[-1] if losses else None,
-            refused_updates=counters.refused,
-            rollbacks=counters.rolled_back,
-            guard_seconds=counters.guard_seconds,
-            evicted_requests=counters.evicted,
+            num_running=self._num_running,
             rounds_by_drafted=tuple(self._rounds_by_drafted),
         )

@@ -175,6 +175,7 @@ class AdaptedWorker:
             return tuple(prompts)
 
         if not batch.forward_mode.is_idle():
+            self.adaptation.began(one for one in batch.reqs if not compat.is_health_check(one))
             self.adaptation.prefilled(prefill)
 
     def saw_verification(

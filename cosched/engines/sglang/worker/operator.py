@@ -7,12 +7,19 @@ from typing import Protocol
 
 import msgspec
 
+from cosched.records import GuardFigures
+from cosched.telemetry.tally import Figures
+
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """How the adaptation stands: for ``/cosched/status``, ``/metrics`` and ``cosched doctor``.
+    """How the adaptation stands: for ``/cosched/status``, ``/metrics``, ``cosched top`` and ``cosched doctor``.
 
     ``failure`` says why training stopped for good, ``warning`` what is wrong without stopping it.
     ``rounds_by_drafted[K]`` counts the verification rounds that drafted K tokens for each request.
+    ``frozen_acceptance_length`` is what the draft as loaded would have on this text, by what a guard
+    scores: the recent length times the loaded draft's score over the serving one's on the same rows; None
+    where nothing is scored. ``reference_acceptance_length`` is the slow mean that the recent one is
+    measured against. ``alarms`` are those of ``cosched.telemetry.alarms``. Memory is this process's.
     """
 
     algorithm: str
@@ -37,6 +44,19 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     guard_seconds: float = 0.0
     evicted_requests: int = 0
     rounds_by_drafted: tuple[int, ...] = ()
+    frozen_acceptance_length: float | None = None
+    reference_acceptance_length: float = 0.0
+    round_seconds: float = 0.0  # moving mean
+    num_running: int = 0
+    num_queued: int = 0
+    replay_tokens: int = 0
+    replay_bytes: int = 0
+    replay_max_bytes: int = 0
+    resident_bytes: int = 0
+    device_bytes: int = 0
+    alarms: dict[str, str] = {}
+    guard: GuardFigures | None = None
+    figures: Figures = Figures()
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +77,9 @@ class Operator(Protocol):
         """What has been asked for since; never waits. Ranks but the first are asked nothing."""
         ...
 
-    def show(self, status: Status) -> None: ...
+    def show(self, status: Callable[[], Status], at_once: bool = False) -> None:
+        """It is asked for the ``status`` when somebody is to see it: now and then, or ``at_once``."""
+        ...
 
 
 class NullOperator:
@@ -66,5 +88,5 @@ class NullOperator:
     def asked(self) -> list[tuple[Command, Answer]]:
         return []
 
-    def show(self, status: Status) -> None:
+    def show(self, status: Callable[[], Status], at_once: bool = False) -> None:
         pass

@@ -15,7 +15,7 @@ from cosched.engines.sglang import compat
 from cosched.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
 class ServedTarget:
@@ -55,6 +55,16 @@ class ServedTarget:
 
     def token_ids(self) -> Mapping[str, int] | None:
         return None if self._tokenizer is None else self._tokenizer.get_vocab()
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, special ones too.
+
+        Raises:
+            ConfigError: SGLang was started without a tokenizer.
+        """
+        if self._tokenizer is None:
+            raise ConfigError("record.text: there is no tokenizer (--skip-tokenizer-init)")
+        return self._tokenizer.decode(tokens)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that must never change; of each the count of writes is that of the parameter itself."""

@@ -1,0 +1,1 @@
+"""``cosched top``: how a draft does, in a terminal."""
