@@ -19,8 +19,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from cosched.bench.commands import bench_app
 from cosched.errors import ConfigError, CoschedError
 from cosched.realworld.commands import realworld_app
+from cosched.tinyworld.commands import tinyworld_app
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,11 +47,9 @@ app = typer.Typer(
         "Exit codes: 0 done, 1 failed or interrupted, 2 bad settings or input."
     ),
 )
-tinyworld_app = typer.Typer(
-    no_args_is_help=True, help="The small target, drafts and prompts that come with cosched."
-)
 app.add_typer(tinyworld_app, name="tinyworld")
 app.add_typer(realworld_app, name="realworld")
+app.add_typer(bench_app, name="bench")
 
 ConfigFile = Annotated[Path, typer.Option("-c", "--config", help="The experiment, a YAML file.")]
 Overrides = Annotated[
@@ -331,25 +331,6 @@ def report(
 
     _print_tables(load_summary(run_dir))
     console.print(f"report: [bold]{write_report(run_dir)}[/]", soft_wrap=True)
-
-
-@tinyworld_app.command("build")
-def tinyworld_build(
-    directory: Annotated[Path, typer.Option(help="Where the models and prompts go.")] = Path(
-        "build/tinyworld"
-    ),
-    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads to train with.")] = 2,
-    share: Annotated[
-        float, typer.Option(min=0.001, max=1.0, help="Share of the training, to try it out.")
-    ] = 1.0,
-) -> None:
-    """Train the tiny world from this machine's own text (two to three hours on two cores)."""
-    from cosched.tinyworld.build import build
-
-    with _progress() as progress:
-        build(directory, seed, threads, share, progress)
-    console.print(f"built: [bold]{directory}[/]", soft_wrap=True)
 
 
 def _print_tables(summary: RunSummary) -> None:

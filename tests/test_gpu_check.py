@@ -76,7 +76,9 @@ def test_every_script_understands_its_arm(dry: bool) -> None:
         if arm.is_pytest:
             continue
         script, *words = arm.command(Path("figures.json"), dry)
-        assert read_by(script, words).json == Path("figures.json"), arm.name
+        read = read_by(script, words)
+        figures = read.rows if arm.is_sglang else read.json
+        assert figures == Path("figures.json"), arm.name
 
 
 @pytest.mark.parametrize("config", CONFIGS)
