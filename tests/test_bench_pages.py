@@ -146,7 +146,7 @@ def test_a_script_s_table_has_a_line_for_each_figure() -> None:
     """Its figures have nothing in common but their form."""
     own = [Row({}, {"a / b": Figure(value=1.5, unit="times"), "c": Figure(value=0.5, unit="ms")})]
     cells = table_of(result(rows=own), View())
-    assert cells.lines == [["a / b", "1.50", "times"], ["c", "0.50", "ms"]]
+    assert cells.lines == [["a / b", "1.50", "times"], ["c", "0.5", "ms"]]
 
 
 def test_figures_have_the_digits_of_their_unit() -> None:
@@ -156,6 +156,8 @@ def test_figures_have_the_digits_of_their_unit() -> None:
         shown(Figure(value=56.13, unit="tokens/s", low=50.2, high=62.0)) == "56.1 (50.2\u201362.0)"
     )
     assert shown(Figure(value=0.553, unit="share")) == "55\u00a0%"
+    times = [shown(Figure(value=ms, unit="ms")) for ms in (0.0042, 41.375, 1234.5)]
+    assert times == ["0.0042", "41.4", "1,234"]
 
 
 def test_the_command_fills_and_checks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,6 @@ DIGITS = {
     "count": 0,
     "rows": 0,
     "tokens/s": 1,
-    "ms": 2,
     "times": 2,
     "tokens a round": 2,
 }
@@ -88,6 +87,8 @@ def shown(figure: Figure, interval: bool = True, digits: int | None = None) -> s
 def _number(value: float, unit: str, digits: int | None) -> str:
     if unit == "share":
         return percent(value)
+    if unit == "ms" and digits is None:
+        return f"{value:.3g}" if value < 100 else f"{value:,.0f}"  # of any size
     return f"{value:,.{DIGITS[unit] if digits is None else digits}f}"
 
 
