@@ -193,7 +193,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Nothing is loaded: sizes come from the ``config.json`` files.
     """
-    from cosched.settings.load import check_paths, load_config, to_yaml
+    from cosched.settings.load import check_paths, load_config, outline
 
     loaded = load_config(config, overrides or ())
     check_paths(loaded)
@@ -205,7 +205,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 
     check_texts(loaded)
     target, drafter = sketch(loaded)
-    console.print(to_yaml(loaded), markup=False, highlight=False)
+    console.print(outline(loaded), markup=False, highlight=False)
     check_supported(loaded.engine.arguments, lambda name: f"engine.arguments.{name}")
     sizes = footprint(loaded, target, drafter)
     console.print(footprint_table(sizes, in_sglang=loaded.engine.kind == "sglang"))

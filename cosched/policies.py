@@ -20,7 +20,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     """Everything a policy may know. Counters run from the start of the arm.
 
     ``seconds_updating`` and ``seconds_publishing`` are those that the engine waited for. The mean
-    behind ``reference_acceptance_length`` is slow (5,000 rounds), that behind the recent one fast (20).
+    behind ``reference_acceptance_length`` is slow (5,000 rounds that drafted as many tokens as the newest
+    one), that behind the recent one fast (20).
     ``acceptance_shortfall`` is how many tokens a request has lost against the reference since
     acceptance began to fall. ``last_update_seconds`` is what the newest update has cost since it began,
     publication included; ``serving_seconds_since_update`` what drafting and verifying took since then.

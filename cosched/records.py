@@ -98,7 +98,8 @@ class SglangWorker:
     ``worker`` (``module:Class``), an ``AdaptedWorker`` mixed in before one of SGLang's, is registered as
     ``algorithm`` and taken for ``builtin``; ``stock``: that one drafts with the same checkpoints by itself.
     ``has_steps``: it drafts in steps, one a token, and is told how many; ``changes_length``: other numbers
-    in other rounds. ``algorithm_class`` (``module:function``) makes of ``builtin`` what it is registered with.
+    in other rounds; ``width`` is the drafter's setting of how many tokens a step drafts, where that may be
+    several. ``algorithm_class`` (``module:function``) makes of ``builtin`` what it is registered with.
     """
 
     algorithm: str
@@ -108,6 +109,11 @@ class SglangWorker:
     has_steps: bool = True
     algorithm_class: str = "cosched.engines.sglang.worker.as_builtin:adapted_algorithm"
     changes_length: bool = False
+    width: str | None = None
+
+    def width_of(self, settings: Any) -> int:
+        """How many tokens SGLang drafts in a step with these settings of the drafter; above one, a tree."""
+        return 1 if self.width is None else getattr(settings, self.width)
 
 
 @dataclass(frozen=True, slots=True)

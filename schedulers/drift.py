@@ -33,9 +33,9 @@ class Drift(Policy):
     (reference - acceptance length - tolerance), never below zero, and zero again once the recent
     length is within the tolerance of the reference (E. S. Page, Continuous inspection schemes,
     Biometrika 41, 1954; the Page-Hinkley test). Why a sum: a round alone says little, and a fall
-    that lasts must show however small it is. The reference is a mean over 5,000 rounds: slow enough
-    to show the decay of one long answer, and where training does not help it follows in the end,
-    and training stops. A draft that was poor from the first round on has not fallen: take another
+    that lasts must show however small it is. The reference is a mean over 5,000 rounds that drafted
+    as many tokens: slow enough to show the decay of one long answer, and where training does not help
+    it follows in the end, and training stops. A draft that was poor from the first round on has not fallen: take another
     policy for it.
     """
 

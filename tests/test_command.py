@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cosched.errors import ConfigError, CoschedError
-from cosched.settings.load import load_config, to_yaml
+from cosched.settings.load import load_config, outline, resolved, to_yaml
 from tests.helpers.cli import run_cli
 from tests.helpers.experiments import write
 from tests.helpers.paths import ROOT
@@ -24,6 +24,16 @@ def test_check_and_plugins(tmp_path: Path, settings: dict) -> None:
     code, out, _ = run_cli("plugins")
     assert code == 0
     assert all(name in out for name in ("eagle3", "forward_kl", "never", "every_n_rounds"))
+
+
+@pytest.mark.parametrize("name", ["real_model", "recipes", "never_worse"])
+def test_what_check_prints_is_the_whole_configuration(tmp_path: Path, name: str) -> None:
+    """Of variants and drafts it leaves out only what they share with the section adapt."""
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(outline(config), encoding="utf-8")
+    assert resolved(load_config(shown)) == resolved(config)
+    assert len(shown.read_text(encoding="utf-8").splitlines()) < 210
 
 
 @pytest.mark.slow

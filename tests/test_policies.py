@@ -154,6 +154,19 @@ def test_drift_gives_up_where_training_does_not_help() -> None:
     assert counters.shortfall == 0
 
 
+def test_drift_holds_a_round_against_those_that_drafted_as_much() -> None:
+    """A policy of lengths that stops drafting is no fall of the draft; one at the new length is."""
+    counters = Counters()
+    threshold = policy("drift").settings.threshold_tokens
+    for drafted, committed in [(4, 3), (0, 1), (2, 2)] * 100 + [(0, 1)] * 400:
+        counters.observe(round_of([committed], drafted=drafted))
+        assert counters.shortfall == 0
+    assert counters.reference == 1
+    for _ in range(60):
+        counters.observe(round_of([1], drafted=2))
+    assert counters.shortfall >= threshold
+
+
 def test_drift_sees_a_slow_decay() -> None:
     """From 3.7 tokens to 1.5 in 16,000 rounds, as one long answer does: seen in its first third."""
     draw, counters = random.Random(0), Counters()

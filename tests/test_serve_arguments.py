@@ -41,6 +41,19 @@ def test_sglang_counts_the_anchor_among_the_drafts() -> None:
     assert fixed["speculative_eagle_topk"] == 1
 
 
+def test_a_tree_has_as_many_tokens_as_it_has_in_the_embedded_engine() -> None:
+    """``top_k`` at each depth; SGLang takes the likeliest of what it drafted, as many in all."""
+    fixed = {name: one.value for name, one in fixed_arguments(config("drafter.top_k=4")).items()}
+    assert fixed["speculative_eagle_topk"] == 4
+    assert fixed["speculative_num_steps"] == 3
+    assert fixed["speculative_num_draft_tokens"] == 13
+
+
+def test_a_tree_does_not_change_its_length_in_sglang() -> None:
+    with pytest.raises(ConfigError, match=r"drafter\.length\.kind: .* goodput .*drafter\.top_k: 4"):
+        config("drafter.top_k=4", "drafter.length={kind: goodput}")
+
+
 def test_dflash_drafts_a_block_in_one_step() -> None:
     """SGLang sets the steps and the width of DFLASH itself."""
     fixed = fixed_arguments(config("drafter.kind=dflash"))

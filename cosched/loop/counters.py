@@ -6,13 +6,15 @@ Nothing here depends on a policy: thresholds are its own, the statistics are eve
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from cosched.records import Snapshot, Standing
 
 if TYPE_CHECKING:
-    from cosched.records import UpdateResult, Verdict, VerifyRound
+    from cosched.records import ServedBlock, UpdateResult, Verdict, VerifyRound
 
 RECENT_WEIGHT = 0.05  # of the newest round in the moving acceptance length
 REFERENCE_WEIGHT = 0.0002  # of the newest round in the length that acceptance is measured against
@@ -49,7 +51,12 @@ class Counters:
     skipped_steps: int = 0
     recent: float = 0.0
     losses: list[float | None] = field(default_factory=list)
-    reference: float = 0.0
+    usual: list[float] = field(
+        default_factory=list
+    )  # acceptance length by number of drafted tokens
+    usual_rounds: list[int] = field(default_factory=list)  # that each of them is the mean of
+    reference: float = 0.0  # what was usual with as many drafted tokens as in the newest round
+    fallen: float = 0.0  # moving mean of what rounds are below it
     shortfall: float = 0.0
     round_seconds: float = 0.0  # moving mean
     finished: int = 0
@@ -97,7 +104,7 @@ class Counters:
         self.draft_seconds += round_.draft_seconds
         self.verify_seconds += round_.verify_seconds
         if round_.blocks:
-            self._observe_length(committed / len(round_.blocks))
+            self._observe_length(round_.blocks)
             weight = RECENT_WEIGHT if self.rounds > 1 else 1.0
             self.round_seconds += weight * (seconds - self.round_seconds)
             self._observe_slowing(seconds)
@@ -118,22 +125,42 @@ class Counters:
         elif self.quiet_round_seconds:
             self.slowed_seconds += seconds - self.quiet_round_seconds
 
-    def _observe_length(self, length: float) -> None:
+    def _observe_length(self, blocks: tuple[ServedBlock, ...]) -> None:
         """The acceptance length of one more round.
 
         The shortfall g is Page's one-sided CUSUM (Biometrika 41, 1954; equal to Page-Hinkley's
         statistic): g <- max(0, g + reference - length - tolerance). It sums what a round alone would
-        hide in its noise, and starts again once the recent length is back within the tolerance.
+        hide in its noise, and starts again once the recent length is back within the tolerance. A
+        round is held against those that drafted as many tokens: drafting fewer is no fall.
         """
         self.rounds += 1
-        first = self.rounds == 1
         # The mean of the first rounds, so that none of them alone says what is usual.
-        self.recent += max(RECENT_WEIGHT, 1 / self.rounds) * (length - self.recent)
-        self.shortfall += self.reference - length - SHORTFALL_TOLERANCE
-        self.reference += max(REFERENCE_WEIGHT, 1 / self.rounds) * (length - self.reference)
-        if first or self.recent >= self.reference - SHORTFALL_TOLERANCE:
-            self.shortfall = 0.0
-        self.shortfall = max(0.0, self.shortfall)
+        weight = max(RECENT_WEIGHT, 1 / self.rounds)
+        length = fmean(block.num_committed for block in blocks)
+        self.recent += weight * (length - self.recent)
+        fall = self._compare(blocks) - length
+        self.fallen += weight * (fall - self.fallen)
+        within = self.fallen <= SHORTFALL_TOLERANCE
+        self.shortfall = 0.0 if within else max(0.0, self.shortfall + fall - SHORTFALL_TOLERANCE)
+
+    def _compare(self, blocks: tuple[ServedBlock, ...]) -> float:
+        """What was usual for blocks like these; from now on they are part of it."""
+        by_drafted: dict[int, list[int]] = defaultdict(list)
+        for block in blocks:
+            by_drafted[len(block.path_K)].append(block.num_committed)
+        unseen = max(by_drafted) + 1 - len(self.usual)
+        self.usual += [0.0] * unseen
+        self.usual_rounds += [0] * unseen
+        before = after = 0.0
+        for drafted, committed in by_drafted.items():
+            length = fmean(committed)
+            self.usual_rounds[drafted] += 1
+            weight = max(REFERENCE_WEIGHT, 1 / self.usual_rounds[drafted])
+            before += len(committed) * (self.usual[drafted] if weight < 1 else length)
+            self.usual[drafted] += weight * (length - self.usual[drafted])
+            after += len(committed) * self.usual[drafted]
+        self.reference = after / len(blocks)
+        return before / len(blocks)
 
     def _tokens_ahead(self, num_running: int) -> float:
         """Tokens that a running request is expected to commit yet.

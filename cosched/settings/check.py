@@ -153,6 +153,13 @@ def _check_served_length(config: Config, length: DraftLength) -> None:
             f"{key}: SGLang drafts as many tokens for every request of a round, and {kind} goes by "
             f"request; use goodput or fixed"
         )
+    worker = kinds[config.drafter_settings.kind]
+    assert worker is not None
+    if (width := worker.width_of(config.drafter_settings)) > 1:
+        raise ConfigError(
+            f"{key}: SGLang changes how long a chain is, not a tree, got {kind} with "
+            f"{config.drafter_key}.{worker.width}: {width}; use fixed, or {worker.width}: 1"
+        )
 
 
 def _check_arms(config: Config) -> None:

@@ -135,6 +135,37 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(resolved(config)))
 
 
+def outline(config: Config) -> str:
+    """The whole configuration, of each variant and draft only what differs from ``adapt``."""
+    raw = resolved(config)
+    variants = raw["variants"]
+    raw["variants"] = {name: _differing(own, raw["adapt"]) for name, own in variants.items()}
+    for draft in raw.get("drafts", {}).values():
+        own = draft["adapt"]
+        draft["adapt"] = _differing(own, raw["adapt"])
+        draft["variants"] = {
+            name: _differing(section, own)
+            for name, section in draft["variants"].items()
+            if section != variants.get(name)
+        }
+        for part in ("adapt", "variants"):
+            if not draft[part]:
+                del draft[part]
+    return OmegaConf.to_yaml(OmegaConf.create(raw))
+
+
+def _differing(section: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """What of it is not the base's: whole where the kind is another."""
+    if section.get("kind") != base.get("kind"):
+        return section
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        if value != base.get(key):
+            both = isinstance(value, dict) and isinstance(base.get(key), dict)
+            found[key] = _differing(value, base[key]) if both else value
+    return found
+
+
 def resolved(config: Config) -> dict[str, Any]:
     """The whole configuration as plain data, the plugins' defaults included."""
     raw = msgspec.to_builtins(config)

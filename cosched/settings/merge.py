@@ -102,7 +102,7 @@ def merge(given: DictConfig, changes: DictConfig, where: str) -> DictConfig:
         ConfigError: they do not fit, named by ``where`` they come from.
     """
     given = given.copy()
-    _check_sections(_unresolved(given), _unresolved(changes))
+    _check_sections(_unresolved(given), _unresolved(changes), where)
     with explained(where):
         for section, kinds in _sections().items():
             for old, new in _places(section, given, changes):
@@ -120,17 +120,20 @@ def _unresolved(config: DictConfig) -> Any:
     return OmegaConf.to_container(config, resolve=False)
 
 
-def _check_sections(old: Any, new: Any, at: str = "") -> None:
+def _check_sections(old: Any, new: Any, where: str, at: str = "") -> None:
     """Refuse a list where the other has a section: the two cannot be merged."""
     for key in old.keys() & new.keys():
         both = old[key], new[key]
         if all(isinstance(one, dict) for one in both):
-            _check_sections(*both, f"{at}{key}.")
+            _check_sections(*both, where, f"{at}{key}.")
         elif any(isinstance(one, dict) for one in both) and any(
             isinstance(one, list) for one in both
         ):
             came = next(one for one in both if isinstance(one, list))
-            raise ConfigError(f"{at}{key}: expected a section, {{key: value, …}}, got {came!r}")
+            whose = f"{where}: " if came is new[key] else ""
+            raise ConfigError(
+                f"{whose}{at}{key}: expected a section, {{key: value, …}}, got {came!r}"
+            )
 
 
 def plain(config: DictConfig, where: str) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
         "cosched.engines.sglang.worker.eagle3:Eagle3Worker",
         builtin="EAGLE3",
         changes_length=True,
+        width="top_k",
     )
 
     def __init__(
@@ -99,14 +100,6 @@ class Eagle3Drafter(NetworkDrafter[Eagle3Config, Eagle3Network]):
 
     def clone(self, dtype: torch.dtype) -> Self:
         return super().clone(dtype).draft_trees(self._top_k)
-
-    def not_for_sglang(self) -> list[str]:
-        trees = (
-            ["drafter.top_k: adapted drafts are served as chains in SGLang, use 1"]
-            if self._top_k > 1
-            else []
-        )
-        return super().not_for_sglang() + trees
 
     @classmethod
     def check(cls, config: Eagle3Config, settings: Eagle3Settings, target: TargetInfo) -> None:

@@ -18,9 +18,11 @@ def snapshot(**changes: Any) -> Snapshot:
     return msgspec.convert({**zero, **changes}, Snapshot)
 
 
-def round_of(lengths: list[int], seconds: float = 0.01, **changes: Any) -> VerifyRound:
-    """A round of four drafts a request, of which ``length - 1`` were accepted."""
-    path = torch.zeros(4, dtype=torch.int64)
+def round_of(
+    lengths: list[int], seconds: float = 0.01, drafted: int = 4, **changes: Any
+) -> VerifyRound:
+    """A round of four drafts a request, or so many, of which ``length - 1`` were accepted."""
+    path = torch.zeros(drafted, dtype=torch.int64)
     blocks = [ServedBlock(str(i), 0, path, None, n - 1, n) for i, n in enumerate(lengths)]
     fields = {"finished": (), "num_running": len(lengths), **changes}
     return VerifyRound(

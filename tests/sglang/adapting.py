@@ -25,6 +25,8 @@ SHAPES = {
     "pard": {"num_steps": K, "eagle_topk": 1, "num_draft_tokens": K + 1},
 }
 OFTEN = ("adapt.policy.rounds=4", "adapt.replay.anchors=32", "adapt.publish.target_check_every=1")
+WIDTH = 2
+TREE = {"num_steps": K, "eagle_topk": WIDTH, "num_draft_tokens": K * WIDTH + 1}
 LENGTH = 128
 
 
@@ -88,13 +90,15 @@ class Serve:
         fault: str | None = None,
         more: dict[str, Any] | None = None,
         retract: bool = False,
+        trees: bool = False,
         **engine: Any,
     ) -> Served:
-        key = repr((kind, overrides, fault, more, retract, engine))
+        key = repr((kind, overrides, fault, more, retract, trees, engine))
         if key in self.known:
             return self.known[key]
         folder = self.folders.mktemp(kind)
-        config = load_config(CONFIG, [f"drafter.kind={kind}", *overrides])
+        width = [f"drafter.top_k={WIDTH}"] if trees else []
+        config = load_config(CONFIG, [f"drafter.kind={kind}", *width, *overrides])
         (folder / "config.yaml").write_text(to_yaml(config))
         events = folder / "events.jsonl"
         variables = {
@@ -114,7 +118,7 @@ class Serve:
             **{"texts": shifted(), "num_tokens": LENGTH, **(more or {})},
             variables=variables,
             engine=engine,
-            **SHAPES[kind],
+            **(TREE if trees else SHAPES[kind]),
         )
         lines = events.read_text().splitlines()
         self.known[key] = Served(answers, [json.loads(line) for line in lines])

@@ -23,7 +23,7 @@ def check(monkeypatch: pytest.MonkeyPatch, changes_length: bool = False, **settl
     monkeypatch.setattr(compat, "get_spec", lambda: SimpleNamespace(**spec))
     monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(**parallel))
     rest = {name: value for name, value in settled.items() if name not in {**SPEC, **PARALLEL}}
-    worker: Any = SimpleNamespace(server_args=SimpleNamespace(**rest))
+    worker: Any = SimpleNamespace(server_args=SimpleNamespace(**rest), takes_trees=False)
     AdaptedWorker._check(worker, changes_length)
 
 

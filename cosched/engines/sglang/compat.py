@@ -32,6 +32,7 @@ _PATHS: dict[str, str] = {
     "Engine": "sglang.srt.entrypoints.engine:Engine",
     "ForwardBatch": "sglang.srt.model_executor.forward_batch_info:ForwardBatch",
     "ForwardMode": "sglang.srt.model_executor.forward_batch_info:ForwardMode",
+    "GenerationBatchResult": "sglang.srt.managers.utils:GenerationBatchResult",
     "HEALTH_CHECK_RID_PREFIX": "sglang.srt.constants:HEALTH_CHECK_RID_PREFIX",
     "HookRegistry": "sglang.srt.plugins.hook_registry:HookRegistry",
     "HookType": "sglang.srt.plugins.hook_registry:HookType",
@@ -114,6 +115,11 @@ def quiet_switches() -> None:
 
 def _is_no_switch(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Switch adaptive runtime state")
+
+
+def says_paths() -> bool:
+    """Whether a verification says which rows of its trees it accepted: from 0.5.21 on."""
+    return hasattr(resolve(_PATHS["GenerationBatchResult"]), "accept_index")
 
 
 def gone(request_ids: set[str], plan: Any, scheduler: Any) -> set[str]:

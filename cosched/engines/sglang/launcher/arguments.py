@@ -83,7 +83,7 @@ def fixed_arguments(config: Config, speculation: Speculation = "adapted") -> dic
         )
     drafter = config.drafter_settings
     worker = worker_of(drafter.kind)
-    number = drafter.num_draft_tokens
+    number, width = drafter.num_draft_tokens, worker.width_of(drafter)
     fixed = {
         "model_path": Fixed(config.target.folder, "target.path"),
         "dtype": Fixed(config.engine.dtype, "engine.dtype"),
@@ -92,11 +92,12 @@ def fixed_arguments(config: Config, speculation: Speculation = "adapted") -> dic
         "speculative_algorithm": Fixed(worker.algorithm, "drafter.kind"),
         "speculative_draft_model_path": Fixed(drafter.path, "drafter.path"),
         # SGLang counts the anchor, which it verifies together with the drafts.
-        "speculative_num_draft_tokens": Fixed(number + 1, "drafter.num_draft_tokens"),
+        "speculative_num_draft_tokens": Fixed(number * width + 1, "drafter.num_draft_tokens"),
     }
     if worker.has_steps:
         fixed["speculative_num_steps"] = Fixed(number, "drafter.num_draft_tokens")
-        fixed["speculative_eagle_topk"] = Fixed(1, "drafter.kind")
+        key = worker.width or "kind"
+        fixed["speculative_eagle_topk"] = Fixed(width, f"drafter.{key}")
     if drafter.window is not None:
         fixed["speculative_draft_window_size"] = Fixed(drafter.window, "drafter.window")
     if speculation == "stock":

@@ -47,7 +47,9 @@ class RunDirectory:
         """A new folder with the settings in it; those of this user whose launcher was killed go."""
         _remove_left_behind(Path(tempfile.gettempdir()))
         directory = cls(Path(tempfile.mkdtemp(prefix=PREFIX)))
-        directory._lock = _locked(directory.path / LOCK)
+        own = directory.path / "own.lock"
+        directory._lock = _locked(own)
+        own.rename(directory.path / LOCK)  # locked already when it can be found
         RunFolder(directory.path).write("config.yaml", config_yaml)
         return directory
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from cosched.engines.sglang.worker.adaptation import Adaptation
+    from cosched.engines.sglang.worker.paths import Paths
     from cosched.records import Acceptance
 
 _LEAST_ROWS = 4096  # watched at once; prompts are longer than verifications
@@ -58,6 +59,7 @@ class AdaptedWorker:
     """Mixed in before a worker of SGLang's, which it leaves as it is."""
 
     build: ClassVar[Callable[[WorkerParts], Adaptation]]
+    takes_trees: ClassVar[bool] = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -73,7 +75,7 @@ class AdaptedWorker:
                 algorithm=compat.get_spec().speculative_algorithm,
                 target=target,
                 ranks=Ranks(group.rank_in_group, list(group.ranks), device),
-                num_draft_tokens=self.speculative_num_draft_tokens - 1,
+                num_draft_tokens=self._longest(),
                 serve=lambda names: ServedDraft(model, names),
                 refresh=self._refresh,
                 acceptance=_acceptance(device),
@@ -93,6 +95,10 @@ class AdaptedWorker:
     def _refresh(self) -> None:
         """Make anew what was derived from the draft's weights."""
 
+    def _longest(self) -> int:
+        """The most drafted tokens that can be accepted in a round."""
+        return self.speculative_num_draft_tokens - 1
+
     def _check(self, changes_length: bool) -> None:
         """Refuse what cannot be watched, and what cannot change the number of drafted tokens.
 
@@ -100,9 +106,9 @@ class AdaptedWorker:
             ConfigError: an argument of SGLang's.
         """
         spec = compat.get_spec()
-        if (spec.speculative_eagle_topk or 1) != 1:
+        if (spec.speculative_eagle_topk or 1) != 1 and (changes_length or not self.takes_trees):
             raise ConfigError(
-                f"--speculative-eagle-topk {spec.speculative_eagle_topk}: cosched adapts chains; "
+                f"--speculative-eagle-topk {spec.speculative_eagle_topk}: cosched adapts chains here; "
                 f"use 1"
             )
         if rejection_sampling() and str(self.device).startswith("cpu"):
@@ -172,25 +178,46 @@ class AdaptedWorker:
             self.adaptation.prefilled(prefill)
 
     def saw_verification(
-        self, batch: Any, tokens: Tensor, output: Any, features: Any, marks: tuple[Any, Any, Any]
+        self,
+        batch: Any,
+        tokens: Tensor,
+        output: Any,
+        features: Any,
+        marks: tuple[Any, Any, Any],
+        paths: Paths | None = None,
     ) -> None:
-        """A verification was launched; ``tokens`` are its anchors and drafts, request by request."""
+        """A verification was launched; ``tokens`` are its anchors and drafts, request by request.
+
+        Of trees ``paths`` are the rows that were accepted and what might have been behind them; SGLang has
+        what came out, and the features, in their order already.
+        """
         watching = self._tap is not None and self.adaptation.watching
         requests = batch.reqs
 
         def verified() -> Verified:
             size = len(requests)
-            teacher = owned(self._tap.rows(tokens.numel())) if watching and self._tap else None
+            teacher = self._tap.rows(tokens.numel()) if watching and self._tap else None
             rows = features if watching else None
+            if paths is None:
+                kept = slice(None)
+                tokens_BS = tokens.long().view(size, -1).clone()
+                teacher = None if teacher is None else owned(teacher)
+            else:
+                kept = slice(paths.rows_BS.shape[1])
+                tokens_BS = tokens.long()[paths.rows_BS]
+                teacher = None if teacher is None else teacher[paths.rows_BS.flatten()]
             return Verified(
                 iteration=batch.forward_iter,
                 request_ids=tuple(request.rid for request in requests),
                 version=self.adaptation.version,
-                tokens_BS=tokens.long().view(size, -1).clone(),
-                decided_BS=output.next_token_ids.long().view(size, -1).clone(),
-                features_BSF=None if rows is None else owned(rows).view(size, -1, rows.shape[-1]),
+                tokens_BS=tokens_BS,
+                decided_BS=output.next_token_ids.long().view(size, -1)[:, kept].clone(),
+                features_BSF=None
+                if rows is None
+                else owned(rows).view(size, -1, rows.shape[-1])[:, kept],
                 teacher_BSX=None if teacher is None else teacher.view(size, -1, teacher.shape[-1]),
                 seconds=self._stopwatch.between(*marks),
+                lengths=None if paths is None else paths.lengths,
             )
 
         if not batch.forward_mode.is_idle():

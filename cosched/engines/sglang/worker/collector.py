@@ -54,7 +54,8 @@ class Verified:
 
     ``features_BSF`` and ``teacher_BSX`` are None where nobody learns from them. ``seconds`` gives
     the time that went into drafting and verifying, and may be asked once the counts are known.
-    ``iteration`` is the scheduler's number of the pass, which rises.
+    ``iteration`` is the scheduler's number of the pass, which rises. Of a tree the rows are those of the
+    path that was taken, and ``lengths`` gives, likewise, how many drafted tokens are on each; None: all.
     """
 
     iteration: int
@@ -65,6 +66,7 @@ class Verified:
     features_BSF: Tensor | None
     teacher_BSX: Tensor | None
     seconds: Callable[[], tuple[float, float]]
+    lengths: Callable[[], list[int]] | None = None
 
 
 @dataclass(slots=True)
@@ -166,6 +168,7 @@ class RoundCollector:
         segments: list[Segment] = []
         blocks: list[ServedBlock] = []
         teacher = verified.teacher_BSX
+        lengths = verified.lengths() if verified.lengths else [None] * len(num_accepted)
         # Once for all of them: an anchor with what came out behind it.
         text_BT = torch.cat((verified.tokens_BS[:, :1], verified.decided_BS), 1)
         for i, (request_id, accepted) in enumerate(
@@ -175,7 +178,7 @@ class RoundCollector:
             if text is None:
                 continue  # it finished while this round was under way
             anchor, count = text.anchor, accepted + 1
-            path_K = verified.tokens_BS[i, 1:]
+            path_K = verified.tokens_BS[i, 1:][: lengths[i]]
             if teacher is not None:
                 tokens = text_BT[i, : count + 1]
                 features = verified.features_BSF
@@ -184,7 +187,7 @@ class RoundCollector:
                 segments.append(
                     Segment(request_id, anchor, tokens, features_RF, rows_RX, temperature=at)
                 )
-            rows = None if teacher is None else teacher[i, :-1]
+            rows = None if teacher is None else teacher[i, : len(path_K)]
             blocks.append(ServedBlock(request_id, anchor, path_K, rows, accepted, count))
             if self._on_row is not None:
                 position = anchor + 1 - text.prompt_length

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from cosched.engines.sglang import compat
 from cosched.engines.sglang.worker.adapted import AdaptedWorker, is_prefill
+from cosched.engines.sglang.worker.paths import accepted_paths
+from cosched.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,21 +31,38 @@ class ChainWorker(AdaptedWorker):
 
     def verify(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         drafted = self._stopwatch.mark()
-        tokens = batch.spec_info.draft_token
+        drafts = batch.spec_info
         output = super().verify(batch, *args, **kwargs)
         marks = self._started, drafted, self._stopwatch.mark()
-        self.saw_verification(batch, tokens, output, output.logits_output.hidden_states, marks)
+        paths = None
+        if self.topk > 1 and not batch.forward_mode.is_idle():
+            paths = accepted_paths(output.accept_index, drafts.retrieve_next_token)
+        features = output.logits_output.hidden_states
+        self.saw_verification(batch, drafts.draft_token, output, features, marks, paths)
         return output
+
+    def _longest(self) -> int:
+        return self.speculative_num_steps
 
     def _draft_model(self) -> nn.Module:
         return self.draft_worker.draft_runner.model
 
 
 class Eagle3Worker(ChainWorker, compat.EAGLEWorkerV2):
-    """SGLang's EAGLE3 worker, which can draft another number of tokens every round."""
+    """SGLang's EAGLE3 worker, which can draft another number of tokens every round, or trees."""
+
+    takes_trees = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.adaptation.lengths is not None:
             compat.quiet_switches()
             self.adaptive_controller = compat.AdaptiveController(self, self.adaptation.lengths)
+
+    def _check(self, changes_length: bool) -> None:
+        super()._check(changes_length)
+        if self.topk > 1 and not compat.says_paths():
+            raise ConfigError(
+                "drafter.top_k: this SGLang does not say which path of a tree it accepted; use 0.5.21 or "
+                "newer, or drafter.top_k: 1"
+            )
