@@ -2,12 +2,14 @@
 #   PYTHON       the interpreter that makes .venv, e.g. make demo PYTHON=python3.12
 #   PIP_ARGS     more arguments for pip, e.g. an index that has CPU-only builds of torch
 #   SERVE_ARGS   what the demo server is asked, e.g. make serve-demo SERVE_ARGS='--ask "Who was Euler?"'
+#   BENCH        what is measured, of `cosched bench --list`, e.g. make bench BENCH='overhead real_model'
 #   PYTEST_ARGS  more arguments for pytest, e.g. make test PYTEST_ARGS='-m "not slow" -k replay'
 
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 SERVE_ARGS ?=
+BENCH ?= real_model draft_lengths lookup overhead micro_step interface cost_ratio sglang
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -128,10 +130,9 @@ format: $(STAMP)  ## Sort imports, apply safe fixes, format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) $(SGLANG_STAMP)  ## Run every benchmark; results go to benchmarks/results
-	@set -e; for script in $(filter-out %_sglang.py,$(sort $(wildcard benchmarks/bench_*.py))); do \
-	  echo "== $$script"; $(BIN)/python "$$script"; done
-	PYTHONPATH=. $(PARITY_BIN)/python benchmarks/bench_sglang.py
+bench: $(STAMP) $(SGLANG_STAMP)  ## Measure in less than two hours what matters most; an interrupted one goes on
+	$(BIN)/cosched realworld fetch
+	$(BIN)/cosched bench $(BENCH)
 
 clean:  ## Remove .venv, .venv-parity, dist and what tools left (models/, runs/ and build/ stay)
 	rm -rf .venv .venv-parity dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -9,7 +9,6 @@ Break-even is the acceptance length at which speculation is as fast as plain dec
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from cosched.bench.figures import Figure, median_of, write_figures
 from cosched.build.embedded import build_world, load_drafter
 from cosched.engines.embedded.target import Target
 from cosched.protocols import Drafter
@@ -84,24 +84,22 @@ def main() -> None:
                 torch.cuda.synchronize()
             if turn >= 5:
                 times[name].append(time.perf_counter() - started)
-    plain, verify, *_ = (statistics.median(seconds) for seconds in times.values())
+    plain, verify, *_ = times.values()
     print(
         f"{options.context} tokens of context, {options.threads} threads, {rows - 1} drafts a round"
     )
-    figures: dict[str, float] = {}
+    figures: dict[str, Figure] = {}
     for name, seconds in times.items():
-        median = statistics.median(seconds)
-        share = f"{median / plain:6.3f} plain steps"
+        ratio = statistics.median(seconds) / statistics.median(plain)
+        share = f"{ratio:6.3f} plain steps"
         if name in options.drafters:
-            share += (
-                f", one of {rows - 1} tokens {plain / (median / (rows - 1)):5.1f} times cheaper"
-            )
-            figures[f"{name} break-even"] = (verify + median) / plain
-            share += f", break-even at {figures[f'{name} break-even']:.2f}"
-        print(f"{name:<14} {median * 1e3:7.2f} ms  {share}")
-        figures[f"{name} ms"] = median * 1e3
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+            share += f", one of {rows - 1} tokens {(rows - 1) / ratio:5.1f} times cheaper"
+            turns = zip(verify, seconds, plain, strict=True)
+            figures[f"{name} break-even"] = median_of([(v + s) / p for v, s, p in turns], "times")
+            share += f", break-even at {figures[f'{name} break-even'].value:.2f}"
+        figures[f"{name} ms"] = median_of([1e3 * one for one in seconds], "ms")
+        print(f"{name:<14} {figures[f'{name} ms'].value:7.2f} ms  {share}")
+    write_figures(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ Both sides of a pair run in turns, so that a busy machine hits both.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cosched.bench.figures import Figure, median_of, write_figures
 from cosched.engines.embedded.target import Target
 from cosched.protocols import Drafter
 from cosched.records import Segment, SignalBatch
@@ -37,6 +36,8 @@ START, NEW = 512, 2  # tokens before the first round, tokens committed by each
 K = NUM_DRAFT_TOKENS
 Propose = Callable[[Tensor, Tensor], Tensor]
 """``propose(tokens_BN1, features_BNF) -> tokens_BK``: N rows were committed to every slot."""
+Compared = tuple[Figure, ...]
+"""Milliseconds of the shared interface, of the loop by hand, and the ratio of a pair."""
 
 
 class Cache:
@@ -261,7 +262,7 @@ PLAIN = {"eagle3": plain_eagle3, "dflash": plain_dflash, "pard": plain_pard}
 
 
 @torch.no_grad()
-def time_propose(name: str, target: Target, batch: int, pairs: int) -> tuple[float, float, float]:
+def time_propose(name: str, target: Target, batch: int, pairs: int) -> Compared:
     drafter = DRAFTS[name](target)
     drafter.network().requires_grad_(False)
     length = START + NEW * (pairs + 5) + 2 * K + 4
@@ -285,7 +286,7 @@ def time_propose(name: str, target: Target, batch: int, pairs: int) -> tuple[flo
     return compare(*times)
 
 
-def time_replay(name: str, target: Target, batch: int, pairs: int) -> tuple[float, float, float]:
+def time_replay(name: str, target: Target, batch: int, pairs: int) -> Compared:
     drafter = DRAFTS[name](target)
     drafter.network().rotary.reserve(257 + K)
     parameters = list(drafter.network().parameters())
@@ -327,9 +328,14 @@ def now() -> float:
     return time.perf_counter()
 
 
-def compare(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    return statistics.median(ours) * 1e3, statistics.median(theirs) * 1e3, ratio
+def compare(ours: list[float], theirs: list[float]) -> Compared:
+    ratio = median_of([a / b for a, b in zip(ours, theirs, strict=True)], "times")
+    return *(median_of([1e3 * one for one in side], "ms") for side in (ours, theirs)), ratio
+
+
+def show(what: str, times: Compared) -> None:
+    shared_ms, by_hand_ms, ratio = (one.value for one in times)
+    print(f"{what}{shared_ms:>8.2f}ms{by_hand_ms:>8.2f}ms{ratio:>8.3f}")
 
 
 def main() -> None:
@@ -345,25 +351,18 @@ def main() -> None:
     device = torch.device(options.device)
     target = Target.load(str(ROOT / "tinyworld/target"), device, torch.float32)
     print(f"{'':<8}{'':<22}{'shared':>10}{'by hand':>10}{'ratio':>8}")
-    figures: dict[str, float] = {}
+    figures: dict[str, Figure] = {}
     for name in options.families:
         for batch in (1, 8):
             times = time_propose(name, target, batch, options.pairs)
-            print(
-                "{:<8}propose, batch {:<7}{:>8.2f}ms{:>8.2f}ms{:>8.3f}".format(name, batch, *times)
-            )
+            show(f"{name:<8}propose, batch {batch:<7}", times)
             figures[f"{name} propose, batch {batch}, / by hand"] = times[-1]
         for batch in (1, 8):
             times = time_replay(name, target, batch, max(4, options.pairs // 10))
-            print(
-                "{:<8}replay, requests {:<5}{:>8.2f}ms{:>8.2f}ms{:>8.3f}".format(
-                    name, batch, *times
-                )
-            )
+            show(f"{name:<8}replay, requests {batch:<5}", times)
             figures[f"{name} replay, requests {batch}, / by hand"] = times[-1]
     print("aim: at most 1.15 each")
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    write_figures(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ The steps are interleaved in one process, so that a busy machine hits all of the
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from cosched.bench.figures import Figure, median_of, write_figures
 from cosched.build.embedded import build_world, load_drafter
 from cosched.protocols import LossSettings
 from cosched.records import SignalBatch
@@ -93,14 +92,14 @@ def main() -> None:
             times[name].append(time.perf_counter() - started)
     plain = times["plain AdamW"]
     print(f"{batch.num_rows} rows, {options.threads} threads, {options.pairs} pairs")
-    figures: dict[str, float] = {}
+    figures: dict[str, Figure] = {}
     for name, seconds in times.items():
-        ratio = statistics.median(s / p for s, p in zip(seconds, plain, strict=True))
-        print(f"{name:<18} {statistics.median(seconds) * 1e3:8.2f} ms  ratio {ratio:5.3f}")
-        figures |= {f"{name} ms": statistics.median(seconds) * 1e3, f"{name} / plain": ratio}
+        ms = median_of([1e3 * one for one in seconds], "ms")
+        ratio = median_of([s / p for s, p in zip(seconds, plain, strict=True)], "times")
+        print(f"{name:<18} {ms.value:8.2f} ms  ratio {ratio.value:5.3f}")
+        figures |= {f"{name} ms": ms, f"{name} / plain": ratio}
     print("aim: DeepSpeed ZeRO 1 at most 1.25 of plain AdamW")
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    write_figures(options.json, figures)
 
 
 if __name__ == "__main__":

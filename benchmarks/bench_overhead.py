@@ -9,13 +9,12 @@ and counts but never trains, one without. Times are per round; the order within 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import time
 from pathlib import Path
 
 import torch
 
+from cosched.bench.figures import median_of, write_figures
 from cosched.build.embedded import World, build_arm, build_world
 from cosched.settings.load import load_config
 
@@ -67,18 +66,17 @@ def main() -> None:
         watched.append(found["adapted"])
     ratios = sorted(w / b for w, b in zip(watched, bare, strict=True))
     figures = {
-        "bare ms a round": statistics.median(bare) * 1e3,
-        "never ms a round": statistics.median(watched) * 1e3,
-        "never / bare": statistics.median(ratios),
+        "bare ms a round": median_of([1e3 * seconds for seconds in bare], "ms"),
+        "never ms a round": median_of([1e3 * seconds for seconds in watched], "ms"),
+        "never / bare": median_of(ratios, "times"),
     }
-    print(f"bare loop             {figures['bare ms a round']:7.3f} ms a round (median)")
-    print(f"with policy never     {figures['never ms a round']:7.3f} ms a round (median)")
+    print(f"bare loop             {figures['bare ms a round'].value:7.3f} ms a round (median)")
+    print(f"with policy never     {figures['never ms a round'].value:7.3f} ms a round (median)")
     print(
-        f"paired ratio          {figures['never / bare']:7.3f} median, "
+        f"paired ratio          {figures['never / bare'].value:7.3f} median, "
         f"{ratios[0]:.3f} to {ratios[-1]:.3f} over {options.pairs} pairs (aim: at most 1.02)"
     )
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    write_figures(options.json, figures)
 
 
 if __name__ == "__main__":

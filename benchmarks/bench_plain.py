@@ -1,6 +1,6 @@
 """Plain decoding: the embedded engine against ``transformers``' own ``generate``, and what did it.
 
-Usage: python benchmarks/bench_plain.py [--target models/SmolLM2-135M-Instruct] [--tokens 32] [--repeats 3]
+Usage: python benchmarks/bench_plain.py [--target models/SmolLM2-135M-Instruct] [--tokens 32] [--repeats 3] [--json FILE]
 
 Greedy, the same weights in the same type, no stopping; both decode as many tokens after the same
 prompts, in turns, prefill included in neither (it is timed by itself and taken off). Rows with
@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from bench_cost_ratio import target_step
 
+from cosched.bench.figures import Figure, median_of, write_figures
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
 from cosched.engines.embedded.packing import pack
 from cosched.engines.embedded.rows import LiveRows
@@ -64,8 +66,10 @@ def theirs(model: torch.nn.Module, prompts_BP: torch.Tensor, tokens: int) -> flo
 
 
 @torch.no_grad()
-def verifications(targets: dict[str, Target], context: int, rows: list[int], repeats: int) -> None:
-    """Print what so many rows of one request cost behind a context, in turns."""
+def verifications(
+    targets: dict[str, Target], context: int, rows: list[int], repeats: int
+) -> dict[str, Figure]:
+    """Print what so many rows of one request cost behind a context, in turns; returns it in plain steps."""
     steps = {
         (name, n): target_step(target, context, n) for n in rows for name, target in targets.items()
     }
@@ -76,11 +80,17 @@ def verifications(targets: dict[str, Target], context: int, rows: list[int], rep
             step()
             if turn:
                 spent[key].append(time.perf_counter() - started)
+    figures: dict[str, Figure] = {}
     for name in targets:
+        for n in rows[1:]:
+            turns = zip(spent[name, n], spent[name, rows[0]], strict=True)
+            ratio = median_of([many / one for many, one in turns], "times")
+            figures[f"{name}, verification of {n} rows behind {context} tokens"] = ratio
         median = {n: statistics.median(spent[name, n]) for n in rows}
         cells = [f"{n} {median[n] / median[rows[0]]:.2f}" for n in rows[1:]]
         plain = f"{rows[0]} row {median[rows[0]] * 1e3:.1f} ms"
         print(f"context {context}, {name}: {plain}; rows and plain steps: {', '.join(cells)}")
+    return figures
 
 
 def main() -> None:
@@ -91,7 +101,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 5, 6, 8, 12, 16])
+    parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
+    figures: dict[str, Figure] = {}
     device = torch.device("cpu")
     packed, unpacked, peer = (Target.load(options.target, device, torch.float32) for _ in range(3))
     pack(packed.model)
@@ -119,8 +131,15 @@ def main() -> None:
                 for name, times in spent.items()
             ]
             print(f"batch {batch:2}, context {context:4}: {', '.join(cells)}", flush=True)
+            for name, times in spent.items():
+                where = f"{name}, {batch} requests, {context} tokens of context"
+                speeds = [batch * options.tokens / seconds for seconds in times]
+                ratios = [b / t for b, t in zip(base, times, strict=True)]
+                figures[where] = median_of(speeds, "tokens/s")
+                figures[f"{where}, of transformers"] = median_of(ratios, "times")
     both = {"pack: false": unpacked, "cosched": packed}
-    verifications(both, min(options.contexts), options.rows, 5 * options.repeats)
+    figures |= verifications(both, min(options.contexts), options.rows, 5 * options.repeats)
+    write_figures(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What each scope costs: a micro-step, a publication, and a proposal for a batch.
 
-Usage: python benchmarks/bench_scopes.py [--family eagle3] [--pairs 30] [--threads 1] [--batch 4]
+Usage: python benchmarks/bench_scopes.py [--family eagle3] [--pairs 30] [--threads 1] [--batch 4] [--json FILE]
 
 Micro-steps and publications of all scopes are interleaved in one process, and so are proposals of
 the plain draft and of one with adapters beside one another, so that a busy machine hits all of them.
@@ -9,13 +9,13 @@ the plain draft and of one with adapters beside one another, so that a busy mach
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from cosched.bench.figures import Figure, median_of, write_figures
 from cosched.build.embedded import build_world, load_drafter
 from cosched.build.trainer import build_trainer
 from cosched.loop.publish import InPlacePublisher
@@ -36,7 +36,7 @@ SCOPES = {
 
 def interleaved(
     jobs: dict[str, Callable[[], object]], pairs: int, reference: str
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, tuple[Figure, Figure]]:
     """Milliseconds of each job, and its ratio to the reference: medians."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for round_ in range(pairs + 2):  # the first two warm up
@@ -48,17 +48,21 @@ def interleaved(
     base = times[reference]
     return {
         name: (
-            1e3 * statistics.median(spent),
-            statistics.median(s / b for s, b in zip(spent, base, strict=True)),
+            median_of([1e3 * seconds for seconds in spent], "ms"),
+            median_of([s / b for s, b in zip(spent, base, strict=True)], "times"),
         )
         for name, spent in times.items()
     }
 
 
-def show(title: str, found: dict[str, tuple[float, float]]) -> None:
+def show(title: str, found: dict[str, tuple[Figure, Figure]]) -> dict[str, Figure]:
+    """Print them; returns each under its name."""
     print(title)
+    figures: dict[str, Figure] = {}
     for name, (milliseconds, ratio) in found.items():
-        print(f"  {name:<28} {milliseconds:8.2f} ms  ratio {ratio:5.2f}")
+        print(f"  {name:<28} {milliseconds.value:8.2f} ms  ratio {ratio.value:5.2f}")
+        figures |= {f"{title}: {name} ms": milliseconds, f"{title}: {name}, ratio": ratio}
+    return figures
 
 
 def main() -> None:
@@ -67,6 +71,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     path, family = ROOT / "configs" / "quickstart.yaml", f"drafter.kind={options.family}"
     world = build_world(load_config(path, [family, "workload.max_prompts=1"]))
@@ -86,8 +91,9 @@ def main() -> None:
         publisher = InPlacePublisher.of_modules(network, target.model, target_check_every=0)
         steps[name] = lambda t=trainer, b=batch: t.update(b, Decision(1))
         publications[name] = lambda t=trainer, p=publisher: p.publish(t.weights())
-    show("micro-step, 64 anchors in a context of 512", interleaved(steps, options.pairs, "full"))
-    show("publication", interleaved(publications, options.pairs, "full"))
+    found = interleaved(steps, options.pairs, "full")
+    figures = show("micro-step, 64 anchors in a context of 512", found)
+    figures |= show("publication", interleaved(publications, options.pairs, "full"))
 
     proposals: dict[str, Callable[[], object]] = {}
     for name, users in {
@@ -103,10 +109,9 @@ def main() -> None:
             for slot, adapter in enumerate(users):
                 drafter.use_adapter(feeder.state, slot, adapter)
         proposals[name] = feeder.step
-    show(
-        f"proposal, {options.batch} requests",
-        interleaved(proposals, 4 * options.pairs, "one draft for all"),
-    )
+    found = interleaved(proposals, 4 * options.pairs, "one draft for all")
+    figures |= show(f"proposal, {options.batch} requests", found)
+    write_figures(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/bench_sglang.py [-c configs/serve_tiny_cpu.yaml] [--pairs 8]
            [--tokens 256] [--batch 1 ...] [--in-turn] [--arm NAME[/key=value]...]... [--json FILE]
-           [key=value ...]
+           [--rows FILE] [key=value ...]
 
 An arm is ``plain`` (no draft), ``stock`` (SGLang's own algorithm), ``never`` (our worker, a policy
 that never trains), ``watching`` (rows are taken, never trained on) or ``adapted``, each with
@@ -12,8 +12,8 @@ the machine's drift hits all. ``--in-turn`` starts them one after the other, whe
 only. Ratios are medians over pairs of seconds against the arm ``stock`` (or the first). Several
 numbers of requests at once are decoded one after the other, by the same engines.
 
-``--json`` keeps of each pair its seconds and a digest of each answer as well, so that arms that were
-measured one by one can be compared later (``compare``).
+``--rows`` keeps of each pair its seconds and a digest of each answer, so that arms that were measured one
+by one can be compared later (``compare``).
 """
 
 from __future__ import annotations
@@ -241,6 +241,24 @@ def compare(row: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in row.items() if name != "pairs"}, **beside}
 
 
+def as_figures(rows: list[dict[str, Any]], references: dict[int, dict[str, Any]]) -> Any:
+    """What ``--json`` has: units, and intervals of what is paired."""
+    from cosched.bench.figures import Figure, median_of
+
+    found: dict[str, Figure] = {}
+    for row in rows:
+        where = f"{row['arm']}, {row['requests']} requests"
+        found[f"{where}: tokens/s"] = Figure(value=row["tokens/s"], unit="tokens/s")
+        found[f"{where}: tau"] = Figure(value=row["tau"], unit="tokens a round")
+        for name in ("ms a round", "gap p50 ms", "gap p99 ms"):
+            found[f"{where}: {name}"] = Figure(value=row[name], unit="ms")
+        pairs = zip(row["pairs"], references[row["requests"]]["pairs"], strict=True)
+        ratios = [a["seconds"] / b["seconds"] for a, b in pairs]
+        found[f"{where}: time / stock"] = median_of(ratios, "times")
+        found[f"{where}: versions"] = Figure(value=row["versions"], unit="count")
+    return found
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     names = list(rows[0])
     cells = [
@@ -268,6 +286,7 @@ def main() -> None:
         "--prompts", nargs="+", default=[str(ROOT / "tinyworld/prompts/translated.jsonl")]
     )
     parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--rows", type=Path, help="write each arm's pairs here")
     parser.add_argument("--serve-arm", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
@@ -283,7 +302,11 @@ def main() -> None:
     first = {size: figures(reference, size) for size in options.batch}
     show([compare(row, first[row["requests"]]) for row in rows])
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        from cosched.bench.figures import write_figures
+
+        write_figures(options.json, as_figures(rows, first))
+    if options.rows:
+        options.rows.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,25 @@ take turns, a few tokens at a time, in one process.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from bench_adaptation import SAMPLED, run, workload
 from rich.console import Console
 
-from cosched.report.table import summary_table
+from cosched.bench.figures import Figure, write_figures
+from cosched.report.intervals import Ratio
+from cosched.report.table import speed_ratio, summary_table
+from cosched.runs.experiment import Experiment
+from cosched.settings.load import load_config
+from cosched.telemetry.run_folder import RunFolder
+
+ROOT = Path(__file__).parent.parent
+TEXTS = {
+    "sampled": ["workload.prompts=tinyworld/prompts/translated.jsonl"],
+    "documents": [
+        "workload.documents=tinyworld/documents/translated.jsonl",
+        "workload.prompts=null",
+    ],
+}
 
 
 def main() -> None:
@@ -26,30 +38,34 @@ def main() -> None:
     parser.add_argument("--work", default="runs/bench_speed")
     parser.add_argument("--tokens", type=int, default=640)
     parser.add_argument("--prompts", type=int, default=6)
-    parser.add_argument("--texts", nargs="+", default=["sampled", "documents"])
+    parser.add_argument("--texts", nargs="+", default=list(TEXTS))
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="key.sub=value")
     options = parser.parse_args()
-    console, figures = Console(width=120), dict[str, float | None]()
+    console, figures = Console(width=120), dict[str, Figure]()
     for text in options.texts:
-        summary = run(
-            SAMPLED,
-            [
-                f"run.dir={options.work}",
-                f"run.name={text}",
-                *workload("translated", text, options.tokens, options.prompts),
-                *options.overrides,
-            ],
-        )
+        lengths = [
+            f"workload.max_new_tokens={options.tokens}",
+            f"workload.max_prompts={options.prompts}",
+        ]
+        place = [f"run.dir={options.work}", f"run.name={text}"]
+        overrides = [*place, *lengths, *TEXTS[text], *options.overrides]
+        experiment = Experiment(load_config(ROOT / "configs" / "sampled.yaml", overrides))
+        folder = RunFolder(experiment.config.run_folder)
+        folder.create(overwrite=True)
+        summary = experiment.run(folder)
         console.print(summary_table(summary))
-        plain = summary.arms["plain"].tokens_per_s
         for name, arm in summary.arms.items():
-            figures[f"{text} {name} tokens/s"] = arm.tokens_per_s
-            if name != "plain":
-                figures[f"{text} {name} / plain"] = arm.tokens_per_s / plain
-                figures[f"{text} {name} tau"] = arm.tau
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+            figures[f"{text} {name} tokens/s"] = Figure(value=arm.tokens_per_s, unit="tokens/s")
+            ratio = speed_ratio(summary.arms, name, "plain")
+            if name != "plain" and ratio is not None:
+                figures[f"{text} {name} / plain"] = of_ratio(ratio)
+                figures[f"{text} {name} tau"] = Figure(value=arm.tau, unit="tokens a round")
+    write_figures(options.json, figures)
+
+
+def of_ratio(ratio: Ratio) -> Figure:
+    return Figure(value=ratio.value, unit="times", low=ratio.low, high=ratio.high)
 
 
 if __name__ == "__main__":

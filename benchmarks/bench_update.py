@@ -22,7 +22,6 @@ command ``cosched`` sets: large tensors in huge pages.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections import defaultdict
@@ -38,6 +37,7 @@ import torch
 from bench_cost_ratio import target_step
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from cosched.bench.figures import Figure, median_of, write_figures
 from cosched.engines.embedded import attention
 from cosched.engines.embedded.packing import PackedLinear, pack
 from cosched.engines.embedded.target import Target
@@ -243,7 +243,7 @@ def main() -> None:
         f"{rows} rows behind {options.context} tokens, {torch.get_num_threads()} threads, "
         f"medians of {options.turns} turns"
     )
-    figures: dict[str, float] = {}
+    figures: dict[str, Figure] = {}
     for kind in options.drafters:
         for requests in options.requests:
             torch.manual_seed(0)
@@ -255,13 +255,11 @@ def main() -> None:
             turn = update(drafter.clone(target.dtype), target, requests, options)
             plain, parts = timed(turn, plain_step, clock(target.device), options.turns)
             show(kind, requests, plain, parts)
-            ms = {"plain step": statistics.median(plain)} | {
-                name: statistics.median(seconds) for name, seconds in parts.items()
-            }
             what = f"{kind}, {requests}" + (", captured" if options.captured else "")
-            figures |= {f"{what}: {name} ms": 1e3 * s for name, s in ms.items()}
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+            for name, seconds in {"plain step": plain, **parts}.items():
+                ms = [1e3 * one for one in seconds]
+                figures[f"{what}: {name} ms"] = median_of(ms, "ms")
+    write_figures(options.json, figures)
 
 
 def timed(

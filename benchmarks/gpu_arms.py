@@ -29,7 +29,8 @@ SERVED = {  # arms of bench_sglang.py
 class Arm:
     """``words`` follow the interpreter; a dry run appends ``tiny`` to them, and the last ones win.
 
-    Figures come from the file that ``--json`` names, or pytest's ``--junitxml``; the runner adds it.
+    Figures come from the file that ``--json`` names, an SGLang's ``--rows`` or pytest's ``--junitxml``;
+    the runner adds it.
     ``bound`` is in seconds, of a GPU.
     """
 
@@ -44,7 +45,7 @@ class Arm:
         return self.words[:2] == ("-m", "pytest")
 
     def command(self, figures: Path, dry: bool) -> list[str]:
-        option = "--junitxml" if self.is_pytest else "--json"
+        option = "--junitxml" if self.is_pytest else "--rows" if self.is_sglang else "--json"
         return [*self.words, *(self.tiny if dry else ()), option, str(figures)]
 
 

@@ -59,7 +59,8 @@ def plain_rows(records: dict[str, Any]) -> Iterator[dict[str, Any]]:
             continue
         for figure, value in (record["figures"] or {}).items():
             aim = AIMS.get((name, figure)) or of_update(figure)
-            yield {"arm": name, "figure": figure, "measured": value, "expected": aim or ""}
+            measured = value["value"] if isinstance(value, dict) else value
+            yield {"arm": name, "figure": figure, "measured": measured, "expected": aim or ""}
 
 
 def of_update(figure: str) -> float | None:

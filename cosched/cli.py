@@ -21,10 +21,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from cosched.bench.commands import bench_app
 from cosched.errors import ConfigError, CoschedError
 from cosched.realworld.commands import realworld_app
 from cosched.report.commands import report_app
 from cosched.runs.ending import sigterm_interrupts
+from cosched.tinyworld.commands import tinyworld_app
 from cosched.top.command import top
 
 if TYPE_CHECKING:
@@ -49,12 +51,10 @@ app = typer.Typer(
         "Exit codes: 0 done, 1 failed or interrupted, 2 bad settings or input."
     ),
 )
-tinyworld_app = typer.Typer(
-    no_args_is_help=True, help="The small target, drafts and prompts that come with cosched."
-)
 app.add_typer(report_app)  # no group: one command
 app.add_typer(tinyworld_app, name="tinyworld")
 app.add_typer(realworld_app, name="realworld")
+app.add_typer(bench_app, name="bench")
 app.command()(top)
 
 ConfigFile = Annotated[Path, typer.Option("-c", "--config", help="The experiment, a YAML file.")]
@@ -325,25 +325,6 @@ def plugins() -> None:
         for plugin in registry.plugins():
             table.add_row(registry.role, plugin.name, plugin.summary, plugin.origin)
     console.print(table)
-
-
-@tinyworld_app.command("build")
-def tinyworld_build(
-    directory: Annotated[Path, typer.Option(help="Where the models and prompts go.")] = Path(
-        "build/tinyworld"
-    ),
-    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads to train with.")] = 2,
-    share: Annotated[
-        float, typer.Option(min=0.001, max=1.0, help="Share of the training, to try it out.")
-    ] = 1.0,
-) -> None:
-    """Train the tiny world from this machine's own text (two to three hours on two cores)."""
-    from cosched.tinyworld.build import build
-
-    with _progress() as progress:
-        build(directory, seed, threads, share, progress)
-    console.print(f"built: [bold]{directory}[/]", soft_wrap=True)
 
 
 def _say_what_sglang_cannot(problems: Sequence[str], draft: str = "this draft") -> None:

@@ -5,7 +5,7 @@ where the file names one they are as the file says. ``config.yaml`` in the run f
 came of it. Loss, rate, steps and anchors are what did most on code and other languages with a real
 model, and took nothing from chat at home (``benchmarks/results/README.md``): four steps on 32 anchors
 are worth more than one on 128. The policy spends what learning earns:
-``benchmarks/bench_never_worse.py`` shows what that costs where it earns nothing.
+``cosched bench never_worse`` shows what that costs where it earns nothing.
 """
 
 from __future__ import annotations

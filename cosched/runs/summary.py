@@ -19,8 +19,10 @@ from cosched.report.by_text import figures_by_text
 from cosched.report.intervals import cut
 from cosched.report.memory import footprint_rows
 from cosched.settings.arms import draft_of
+from cosched.telemetry.groups import figures_by_group
 from cosched.telemetry.metrics import (
     ArmSummary,
+    GroupFigures,
     Part,
     RequestLog,
     RunSummary,
@@ -85,7 +87,8 @@ def run_summary(
     reference = running[0].logs if greedy else None
     turns = {one.arm.name: one.turns for one in running}
     parts, parts_of = cut(turns)
-    groups = groups_of(world.requests, config.engine.max_batch)
+    groups = list(groups_of(world.requests, config.engine.max_batch))
+    ids = [[request.id for request in group] for group in groups]
     logs = {one.arm.name: one.logs for one in running}
     by_text = figures_by_text(logs, turns, [group[0].source for group in groups])
     return RunSummary(
@@ -113,7 +116,13 @@ def run_summary(
             "machine": f"{platform.machine()} {platform.system()}",
         },
         arms={
-            one.arm.name: _arm_summary(one, reference, parts[one.arm.name], by_text[one.arm.name])
+            one.arm.name: _arm_summary(
+                one,
+                reference,
+                parts[one.arm.name],
+                by_text[one.arm.name],
+                figures_by_group(one.logs, one.turns, ids),
+            )
             for one in running
         },
     )
@@ -153,6 +162,7 @@ def _arm_summary(
     reference: list[RequestLog] | None,
     parts: list[Part],
     by_text: dict[str, TextFigures],
+    by_group: list[GroupFigures],
 ) -> ArmSummary:
     figures = round_figures(one.logs)
     coscheduler, stages = one.arm.coscheduler, one.stages()
@@ -180,6 +190,7 @@ def _arm_summary(
         evicted_requests=counters.evicted if counters else 0,
         cut_conversations=sum(log.cut for log in one.logs),
         by_text=by_text,
+        by_group=by_group,
     )
 
 

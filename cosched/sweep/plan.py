@@ -11,10 +11,9 @@ import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from msgspec import Meta
 from omegaconf import DictConfig, OmegaConf
 
 from cosched.errors import ConfigError
@@ -23,47 +22,16 @@ from cosched.settings.arms import ADAPTED, FROZEN, PLAIN, VARIANT_NAME, WINDOW_S
 from cosched.settings.convert import convert
 from cosched.settings.load import check_paths, resolved, typed
 from cosched.settings.merge import from_keys, from_words, merge, read_yaml
-from cosched.settings.sections import AdaptSettings, CheckpointSettings, Section
+from cosched.settings.sections import AdaptSettings, CheckpointSettings
+from cosched.sweep.file import SweepFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from cosched.settings.schema import Config
+    from cosched.sweep.file import Axis, Changes, RecordPlan
 
-Changes = dict[str, Any]  # {"key.sub": value}
-# Values of one key, or named bundles of settings that change together.
-Axis = Annotated[list[Any], Meta(min_length=1)] | Annotated[dict[str, Changes], Meta(min_length=1)]
 DIGEST = 8  # hexadecimal digits: among thousands of experiments, none is mistaken for another
-
-
-class RecordPlan(Section, frozen=True):
-    """``record``: the ``texts`` that every cell is judged on, each recorded once into ``dir``.
-
-    ``set`` holds for all recordings, a text's own settings for its own. Sweeps whose recordings have
-    the same settings share them.
-    """
-
-    texts: Annotated[dict[str, Changes], Meta(min_length=1)]
-    dir: str = "runs/traces"
-    set: Changes = msgspec.field(default_factory=dict)
-
-
-class SweepFile(Section, frozen=True):
-    """A sweep: an experiment (``base``, a file beside this one, or ``experiment``, inline) and axes.
-
-    ``set`` changes the experiment for all cells. ``grid`` is the cross product of its axes;
-    ``around`` changes one of its axes at a time, and is done for each point of the grid; ``cells``
-    are points of their own. The key ``arm`` says which arm is judged, ``adapted`` or a variant.
-    An override of a key that is an axis of ``grid`` takes the place of that axis.
-    """
-
-    record: RecordPlan
-    base: str | None = None
-    experiment: dict[str, Any] | None = None
-    set: Changes = msgspec.field(default_factory=dict)
-    grid: dict[str, Axis] = msgspec.field(default_factory=dict)
-    around: dict[str, Axis] = msgspec.field(default_factory=dict)
-    cells: dict[str, Changes] = msgspec.field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +94,9 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     recordings = _recordings(sweep.record, base, _layers(config for _, config in configs))
     folder = configs[0][1].run_folder
     cells, controls = _cells(folder, configs, recordings)
-    grid = {name: AxisInfo(list(_values(name, a)), None) for name, a in sweep.grid.items()}
+    grid = {name: AxisInfo(list(values_of(name, a)), None) for name, a in sweep.grid.items()}
     around = {
-        name: AxisInfo(list(_values(name, a)), _default(configs[0][1], name, a))
+        name: AxisInfo(list(values_of(name, a)), _default(configs[0][1], name, a))
         for name, a in sweep.around.items()
     }
     return Plan(folder, recordings, controls, cells, grid | around)
@@ -155,10 +123,10 @@ def _points(sweep: SweepFile) -> Iterator[tuple[dict[str, str], Changes]]:
     if sweep.around or not sweep.cells:
         single.append(({}, {}))
     for name, axis in sweep.around.items():
-        single += [({name: label}, changes) for label, changes in _values(name, axis).items()]
+        single += [({name: label}, changes) for label, changes in values_of(name, axis).items()]
     single += [({"cells": label}, changes) for label, changes in sweep.cells.items()]
     axes = [
-        [(name, *value) for value in _values(name, a).items()] for name, a in sweep.grid.items()
+        [(name, *value) for value in values_of(name, a).items()] for name, a in sweep.grid.items()
     ]
     for point in itertools.product(*axes):
         of_grid = {name: label for name, label, _ in point}
@@ -167,7 +135,8 @@ def _points(sweep: SweepFile) -> Iterator[tuple[dict[str, str], Changes]]:
             yield {**of_grid, **settings}, {**changed, **changes}
 
 
-def _values(name: str, axis: Axis) -> dict[str, Changes]:
+def values_of(name: str, axis: Axis) -> dict[str, Changes]:
+    """What an axis changes at each of its labels."""
     if isinstance(axis, dict):
         return axis
     return {_label(value): {name: value} for value in axis}
@@ -244,7 +213,7 @@ def _recordings(record: RecordPlan, base: DictConfig, layers: set[int]) -> dict[
         config = _typed(merge(merged, from_keys(fixed, where), where), where)
         check_paths(config)
         said = b"".join(Path(path).read_bytes() for path in config.workload.files.values())
-        jobs[text] = _job(text, Path(record.dir), _without_learning(config), said, record=True)
+        jobs[text] = named_job(text, Path(record.dir), without_learning(config), said, record=True)
     return jobs
 
 
@@ -262,20 +231,22 @@ def _cells(
             trace = str(recording.config.run_folder / "trace")
             engine = msgspec.structs.replace(config.engine, trace=trace)
             judged = msgspec.structs.replace(config, engine=engine)
-            control = msgspec.structs.replace(_without_learning(judged), arms=tuple(frozen))
-            held_against = _job(f"{drafter.kind}-{text}-frozen", place, control)
+            control = msgspec.structs.replace(without_learning(judged), arms=tuple(frozen))
+            held_against = named_job(f"{drafter.kind}-{text}-frozen", place, control)
             controls[held_against.id] = held_against
-            job = _job(f"{drafter.kind}-{text}", place, judged)
+            job = named_job(f"{drafter.kind}-{text}", place, judged)
             cells.setdefault(job.id, Cell(job, drafter.kind, text, settings, held_against.id))
     return list(cells.values()), controls
 
 
-def _without_learning(config: Config) -> Config:
+def without_learning(config: Config) -> Config:
     """The same whatever is said of learning, for arms that do not."""
     return msgspec.structs.replace(config, adapt=AdaptSettings(), variants={})
 
 
-def _job(prefix: str, place: Path, config: Config, said: bytes = b"", record: bool = False) -> Job:
+def named_job(
+    prefix: str, place: Path, config: Config, said: bytes = b"", record: bool = False
+) -> Job:
     """An experiment under its own name; ``said`` is what a file has that the settings only name."""
     nameless = msgspec.structs.replace(
         config, run=msgspec.structs.replace(config.run, name="", dir="")

@@ -83,6 +83,31 @@ class TextFigures(msgspec.Struct, frozen=True, kw_only=True):
     parts: list[Part] = []
 
 
+class Place(msgspec.Struct, frozen=True, array_like=True):
+    """Rounds that began at generated positions from ``start`` to the next edge, and what they committed."""
+
+    start: int
+    rounds: int
+    tokens: int
+    rounds_novel: int
+    tokens_novel: int
+
+
+class GroupFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What an arm did on one group of requests; ``source`` is their file, where there are several.
+
+    ``tokens`` were generated in ``seconds``, ``repeated`` of them at positions that are not novel;
+    ``drafted`` were verified. ``places`` says what the rounds committed.
+    """
+
+    source: str | None
+    tokens: int
+    repeated: int
+    drafted: int
+    seconds: float
+    places: list[Place]
+
+
 class ArmSummary(RoundFigures, kw_only=True):
     """One arm in ``summary.json``; fields are added, never renamed."""
 
@@ -101,6 +126,7 @@ class ArmSummary(RoundFigures, kw_only=True):
     cut_conversations: int = 0  # ended early: their next turn did not fit
     evicted_requests: int = 0  # whose rows the replay buffer dropped for want of room
     by_text: dict[str, TextFigures] = {}  # by the name of the file, where there are several
+    by_group: list[GroupFigures] = []  # in the order of time
 
 
 class RunSummary(msgspec.Struct, kw_only=True):

@@ -11,6 +11,7 @@ from links import ROOT
 from typer.core import TyperCommand, TyperGroup, TyperOption
 from typer.main import get_command
 
+from cosched.bench.suite import load_suite, suite_files
 from cosched.cli import app
 from cosched.engines.sglang.operators.metrics import METRICS
 
@@ -72,6 +73,17 @@ def metrics_table() -> str:
         + "\n".join(rows)
         + "\n"
     )
+
+
+def suites_table() -> str:
+    """The benchmarks that are shipped."""
+    rows = [
+        f"| `{file.stem}` | {suite.about} | {suite.minutes} |"
+        for file in suite_files(ROOT)
+        for suite in [load_suite(file)]
+    ]
+    header = "| suite | what it asks | minutes on two cores |\n| --- | --- | --- |\n"
+    return header + "\n".join(rows) + "\n"
 
 
 def modules_page() -> str:

@@ -15,6 +15,7 @@ from msgspec import NODEFAULT
 from msgspec import inspect as types
 from omegaconf import OmegaConf
 
+from cosched.bench.suite import RunsSuite, ScriptSuite
 from cosched.protocols import (
     ComposedSettings,
     DrafterSettings,
@@ -26,7 +27,7 @@ from cosched.protocols import (
 from cosched.registry import DRAFTERS, LENGTHS, LOSSES, OBJECTIVES, POLICIES, Registry
 from cosched.settings.schema import Config
 from cosched.settings.serving import is_served
-from cosched.sweep.plan import SweepFile
+from cosched.sweep.file import SweepFile
 from schedulers.defaults import TABLE
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ ROLES = {
     "adapt.loss": Role(LOSSES, LossSettings),
     "adapt.objective": Role(OBJECTIVES, ObjectiveSettings),
 }
+OTHER_FILES = ("sweep", "suite", "script")  # that name an experiment
 # LaTeX of the losses' and objectives' formulas, as text.
 SYMBOLS = {
     r"\tfrac12": "½", r"\sum": "Σ", r"\log": "log ", r"\min": "min", r"\max": "max", r"\exp": "exp",
@@ -59,7 +61,7 @@ SYMBOLS = {
 
 def settings_page() -> str:
     """The whole reference, as Markdown."""
-    return "\n".join((*_section(Config, "", _homes(Config)), *_defaults(), *_sweep()))
+    return "\n".join((*_section(Config, "", _homes(Config)), *_defaults(), *_other_files()))
 
 
 def keys(settings: Struct) -> list[str]:
@@ -79,7 +81,7 @@ def docstrings(settings: Struct, above: Struct = msgspec.Struct) -> str:
 
 def settings_classes() -> Iterator[Struct]:
     """Every class whose keys a file may hold."""
-    for root in (Config, SweepFile):
+    for root in (Config, SweepFile, RunsSuite, ScriptSuite):
         yield from _below(root, set())
     for role in ROLES.values():
         for plugin in role.registry.plugins():
@@ -218,18 +220,30 @@ def _defaults() -> Iterator[str]:
         yield f"{', '.join(titles)}:\n\n```yaml\n{text}```\n"
 
 
-def _sweep() -> Iterator[str]:
-    """A sweep's own file; what is inside an experiment is above."""
-    yield from _heading("A sweep's file", "sweep", 2)
-    yield from _prose(docstrings(SweepFile))
-    yield from _table(_fields(SweepFile), "sweep", {})
-    for field in _fields(SweepFile):
-        for cls in _structs(field.type):
-            yield from _heading(
-                f"{field.encode_name} (of a sweep)", f"sweep.{field.encode_name}", 3
-            )
-            yield from _prose(docstrings(cls))
-            yield from _table(_fields(cls), "sweep", {})
+def _other_files() -> Iterator[str]:
+    """Files that name an experiment; what is inside that is above."""
+    homes: dict[Struct, str] = {}
+    yield from _file("A sweep's file", "sweep", SweepFile, homes)
+    yield from _file("A benchmark's file, kind: runs", "suite", RunsSuite, homes)
+    yield from _file("A benchmark's file, kind: script", "script", ScriptSuite, homes)
+
+
+def _file(title: str, what: str, settings: Struct, homes: dict[Struct, str]) -> Iterator[str]:
+    """The keys of such a file, and the sections in it that have no home yet."""
+    new = {
+        cls: where
+        for where, field in _paths(settings, what)
+        for cls in _structs(field.type)
+        if cls not in homes
+    }
+    homes |= new
+    yield from _heading(title, what, 2)
+    yield from _prose(docstrings(settings))
+    yield from _table(_fields(settings), what, homes)
+    for cls, where in new.items():
+        yield from _heading(f"{where.removeprefix(f'{what}.')} (of a {what})", where, 3)
+        yield from _prose(docstrings(cls))
+        yield from _table(_fields(cls), what, {})
 
 
 # --- Markdown --------------------------------------------------------------------------------
@@ -267,7 +281,7 @@ def _table(fields: Iterable[types.Field], path: str, homes: dict[Struct, str]) -
 def _row(field: types.Field, path: str, homes: dict[Struct, str]) -> str:
     where = f"{path}.{field.encode_name}".lstrip(".")
     allowed = _allowed(field.type, where, homes)
-    served = "✓" if path != "sweep" and is_served(where) else ""
+    served = "✓" if path not in OTHER_FILES and is_served(where) else ""
     return f"| `{field.encode_name}` | {allowed} | {_default(field, where)} | {served} |"
 
 
@@ -298,8 +312,8 @@ def _allowed(kind: types.Type, where: str, homes: dict[Struct, str]) -> str:
             return "`null`"
         case types.AnyType():
             return "anything"
-        case types.UnionType(types=several) if any(
-            isinstance(t, types.StructType) for t in several
+        case types.UnionType(types=several) if (
+            sum(isinstance(one, types.StructType) for one in several) > 1
         ):
             return f"[a section by its kind](#{anchor(where)})"
         case types.UnionType(types=several):

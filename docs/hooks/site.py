@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from links import ROOT, TAKEN_IN, with_links
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
-from repository_pages import commands_page, metrics_table, modules_page
+from repository_pages import commands_page, metrics_table, modules_page, suites_table
 from settings_page import settings_page
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ GENERATED = {
     "metrics": metrics_table,
     "modules": modules_page,
     "settings": settings_page,
+    "suites": suites_table,
 }
 PLACE = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 

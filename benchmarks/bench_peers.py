@@ -1,0 +1,175 @@
+"""The real model beside what people use instead: ``transformers``' own assisted generation and prompt lookup.
+
+Usage: python benchmarks/bench_peers.py [--config configs/real_model.yaml] [--prompts FILE ...] [--max-prompts 6]
+           [--tokens 256] [--arms plain eagle3.frozen+window ...] [--assistant models/drafts/pard]
+           [--lookup 3] [--assisted 3] [--json FILE] [key.sub=value ...]
+
+Greedy, the same weights in the same type, one request at a time: every arm answers a prompt before the
+next one comes, in an order that goes round, prefill included. ``transformers`` decodes with its ``sdpa`` attention:
+``generate`` as it is, with ``prompt_lookup_num_tokens``, and with an ``assistant_model``, which is PARD's
+draft as an ordinary language model (the only other one that has the target's words). Arms of cosched are
+those of the file, at temperature 0. Ratios are of the totals, with jackknife intervals over the prompts of
+all files; answers that differ from ``generate``'s are counted: two tokens may be as good as one another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from cosched.bench.figures import Figure, write_figures
+from cosched.build.embedded import Arm, build_arm, build_world
+from cosched.engines.embedded.target import Target
+from cosched.engines.request import GenerationRequest
+from cosched.records import IDLE_TICK
+from cosched.report.intervals import MIN_PARTS, paired_ratio
+from cosched.settings.load import load_config
+from cosched.telemetry.metrics import Part
+from cosched.telemetry.run_folder import NoEvents
+
+ROOT = Path(__file__).parent.parent
+ARMS = ["plain", "eagle3.frozen+window", "eagle3.adapted+window", "eagle3.default+window"]
+PROMPTS = [
+    "realworld/prompts/chat.jsonl",
+    "models/human-eval/code.jsonl",
+    "realworld/prompts/languages.jsonl",
+]
+GENERATE = "transformers"
+Answer = Callable[[GenerationRequest], list[int]]
+"""What an arm says to a request: the new tokens."""
+
+
+def theirs(model: Any, ends: frozenset[int], **how: Any) -> Answer:
+    @torch.no_grad()
+    def answer(request: GenerationRequest) -> list[int]:
+        ids_1P = request.prompt_P[None]
+        said = model.generate(
+            ids_1P,
+            attention_mask=torch.ones_like(ids_1P),
+            do_sample=False,
+            max_new_tokens=request.max_new_tokens,
+            eos_token_id=sorted(ends),
+            pad_token_id=0,
+            **how,
+        )
+        return said[0, ids_1P.shape[1] :].tolist()
+
+    return answer
+
+
+def ours(arm: Arm) -> Answer:
+    def answer(request: GenerationRequest) -> list[int]:
+        (done,) = arm.engine.generate([request])
+        return list(done.tokens)
+
+    return answer
+
+
+def settle(arms: list[Arm]) -> None:
+    """Until no update is under way: it would go on in the time of the next arm."""
+    for arm in arms:
+        while arm.coscheduler is not None and arm.coscheduler.busy:
+            time.sleep(0.001)
+            arm.coscheduler.on_round(IDLE_TICK)
+
+
+def measure(
+    answers: dict[str, Answer], requests: list[GenerationRequest], arms: list[Arm]
+) -> tuple[dict[str, list[Part]], dict[str, int]]:
+    """Tokens and seconds of each arm by request, and how many of its answers are not ``generate``'s."""
+    parts: dict[str, list[Part]] = {name: [] for name in answers}
+    differing = dict.fromkeys(answers, 0)
+    names = list(answers)
+    for name in names:  # warms up
+        answers[name](requests[-1])
+        settle(arms)
+    for number, request in enumerate(requests):
+        turn, said = number % len(names), {}
+        for name in names[turn:] + names[:turn]:
+            started = time.perf_counter()
+            said[name] = answers[name](request)
+            parts[name].append(Part(len(said[name]), time.perf_counter() - started))
+            settle(arms)
+        for name in names:
+            differing[name] += said[name] != said[GENERATE]
+        print(f"{number + 1} of {len(requests)} prompts", flush=True)
+    return parts, differing
+
+
+def as_figures(
+    text: str, parts: dict[str, list[Part]], differing: dict[str, int]
+) -> dict[str, Figure]:
+    found: dict[str, Figure] = {}
+    for name, own in parts.items():
+        where = f"{text}, {name}"
+        speed = sum(part.tokens for part in own) / sum(part.seconds for part in own)
+        found[f"{where}: tokens/s"] = Figure(value=speed, unit="tokens/s")
+        if name != GENERATE and len(own) >= MIN_PARTS:
+            ratio = paired_ratio(own, parts[GENERATE])
+            figure = Figure(value=ratio.value, unit="times", low=ratio.low, high=ratio.high)
+            found[f"{where}: of transformers"] = figure
+            found[f"{where}: other text"] = Figure(value=differing[name], unit="count")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="configs/real_model.yaml")
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS)
+    parser.add_argument("--max-prompts", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--arms", nargs="+", default=ARMS)
+    parser.add_argument("--assistant", default="models/drafts/pard")
+    parser.add_argument("--lookup", type=int, default=3, help="tokens that prompt lookup proposes")
+    parser.add_argument(
+        "--assisted", type=int, default=3, help="tokens that the assistant proposes"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    options = parser.parse_intermixed_args()
+    figures: dict[str, Figure] = {}
+    for prompts in options.prompts:
+        overrides = [
+            f"workload.prompts={prompts}",
+            "workload.documents=null",
+            "workload.temperature=0",
+            f"workload.max_prompts={options.max_prompts}",
+            f"workload.max_new_tokens={options.tokens}",
+            f"arms=[{','.join(options.arms)}]",
+        ]
+        config = load_config(ROOT / options.config, [*overrides, *options.overrides])
+        world = build_world(config)
+        arms = {name: build_arm(world, name, NoEvents()) for name in options.arms}
+        peer = Target.load(config.target.folder, world.target.device, world.target.dtype).model
+        peer.set_attn_implementation("sdpa")
+        assistant = AutoModelForCausalLM.from_pretrained(
+            options.assistant, dtype=world.target.dtype
+        )
+        assistant.generation_config.num_assistant_tokens = options.assisted
+        assistant.generation_config.num_assistant_tokens_schedule = "constant"
+        ends = world.target.end_tokens
+        answers: dict[str, Answer] = {
+            GENERATE: theirs(peer, ends),
+            "prompt lookup": theirs(peer, ends, prompt_lookup_num_tokens=options.lookup),
+            "assistant": theirs(peer, ends, assistant_model=assistant),
+            **{f"cosched {name}": ours(arm) for name, arm in arms.items()},
+        }
+        parts, differing = measure(answers, world.requests, list(arms.values()))
+        own = as_figures(Path(prompts).stem, parts, differing)
+        for name, figure in own.items():
+            ends_at = f" ({figure.low} to {figure.high})" if figure.low is not None else ""
+            print(f"{name:<60}{figure.value:8.2f}{ends_at}", flush=True)
+        figures |= own
+    write_figures(options.json, figures)
+
+
+if __name__ == "__main__":
+    main()

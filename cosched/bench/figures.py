@@ -1,0 +1,67 @@
+"""A measured figure with its unit and interval, and how scripts hand theirs over."""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from cosched.errors import RunFolderError
+from cosched.telemetry.run_folder import explained
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+COVERAGE = 0.95
+Unit = Literal["tokens", "tokens a round", "tokens/s", "times", "share", "ms", "count", "rows"]
+"""``times``: over that of another arm; ``share``: of 1."""
+
+
+class Figure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A value, and the ends of its 95 % interval where there is one."""
+
+    value: float
+    unit: Unit
+    low: float | None = None
+    high: float | None = None
+
+
+def median_of(values: Sequence[float], unit: Unit) -> Figure:
+    """The median of repeats, with the interval of the sign test, which six of them have.
+
+    Of n repeats k or fewer lie below the median of what they are drawn from with the probability
+    P(k) of k or fewer heads in n throws of a coin, whatever the distribution. With the largest k of
+    P(k) <= 2.5 %, the interval leaves out the k smallest and the k largest.
+    """
+    ordered, number = sorted(values), len(values)
+    tail, below = (1 - COVERAGE) / 2 * 2**number, 1
+    if below > tail:
+        return Figure(value=median(ordered), unit=unit)
+    left_out = 0
+    while (below := below + math.comb(number, left_out + 1)) <= tail:
+        left_out += 1
+    low, high = ordered[left_out], ordered[-1 - left_out]
+    return Figure(value=median(ordered), unit=unit, low=low, high=high)
+
+
+def write_figures(path: Path | None, figures: Mapping[str, Figure]) -> None:
+    """What a script measured, into the file that ``--json`` names, if it does."""
+    if path is not None:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(figures)) + b"\n")
+
+
+def read_figures(path: Path) -> dict[str, Figure]:
+    """What a script has written.
+
+    Raises:
+        RunFolderError: it wrote nothing, or something else.
+    """
+    with explained(path, "read"):
+        data = path.read_bytes()
+    try:
+        return msgspec.json.decode(data, type=dict[str, Figure])
+    except msgspec.MsgspecError as error:
+        raise RunFolderError(f"{path}: these are no figures: {error}") from error

@@ -1,0 +1,129 @@
+"""Runs what a suite lacks, one run after the other, and says how far it is."""
+
+from __future__ import annotations
+
+import time
+from statistics import fmean
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from cosched.bench.machine import Provenance, provenance
+from cosched.errors import CoschedError, RunFolderError
+from cosched.report.table import load_summary
+from cosched.runs import resume
+from cosched.runs.experiment import Experiment
+from cosched.settings.load import to_yaml
+from cosched.sweep.results import finished
+from cosched.telemetry.run_folder import RunFolder, explained
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from cosched.bench.plan import BenchPlan
+    from cosched.sweep.plan import Job
+
+MEASURED_WITH = "measured_with.json"  # beside the summary: a run may be older than the code is now
+
+
+class SuiteInterruptedError(CoschedError):
+    """Ctrl-C; what was measured stays, and the same command goes on."""
+
+
+class Progress(NamedTuple):
+    """Where a suite is: a job's place among ``total``, its share done, and about how long is left."""
+
+    name: str
+    place: int
+    total: int
+    share: float
+    seconds_left: float | None
+
+
+def measure(plan: BenchPlan, on_progress: Callable[[Progress], None]) -> None:
+    """Run all that is missing; an interrupted run goes on from its last group of requests.
+
+    Raises:
+        SuiteInterruptedError: by Ctrl-C.
+        CoschedError: a run cannot be done.
+    """
+    jobs = plan.jobs
+    for place, job in enumerate(jobs, 1):
+        if not finished(job.config.run_folder):
+            _run(job, _Clock(jobs, place, on_progress))
+
+
+class _Clock:
+    """Tells how far a job is, and guesses how long it and those behind it will take."""
+
+    def __init__(
+        self, jobs: list[Job], place: int, on_progress: Callable[[Progress], None]
+    ) -> None:
+        self._job, self._place, self._total = jobs[place - 1], place, len(jobs)
+        self._on_progress = on_progress
+        self._known = [
+            seconds
+            for job in jobs
+            if job.record == self._job.record and (seconds := _seconds(job)) is not None
+        ]
+        self._left = sum(not finished(job.config.run_folder) for job in jobs[place:])
+        self._started = time.monotonic()
+
+    def tell(self, share: float) -> None:
+        spent = time.monotonic() - self._started
+        own = spent / share if share else None
+        each = fmean(self._known) if self._known else own
+        left = None
+        if each is not None:
+            left = max(0.0, (own or each) - spent) + each * self._left
+        progress = Progress(self._job.id, self._place, self._total, share, left)
+        self._on_progress(progress)
+
+
+def _run(job: Job, clock: _Clock) -> None:
+    """One run into its folder: anew, or on from where it was interrupted."""
+    clock.tell(0.0)
+    path = job.config.run_folder
+    going_on = not job.record and (path / resume.FOLDER).exists()
+    folder, experiment = RunFolder(path), Experiment(job.config, job.record)
+    now, before = provenance(), measured_with(path) if going_on else None
+    if not going_on:
+        folder.create(overwrite=True)
+        folder.write("config.yaml", to_yaml(job.config))  # what makes it a run's folder comes first
+    elif before is None or before.commit != now.commit:
+        now = msgspec.structs.replace(now, dirty=True)  # of two commits
+    folder.write(MEASURED_WITH, msgspec.json.encode(now))
+    done = 0
+
+    def advance(_arm: str, number: int) -> None:
+        nonlocal done
+        done += number
+        clock.tell(min(1.0, done / max(1, experiment.total_tokens)))
+
+    experiment.run(folder, advance, resume=going_on)
+    if experiment.interrupted:
+        raise SuiteInterruptedError(f"interrupted; {path} is gone on with by the same command")
+
+
+def measured_with(run_folder: Path) -> Provenance | None:
+    """The commit and machine of a run; None where it was not this command that ran it.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    path = run_folder / MEASURED_WITH
+    if not path.exists():
+        return None
+    with explained(path, "read"):
+        data = path.read_bytes()
+    try:
+        return msgspec.json.decode(data, type=Provenance)
+    except msgspec.MsgspecError as error:
+        raise RunFolderError(f"{path} is damaged: {error}") from error
+
+
+def _seconds(job: Job) -> float | None:
+    """What a job took, where it is done."""
+    path = job.config.run_folder
+    return load_summary(path).run.get("seconds") if finished(path) else None
