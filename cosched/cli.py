@@ -21,6 +21,7 @@ from rich.table import Table
 
 from cosched.errors import ConfigError, CoschedError
 from cosched.realworld.commands import realworld_app
+from cosched.tinyworld.commands import tinyworld_app
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,9 +45,6 @@ app = typer.Typer(
         "behind the file: [bold]adapt.trainer.lr=1e-4 workload.max_prompts=2[/].\n\n"
         "Exit codes: 0 done, 1 failed or interrupted, 2 bad settings or input."
     ),
-)
-tinyworld_app = typer.Typer(
-    no_args_is_help=True, help="The small target, drafts and prompts that come with cosched."
 )
 app.add_typer(tinyworld_app, name="tinyworld")
 app.add_typer(realworld_app, name="realworld")
@@ -246,6 +244,26 @@ def serve(
 
 
 @app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    arm: Annotated[
+        str, typer.Option(help="The arm that servers run; adapted+window if their draft has one.")
+    ] = "adapted",
+    resume: Resume = False,
+) -> None:
+    """Train a draft for servers of the same file, with [bold]adapt.placement: sidecar[/].
+
+    Servers connect when they like, and go on serving when this ends. It stops on SIGTERM or Ctrl-C, and
+    saves what was learnt as [bold]adapt.checkpoint[/] says.
+    """
+    from cosched.runs.train import train as run_trainer
+    from cosched.settings.load import load_config
+
+    run_trainer(load_config(config, overrides or ()), arm, resume)
+
+
+@app.command()
 def control(
     verb: Annotated[str, typer.Argument(metavar="status|on|off|rollback N|save NAME")],
     what: Annotated[str | None, typer.Argument(metavar="[N or NAME]")] = None,
@@ -331,25 +349,6 @@ def report(
 
     _print_tables(load_summary(run_dir))
     console.print(f"report: [bold]{write_report(run_dir)}[/]", soft_wrap=True)
-
-
-@tinyworld_app.command("build")
-def tinyworld_build(
-    directory: Annotated[Path, typer.Option(help="Where the models and prompts go.")] = Path(
-        "build/tinyworld"
-    ),
-    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads to train with.")] = 2,
-    share: Annotated[
-        float, typer.Option(min=0.001, max=1.0, help="Share of the training, to try it out.")
-    ] = 1.0,
-) -> None:
-    """Train the tiny world from this machine's own text (two to three hours on two cores)."""
-    from cosched.tinyworld.build import build
-
-    with _progress() as progress:
-        build(directory, seed, threads, share, progress)
-    console.print(f"built: [bold]{directory}[/]", soft_wrap=True)
 
 
 def _print_tables(summary: RunSummary) -> None:

@@ -24,6 +24,7 @@ COUNTERS = {
     "refused_updates": "Updates that were scored and did not serve.",
     "rollbacks": "Times that an earlier version was served again, by the guard or by hand.",
     "evicted_requests": "Requests whose rows were dropped from the replay buffer for want of room.",
+    "dropped_rounds": "Rounds that a side-car trainer did not get.",
 }
 KINDS = ("draft", "verify", "update", "publish", "guard", "background")
 

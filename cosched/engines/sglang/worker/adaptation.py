@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cosched.engines.sglang.worker.saving import Saving
     from cosched.loop.roles import Sink
     from cosched.records import VerifyRound
+    from cosched.sidecar.follower import Follower
     from cosched.training.ranks import Ranks
 
 logger = logging.getLogger("cosched")
@@ -68,7 +69,7 @@ class Adaptation:
     def __init__(
         self,
         algorithm: str,
-        coscheduler: Coscheduler,
+        coscheduler: Coscheduler | Follower,
         collector: RoundCollector,
         ranks: Ranks,
         watches: bool,
@@ -346,5 +347,6 @@ class Adaptation:
             rollbacks=counters.rolled_back,
             guard_seconds=counters.guard_seconds,
             evicted_requests=counters.evicted,
+            dropped_rounds=counters.dropped,
             rounds_by_drafted=tuple(self._rounds_by_drafted),
         )

@@ -12,6 +12,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """How the adaptation stands: for ``/cosched/status``, ``/metrics`` and ``cosched doctor``.
 
     ``failure`` says why training stopped for good, ``warning`` what is wrong without stopping it.
+    ``dropped_rounds`` are those that a side-car did not get.
     ``rounds_by_drafted[K]`` counts the verification rounds that drafted K tokens for each request.
     """
 
@@ -36,6 +37,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     rollbacks: int = 0
     guard_seconds: float = 0.0
     evicted_requests: int = 0
+    dropped_rounds: int = 0
     rounds_by_drafted: tuple[int, ...] = ()
 
 
