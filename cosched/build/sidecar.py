@@ -19,7 +19,7 @@ from cosched.errors import ConfigError
 from cosched.loop.checksum import checksum
 from cosched.loop.publish import InPlacePublisher
 from cosched.registry import DRAFTERS
-from cosched.settings.arms import split_arm
+from cosched.settings.arms import ADAPTED, split_arm
 from cosched.settings.device import check_there, device_of
 from cosched.settings.learning import learning_settings
 from cosched.sidecar.many import GuardOfMany
@@ -61,7 +61,13 @@ def build_sidecar(config: Config, arm: str, resume: bool, sink: Sink) -> Service
     Raises:
         CoschedError: a setting or file is wrong, the address is taken, or what was saved does not fit.
     """
-    config, windowed = config.for_arm(arm), split_arm(arm)[1] or config.engine.kind == "sglang"
+    base, windowed = split_arm(arm)
+    if base not in {ADAPTED, *config.for_arm(arm).variants}:
+        raise ConfigError(
+            f"--arm: {arm!r} does not learn; take {ADAPTED}, or a variant of the file"
+        )
+    windowed |= config.engine.kind == "sglang"
+    config = config.for_arm(arm)
     settings, where = config.adapt.sidecar, config.adapt_key
     if config.adapt.placement != "sidecar":
         raise ConfigError(
