@@ -253,6 +253,26 @@ def serve(
 
 
 @app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    arm: Annotated[
+        str, typer.Option(help="The arm that servers run; adapted+window if their draft has one.")
+    ] = "adapted",
+    resume: Resume = False,
+) -> None:
+    """Train a draft for servers of the same file, with [bold]adapt.placement: sidecar[/].
+
+    Servers connect when they like, and go on serving when this ends. It stops on SIGTERM or Ctrl-C, and
+    saves what was learnt as [bold]adapt.checkpoint[/] says.
+    """
+    from cosched.runs.train import train as run_trainer
+    from cosched.settings.load import load_config
+
+    run_trainer(load_config(config, overrides or ()), arm, resume)
+
+
+@app.command()
 def control(
     verb: Annotated[str, typer.Argument(metavar="status|on|off|rollback N|save NAME")],
     what: Annotated[str | None, typer.Argument(metavar="[N or NAME]")] = None,

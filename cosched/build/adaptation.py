@@ -11,6 +11,7 @@ import torch
 
 from cosched.build.coscheduler import build_coscheduler
 from cosched.build.resuming import go_on, origin_of
+from cosched.coscheduler import Coscheduler
 from cosched.engines.sglang.worker.adaptation import Adaptation
 from cosched.engines.sglang.worker.collector import RoundCollector
 from cosched.engines.sglang.worker.lengths import ServedLengths
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from cosched.records import RoundRow
     from cosched.settings.schema import Config
     from cosched.settings.sections import PublishSettings
+    from cosched.sidecar.follower import Follower
     from cosched.training.ranks import Ranks
 
 
@@ -67,16 +69,7 @@ def build_adaptation(
         drafter: Drafter = DRAFTERS.get(settings.kind).load(settings, parts.target)
         trains: bool = POLICIES.get(config.policy_settings.kind).trains
         publisher = _publisher_into(parts, drafter, config.adapt.publish) if trains else None
-        coscheduler = build_coscheduler(
-            config,
-            parts.target,
-            drafter,
-            publisher,
-            settings.window,
-            sink,
-            parts.ranks,
-            parts.acceptance,
-        )
+        coscheduler = _learning(config, parts, drafter, publisher, settings.window, sink)
 
     served = _ServedDraft(drafter, publisher, parts.target.embedding.weight.dtype)
     tally = Tally(time.time)
@@ -86,11 +79,13 @@ def build_adaptation(
         sink.emit("round", row=row)
 
     def trouble() -> str | None:
+        if not isinstance(coscheduler, Coscheduler):
+            return coscheduler.trouble
         trainer = coscheduler.trainer
         return trainer.learner.trouble if isinstance(trainer, LastingTrainer) else None
 
     saving = None
-    if publisher is not None and (states or resume):
+    if publisher is not None and isinstance(coscheduler, Coscheduler) and (states or resume):
         origin = origin_of(config, publisher, parts.ranks.size)
         kept = _held(config, states, parts.ranks)
         if resume is not None:
@@ -114,6 +109,30 @@ def build_adaptation(
         lengths=lengths,
         texts=texts,
     )
+
+
+def _learning(
+    config: Config,
+    parts: WorkerParts,
+    drafter: Drafter,
+    publisher: InPlacePublisher | None,
+    window: int | None,
+    sink: Sink,
+) -> Coscheduler | Follower:
+    """What is told of every round: the co-scheduler, or what passes it on to a trainer elsewhere."""
+    acceptance, ranks = parts.acceptance, parts.ranks
+    if config.adapt.placement == "colocated" or publisher is None:
+        return build_coscheduler(
+            config, parts.target, drafter, publisher, window, sink, ranks, acceptance
+        )
+    if ranks.size > 1:
+        raise ConfigError(
+            f"adapt.placement: a sidecar trains for servers of one rank, and this has {ranks.size}; use "
+            f"colocated"
+        )
+    from cosched.build.follower import build_follower  # with ZeroMQ, which nothing else needs
+
+    return build_follower(config, parts.target, drafter, publisher, window, sink, acceptance)
 
 
 def _lengths(config: Config, max_tokens: int) -> ServedLengths | None:

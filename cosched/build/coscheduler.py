@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,8 @@ from cosched.training.scope import lora_of
 from cosched.training.trying import TryingTrainer, WithObjective
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cosched.engines.embedded.target import Target
     from cosched.loop.roles import Guard, Publisher, Scorer, Sink, Trainer
     from cosched.protocols import Drafter, TargetInfo
@@ -88,6 +90,15 @@ def build_coscheduler(
         sink=sink,
         reset_when_finished=adapt.scope.state == "per_request",
     )
+
+
+def follower_or_coscheduler(config: Config) -> Callable[..., Any]:
+    """What makes of the same arguments that which ``adapt.placement`` asks for."""
+    if config.adapt.placement == "colocated":
+        return build_coscheduler
+    from cosched.build.follower import build_follower  # with ZeroMQ, which nothing else needs
+
+    return build_follower
 
 
 def build_pool(

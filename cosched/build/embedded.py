@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cosched.build.coscheduler import build_coscheduler, build_pool
+from cosched.build.coscheduler import build_pool, follower_or_coscheduler
 from cosched.engines.embedded.engine import EmbeddedEngine, EngineOptions
 from cosched.engines.embedded.packing import as_at_first, pack, rows_are_alike
 from cosched.engines.embedded.proof import prove
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from cosched.protocols import Drafter
     from cosched.records import Acceptance
     from cosched.settings.schema import Config
+    from cosched.sidecar.follower import Follower
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class Arm:
     name: str
     engine: EmbeddedEngine
     drafter: Drafter | None
-    coscheduler: Coscheduler | CoschedulerPool | None
+    coscheduler: Coscheduler | CoschedulerPool | Follower | None
 
 
 def build_world(config: Config) -> World:
@@ -169,7 +170,8 @@ def build_arm(
             publish.keep,
             as_loaded=partial(as_at_first, network),
         )
-        coscheduler = build_coscheduler(
+        build = follower_or_coscheduler(config)
+        coscheduler = build(
             config,
             world.target,
             drafter,

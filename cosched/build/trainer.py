@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
+from cosched.build.tables import tables_of
 from cosched.errors import ConfigError
 from cosched.guard.scorer import AcceptanceScorer
 from cosched.guard.settings import ShadowSettings
@@ -31,8 +31,9 @@ from cosched.training.scope import lora_of, parameters_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
+    from cosched.build.tables import Tables
     from cosched.loop.roles import Publisher, Scorer, Trainer
     from cosched.protocols import Drafter, TargetInfo
     from cosched.records import Acceptance
@@ -66,7 +67,7 @@ def build_learner(
             f"use false"
         )
     if background and device.type == "cpu":
-        sent = config, _tables_of(target), drafter.num_draft_tokens, acceptance
+        sent = config, tables_of(target), drafter.num_draft_tokens, acceptance
         return _lasting(config, partial(_build_alone, *sent), publisher)
     copy = drafter.clone(torch.float32)
     trainer = build_trainer(config, target, copy, ranks)
@@ -187,32 +188,9 @@ def _frames(
     return frames_of(config, target, copy, losses_of(config), device, num_ranks)
 
 
-@dataclass(slots=True)
-class _Tables:
-    """Of a target what training needs, to be sent to another process."""
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    max_length: int
-    model_type: str
-    embedding: nn.Embedding
-    head: nn.Module
-    tokens: Mapping[str, int] | None
-
-    def token_ids(self) -> Mapping[str, int] | None:
-        return self.tokens
-
-
-def _tables_of(target: TargetInfo) -> _Tables:
-    sizes = target.vocab_size, target.hidden_size, target.num_layers, target.max_length
-    tables = target.model_type, target.embedding, target.head
-    return _Tables(*sizes, *tables, target.token_ids())
-
-
 def _build_alone(
     config: Config,
-    target: _Tables,
+    target: Tables,
     num_draft_tokens: int,
     acceptance: Acceptance,
 ) -> tuple[Trainer, Scorer]:

@@ -80,6 +80,7 @@ class Counters:
     refused: int = 0  # candidates that were scored and did not serve
     rolled_back: int = 0  # how often an earlier version was served again, by the guard or by hand
     evicted: int = 0  # requests that the replay buffer had no room for
+    dropped: int = 0  # rounds that a trainer elsewhere did not get
     # Where several adapters learn: the counters of each, and to go on from them the versions.
     parts: list[Counters] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)

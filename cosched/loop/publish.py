@@ -103,6 +103,15 @@ class InPlacePublisher:
         """Of all of it, by which a later run knows it again; reads it through."""
         return checksum(self._serving.target)
 
+    def draft_checksum(self) -> str:
+        """Of the draft as it serves, as a publication tells it."""
+        return checksum(self._serving.draft)
+
+    @property
+    def served(self) -> Mapping[str, Tensor]:
+        """The storage that serves, by the names that a publication has; nobody else writes to it."""
+        return self._serving.draft
+
     def _writes_to_target(self) -> list[int]:
         """How often each tensor was written in place, as autograd counts it: free to ask."""
         return [tensor._version for tensor in self._serving.target.values()]
@@ -128,9 +137,7 @@ class InPlacePublisher:
         weights = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
         if not weights:
             raise PublicationError(f"there are no weights of version {version} to go on with")
-        self.publish(weights)
-        self._kept[version] = self._kept.pop(self.version)
-        self.version = version
+        self.publish(weights, version)
 
     def weights_of(self, version: int) -> Mapping[str, Tensor]:
         """The weights that every publication names, as they served under ``version``.
@@ -146,8 +153,10 @@ class InPlacePublisher:
         return self._first
 
     @torch.no_grad()
-    def publish(self, weights: Mapping[str, Tensor]) -> WeightVersion:
+    def publish(self, weights: Mapping[str, Tensor], version: int | None = None) -> WeightVersion:
         """Serve ``weights`` from now on; parameters that it does not name stay.
+
+        They serve as the next version, or as that which somebody else has made of them.
 
         Raises:
             PublicationError: a name or shape is foreign, or a checksum is wrong (then undone).
@@ -167,7 +176,7 @@ class InPlacePublisher:
         draft_checksum = self._prove(weights, expected, number)
         if weights is self._first:
             self._serving.as_loaded()
-        self.version += 1
+        self.version = self.version + 1 if version is None else version
         self._remember(weights)
         return WeightVersion(
             version=self.version,

@@ -21,6 +21,7 @@ from cosched.settings.arms import (
     split_arm,
 )
 from cosched.settings.device import check_name
+from cosched.settings.sidecar import check_sidecar
 
 if TYPE_CHECKING:
     from cosched.protocols import DraftLength, LossSettings, Policy
@@ -234,6 +235,7 @@ def _check_adapt(config: Config, used: bool) -> None:
         )
     _check_guard(config)
     _check_finished(config)
+    check_sidecar(config)
 
 
 def _check_finished(config: Config) -> None:

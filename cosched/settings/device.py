@@ -15,18 +15,18 @@ NAME = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 # Settings alone need no tensor library: torch is imported where a machine is looked at.
 
 
-def check_name(device: str) -> None:
-    """Whether it is one that torch would know.
+def check_name(device: str, key: str = "engine.device") -> None:
+    """Whether it is one that torch would know; ``key`` is where the file says it.
 
     Raises:
         ConfigError: it is not.
     """
     if not NAME.fullmatch(device):
-        raise ConfigError(f"engine.device: auto, cpu, cuda or cuda:N is allowed, got {device!r}")
+        raise ConfigError(f"{key}: auto, cpu, cuda or cuda:N is allowed, got {device!r}")
 
 
-def check_there(device: str) -> None:
-    """Whether this machine has it.
+def check_there(device: str, key: str = "engine.device") -> None:
+    """Whether this machine has it; ``key`` as above.
 
     Raises:
         ConfigError: it has not.
@@ -40,7 +40,7 @@ def check_there(device: str) -> None:
     if int(index or 0) >= count:
         there = f"{count} of them" if count else "no GPU"
         raise ConfigError(
-            f"engine.device: {device!r}, and torch sees {there} here; use auto or cpu (cosched doctor "
+            f"{key}: {device!r}, and torch sees {there} here; use auto or cpu (cosched doctor "
             f"says what torch was built for)"
         )
 

@@ -298,14 +298,38 @@ class CheckpointSettings(Section, frozen=True):
     keep: Positive = 2
 
 
+class SidecarSettings(Section, frozen=True):
+    """``adapt.sidecar``: where ``cosched train`` is, for ``adapt.placement: sidecar``.
+
+    ``address`` is ZeroMQ's, ``ipc://PATH`` (a socket of this machine) or ``tcp://HOST:PORT``. The trainer
+    binds it, and any number of servers connect to it. ``key_file`` has the key that trainer and servers
+    share, of at least 16 bytes: every message is signed with it. Without one the address must be of this
+    machine: a socket, or a port of the loopback. A key proves who speaks and hides nothing, so keep the
+    port closed to strangers all the same.
+    ``device`` is what trains, as ``engine.device`` says what decodes.
+    ``queue_rounds`` of a server wait at most to be sent; the oldest goes where there is no room, and is
+    counted. Who says nothing for ``limit_seconds`` is taken for lost, by the other side.
+    """
+
+    address: str | None = None
+    key_file: str | None = None
+    device: str = "cpu"
+    queue_rounds: Annotated[int, Meta(ge=16, le=4096)] = 64
+    limit_seconds: Annotated[float, Meta(ge=2)] = 15.0
+
+
 class AdaptSettings(Section, frozen=True):
     """``adapt``: how the arm ``adapted`` learns, and what the variants begin from.
+
+    ``placement`` is where it learns: ``colocated`` with what decodes, or in a ``sidecar``, a process of
+    its own (``cosched train``) that several servers may share; these serve what it publishes.
 
     ``policy``, ``loss``, ``objective`` and ``guard`` have the fields of their ``kind``. What a file
     leaves out, the kind of these or ``trainer.lr`` or ``replay.anchors``, is that of the drafter's
     type (``schedulers/defaults.py``).
     """
 
+    placement: Literal["colocated", "sidecar"] = "colocated"
     policy: dict[str, Any] = msgspec.field(default_factory=dict)
     loss: dict[str, Any] = msgspec.field(default_factory=dict)
     objective: dict[str, Any] = msgspec.field(default_factory=dict)
@@ -316,6 +340,7 @@ class AdaptSettings(Section, frozen=True):
     guard: FiniteSettings | ShadowSettings = ShadowSettings()
     publish: PublishSettings = PublishSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    sidecar: SidecarSettings = SidecarSettings()
 
 
 class Draft(Section, frozen=True):

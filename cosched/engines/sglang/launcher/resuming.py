@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from cosched.errors import RunFolderError
+from cosched.errors import ConfigError, RunFolderError
 from cosched.loop.learner_state import read_state
 from cosched.settings.learning import check_same_learning, learning_settings
 from cosched.telemetry.run_folder import explained
@@ -29,8 +29,13 @@ def state_to_resume(config: Config) -> Path | None:
 
     Raises:
         RunFolderError: all that was saved is damaged.
-        ConfigError: it was learnt with other settings.
+        ConfigError: it was learnt with other settings, or what is learnt is a trainer's elsewhere.
     """
+    if config.adapt.placement == "sidecar":
+        raise ConfigError(
+            "--resume: with adapt.placement = sidecar the trainer saves what is learnt; give it to "
+            "cosched train"
+        )
     damaged: RunFolderError | None = None
     for states in _saved(config.run_folder.absolute()):
         try:

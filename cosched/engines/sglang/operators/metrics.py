@@ -78,6 +78,7 @@ METRICS = (
     Metric("refused_updates", "counter", "Updates that were scored and did not serve."),
     Metric("rollbacks", "counter", "Times that an earlier version was served again."),
     Metric("evicted_requests", "counter", "Requests dropped from the replay buffer for room."),
+    Metric("dropped_rounds", "counter", "Rounds that a side-car trainer did not get."),
     Metric("time_seconds", "counter", "Time spent, by what on.", "kind"),
 )
 
@@ -113,6 +114,7 @@ def samples(status: Status) -> Iterator[Sample]:
         "refused_updates": status.refused_updates,
         "rollbacks": status.rollbacks,
         "evicted_requests": status.evicted_requests,
+        "dropped_rounds": status.dropped_rounds,
     }
     yield from ((name, None, value) for name, value in plain.items() if value is not None)
     for kind in TIMES:

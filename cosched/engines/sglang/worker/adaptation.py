@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cosched.engines.sglang.worker.texts import Texts
     from cosched.loop.roles import Sink
     from cosched.records import VerifyRound
+    from cosched.sidecar.follower import Follower
     from cosched.telemetry.tally import Tally
     from cosched.training.ranks import Ranks
 
@@ -72,7 +73,7 @@ class Adaptation:
     def __init__(
         self,
         algorithm: str,
-        coscheduler: Coscheduler,
+        coscheduler: Coscheduler | Follower,
         collector: RoundCollector,
         ranks: Ranks,
         watches: bool,

@@ -15,6 +15,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """How the adaptation stands: for ``/cosched/status``, ``/metrics``, ``cosched top`` and ``cosched doctor``.
 
     ``failure`` says why training stopped for good, ``warning`` what is wrong without stopping it.
+    ``dropped_rounds`` are those that a side-car did not get.
     ``rounds_by_drafted[K]`` counts the verification rounds that drafted K tokens for each request.
     ``frozen_acceptance_length`` is what the draft as loaded would have on this text, by what a guard
     scores: the recent length times the loaded draft's score over the serving one's on the same rows; None
@@ -43,6 +44,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     rollbacks: int = 0
     guard_seconds: float = 0.0
     evicted_requests: int = 0
+    dropped_rounds: int = 0
     rounds_by_drafted: tuple[int, ...] = ()
     frozen_acceptance_length: float | None = None
     reference_acceptance_length: float = 0.0

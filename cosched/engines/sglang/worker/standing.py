@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cosched.coscheduler import Coscheduler
 from cosched.engines.sglang.worker.operator import Status
 from cosched.telemetry.alarms import alarms
 
 if TYPE_CHECKING:
-    from cosched.coscheduler import Coscheduler
     from cosched.loop.counters import Counters
     from cosched.records import GuardFigures
+    from cosched.sidecar.follower import Follower
     from cosched.telemetry.tally import Figures
 
 STATM = Path("/proc/self/statm")  # Linux
 
 
 def status_of(
-    coscheduler: Coscheduler,
+    coscheduler: Coscheduler | Follower,
     figures: Figures,
     *,
     algorithm: str,
@@ -31,9 +32,13 @@ def status_of(
     num_running: int,
     rounds_by_drafted: tuple[int, ...],
 ) -> Status:
-    """The status of a co-scheduler whose rounds have been counted into ``figures``."""
-    counters, buffer = coscheduler.counters, coscheduler.buffer
-    guard = coscheduler.guard.figures(counters.serves_loaded)
+    """The status of a co-scheduler whose rounds have been counted into ``figures``.
+
+    With a trainer elsewhere rows and guard are there.
+    """
+    counters = coscheduler.counters
+    own = coscheduler if isinstance(coscheduler, Coscheduler) else None
+    guard = own.guard.figures(counters.serves_loaded) if own else None
     # Each verified block commits one token more than it accepts.
     blocks = counters.committed - counters.accepted
     losses = counters.losses
@@ -59,15 +64,16 @@ def status_of(
         rollbacks=counters.rolled_back,
         guard_seconds=counters.guard_seconds,
         evicted_requests=counters.evicted,
+        dropped_rounds=counters.dropped,
         rounds_by_drafted=rounds_by_drafted,
         frozen_acceptance_length=frozen_length(counters, guard),
         reference_acceptance_length=counters.reference,
         round_seconds=counters.round_seconds,
         num_running=num_running,
         num_queued=counters.queued,
-        replay_tokens=buffer.num_tokens,
-        replay_bytes=buffer.num_bytes,
-        replay_max_bytes=buffer.max_bytes,
+        replay_tokens=own.buffer.num_tokens if own else 0,
+        replay_bytes=own.buffer.num_bytes if own else 0,
+        replay_max_bytes=own.buffer.max_bytes if own else 0,
         resident_bytes=_resident_bytes(),
         device_bytes=torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0,
         alarms=alarms(figures, guard, failure, warning),

@@ -1,0 +1,205 @@
+"""From a configuration to the two sides of ``adapt.placement: sidecar``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from cosched.build.coscheduler import build_coscheduler
+from cosched.build.follower import key_of, nothing_to_train, row_form, slot_bytes_of
+from cosched.build.resuming import go_on, origin_of
+from cosched.build.tables import read_tables
+from cosched.build.trainer import build_scorer, build_trainer, rehearse
+from cosched.engines.sglang.worker.saving import Saving
+from cosched.errors import ConfigError
+from cosched.loop.checksum import checksum
+from cosched.loop.publish import InPlacePublisher
+from cosched.registry import DRAFTERS
+from cosched.settings.arms import ADAPTED, split_arm
+from cosched.settings.device import check_there, device_of
+from cosched.settings.learning import learning_settings
+from cosched.sidecar.many import GuardOfMany
+from cosched.sidecar.messages import FromServer, Hello
+from cosched.sidecar.service import Limits, Service
+from cosched.sidecar.sockets import listening
+from cosched.sidecar.versions import Lineage, Versions
+from cosched.sidecar.weights import bytes_of
+from cosched.sidecar.wire import Codec
+from cosched.telemetry.run_folder import RunFolder
+from cosched.telemetry.saved_states import SavedStates
+from cosched.training.background import BackgroundScorer, BackgroundTrainer
+from cosched.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from cosched.build.tables import Tables
+    from cosched.loop.roles import Scorer, Sink, Trainer
+    from cosched.protocols import Drafter
+    from cosched.records import Acceptance
+    from cosched.settings.schema import Config
+    from cosched.sidecar.messages import RowForm
+    from cosched.sidecar.servers import TrainerStatus
+
+STATUS = "status.json"
+MOST_SLOTS = 4096  # of a server, as adapt.sidecar.queue_rounds
+
+
+def folder_of(config: Config) -> Path:
+    """Beside the run folder, which is a server's or an experiment's: what the trainer saves and shows."""
+    return config.run_folder.with_name(f"{config.run.name}-trainer")
+
+
+def build_sidecar(config: Config, arm: str, resume: bool, sink: Sink) -> Service:
+    """A trainer for servers whose draft sees what that ``arm``'s does; ``resume`` goes on from its saves.
+
+    Raises:
+        CoschedError: a setting or file is wrong, the address is taken, or what was saved does not fit.
+    """
+    base, windowed = split_arm(arm)
+    if base not in {ADAPTED, *config.for_arm(arm).variants}:
+        raise ConfigError(
+            f"--arm: {arm!r} does not learn; take {ADAPTED}, or a variant of the file"
+        )
+    windowed |= config.engine.kind == "sglang"
+    config = config.for_arm(arm)
+    settings, where = config.adapt.sidecar, config.adapt_key
+    if config.adapt.placement != "sidecar":
+        raise ConfigError(
+            f"{where}.placement: cosched train is for sidecar, got {config.adapt.placement}; set it so, "
+            f"for the servers too"
+        )
+    check_there(settings.device, f"{where}.sidecar.device")
+    folder, states = RunFolder(folder_of(config)), _held(config)
+    target = read_tables(config, device_of(settings.device))
+    own = config.drafter_settings
+    drafter: Drafter = DRAFTERS.get(own.kind).load(own, target)
+    if (network := drafter.network()) is None:
+        raise nothing_to_train(config)
+    tables, publish = torch.nn.ModuleList((target.embedding, target.head)), config.adapt.publish
+    publisher = InPlacePublisher.of_modules(
+        network, tables, publish.target_check_every, publish.keep
+    )
+    agreement = _Agreement(
+        draft=checksum(publisher.weights_of(0)),
+        settings=learning_settings(config),
+        window=own.window if windowed else None,
+        acceptance=_acceptance(config),
+        num_draft_tokens=drafter.num_draft_tokens,
+        form=row_form(config, target, drafter),
+    )
+    lineage = Lineage(sink)
+    coscheduler = build_coscheduler(
+        config,
+        target,
+        drafter,
+        publisher,
+        agreement.window,
+        lineage,
+        acceptance=agreement.acceptance,
+        learner=_learner(config, target, drafter, agreement.acceptance),
+    )
+    coscheduler.guard = guard = GuardOfMany(coscheduler.guard)
+    origin = origin_of(config, publisher, num_ranks=1)
+    if resume and (newest := states.newest()) is not None:
+        go_on(coscheduler, newest, origin, rank=0)
+    slot_bytes = slot_bytes_of(config, drafter, agreement.form)
+    codec: Codec[FromServer] = Codec(key_of(config), FromServer)
+
+    def show(status: TrainerStatus) -> None:
+        folder.write(STATUS, msgspec.json.encode(status))
+
+    return Service(
+        listening(settings.address or "", max(slot_bytes, bytes_of(publisher.served))),
+        codec,
+        coscheduler,
+        Versions(coscheduler, publisher, lineage, codec.digest),
+        guard,
+        agreement,
+        Limits(
+            MOST_SLOTS * 2 * slot_bytes,
+            settings.limit_seconds,
+            target.vocab_size,
+            target.embedding.weight.device,
+        ),
+        Saving(
+            coscheduler,
+            config.adapt.checkpoint,
+            origin,
+            Ranks(0, [0], torch.device("cpu")),
+            states,
+            partial(_copied, drafter, target.embedding.weight.dtype),
+        ),
+        show,
+    )
+
+
+def _held(config: Config) -> SavedStates:
+    states = SavedStates(folder_of(config), config.adapt.checkpoint.keep)
+    states.hold()
+    return states
+
+
+def _learner(
+    config: Config, target: Tables, drafter: Drafter, acceptance: Acceptance
+) -> tuple[Trainer, Scorer]:
+    """In a thread, so that messages are taken in meanwhile; rehearsed."""
+    copy = drafter.clone(torch.float32)
+    trainer = build_trainer(config, target, copy)
+    scorer = build_scorer(config, target, copy, acceptance)
+    rehearse(config, target, copy, trainer, scorer)
+    beside = BackgroundTrainer(trainer, target.embedding.weight.device)
+    return beside, BackgroundScorer(scorer, beside)
+
+
+def _copied(drafter: Drafter, dtype: torch.dtype) -> Callable[[Path], None]:
+    """The draft as it serves now, in the host's memory, to be written later."""
+    copy = drafter.clone(dtype)
+    network = copy.network()
+    assert network is not None
+    network.to("cpu")
+    return copy.save
+
+
+@dataclass(frozen=True, slots=True)
+class _Agreement:
+    """Whether a server says of itself what the trainer says of itself."""
+
+    draft: str
+    settings: dict[str, Any]
+    window: int | None
+    acceptance: Acceptance
+    num_draft_tokens: int
+    form: RowForm
+
+    def __call__(self, hello: Hello) -> str | None:
+        if hello.draft != self.draft:
+            return (
+                f"drafter.path: its draft has the checksum {hello.draft}, and the trainer's "
+                f"{self.draft}; name the same"
+            )
+        for key in ("window", "acceptance", "num_draft_tokens", "form"):
+            theirs, own = getattr(hello, key), getattr(self, key)
+            if theirs != own:
+                return (
+                    f"its {key} is {theirs!r}, and the trainer's {own!r}; start both with the same "
+                    f"settings (cosched train has --arm for the window)"
+                )
+        for key in sorted(self.settings.keys() | hello.settings.keys()):
+            theirs, own = hello.settings.get(key), self.settings.get(key)
+            if theirs != own:
+                return f"{key} is {theirs!r} there, and {own!r} at the trainer; set both alike"
+        return None
+
+
+def _acceptance(config: Config) -> Acceptance:
+    """How the servers accept a drafted token, as their file says."""
+    if config.engine.kind != "sglang":
+        return config.engine.acceptance
+    sampled = config.engine.arguments.get("speculative_use_rejection_sampling")
+    return "sampled" if sampled else "target_only"

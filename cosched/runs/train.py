@@ -1,0 +1,48 @@
+"""``cosched train``: learning in a process of its own, until it is told to end."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from cosched.build.sidecar import build_sidecar, folder_of
+from cosched.settings.load import check_paths
+from cosched.telemetry.history import History
+from cosched.telemetry.run_folder import explained
+
+if TYPE_CHECKING:
+    from cosched.settings.schema import Config
+
+logger = logging.getLogger("cosched")
+
+
+def train(config: Config, arm: str, resume: bool) -> None:
+    """Listen, learn and publish, until SIGTERM or Ctrl-C; what is learnt by then is saved.
+
+    Raises:
+        CoschedError: a setting or file is wrong, or learning cannot go on.
+    """
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, force=True)
+    ended = threading.Event()
+
+    def end(_signal: int, _frame: Any) -> None:
+        ended.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    check_paths(config)
+    folder = folder_of(config)
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    history = History(folder / "events.jsonl", time.time)
+    service = build_sidecar(config, arm, resume, history)
+    logger.info(
+        "cosched trains for servers at %s; %s has what it saves",
+        config.adapt.sidecar.address,
+        folder,
+    )
+    service.run(ended.is_set)
+    history.close()

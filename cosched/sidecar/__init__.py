@@ -1,0 +1,1 @@
+"""Learning in a process of its own, for one server or several: rows go there, versions come back."""

@@ -1,0 +1,115 @@
+"""What stands in a server for the co-scheduler where a trainer elsewhere does the learning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cosched.errors import PublicationError
+from cosched.loop.counters import Counters
+from cosched.sidecar.link import Serving
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from cosched.loop.publish import InPlacePublisher
+    from cosched.loop.roles import Sink
+    from cosched.records import VerifyRound
+    from cosched.sidecar.link import Arrival, Link
+
+
+@dataclass(eq=False)
+class Follower:
+    """Hands rounds over, counts them, and publishes what comes: each of it at the end of a round.
+
+    It waits for nobody. Without a trainer the last good draft goes on serving; ``trouble`` says so.
+    """
+
+    link: Link
+    publisher: InPlacePublisher
+    sink: Sink
+    counters: Counters = field(default_factory=Counters, init=False)
+    learning: bool = field(default=True, init=False)  # off: rounds are counted, and nothing else
+    busy: bool = field(default=False, init=False)  # with nothing that anybody would wait for
+    _told: str | None = field(default=None, init=False)
+
+    def on_round(self, round_: VerifyRound) -> None:
+        """One walk, after a round, a prefill, or a tick in which nothing ran."""
+        self.counters.observe(round_)
+        if self.learning:
+            self._hand_over(round_)
+            if (arrival := self.link.arrived()) is not None:
+                self._publish(arrival)
+        self._note_trouble()
+
+    def roll_back(self, version: int) -> int:
+        """Ask the trainer to have an earlier version served, everywhere; the version that serves now."""
+        self.link.ask_for(version)
+        return self.version
+
+    @property
+    def version(self) -> int:
+        return self.publisher.version
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing is learnt just now; None where something is, or a start still may be."""
+        return self.link.trouble if self.link.lost else None
+
+    def state(self) -> tuple[Counters, int, Mapping[str, Tensor]]:
+        """What a later run serves from; what is learnt is the trainer's."""
+        return self.counters, self.version, self.publisher.state()
+
+    def restore(self, counters: Counters, version: int, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from an earlier run's ``state()``."""
+        self.counters = counters
+        self.publisher.restore(tensors, version)
+
+    def _hand_over(self, round_: VerifyRound) -> None:
+        if round_.segments or round_.blocks or round_.finished:
+            self.link.offer(round_, self.version)
+        counters, taken = self.counters, self.link.taken
+        counters.dropped = self.link.dropped
+        if taken is not None and taken.updates != counters.updates:
+            counters.updates, counters.skipped_steps = taken.updates, taken.skipped_steps
+            counters.losses[:] = [taken.loss]
+
+    def _publish(self, arrival: Arrival) -> None:
+        """Between two rounds; proven by the trainer's checksum, or undone.
+
+        Raises:
+            PublicationError: what serves then is not what the trainer has.
+        """
+        message, weights = arrival.version, arrival.weights
+        own = self.publisher.weights_of(0) if weights is None else weights
+        done = self.publisher.publish(own, message.version)
+        if done.draft_checksum != message.checksum:
+            self.publisher.publish(self.publisher.weights_of(0), message.version)
+            raise PublicationError(
+                f"version {message.version} has the checksum {done.draft_checksum} here and "
+                f"{message.checksum} at the trainer; the draft as loaded serves"
+            )
+        self.counters.publish_seconds += done.seconds
+        self.counters.serves_loaded = message.as_loaded
+        publisher, version = self.publisher, done.version
+        self.link.now_serves(
+            Serving(
+                version,
+                done.draft_checksum,
+                message.as_loaded,
+                lambda: publisher.weights_of(version),
+            )
+        )
+        self.sink.emit(
+            "publication", round=self.counters.rounds, version=done, parent=message.parent
+        )
+
+    def _note_trouble(self) -> None:
+        """Say it once, and that it is over."""
+        trouble = self.trouble
+        if (trouble is None) == (self._told is None):
+            return
+        self._told = trouble
+        self.sink.emit("warning", reason=trouble or "a trainer is there again")
