@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from cosched.runs.resume import RunOrigin, Tensors
     from cosched.runs.summary import Running
     from cosched.settings.schema import Config
+    from cosched.sidecar.follower import Follower
     from cosched.telemetry.run_folder import RunFolder
 
-    Learner = Coscheduler | CoschedulerPool
+    Learner = Coscheduler | CoschedulerPool | Follower
 
 IDLE_SECONDS = 0.001  # between two ticks
 

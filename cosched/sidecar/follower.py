@@ -58,8 +58,8 @@ class Follower:
         """Why nothing is learnt just now; None where something is, or a start still may be."""
         return self.link.trouble if self.link.lost else None
 
-    def state(self) -> tuple[Counters, int, Mapping[str, Tensor]]:
-        """What a later run serves from; what is learnt is the trainer's."""
+    def state(self, with_rows: bool = False) -> tuple[Counters, int, Mapping[str, Tensor]]:  # noqa: ARG002
+        """What a later run serves from; what is learnt, and the rows, are the trainer's."""
         return self.counters, self.version, self.publisher.state()
 
     def restore(self, counters: Counters, version: int, tensors: Mapping[str, Tensor]) -> None:

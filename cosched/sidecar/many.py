@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cosched.loop.roles import Guard
-    from cosched.records import Snapshot, Standing, UpdateResult, Verdict, VerifyRound
+    from cosched.records import GuardFigures, Snapshot, Standing, UpdateResult, Verdict, VerifyRound
 
 
 class GuardOfMany:
@@ -35,6 +35,9 @@ class GuardOfMany:
     def observe(self, round_: VerifyRound, serves_loaded: bool) -> None:
         own = self.served_loaded
         self._guard.observe(round_, serves_loaded if own is None else own)
+
+    def figures(self, serves_loaded: bool) -> GuardFigures | None:
+        return self._guard.figures(serves_loaded)
 
     def judge(
         self,
