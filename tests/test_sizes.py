@@ -212,6 +212,7 @@ def write_experiment(folder: Path, kind: str, drafted: int, **engine: Any) -> Pa
             "replay": {"window": 512},
             "memory": {"max_bytes": 2**30},
             "policy": {"kind": "every_n_rounds"},
+            "loss": {"kind": "forward_kl", "rows": "delayed"},  # no rows of what was drafted
             "guard": {"kind": "finite"},
             "trainer": {"zero_stage": 1},
         },

@@ -126,7 +126,7 @@ def test_one_frame_of_a_server_for_scripts() -> None:
     ("code", "body", "said"),
     [
         (404, b"{}", "was this server started with cosched serve"),
-        (200, b"<html>", "answers with no status"),
+        (200, b"<html>", "does not answer in JSON"),
         (200, b'{"ok": true}', "not one of this version"),
         (401, b"", "wants its --api-key"),
         (403, b'{"error": "clients of its own machine only"}', "of its own machine only"),
