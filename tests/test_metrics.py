@@ -147,3 +147,7 @@ def test_the_client_shows_what_a_status_says_and_counters_only_rise() -> None:
         labels = ",".join(sorted(re.findall(r'\w+="[^"]*"', name)))
         found = values[f"{name.partition('{')[0]}{{{labels}}}"]
         assert float(found) == pytest.approx(float(value)), line
+    # What is not known any more does not stay as it was.
+    metrics.show(msgspec.structs.replace(busy(), frozen_acceptance_length=None))
+    shown = client.generate_latest(registry).decode()
+    assert 'cosched_frozen_acceptance_length_tokens{model_name="m"} NaN' in shown

@@ -141,7 +141,8 @@ class RecordSettings(Section, frozen=True):
 
     A server keeps neither prompts nor answers unless ``text`` is on: then those of a share ``text_share``
     of the requests, in ``texts.jsonl`` in the folder of its start, for its own user alone and the newest 64
-    to 128 MB. A request with ``"custom_params": {"cosched_record": false}`` is left out. Only a server reads
+    to 128 MB. A request with ``"custom_params": {"cosched_record": false}`` is left out; only ``/generate``,
+    ``/v1/completions`` and ``/v1/chat/completions`` take that. Only a server reads
     these two; a run has its texts from a file.
 
     ``--record`` stores a trace, in ``dtype`` (float32: exact).

@@ -10,6 +10,7 @@ versions since, and their version is a value.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cosched.telemetry.alarms import ALARMS
@@ -175,12 +176,17 @@ class Metrics:
             )
 
     def show(self, status: Status) -> None:
+        """What is not known any more is shown as such: a gauge would keep what it was, and raise alerts."""
+        gone = {key for key in self._children if key[0] not in self._counters}
         for name, label, value in samples(status):
             child = self._child(name, label)
+            gone.discard((name, label))
             if name in self._counters:
                 self._count((name, label), child, value)
             else:
                 child.set(value)
+        for key in gone:
+            self._children[key].set(math.nan)
 
     def _child(self, name: str, label: str | None) -> Any:
         """The series; kept, because to look one up by its labels costs more than to set it."""

@@ -234,7 +234,8 @@ def in_lines(answer: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """What ``call`` returned as one line a figure, alarms too; ``cosched top`` shows what has parts."""
     for name, value in answer.items():
         if name == "alarms":
-            yield from ((f"alarm {alarm}", text) for alarm, text in value.items())
+            said = {"failed", "warned"}  # lines of their own
+            yield from ((f"alarm {a}", text) for a, text in value.items() if a not in said)
         elif not isinstance(value, dict):
             yield name, value
 

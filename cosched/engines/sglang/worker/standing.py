@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cosched.coscheduler import Coscheduler
 from cosched.engines.sglang.worker.operator import Status
+from cosched.sidecar.follower import Follower
 from cosched.telemetry.alarms import alarms
 
 if TYPE_CHECKING:
+    from cosched.coscheduler import Coscheduler
     from cosched.loop.counters import Counters
     from cosched.records import GuardFigures
-    from cosched.sidecar.follower import Follower
     from cosched.telemetry.tally import Figures
 
 STATM = Path("/proc/self/statm")  # Linux
@@ -37,7 +37,7 @@ def status_of(
     With a trainer elsewhere rows and guard are there.
     """
     counters = coscheduler.counters
-    own = coscheduler if isinstance(coscheduler, Coscheduler) else None
+    own = None if isinstance(coscheduler, Follower) else coscheduler
     guard = own.guard.figures(counters.serves_loaded) if own else None
     # Each verified block commits one token more than it accepts.
     blocks = counters.committed - counters.accepted

@@ -46,9 +46,15 @@ class Texts:
     def finished(self, request_id: str) -> None:
         """It is done, or was aborted: what there is of its answer is kept."""
         request = self._running.pop(request_id, None)
-        if request is not None:
+        if request is None:
+            return
+        try:
             prompt, answer = list(request.origin_input_ids), compat.answer_of(request)
-            self._thread.submit(self._write, request_id, prompt, answer)
+        except Exception:
+            # A version of SGLang may have it elsewhere, and learning must not end of that.
+            logger.exception("cosched could not record the text of request %s", request_id)
+            return
+        self._thread.submit(self._write, request_id, prompt, answer)
 
     def _write(self, request_id: str, prompt: list[int], answer: list[int]) -> None:
         try:
