@@ -17,6 +17,7 @@ MOMENTS = int(os.environ.get("COSCHED_CHAOS", "3"))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(120 + 60 * MOMENTS)
 def test_a_run_is_killed_at_random_moments(
     tmp_path: Path, settings: dict, capsys: pytest.CaptureFixture[str]

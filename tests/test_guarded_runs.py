@@ -88,6 +88,7 @@ def test_a_poisoned_update_is_caught_before_it_serves(monkeypatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_poison_that_serves_is_undone(monkeypatch) -> None:
     """The gate lets everything pass, and every update from round 60 on is poisoned: within 64 rounds
     of the first the loaded draft serves again, to the bit; the optimizer is empty, the text is the
@@ -237,6 +238,7 @@ def test_state_per_request_forgets_what_was_watched() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_run_is_guarded_the_same(tmp_path: Path) -> None:
     """With a trained version, refusals and evidence behind it, a resumed run has the same figures and
     the same verdicts, to the bit."""

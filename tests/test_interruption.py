@@ -24,6 +24,7 @@ ORIGIN = RunOrigin("target", "text", {})
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, settings: dict) -> None:
     """SIGINT in the middle: exit code 1, and a readable summary, report and event log."""
     settings["workload"] |= {"max_new_tokens": 2000, "max_prompts": 6}
@@ -133,6 +134,7 @@ def test_the_progress_before_goes_where_the_newest_is_damaged(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_was_killed_goes_on_exactly(tmp_path: Path, settings: dict) -> None:
     """SIGKILL in the middle of a request: nothing is said, and nothing but that request is lost."""
     settings["workload"] |= {"max_new_tokens": 96, "max_prompts": 3}

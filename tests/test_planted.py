@@ -89,6 +89,7 @@ def test_a_publication_that_writes_half_stops_training_in_that_round(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("damaged", [True, False], ids=["damaged", "whole"])
 def test_half_of_the_weights_lost_where_they_serve_is_told_by_scores(
     damaged: bool, tmp_path: Path
@@ -121,6 +122,7 @@ def test_half_of_the_weights_lost_where_they_serve_is_told_by_scores(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_traffic_that_changes_language_is_a_fall_and_no_fault_of_the_draft(tmp_path: Path) -> None:
     """From code, where the draft is at home, to translated text: the newest requests accept far less, no
     place is broken, and τ of the frozen draft, which this one is, has fallen as much."""

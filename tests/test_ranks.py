@@ -123,6 +123,7 @@ def test_a_rank_that_fails_in_its_backward_pass_is_not_waited_for(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_hangs_is_waited_for_so_long_and_no_longer(tmp_path: Path) -> None:
     """The other gives the step up, and so does this one when it comes round: neither has taken it."""
     well, hung = run(tmp_path, 1, "hangs")

@@ -150,6 +150,7 @@ def test_a_sweep_saves_nothing_of_a_cell() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sigterm_saves_and_what_goes_on_is_the_same_run(tmp_path: Path, settings: dict) -> None:
     """In the middle of a group, where nothing was due: figures are kept, and the run goes on behind the
     newest whole group, with the losses of a run that was never told to stop."""

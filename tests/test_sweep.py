@@ -196,6 +196,7 @@ def test_ctrl_c_keeps_the_cells_that_are_done(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_cell_is_a_run_of_its_own(tmp_path: Path) -> None:
     """A worker that has run others gives the figures that ``cosched run`` gives on the same trace."""
     path = file(tmp_path, grid=RATES)
