@@ -141,6 +141,16 @@ def test_a_header_that_promises_a_lot_allocates_nothing() -> None:
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("name", ["x" * 513, "x" * 100_000, "", "\ud800", "\u00e9" * 40])
+def test_no_client_can_choose_a_name_that_no_message_holds(name: str) -> None:
+    """Every round of such a request was refused, and none was sent any more after a few of them."""
+    message, bytes_ = sent(make_round(name=name, finished=True))
+    read, _ = codec(None).decode(codec(None).encode(message))
+    (segment,) = (round_ := unpack(read, bytes_, FORM, VOCAB, "me")).segments
+    assert round_.finished == (segment.request_id,) == (round_.blocks[0].request_id,)
+    assert len(segment.request_id) <= len("me/") + 64
+
+
 # --- frames -----------------------------------------------------------------------------------
 
 

@@ -95,6 +95,7 @@ class Link:
     ) -> None:
         self.refused = 0  # messages that were none
         self.taken: Taken | None = None  # how training goes, as the trainer said last
+        self.received = 0  # the newest version that has come whole
         self._address = address
         self._hello = hello
         self._queue = queue
@@ -109,6 +110,7 @@ class Link:
         self._refusal: str | None = None
         self._broken: str | None = None
         self._heard_at, self._said_at = clock(), -math.inf
+        self._moved_at = clock()  # since then no round that was sent has been answered
         self._trainer = ""  # as it calls itself; "": not known yet
         self._shared = False  # whether it sees the queue's memory
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -145,8 +147,13 @@ class Link:
         """Say so with the next sign of life."""
         self._serving = serving
 
+    @property
+    def there(self) -> bool:
+        """Whether a trainer knows this server, as far as is known."""
+        return bool(self._trainer) and self._broken is None
+
     def ask_for(self, version: int) -> None:
-        """Have the trainer go back to a version, on all servers."""
+        """Have the trainer that is there go back to a version, on all servers; no other is asked."""
         with self._lock:
             self._asked.append(RollBack(version=version))
         self._rouse()
@@ -176,7 +183,9 @@ class Link:
     # --- the thread ------------------------------------------------------------------------
 
     def _begin_anew(self) -> None:
-        """As if nothing had been said."""
+        """As if nothing had been said; what that trainer was to do no other shall."""
+        with self._lock:
+            self._asked.clear()
         self._queue.begin_anew()
         self._trainer, self._shared = "", False
 
@@ -199,18 +208,29 @@ class Link:
             except FrameError:
                 self.refused += 1
         now = self._clock()
-        if self._trainer and now - self._heard_at > self._limit_s:
+        if self._trainer and self._overdue(now):
             self._begin_anew()
         if not self._trainer:
             if now - self._said_at >= (BEAT_S if self._refusal is None else self._limit_s):
                 self._say_hello()
             return
-        while self._asked:
-            self._send(self._asked.popleft())
+        while (asked := self._next_asked()) is not None:
+            self._send(asked)
         while self._queue.num_unanswered < CREDIT and self._send_oldest():
             pass
         if now - self._said_at >= BEAT_S:
             self._send(Alive(version=self._serving.version, checksum=self._serving.checksum))
+
+    def _overdue(self, now: float) -> bool:
+        """Whether the trainer says nothing, or answers and takes none of what it was sent."""
+        takes_none = self._queue.num_unanswered > 0 and now - self._moved_at > self._limit_s
+        if takes_none:
+            logger.warning("cosched: the trainer takes no rounds of this server; it is met anew")
+        return takes_none or now - self._heard_at > self._limit_s
+
+    def _next_asked(self) -> Message | None:
+        with self._lock:
+            return self._asked.popleft() if self._asked else None
 
     def _received(self) -> tuple[FromTrainer, Bytes] | None:
         """The next message; those that are none are passed over."""
@@ -240,7 +260,8 @@ class Link:
                 self._refusal = message.reason
             case Taken():
                 self.taken = message
-                self._queue.answered(message.number)
+                if self._queue.answered(message.number):
+                    self._moved_at = self._heard_at
             case Version():
                 self._keep(message, payload)
             case Ask():
@@ -253,6 +274,7 @@ class Link:
         weights = None
         if not message.as_loaded:
             weights = unpack_weights(message.parts, as_tensor(payload), self._known)
+        self.received = message.version
         with self._lock:
             waiting = self._arrival.version.version if self._arrival else 0
             if message.version > max(waiting, self._serving.version):
@@ -275,6 +297,8 @@ class Link:
         """The oldest round that waits; whether there was one."""
         if (found := self._queue.next()) is None:
             return False
+        if self._queue.num_unanswered == 1:
+            self._moved_at = self._clock()
         rounds, bytes_ = found
         if self._shared:
             self._send(rounds)

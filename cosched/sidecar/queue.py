@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cosched.sidecar.messages import Rounds
+from cosched.sidecar.rows import bounded
 from cosched.sidecar.slots import Slots
 
 if TYPE_CHECKING:
@@ -71,18 +72,19 @@ class RoundQueue:
     def put(self, round_: VerifyRound, version: int) -> None:
         """Copy a round that ``version`` served, if there is room for it."""
         segments, blocks, size = self._packer.heads(round_)
+        ended = tuple(map(bounded, round_.finished))
         with self._lock:
             slots, slot = self._slots, self._slot_for(size)
             if slot is None:
                 self.dropped += 1
-                self._owed += round_.finished
+                self._owed += ended
                 return
         self._packer.pack(round_, segments, blocks, slots.tensors[slot][:size])
         with self._lock:
             if slots is not self._slots:  # all has begun anew meanwhile
                 self.dropped += 1
                 return
-            finished = (*self._owed, *round_.finished)
+            finished = (*self._owed, *ended)
             self._owed.clear()
             self._number += 1
             rounds = Rounds(
@@ -124,8 +126,10 @@ class RoundQueue:
             self._unanswered.append(one)
             return one.rounds, self._slots.tensors[one.slot][: one.rounds.size]
 
-    def answered(self, number: int) -> None:
-        """Nobody needs the tensors of that round and of those before it any more."""
+    def answered(self, number: int) -> bool:
+        """Nobody needs the tensors of that round and of those before it; whether there were any."""
         with self._lock:
+            before = len(self._unanswered)
             while self._unanswered and self._unanswered[0].rounds.number <= number:
                 self._free.append(self._unanswered.popleft().slot)
+            return len(self._unanswered) < before

@@ -259,6 +259,7 @@ class Service:
                 updates=counters.updates,
                 skipped_steps=counters.skipped_steps,
                 loss=counters.losses[-1] if counters.losses else None,
+                kept=self._versions.kept,
             ),
         )
         if server.version < version and self._clock() - server.sent_at > self._limits.limit_s:
