@@ -22,7 +22,8 @@ class FakeLink:
     """A link to a trainer that is what the test says."""
 
     def __init__(self, there: bool = True) -> None:
-        self.there, self.lost, self.trouble = there, False, None
+        self.there, self.lost = there, False
+        self.trouble: str | None = None
         self.dropped = self.received = 0
         self.taken: Taken | None = None
         self.waiting: Arrival | None = None
@@ -152,3 +153,16 @@ def test_what_a_lost_trainer_was_asked_for_is_not_waited_for() -> None:
     link.comes(9, LEARNT, parent=8)
     follower.on_round(IDLE_TICK)
     assert served(follower) == 0
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_trouble_is_told_once_or_by_who_asks_for_it(tells: bool) -> None:
+    """A server wrote two events of one loss."""
+    follower, link = following()
+    follower.tells = tells
+    link.lost, link.trouble = True, "nobody is there"
+    for _ in range(3):
+        follower.on_round(IDLE_TICK)
+    assert follower.trouble == "nobody is there"
+    told = cast("Events", follower.sink).of("warning")
+    assert told == ([{"reason": "nobody is there"}] if tells else [])

@@ -168,3 +168,13 @@ def test_a_trainer_that_answers_all_but_rounds_is_met_anew(
     settled(lambda: link.there)
     link.offer(ended("two"), 0)
     assert peer.hears(Rounds).finished == ("two",)
+
+
+def test_a_trouble_has_the_same_words_while_it_lasts(link: Link, clock: Clock) -> None:
+    """The seconds in it made another line of the log, and another event, of every second."""
+    clock.now = LIMIT_S + 1
+    first = link.trouble
+    clock.now += 100
+    assert link.lost
+    assert first == link.trouble
+    assert "no trainer at ipc://" in str(first)

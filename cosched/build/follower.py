@@ -35,8 +35,11 @@ def build_follower(
     window: int | None,
     sink: Sink,
     acceptance: Acceptance,
+    tells: bool = True,
 ) -> Follower:
     """What a server has in the place of a co-scheduler. It connects by and by, and waits for nothing.
+
+    ``tells``: that no trainer is there goes to the sink from here.
 
     Raises:
         ConfigError: the draft has nothing that could be trained, or the key cannot be read.
@@ -67,7 +70,7 @@ def build_follower(
         Serving(0, "", as_loaded=True, weights=lambda: loaded),
         settings.limit_seconds,
     )
-    return Follower(link, publisher, sink)
+    return Follower(link, publisher, sink, tells)
 
 
 def row_form(config: Config, target: TargetInfo, drafter: Drafter) -> RowForm:

@@ -32,12 +32,14 @@ class _Asked:
 class Follower:
     """Hands rounds over, counts them, and publishes what comes: each of it at the end of a round.
 
-    It waits for nobody. Without a trainer the last good draft goes on serving; ``trouble`` says so.
+    It waits for nobody. Without a trainer the last good draft goes on serving; ``trouble`` says so, and
+    the sink is told of it where ``tells``: otherwise whoever asks for it does that.
     """
 
     link: Link
     publisher: InPlacePublisher
     sink: Sink
+    tells: bool = True
     counters: Counters = field(default_factory=Counters, init=False)
     learning: bool = field(default=True, init=False)  # off: rounds are counted, and nothing else
     busy: bool = field(default=False, init=False)  # with nothing that anybody would wait for
@@ -54,7 +56,8 @@ class Follower:
             self._asked = None
         if self.learning or self._asked is not None:
             self._take_in()
-        self._note_trouble()
+        if self.tells:
+            self._note_trouble()
 
     def roll_back(self, version: int) -> int:
         """Ask the trainer to have an earlier version served, everywhere; the version that serves now.

@@ -160,15 +160,14 @@ class Link:
 
     @property
     def trouble(self) -> str | None:
-        """Why nothing is learnt of what is served, in words for an operator."""
+        """Why nothing is learnt of what is served, in words for an operator; the same while it lasts."""
         if self._broken is not None:
             return f"the link to the trainer has ended: {self._broken}"
         if self._refusal is not None:
             return f"the trainer refuses this server: {self._refusal}"
         if self._trainer:
             return None
-        away = self._clock() - self._heard_at
-        return f"no trainer at {self._address}: none has been heard for {away:.0f} s"
+        return f"no trainer at {self._address} is heard"
 
     @property
     def lost(self) -> bool:
