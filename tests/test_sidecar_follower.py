@@ -11,7 +11,7 @@ from torch import nn
 from cosched.errors import PublicationError
 from cosched.loop.checksum import checksum
 from cosched.loop.publish import InPlacePublisher
-from cosched.records import IDLE_TICK, VerifyRound
+from cosched.records import IDLE_TICK, ServedBlock, VerifyRound
 from cosched.sidecar.follower import Follower
 from cosched.sidecar.link import Arrival
 from cosched.sidecar.messages import Taken, Version
@@ -166,3 +166,15 @@ def test_a_trouble_is_told_once_or_by_who_asks_for_it(tells: bool) -> None:
     assert follower.trouble == "nobody is there"
     told = cast("Events", follower.sink).of("warning")
     assert told == ([{"reason": "nobody is there"}] if tells else [])
+
+
+def test_who_has_finished_is_told_while_learning_is_off() -> None:
+    """The trainer kept their rows, and counted them among those that run."""
+    follower, link = following()
+    follower.learning = False
+    block = ServedBlock("two", 7, torch.tensor([1]), None, 1, 2)
+    follower.on_round(VerifyRound((), (block,), (), 0.5, 0.5, 2))
+    assert link.offered == []
+    follower.on_round(VerifyRound((), (block,), ("one",), 0.5, 0.5, 1))
+    ((round_, _),) = link.offered
+    assert (round_.finished, round_.blocks, round_.num_running) == (("one",), (), 1)

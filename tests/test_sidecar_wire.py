@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,28 @@ def test_a_round_that_no_slot_holds_is_dropped() -> None:
     assert (queue.dropped, queue.next()) == (1, None)
     queue.put(IDLE_TICK, version=0)
     assert queue.next() is not None
+
+
+def test_a_prefill_of_more_prompts_than_a_slot_holds_goes_prompt_by_prompt() -> None:
+    """A busy server's prompts are run together, and none of those came to the trainer; its time and
+    what ended in it are told once."""
+    queue = make_queue(slots=32)
+    whole = make_round(rows=8)
+    names = [f"r{number}" for number in range(20)]
+    segments = tuple(replace(whole.segments[0], request_id=name) for name in names)
+    queue.put(replace(whole, segments=segments, blocks=(), finished=("r1",)), version=3)
+    assert queue.dropped == 0
+    read: list[VerifyRound] = []
+    while (found := queue.next()) is not None:
+        read.append(unpack(*found, FORM, VOCAB, "me"))
+        assert found[0].version == 3
+    assert [[one.request_id for one in round_.segments] for round_ in read] == [
+        [f"me/{name}"] for name in names
+    ]
+    assert [round_.finished for round_ in read] == [()] * 19 + [("me/r1",)]
+    assert sum(round_.verify_seconds for round_ in read) == whole.verify_seconds
+    for round_ in read:
+        assert torch.equal(round_.segments[0].tokens_R1, whole.segments[0].tokens_R1)
 
 
 # --- weights ----------------------------------------------------------------------------------

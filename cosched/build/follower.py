@@ -83,7 +83,7 @@ def row_form(config: Config, target: TargetInfo, drafter: Drafter) -> RowForm:
 
 
 def slot_bytes_of(config: Config, drafter: Drafter, form: RowForm) -> int:
-    """A prompt's rows, or a round's of all requests that run."""
+    """A prompt's rows, or a round's of all requests that run; a prefill of more prompts is divided."""
     verified = config.engine.max_batch * (drafter.num_verified + 1)
     return size_of(max(config.adapt.replay.window, verified), form)
 

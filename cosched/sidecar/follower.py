@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cosched.errors import PublicationError
@@ -52,6 +52,8 @@ class Follower:
         self.counters.observe(round_)
         if self.learning:
             self._hand_over(round_)
+        elif round_.finished:  # the trainer has their rows, and a place for each
+            self._offer(replace(round_, segments=(), blocks=()))
         if not self.link.there:
             self._asked = None
         if self.learning or self._asked is not None:
@@ -117,13 +119,16 @@ class Follower:
 
     def _hand_over(self, round_: VerifyRound) -> None:
         if round_.segments or round_.blocks or round_.finished:
-            # 0 is the draft as loaded for every trainer.
-            self.link.offer(round_, 0 if self._alone else self.version)
+            self._offer(round_)
         counters, taken = self.counters, self.link.taken
         counters.dropped = self.link.dropped
         if taken is not None and taken.updates != counters.updates:
             counters.updates, counters.skipped_steps = taken.updates, taken.skipped_steps
             counters.losses[:] = [taken.loss]
+
+    def _offer(self, round_: VerifyRound) -> None:
+        version = 0 if self._alone else self.version  # 0: the draft as loaded, for every trainer
+        self.link.offer(round_, version)
 
     def _take_in(self) -> None:
         """Publish what has come; what was asked for is in it, or in what it was learnt from."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cosched.sidecar.messages import Rounds
@@ -13,6 +13,8 @@ from cosched.sidecar.rows import bounded
 from cosched.sidecar.slots import Slots
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
     from cosched.records import VerifyRound
@@ -70,7 +72,26 @@ class RoundQueue:
             self._slots, self._free, self._number = slots, list(range(self._size[0])), 0
 
     def put(self, round_: VerifyRound, version: int) -> None:
-        """Copy a round that ``version`` served, if there is room for it."""
+        """Copy a round that ``version`` served, if there is room for it.
+
+        A prefill of several prompts that no slot holds goes as one of each.
+        """
+        for one in self._of_a_slot(round_):
+            self._put(one, version)
+
+    def _of_a_slot(self, round_: VerifyRound) -> Iterable[VerifyRound]:
+        if round_.blocks or len(round_.segments) < 2:
+            return (round_,)
+        if self._packer.heads(round_)[2] <= self._slots.memory.slot_bytes:
+            return (round_,)
+        *others, last = round_.segments
+        none = replace(round_, finished=(), draft_seconds=0.0, verify_seconds=0.0)
+        return (
+            *(replace(none, segments=(segment,)) for segment in others),
+            replace(round_, segments=(last,)),
+        )
+
+    def _put(self, round_: VerifyRound, version: int) -> None:
         segments, blocks, size = self._packer.heads(round_)
         ended = tuple(map(bounded, round_.finished))
         with self._lock:
