@@ -30,6 +30,7 @@ class FakeLink:
         self.asked: list[int] = []
         self.offered: list[tuple[Any, int]] = []
         self.serving: Any = None
+        self.greetings = 0
 
     def offer(self, round_: Any, version: int) -> None:
         self.offered.append((round_, version))
@@ -40,6 +41,9 @@ class FakeLink:
 
     def now_serves(self, serving: Any) -> None:
         self.serving = serving
+
+    def greet_anew(self) -> None:
+        self.greetings += 1
 
     def ask_for(self, version: int) -> None:
         self.asked.append(version)
@@ -178,3 +182,15 @@ def test_who_has_finished_is_told_while_learning_is_off() -> None:
     follower.on_round(VerifyRound((), (block,), ("one",), 0.5, 0.5, 1))
     ((round_, _),) = link.offered
     assert (round_.finished, round_.blocks, round_.num_running) == (("one",), (), 1)
+
+
+def test_a_run_that_goes_on_says_what_it_serves() -> None:
+    """It served version 3 and said hello as 0, so the trainer's version 1 would never have come."""
+    was, _ = following(version=3)
+    follower, link = following()
+    follower.restore(*was.state())
+    assert (follower.version, served(follower)) == (3, 1)
+    assert (link.serving.version, link.serving.as_loaded) == (3, False)
+    assert link.serving.checksum == checksum(LEARNT)
+    assert torch.equal(link.serving.weights()["weight"], LEARNT["weight"])
+    assert link.greetings == 1

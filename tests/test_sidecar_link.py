@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-import zmq
 
 from cosched.records import VerifyRound
 from cosched.sidecar.link import CREDIT, Link, Serving
@@ -178,3 +177,39 @@ def test_a_trouble_has_the_same_words_while_it_lasts(link: Link, clock: Clock) -
     assert link.lost
     assert first == link.trouble
     assert "no trainer at ipc://" in str(first)
+
+
+def version(peer: Peer, number: int) -> Version:
+    return Version(
+        to=peer.name, version=number, parent=number - 1, checksum="c", as_loaded=True, parts=()
+    )
+
+
+def test_a_version_that_has_come_is_told_of_though_it_does_not_serve(
+    link: Link, peer: Peer, clock: Clock
+) -> None:
+    """A server that was off got the whole draft again every few seconds; so it is also while rounds go."""
+    peer.welcomes()
+    settled(lambda: link.there)
+    peer.says(version(peer, 4))
+    settled(lambda: link.received == 4)
+    clock.now += 1
+    link.offer(ended(), 0)
+    alive = peer.hears(Alive)
+    while alive.received != 4:
+        alive = peer.hears(Alive)
+    assert alive.version == 0
+
+
+def test_who_goes_on_from_an_earlier_run_is_met_as_what_it_serves(link: Link, peer: Peer) -> None:
+    """A hello as version 0 had gone out before; what came upon it is older than what serves."""
+    first = peer.welcomes()
+    settled(lambda: link.there)
+    peer.says(version(peer, 5))
+    settled(lambda: link.received == 5)
+    link.now_serves(Serving(7, "seven", as_loaded=False, weights=dict))
+    link.greet_anew()
+    hello = peer.welcomes()
+    assert (hello.version, hello.checksum, hello.as_loaded) == (7, "seven", False)
+    assert hello.server != first.server
+    assert link.arrived() is None

@@ -163,23 +163,23 @@ def test_who_has_the_key_is_heard() -> None:
     """Message and bytes behind it, the bytes being those of the frame."""
     payload = b"rows"
     message, read = codec().decode(
-        codec().encode(Alive(version=3, checksum="a", to="you"), payload)
+        codec().encode(Alive(version=3, checksum="a", received=3, to="you"), payload)
     )
-    assert message == Alive(version=3, checksum="a", to="you")
+    assert message == Alive(version=3, checksum="a", received=3, to="you")
     assert read is payload
 
 
 @pytest.mark.parametrize(("sender", "receiver"), [(KEY, b"o" * 32), (None, KEY), (KEY, None)])
 def test_who_has_another_key_or_none_is_not(sender: bytes | None, receiver: bytes | None) -> None:
     """Also where the receiver has none: two files that differ are a mistake to be seen."""
-    frames = codec(sender).encode(Alive(version=3, checksum="a"))
+    frames = codec(sender).encode(Alive(version=3, checksum="a", received=3))
     with pytest.raises(FrameError, match="key"):
         codec(receiver).decode(frames)
 
 
 def test_a_changed_byte_anywhere_is_refused() -> None:
     """Of head, header or what is behind it."""
-    head, payload = codec().encode(Alive(version=3, checksum="a"), b"rows")
+    head, payload = codec().encode(Alive(version=3, checksum="a", received=3), b"rows")
     for frame, length in ((0, len(head)), (1, len(payload))):
         for place in range(length):
             frames = [bytearray(head), bytearray(payload)]

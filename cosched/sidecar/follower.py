@@ -91,12 +91,9 @@ class Follower:
             raise PublicationError(f"version {version} is not kept; there are {known}")
 
     def _serve_loaded(self) -> None:
-        loaded = self.publisher.weights_of(0)
-        done = self.publisher.publish(loaded, self.version)
+        done = self.publisher.publish(self.publisher.weights_of(0), self.version)
         self.counters.serves_loaded = self._alone = True
-        self.link.now_serves(
-            Serving(done.version, done.draft_checksum, as_loaded=True, weights=lambda: loaded)
-        )
+        self._say_serving(done.version, done.draft_checksum)
         self.sink.emit("publication", round=self.counters.rounds, version=done, parent=0)
 
     @property
@@ -116,6 +113,9 @@ class Follower:
         """Go on from an earlier run's ``state()``."""
         self.counters = counters
         self.publisher.restore(tensors, version)
+        if version:
+            self._say_serving(version, self.publisher.draft_checksum())
+            self.link.greet_anew()
 
     def _hand_over(self, round_: VerifyRound) -> None:
         if round_.segments or round_.blocks or round_.finished:
@@ -156,17 +156,20 @@ class Follower:
             )
         self.counters.publish_seconds += done.seconds
         self.counters.serves_loaded, self._alone = message.as_loaded, False
-        publisher, version = self.publisher, done.version
+        self._say_serving(done.version, done.draft_checksum)
+        self.sink.emit(
+            "publication", round=self.counters.rounds, version=done, parent=message.parent
+        )
+
+    def _say_serving(self, version: int, draft_checksum: str) -> None:
+        publisher = self.publisher
         self.link.now_serves(
             Serving(
                 version,
-                done.draft_checksum,
-                message.as_loaded,
+                draft_checksum,
+                self.counters.serves_loaded,
                 lambda: publisher.weights_of(version),
             )
-        )
-        self.sink.emit(
-            "publication", round=self.counters.rounds, version=done, parent=message.parent
         )
 
     def _note_trouble(self) -> None:

@@ -111,6 +111,8 @@ class Link:
         self._broken: str | None = None
         self._heard_at, self._said_at = clock(), -math.inf
         self._moved_at = clock()  # since then no round that was sent has been answered
+        self._alive_at = -math.inf
+        self._greets_anew = False
         self._trainer = ""  # as it calls itself; "": not known yet
         self._shared = False  # whether it sees the queue's memory
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -144,8 +146,16 @@ class Link:
         return arrival
 
     def now_serves(self, serving: Serving) -> None:
-        """Say so with the next sign of life."""
-        self._serving = serving
+        """Say so with the next sign of life; what has come and is older is let go."""
+        with self._lock:
+            self._serving = serving
+            if self._arrival is not None and self._arrival.version.version <= serving.version:
+                self._arrival = None
+
+    def greet_anew(self) -> None:
+        """Have the trainer compare what serves with what should, as if this server came just now."""
+        self._greets_anew = True
+        self._rouse()
 
     @property
     def there(self) -> bool:
@@ -182,11 +192,12 @@ class Link:
     # --- the thread ------------------------------------------------------------------------
 
     def _begin_anew(self) -> None:
-        """As if nothing had been said; what that trainer was to do no other shall."""
+        """As if nothing had been said; what that trainer was to do, and made, is of no other."""
         with self._lock:
             self._asked.clear()
+            self._arrival, self.received = None, self._serving.version
         self._queue.begin_anew()
-        self._trainer, self._shared = "", False
+        self._trainer, self._shared, self._said_at = "", False, -math.inf
 
     def _rouse(self) -> None:
         with suppress(BlockingIOError):  # it will come
@@ -207,7 +218,8 @@ class Link:
             except FrameError:
                 self.refused += 1
         now = self._clock()
-        if self._trainer and self._overdue(now):
+        anew, self._greets_anew = self._greets_anew, False
+        if anew or (self._trainer and self._overdue(now)):
             self._begin_anew()
         if not self._trainer:
             if now - self._said_at >= (BEAT_S if self._refusal is None else self._limit_s):
@@ -217,8 +229,10 @@ class Link:
             self._send(asked)
         while self._queue.num_unanswered < CREDIT and self._send_oldest():
             pass
-        if now - self._said_at >= BEAT_S:
-            self._send(Alive(version=self._serving.version, checksum=self._serving.checksum))
+        if now - self._alive_at >= BEAT_S:
+            self._alive_at = now
+            serving, received = self._serving, self.received
+            self._send(Alive(version=serving.version, checksum=serving.checksum, received=received))
 
     def _overdue(self, now: float) -> bool:
         """Whether the trainer says nothing, or answers and takes none of what it was sent."""

@@ -130,10 +130,14 @@ class Rounds(Message, frozen=True, kw_only=True):
 
 
 class Alive(Message, frozen=True, kw_only=True):
-    """The server has nothing to send. ``checksum`` is that of what serves there as ``version``."""
+    """The server is there. ``checksum`` is that of what serves there as ``version``.
+
+    ``received`` is the newest version that has come whole; a server that is off does not serve it.
+    """
 
     version: Count
     checksum: Id
+    received: Count
 
 
 class Served(Message, frozen=True, kw_only=True):

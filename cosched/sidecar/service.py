@@ -195,7 +195,7 @@ class Service:
                 self._learn(identity, server, message, payload)
                 return True
             case Alive():
-                server.version = message.version
+                server.version, server.received = message.version, message.received
                 self._answer(identity, server)
             case Served():
                 self._go_on_from(identity, server, message, payload)
@@ -220,7 +220,7 @@ class Service:
             slots = None
             if hello.memory is not None:
                 slots = mapped(hello.memory, self._limits.memory_bytes)
-            known = Server(hello, slots, self._clock(), hello.version)
+            known = Server(hello, slots, self._clock(), hello.version, hello.version)
             self._servers[identity] = known
             logger.info(
                 "cosched trains for server %s, which serves version %d", known.name, known.version
@@ -262,8 +262,9 @@ class Service:
                 kept=self._versions.kept,
             ),
         )
-        if server.version < version and self._clock() - server.sent_at > self._limits.limit_s:
-            self._send_newest(identity, server)  # it may have been lost
+        late = self._clock() - server.sent_at > self._limits.limit_s
+        if max(server.version, server.received) < version and late:
+            self._send_newest(identity, server)  # it has been lost
 
     def _bytes_of(self, server: Server, message: Rounds, payload: Bytes) -> Tensor:
         if message.slot is None:
