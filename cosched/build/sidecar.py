@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from cosched.build.resuming import go_on, origin_of
 from cosched.build.tables import read_tables
 from cosched.build.trainer import build_scorer, build_trainer, rehearse
 from cosched.engines.sglang.worker.saving import Saving
-from cosched.errors import ConfigError
+from cosched.errors import ConfigError, RunFolderError
 from cosched.loop.checksum import checksum
 from cosched.loop.publish import InPlacePublisher
 from cosched.registry import DRAFTERS
@@ -39,12 +40,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cosched.build.tables import Tables
+    from cosched.coscheduler import Coscheduler
+    from cosched.loop.learner_state import Origin
     from cosched.loop.roles import Scorer, Sink, Trainer
     from cosched.protocols import Drafter
     from cosched.records import Acceptance
     from cosched.settings.schema import Config
     from cosched.sidecar.messages import RowForm
     from cosched.sidecar.servers import TrainerStatus
+
+logger = logging.getLogger("cosched")
 
 STATUS = "status.json"
 MOST_SLOTS = 4096  # of a server, as adapt.sidecar.queue_rounds
@@ -76,6 +81,8 @@ def build_sidecar(config: Config, arm: str, resume: bool, sink: Sink) -> Service
         )
     check_there(settings.device, f"{where}.sidecar.device")
     folder, states = RunFolder(folder_of(config)), _held(config)
+    if not resume:
+        _check_none_saved(states)
     target = read_tables(config, device_of(settings.device))
     own = config.drafter_settings
     drafter: Drafter = DRAFTERS.get(own.kind).load(own, target)
@@ -106,8 +113,8 @@ def build_sidecar(config: Config, arm: str, resume: bool, sink: Sink) -> Service
     )
     coscheduler.guard = guard = GuardOfMany(coscheduler.guard)
     origin = origin_of(config, publisher, num_ranks=1)
-    if resume and (newest := states.newest()) is not None:
-        go_on(coscheduler, newest, origin, rank=0)
+    if resume:
+        _go_on(coscheduler, states, origin)
     slot_bytes = slot_bytes_of(config, drafter, agreement.form)
     codec: Codec[FromServer] = Codec(key_of(config), FromServer)
 
@@ -143,6 +150,30 @@ def _held(config: Config) -> SavedStates:
     states = SavedStates(folder_of(config), config.adapt.checkpoint.keep)
     states.hold()
     return states
+
+
+def _check_none_saved(states: SavedStates) -> None:
+    """Refuse to begin where the oldest of what was learnt would go for what is learnt now.
+
+    Raises:
+        RunFolderError: there are states of an earlier start.
+    """
+    if states.saved_at:
+        raise RunFolderError(
+            f"{states.folder} has what was learnt before, which would be overwritten: go on from it "
+            f"with --resume, or take another run.name"
+        )
+
+
+def _go_on(coscheduler: Coscheduler, states: SavedStates, origin: Origin) -> None:
+    newest = states.newest()
+    if newest is None:
+        logger.warning(
+            "cosched: nothing to resume in %s yet; the draft starts as loaded", states.folder
+        )
+        return
+    go_on(coscheduler, newest, origin, rank=0)
+    logger.info("cosched goes on from %s", newest)
 
 
 def _learner(

@@ -116,15 +116,17 @@ class Service:
         self._servers: dict[bytes, Server] = {}
 
     def run(self, ends: Callable[[], bool]) -> None:
-        """Until ``ends`` says so; what is learnt then is saved."""
-        while not ends():
-            self.turn()
-        until = self._clock() + SETTLING_S
-        while self._coscheduler.busy and self._clock() < until:
-            self.turn()
-        if self._saving is not None:
-            self._saving.end(trains=not self._coscheduler.busy)
-        self._socket.close(linger=0)
+        """Until ``ends`` says so, or learning cannot go on; what is learnt then is saved."""
+        try:
+            while not ends():
+                self.turn()
+            until = self._clock() + SETTLING_S
+            while self._coscheduler.busy and self._clock() < until:
+                self.turn()
+        finally:
+            self._socket.close(linger=0)
+            if self._saving is not None:
+                self._saving.end(trains=not self._coscheduler.busy)
 
     def turn(self) -> None:
         """Wait a while for messages, take in those that are there, and look after what goes on."""
