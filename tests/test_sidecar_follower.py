@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, cast
 
 import pytest
@@ -30,9 +31,10 @@ class FakeLink:
         self.asked: list[int] = []
         self.offered: list[tuple[Any, int]] = []
         self.serving: Any = None
-        self.greetings = 0
+        self.greetings, self.takes_s = 0, 0.0
 
     def offer(self, round_: Any, version: int) -> None:
+        time.sleep(self.takes_s)
         self.offered.append((round_, version))
 
     def arrived(self) -> Arrival | None:
@@ -194,3 +196,12 @@ def test_a_run_that_goes_on_says_what_it_serves() -> None:
     assert link.serving.checksum == checksum(LEARNT)
     assert torch.equal(link.serving.weights()["weight"], LEARNT["weight"])
     assert link.greetings == 1
+
+
+def test_the_copy_that_decoding_waits_for_is_learnings_time() -> None:
+    """It was nobody's, so that an arm that hands rows over looked slower for no reason."""
+    follower, link = following()
+    link.takes_s = 0.02
+    follower.on_round(VerifyRound((), (), ("one",), 0.0, 0.0, 1))
+    follower.on_round(IDLE_TICK)  # nothing goes
+    assert follower.counters.update_seconds_total >= 0.02

@@ -6,10 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 import torch
 
-from cosched.build.sidecar import build_sidecar, folder_of
+from cosched.build.sidecar import _Agreement, build_sidecar, folder_of
 from cosched.errors import RunFolderError, TrainingError
 from cosched.runs import train as command
 from cosched.sidecar.messages import FromServer, Hello, RowForm, Version
@@ -134,3 +135,21 @@ def test_the_trainer_has_the_threads_that_the_file_says(tmp_path: Path, monkeypa
     with pytest.raises(TrainingError):
         command.train(configured(tmp_path, "engine.num_threads=1"), "adapted", resume=False)
     assert told == [1]
+
+
+AGREED = _Agreement("d", {}, None, "a", 3, HELLO.form)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"window": 64}, "drafter.window"),
+        ({"acceptance": "sampled"}, "engine.acceptance"),
+        ({"num_draft_tokens": 5}, "drafter.num_draft_tokens"),
+        ({"form": RowForm(6, 8, "float32", "float32")}, "adapt.replay.teacher"),
+    ],
+)
+def test_what_differs_is_named_by_its_key(change: dict[str, Any], key: str) -> None:
+    """An operator looks for it in the file."""
+    assert AGREED(HELLO) is None
+    assert key in str(AGREED(msgspec.structs.replace(HELLO, **change)))

@@ -51,6 +51,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("cosched")
 
+KEYS = {
+    "window": "drafter.window (which cosched train has with --arm adapted+window, and always in SGLang)",
+    "acceptance": "engine.acceptance (in SGLang engine.arguments.speculative_use_rejection_sampling)",
+    "num_draft_tokens": "drafter.num_draft_tokens",
+    "form": "engine.dtype, adapt.replay.teacher or adapt.replay.teacher_top_k",
+}
+"""Which settings what a server says of its engine is of."""
+
 STATUS = "status.json"
 MOST_SLOTS = 4096  # of a server, as adapt.sidecar.queue_rounds
 
@@ -214,13 +222,10 @@ class _Agreement:
                 f"drafter.path: its draft has the checksum {hello.draft}, and the trainer's "
                 f"{self.draft}; name the same"
             )
-        for key in ("window", "acceptance", "num_draft_tokens", "form"):
-            theirs, own = getattr(hello, key), getattr(self, key)
+        for name, key in KEYS.items():
+            theirs, own = getattr(hello, name), getattr(self, name)
             if theirs != own:
-                return (
-                    f"its {key} is {theirs!r}, and the trainer's {own!r}; start both with the same "
-                    f"settings (cosched train has --arm for the window)"
-                )
+                return f"{key}: it is {theirs!r} there, and {own!r} at the trainer; set both alike"
         for key in sorted(self.settings.keys() | hello.settings.keys()):
             theirs, own = hello.settings.get(key), self.settings.get(key)
             if theirs != own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -128,7 +129,9 @@ class Follower:
 
     def _offer(self, round_: VerifyRound) -> None:
         version = 0 if self._alone else self.version  # 0: the draft as loaded, for every trainer
+        started = time.perf_counter()
         self.link.offer(round_, version)
+        self.counters.update_seconds_total += time.perf_counter() - started
 
     def _take_in(self) -> None:
         """Publish what has come; what was asked for is in it, or in what it was learnt from."""
