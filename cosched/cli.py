@@ -111,13 +111,15 @@ def run(
         summary = experiment.run(folder, advance, resume)
     from cosched.report.commands import print_tables
     from cosched.report.html import write_report
-    from cosched.report.remarks import cut_line
+    from cosched.report.remarks import cut_line, trainer_lines
 
     with console.status("writing the report"):
         report_path = write_report(folder.path)
     print_tables(summary, console)
     if cut := cut_line(summary):
         console.print(cut, soft_wrap=True)
+    for line in trainer_lines(summary):
+        console.print(line, soft_wrap=True)
     console.print(f"report: [bold]{report_path}[/]", soft_wrap=True)
     if experiment.interrupted:
         errors.print(f"interrupted; what was measured so far is in {folder.path}", soft_wrap=True)

@@ -14,42 +14,15 @@ import torch
 import zmq
 
 from cosched.errors import ConfigError, ServerError
-from cosched.records import IDLE_TICK, Segment, ServedBlock, VerifyRound
-from cosched.sidecar.messages import Alive, FromServer, FromTrainer, Rounds, RowForm, Version
-from cosched.sidecar.queue import RoundQueue
-from cosched.sidecar.rows import Packer, size_of, unpack
-from cosched.sidecar.slots import Slots, mapped
+from cosched.records import Segment, VerifyRound
+from cosched.sidecar.messages import Alive, FromServer, FromTrainer, Rounds, Version
+from cosched.sidecar.rows import unpack
 from cosched.sidecar.sockets import listening
 from cosched.sidecar.weights import pack_weights, unpack_weights
 from cosched.sidecar.wire import LONGEST_HEADER, MAGIC, Codec, FrameError, read_key
+from tests.helpers.sidecar_rows import FORM, VOCAB, make_queue, make_round
 
 KEY = b"k" * 32
-FORM = RowForm(6, 4, "bfloat16", "float32")
-VOCAB = 100
-
-
-def make_round(
-    rows: int = 5, drafted: int = 3, name: str = "one", finished: bool = False
-) -> VerifyRound:
-    generator = torch.Generator().manual_seed(rows)
-    tokens = torch.randint(VOCAB, (rows + 1,), generator=generator)
-    teacher = torch.randn(rows, 4, generator=generator)
-    features = torch.randn(rows, 6, generator=generator).bfloat16()
-    block = ServedBlock(name, 7, tokens[1 : drafted + 1], torch.randn(drafted, 4), 2, 3)
-    return VerifyRound(
-        segments=(Segment(name, 7, tokens, features, teacher, temperature=0.5),),
-        blocks=(block,),
-        finished=(name,) if finished else (),
-        draft_seconds=0.5,
-        verify_seconds=0.25,
-        num_running=2,
-        tokens_left=9,
-        num_queued=1,
-    )
-
-
-def make_queue(slots: int = 4, window: int = 8) -> RoundQueue:
-    return RoundQueue(Packer(FORM, window, with_blocks=True), slots, size_of(16, FORM))
 
 
 def sent(round_: VerifyRound, window: int = 8) -> tuple[Rounds, torch.Tensor]:
@@ -141,6 +114,16 @@ def test_a_header_that_promises_a_lot_allocates_nothing() -> None:
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("name", ["x" * 513, "x" * 100_000, "", "\ud800", "\u00e9" * 40])
+def test_no_client_can_choose_a_name_that_no_message_holds(name: str) -> None:
+    """Every round of such a request was refused, and none was sent any more after a few of them."""
+    message, bytes_ = sent(make_round(name=name, finished=True))
+    read, _ = codec(None).decode(codec(None).encode(message))
+    (segment,) = (round_ := unpack(read, bytes_, FORM, VOCAB, "me")).segments
+    assert round_.finished == (segment.request_id,) == (round_.blocks[0].request_id,)
+    assert len(segment.request_id) <= len("me/") + 64
+
+
 # --- frames -----------------------------------------------------------------------------------
 
 
@@ -152,23 +135,23 @@ def test_who_has_the_key_is_heard() -> None:
     """Message and bytes behind it, the bytes being those of the frame."""
     payload = b"rows"
     message, read = codec().decode(
-        codec().encode(Alive(version=3, checksum="a", to="you"), payload)
+        codec().encode(Alive(version=3, checksum="a", received=3, to="you"), payload)
     )
-    assert message == Alive(version=3, checksum="a", to="you")
+    assert message == Alive(version=3, checksum="a", received=3, to="you")
     assert read is payload
 
 
 @pytest.mark.parametrize(("sender", "receiver"), [(KEY, b"o" * 32), (None, KEY), (KEY, None)])
 def test_who_has_another_key_or_none_is_not(sender: bytes | None, receiver: bytes | None) -> None:
     """Also where the receiver has none: two files that differ are a mistake to be seen."""
-    frames = codec(sender).encode(Alive(version=3, checksum="a"))
+    frames = codec(sender).encode(Alive(version=3, checksum="a", received=3))
     with pytest.raises(FrameError, match="key"):
         codec(receiver).decode(frames)
 
 
 def test_a_changed_byte_anywhere_is_refused() -> None:
     """Of head, header or what is behind it."""
-    head, payload = codec().encode(Alive(version=3, checksum="a"), b"rows")
+    head, payload = codec().encode(Alive(version=3, checksum="a", received=3), b"rows")
     for frame, length in ((0, len(head)), (1, len(payload))):
         for place in range(length):
             frames = [bytearray(head), bytearray(payload)]
@@ -268,94 +251,6 @@ def test_a_key_that_is_none_is_refused(tmp_path: Path, content: str | None) -> N
         path.write_text(content)
     with pytest.raises(ConfigError, match=r"adapt.sidecar.key_file"):
         read_key(path)
-
-
-# --- memory and the queue ---------------------------------------------------------------------
-
-
-def test_shared_memory_is_seen_by_who_maps_it() -> None:
-    """Bytes that the one writes the other reads, in the slot that they are in."""
-    slots = Slots("me", 3, 100)
-    seen = mapped(slots.memory, 1 << 20)
-    assert seen is not None
-    slots.tensors[2][:4] = torch.arange(4, dtype=torch.uint8)
-    assert seen[2][:4].tolist() == [0, 1, 2, 3]
-    assert not seen[1].any()
-
-
-@pytest.mark.parametrize(
-    ("change", "refused"),
-    [
-        ({"name": "another"}, False),
-        ({"pid": 1 << 29}, False),
-        ({"descriptor": 1 << 19}, False),
-        ({"slots": 4}, True),
-        ({"slot_bytes": 1 << 40}, True),
-    ],
-)
-def test_memory_that_is_not_what_is_said_is_not_mapped(
-    change: dict[str, Any], refused: bool
-) -> None:
-    """Another process's file is left alone; a wrong size would end the trainer with a bus error."""
-    slots = Slots("me", 3, 100)
-    memory = msgspec.structs.replace(slots.memory, **change)
-    if refused:
-        with pytest.raises(FrameError):
-            mapped(memory, 1 << 20)
-    else:
-        assert mapped(memory, 1 << 20) is None
-
-
-def test_the_oldest_round_goes_where_there_is_no_room_and_its_end_is_not_forgotten() -> None:
-    """Four slots, six rounds: two are dropped and counted; a request that ended in one of them has ended."""
-    queue = make_queue(slots=4)
-    for number in range(6):
-        queue.put(make_round(name=f"r{number}", finished=number == 0), version=0)
-    assert queue.dropped == 2
-    names: list[tuple[str, ...]] = []
-    while (found := queue.next()) is not None:
-        message, bytes_ = found
-        names.append((*(one.request_id for one in message.segments), *message.finished))
-        assert unpack(message, bytes_, FORM, VOCAB, "me")
-    assert names == [("r2",), ("r3",), ("r4", "r0"), ("r5",)]
-
-
-def test_a_trainer_that_answers_nothing_has_the_rows_that_it_was_given() -> None:
-    """What was sent may be being read: its slots are not written to until that is answered."""
-    queue = make_queue(slots=2)
-    for number in range(2):
-        queue.put(make_round(name=f"r{number}"), version=0)
-    first, bytes_ = queue.next() or pytest.fail("nothing waits")
-    assert queue.next() is not None
-    before = bytes_.clone()
-    queue.put(make_round(rows=3), version=0)
-    assert (queue.dropped, queue.next()) == (1, None)
-    assert torch.equal(bytes_, before)
-    queue.answered(first.number)
-    queue.put(make_round(rows=3), version=0)
-    assert queue.next() is not None
-
-
-def test_all_begins_anew_in_other_memory() -> None:
-    """A trainer that hung reads on in the old one, under a name that nobody has any more."""
-    queue = make_queue()
-    queue.put(make_round(), version=0)
-    old, (_, bytes_) = queue.memory, queue.next() or pytest.fail("nothing waits")
-    before = bytes_.clone()
-    queue.begin_anew()
-    queue.put(make_round(rows=3), version=0)
-    assert queue.memory.name != old.name
-    assert queue.dropped == 1
-    assert torch.equal(bytes_, before)
-
-
-def test_a_round_that_no_slot_holds_is_dropped() -> None:
-    """It cannot be waited for until there is room."""
-    queue = RoundQueue(Packer(FORM, 1 << 20, with_blocks=True), 4, 4096)
-    queue.put(make_round(rows=4000), version=0)
-    assert (queue.dropped, queue.next()) == (1, None)
-    queue.put(IDLE_TICK, version=0)
-    assert queue.next() is not None
 
 
 # --- weights ----------------------------------------------------------------------------------

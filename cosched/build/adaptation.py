@@ -132,7 +132,8 @@ def _learning(
         )
     from cosched.build.follower import build_follower  # with ZeroMQ, which nothing else needs
 
-    return build_follower(config, parts.target, drafter, publisher, window, sink, acceptance)
+    tells = False  # the worker warns of the follower's trouble with others
+    return build_follower(config, parts.target, drafter, publisher, window, sink, acceptance, tells)
 
 
 def _lengths(config: Config, max_tokens: int) -> ServedLengths | None:

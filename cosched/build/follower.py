@@ -35,8 +35,11 @@ def build_follower(
     window: int | None,
     sink: Sink,
     acceptance: Acceptance,
+    tells: bool = True,
 ) -> Follower:
     """What a server has in the place of a co-scheduler. It connects by and by, and waits for nothing.
+
+    ``tells``: that no trainer is there goes to the sink from here.
 
     Raises:
         ConfigError: the draft has nothing that could be trained, or the key cannot be read.
@@ -67,7 +70,7 @@ def build_follower(
         Serving(0, "", as_loaded=True, weights=lambda: loaded),
         settings.limit_seconds,
     )
-    return Follower(link, publisher, sink)
+    return Follower(link, publisher, sink, tells)
 
 
 def row_form(config: Config, target: TargetInfo, drafter: Drafter) -> RowForm:
@@ -80,7 +83,7 @@ def row_form(config: Config, target: TargetInfo, drafter: Drafter) -> RowForm:
 
 
 def slot_bytes_of(config: Config, drafter: Drafter, form: RowForm) -> int:
-    """A prompt's rows, or a round's of all requests that run."""
+    """A prompt's rows, or a round's of all requests that run; a prefill of more prompts is divided."""
     verified = config.engine.max_batch * (drafter.num_verified + 1)
     return size_of(max(config.adapt.replay.window, verified), form)
 

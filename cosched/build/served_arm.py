@@ -15,7 +15,7 @@ from cosched.engines.sglang.launcher.launch import check_draft_servable
 from cosched.errors import ConfigError
 from cosched.memory.footprint import check_fits
 from cosched.memory.sketch import sketch
-from cosched.settings.arms import PLAIN, adapts, split_arm
+from cosched.settings.arms import PLAIN, WINDOW_SUFFIX, adapts, split_arm
 from cosched.settings.schema import own_keys
 from cosched.workload.requests import load_requests
 
@@ -105,6 +105,15 @@ def build_served_arm(
     drafter = msgspec.structs.replace(
         config.drafter_settings, window=config.drafter_settings.window if windowed else None
     )
+    if (
+        adapts(name)
+        and config.adapt.placement == "sidecar"
+        and drafter.window != config.drafter_settings.window
+    ):
+        raise ConfigError(
+            f"{config.drafter_key}.window: a trainer of servers in SGLang learns with it, and the arm "
+            f"{name} drafts without; use the arm {name}{WINDOW_SUFFIX}, or leave the window out"
+        )
     policy = config.adapt.policy if adapts(name) else {"kind": "never"}
     config = msgspec.structs.replace(
         config,

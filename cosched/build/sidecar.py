@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from cosched.build.resuming import go_on, origin_of
 from cosched.build.tables import read_tables
 from cosched.build.trainer import build_scorer, build_trainer, rehearse
 from cosched.engines.sglang.worker.saving import Saving
-from cosched.errors import ConfigError
+from cosched.errors import ConfigError, RunFolderError
 from cosched.loop.checksum import checksum
 from cosched.loop.publish import InPlacePublisher
 from cosched.registry import DRAFTERS
@@ -39,12 +40,24 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cosched.build.tables import Tables
+    from cosched.coscheduler import Coscheduler
+    from cosched.loop.learner_state import Origin
     from cosched.loop.roles import Scorer, Sink, Trainer
     from cosched.protocols import Drafter
     from cosched.records import Acceptance
     from cosched.settings.schema import Config
     from cosched.sidecar.messages import RowForm
     from cosched.sidecar.servers import TrainerStatus
+
+logger = logging.getLogger("cosched")
+
+KEYS = {
+    "window": "drafter.window (which cosched train has with --arm adapted+window, and always in SGLang)",
+    "acceptance": "engine.acceptance (in SGLang engine.arguments.speculative_use_rejection_sampling)",
+    "num_draft_tokens": "drafter.num_draft_tokens",
+    "form": "engine.dtype, adapt.replay.teacher or adapt.replay.teacher_top_k",
+}
+"""Which settings what a server says of its engine is of."""
 
 STATUS = "status.json"
 MOST_SLOTS = 4096  # of a server, as adapt.sidecar.queue_rounds
@@ -76,6 +89,8 @@ def build_sidecar(config: Config, arm: str, resume: bool, sink: Sink) -> Service
         )
     check_there(settings.device, f"{where}.sidecar.device")
     folder, states = RunFolder(folder_of(config)), _held(config)
+    if not resume:
+        _check_none_saved(states)
     target = read_tables(config, device_of(settings.device))
     own = config.drafter_settings
     drafter: Drafter = DRAFTERS.get(own.kind).load(own, target)
@@ -106,8 +121,8 @@ def build_sidecar(config: Config, arm: str, resume: bool, sink: Sink) -> Service
     )
     coscheduler.guard = guard = GuardOfMany(coscheduler.guard)
     origin = origin_of(config, publisher, num_ranks=1)
-    if resume and (newest := states.newest()) is not None:
-        go_on(coscheduler, newest, origin, rank=0)
+    if resume:
+        _go_on(coscheduler, states, origin)
     slot_bytes = slot_bytes_of(config, drafter, agreement.form)
     codec: Codec[FromServer] = Codec(key_of(config), FromServer)
 
@@ -143,6 +158,30 @@ def _held(config: Config) -> SavedStates:
     states = SavedStates(folder_of(config), config.adapt.checkpoint.keep)
     states.hold()
     return states
+
+
+def _check_none_saved(states: SavedStates) -> None:
+    """Refuse to begin where the oldest of what was learnt would go for what is learnt now.
+
+    Raises:
+        RunFolderError: there are states of an earlier start.
+    """
+    if states.saved_at:
+        raise RunFolderError(
+            f"{states.folder} has what was learnt before, which would be overwritten: go on from it "
+            f"with --resume, or take another run.name"
+        )
+
+
+def _go_on(coscheduler: Coscheduler, states: SavedStates, origin: Origin) -> None:
+    newest = states.newest()
+    if newest is None:
+        logger.warning(
+            "cosched: nothing to resume in %s yet; the draft starts as loaded", states.folder
+        )
+        return
+    go_on(coscheduler, newest, origin, rank=0)
+    logger.info("cosched goes on from %s", newest)
 
 
 def _learner(
@@ -183,13 +222,10 @@ class _Agreement:
                 f"drafter.path: its draft has the checksum {hello.draft}, and the trainer's "
                 f"{self.draft}; name the same"
             )
-        for key in ("window", "acceptance", "num_draft_tokens", "form"):
-            theirs, own = getattr(hello, key), getattr(self, key)
+        for name, key in KEYS.items():
+            theirs, own = getattr(hello, name), getattr(self, name)
             if theirs != own:
-                return (
-                    f"its {key} is {theirs!r}, and the trainer's {own!r}; start both with the same "
-                    f"settings (cosched train has --arm for the window)"
-                )
+                return f"{key}: it is {theirs!r} there, and {own!r} at the trainer; set both alike"
         for key in sorted(self.settings.keys() | hello.settings.keys()):
             theirs, own = hello.settings.get(key), self.settings.get(key)
             if theirs != own:

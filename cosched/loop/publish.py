@@ -99,6 +99,11 @@ class InPlacePublisher:
         first = {name: p.detach().clone() for name, p in serving.draft.items()}
         return cls(serving, first, target_check_every, keep)
 
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The versions that can be served again, beside the draft as loaded."""
+        return tuple(sorted(self._kept))
+
     def target_checksum(self) -> str:
         """Of all of it, by which a later run knows it again; reads it through."""
         return checksum(self._serving.target)

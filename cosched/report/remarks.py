@@ -176,6 +176,17 @@ def cut_line(summary: RunSummary) -> str | None:
     return f"Conversations that ended early, because their next turn did not fit: {listed}."
 
 
+def trainer_lines(summary: RunSummary) -> list[str]:
+    """Of each arm whose trainer, a process of its own, was not there to the end, what it served with."""
+    troubles: dict[str, str] = summary.run.get("trainer_troubles", {})
+    return [
+        f"{name} served the draft as loaded from its first round to its last: {why}."
+        if not summary.arms[name].versions
+        else f"{name} served without its trainer in the end: {why}."
+        for name, why in troubles.items()
+    ]
+
+
 def cautions(summary: RunSummary, recorded: bool, num_damaged: int) -> list[str]:
     """What went otherwise than a reader would assume."""
     lines: list[str] = []
@@ -187,6 +198,7 @@ def cautions(summary: RunSummary, recorded: bool, num_damaged: int) -> list[str]
         )
     if cut := cut_line(summary):
         lines.append(cut)
+    lines += trainer_lines(summary)
     empty = [name for name, arm in summary.arms.items() if not arm.rounds]
     if empty:
         lines.append(f"No round was measured of: {', '.join(empty)}.")

@@ -18,7 +18,7 @@ from cosched.memory.sketch import sketch
 from cosched.report.by_text import figures_by_text
 from cosched.report.intervals import cut
 from cosched.report.memory import footprint_rows
-from cosched.settings.arms import draft_of
+from cosched.settings.arms import adapts, draft_of
 from cosched.telemetry.groups import figures_by_group
 from cosched.telemetry.metrics import (
     ArmSummary,
@@ -107,6 +107,7 @@ def run_summary(
             "parts_of": parts_of,
             "recorded": recorded,
             **_about_drafts(config, running),
+            **_about_trainer(config, running),
             "device": world.device,
             "num_threads": torch.get_num_threads(),
             "memory": footprint_rows(footprint(config, *sketch(config))),
@@ -141,6 +142,21 @@ def _about_drafts(config: Config, running: list[Running]) -> dict[str, Any]:
         }
         found["drafts"] = named
     return found
+
+
+def _about_trainer(config: Config, running: list[Running]) -> dict[str, Any]:
+    """Of each arm that learns in a side-car and has had nothing of it, or has lost it, why."""
+    troubles: dict[str, str] = {}
+    for one in running:
+        name, learner = one.arm.name, one.arm.coscheduler
+        if not adapts(name) or config.for_arm(name).adapt.placement != "sidecar":
+            continue
+        trouble: str | None = getattr(learner, "trouble", None)
+        if learner is not None and not learner.version:
+            troubles[name] = f"no version came ({trouble})" if trouble else "no version came"
+        elif trouble:
+            troubles[name] = trouble
+    return {"trainer_troubles": troubles} if troubles else {}
 
 
 def _about(config: Config) -> dict[str, Any]:

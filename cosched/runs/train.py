@@ -8,6 +8,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from cosched.build.sidecar import build_sidecar, folder_of
 from cosched.settings.load import check_paths
 from cosched.telemetry.history import History
@@ -34,15 +36,19 @@ def train(config: Config, arm: str, resume: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     check_paths(config)
+    if config.engine.num_threads is not None:
+        torch.set_num_threads(config.engine.num_threads)
     folder = folder_of(config)
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     history = History(folder / "events.jsonl", time.time)
-    service = build_sidecar(config, arm, resume, history)
-    logger.info(
-        "cosched trains for servers at %s; %s has what it saves",
-        config.adapt.sidecar.address,
-        folder,
-    )
-    service.run(ended.is_set)
-    history.close()
+    try:
+        service = build_sidecar(config, arm, resume, history)
+        logger.info(
+            "cosched trains for servers at %s; %s has what it saves",
+            config.adapt.sidecar.address,
+            folder,
+        )
+        service.run(ended.is_set)
+    finally:
+        history.close()

@@ -21,7 +21,7 @@ from cosched.settings.arms import (
     split_arm,
 )
 from cosched.settings.device import check_name
-from cosched.settings.sidecar import check_sidecar
+from cosched.settings.sidecar import check_one_learner, check_sidecar
 
 if TYPE_CHECKING:
     from cosched.protocols import DraftLength, LossSettings, Policy
@@ -77,6 +77,7 @@ def check_together(config: Config) -> None:
     # The section itself is checked whether or not an arm uses it: servers have no arms.
     for arm in dict.fromkeys((ADAPTED, *(arm for arm in config.arms if adapts(arm)))):
         _check_adapt(config.for_arm(arm), used=arm in config.arms)
+    check_one_learner(config)
     _check_saved_together(config)
 
 

@@ -233,7 +233,7 @@ class TrainerSettings(Section, frozen=True):
     own. Off, the engine waits for each update, and runs repeat exactly.
     A process that ends, or gives no answer for ``limit_seconds``, is started again, from the weights
     that serve, while decoding goes on; after ``restarts`` times without an update between them learning
-    stops.
+    stops. These three are of a colocated draft: a sidecar refuses other values.
     ``precision`` is that of matrix products; ``auto`` is bfloat16 where the device multiplies it
     faster, so that results differ from one machine to another.
     ``cuda_graph`` has a GPU repeat loss and gradients of a micro-step, captured at the start, so that the
@@ -307,7 +307,7 @@ class SidecarSettings(Section, frozen=True):
     share, of at least 16 bytes: every message is signed with it. Without one the address must be of this
     machine: a socket, or a port of the loopback. A key proves who speaks and hides nothing, so keep the
     port closed to strangers all the same.
-    ``device`` is what trains, as ``engine.device`` says what decodes.
+    ``device`` is what trains, as ``engine.device`` says what decodes, each with ``engine.num_threads``.
     ``queue_rounds`` of a server wait at most to be sent; the oldest goes where there is no room, and is
     counted. Who says nothing for ``limit_seconds`` is taken for lost, by the other side.
     """

@@ -6,7 +6,9 @@ import re
 from typing import TYPE_CHECKING
 
 from cosched.errors import ConfigError
+from cosched.settings.arms import adapts
 from cosched.settings.device import check_name
+from cosched.settings.sections import TrainerSettings
 
 if TYPE_CHECKING:
     from cosched.settings.schema import Config
@@ -44,6 +46,13 @@ def check_sidecar(config: Config) -> None:
             f"{where}.placement: a trace is decoded in no time that a sidecar could learn in, got "
             f"engine.kind: trace; use colocated"
         )
+    for name in ("background", "limit_seconds", "restarts"):
+        value, usual = getattr(adapt.trainer, name), getattr(TrainerSettings(), name)
+        if value != usual:
+            raise ConfigError(
+                f"{where}.trainer.{name}: with {where}.placement = sidecar training goes on in a thread of "
+                f"the trainer's process, which nobody starts again, got {value}; leave it out"
+            )
     if adapt.scope.state != "shared":
         raise ConfigError(
             f"{where}.scope.state: {where}.placement = sidecar has one draft for all servers, got "
@@ -59,4 +68,20 @@ def check_sidecar(config: Config) -> None:
         raise ConfigError(
             f"engine.arguments.tp_size: {where}.placement = sidecar serves with one rank, got {ranks}; "
             f"use 1, or colocated"
+        )
+
+
+def check_one_learner(config: Config) -> None:
+    """Refuse arms that could not all have the trainer that there is.
+
+    Raises:
+        ConfigError: several arms learn in a sidecar.
+    """
+    learning = {arm: config.for_arm(arm) for arm in config.arms if adapts(arm)}
+    elsewhere = [arm for arm, own in learning.items() if own.adapt.placement == "sidecar"]
+    if len(elsewhere) > 1:
+        where = learning[elsewhere[-1]].adapt_key
+        raise ConfigError(
+            f"arms: {', '.join(elsewhere)} learn in a sidecar, and a trainer has one draft, which sees "
+            f"and learns the same everywhere; keep one of them, or use {where}.placement: colocated"
         )

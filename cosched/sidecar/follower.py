@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cosched.errors import PublicationError
@@ -20,19 +21,31 @@ if TYPE_CHECKING:
     from cosched.sidecar.link import Arrival, Link
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """An operator wants to go back ``to`` a version; ``newest`` had come by then."""
+
+    to: int
+    newest: int
+
+
 @dataclass(eq=False)
 class Follower:
     """Hands rounds over, counts them, and publishes what comes: each of it at the end of a round.
 
-    It waits for nobody. Without a trainer the last good draft goes on serving; ``trouble`` says so.
+    It waits for nobody. Without a trainer the last good draft goes on serving; ``trouble`` says so, and
+    the sink is told of it where ``tells``: otherwise whoever asks for it does that.
     """
 
     link: Link
     publisher: InPlacePublisher
     sink: Sink
+    tells: bool = True
     counters: Counters = field(default_factory=Counters, init=False)
     learning: bool = field(default=True, init=False)  # off: rounds are counted, and nothing else
     busy: bool = field(default=False, init=False)  # with nothing that anybody would wait for
+    _alone: bool = field(default=False, init=False)  # as loaded, under a number that is another's
+    _asked: _Asked | None = field(default=None, init=False)
     _told: str | None = field(default=None, init=False)
 
     def on_round(self, round_: VerifyRound) -> None:
@@ -40,14 +53,49 @@ class Follower:
         self.counters.observe(round_)
         if self.learning:
             self._hand_over(round_)
-            if (arrival := self.link.arrived()) is not None:
-                self._publish(arrival)
-        self._note_trouble()
+        elif round_.finished:  # the trainer has their rows, and a place for each
+            self._offer(replace(round_, segments=(), blocks=()))
+        if not self.link.there:
+            self._asked = None
+        if self.learning or self._asked is not None:
+            self._take_in()
+        if self.tells:
+            self._note_trouble()
 
     def roll_back(self, version: int) -> int:
-        """Ask the trainer to have an earlier version served, everywhere; the version that serves now."""
-        self.link.ask_for(version)
+        """Ask the trainer to have an earlier version served, everywhere; the version that serves now.
+
+        The draft as loaded, 0, serves here at once, under the number that serves now; without a
+        trainer it serves here alone, until one publishes something.
+
+        Raises:
+            PublicationError: no trainer is there that could be asked, or it has not kept that version.
+        """
+        if version:
+            self._check_kept(version)
+        elif self.version and not self.counters.serves_loaded:
+            self._serve_loaded()
+        if self.link.there:
+            self.link.ask_for(version)
+            self._asked = _Asked(version, max(self.version, self.link.received))
+        self.counters.rolled_back += 1
         return self.version
+
+    def _check_kept(self, version: int) -> None:
+        if not self.link.there:
+            raise PublicationError(
+                f"version {version} is a trainer's, and none is there; only 0, the draft as loaded, is here"
+            )
+        kept = self.link.taken.kept if self.link.taken else ()
+        if version not in kept:
+            known = ", ".join(map(str, [0, *kept]))
+            raise PublicationError(f"version {version} is not kept; there are {known}")
+
+    def _serve_loaded(self) -> None:
+        done = self.publisher.publish(self.publisher.weights_of(0), self.version)
+        self.counters.serves_loaded = self._alone = True
+        self._say_serving(done.version, done.draft_checksum)
+        self.sink.emit("publication", round=self.counters.rounds, version=done, parent=0)
 
     @property
     def version(self) -> int:
@@ -66,15 +114,33 @@ class Follower:
         """Go on from an earlier run's ``state()``."""
         self.counters = counters
         self.publisher.restore(tensors, version)
+        if version:
+            self._say_serving(version, self.publisher.draft_checksum())
+            self.link.greet_anew()
 
     def _hand_over(self, round_: VerifyRound) -> None:
         if round_.segments or round_.blocks or round_.finished:
-            self.link.offer(round_, self.version)
+            self._offer(round_)
         counters, taken = self.counters, self.link.taken
         counters.dropped = self.link.dropped
         if taken is not None and taken.updates != counters.updates:
             counters.updates, counters.skipped_steps = taken.updates, taken.skipped_steps
             counters.losses[:] = [taken.loss]
+
+    def _offer(self, round_: VerifyRound) -> None:
+        version = 0 if self._alone else self.version  # 0: the draft as loaded, for every trainer
+        started = time.perf_counter()
+        self.link.offer(round_, version)
+        self.counters.update_seconds_total += time.perf_counter() - started
+
+    def _take_in(self) -> None:
+        """Publish what has come; what was asked for is in it, or in what it was learnt from."""
+        if (arrival := self.link.arrived()) is None:
+            return
+        parent = arrival.version.parent
+        if self._asked is not None and (parent == self._asked.to or parent > self._asked.newest):
+            self._asked = None
+        self._publish(arrival)
 
     def _publish(self, arrival: Arrival) -> None:
         """Between two rounds; proven by the trainer's checksum, or undone.
@@ -92,18 +158,21 @@ class Follower:
                 f"{message.checksum} at the trainer; the draft as loaded serves"
             )
         self.counters.publish_seconds += done.seconds
-        self.counters.serves_loaded = message.as_loaded
-        publisher, version = self.publisher, done.version
+        self.counters.serves_loaded, self._alone = message.as_loaded, False
+        self._say_serving(done.version, done.draft_checksum)
+        self.sink.emit(
+            "publication", round=self.counters.rounds, version=done, parent=message.parent
+        )
+
+    def _say_serving(self, version: int, draft_checksum: str) -> None:
+        publisher = self.publisher
         self.link.now_serves(
             Serving(
                 version,
-                done.draft_checksum,
-                message.as_loaded,
+                draft_checksum,
+                self.counters.serves_loaded,
                 lambda: publisher.weights_of(version),
             )
-        )
-        self.sink.emit(
-            "publication", round=self.counters.rounds, version=done, parent=message.parent
         )
 
     def _note_trouble(self) -> None:

@@ -95,6 +95,7 @@ class Link:
     ) -> None:
         self.refused = 0  # messages that were none
         self.taken: Taken | None = None  # how training goes, as the trainer said last
+        self.received = 0  # the newest version that has come whole
         self._address = address
         self._hello = hello
         self._queue = queue
@@ -109,6 +110,9 @@ class Link:
         self._refusal: str | None = None
         self._broken: str | None = None
         self._heard_at, self._said_at = clock(), -math.inf
+        self._moved_at = clock()  # since then no round that was sent has been answered
+        self._alive_at = -math.inf
+        self._greets_anew = False
         self._trainer = ""  # as it calls itself; "": not known yet
         self._shared = False  # whether it sees the queue's memory
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -142,26 +146,38 @@ class Link:
         return arrival
 
     def now_serves(self, serving: Serving) -> None:
-        """Say so with the next sign of life."""
-        self._serving = serving
+        """Say so with the next sign of life; what has come and is older is let go."""
+        with self._lock:
+            self._serving = serving
+            if self._arrival is not None and self._arrival.version.version <= serving.version:
+                self._arrival = None
+
+    def greet_anew(self) -> None:
+        """Have the trainer compare what serves with what should, as if this server came just now."""
+        self._greets_anew = True
+        self._rouse()
+
+    @property
+    def there(self) -> bool:
+        """Whether a trainer knows this server, as far as is known."""
+        return bool(self._trainer) and self._broken is None
 
     def ask_for(self, version: int) -> None:
-        """Have the trainer go back to a version, on all servers."""
+        """Have the trainer that is there go back to a version, on all servers; no other is asked."""
         with self._lock:
             self._asked.append(RollBack(version=version))
         self._rouse()
 
     @property
     def trouble(self) -> str | None:
-        """Why nothing is learnt of what is served, in words for an operator."""
+        """Why nothing is learnt of what is served, in words for an operator; the same while it lasts."""
         if self._broken is not None:
             return f"the link to the trainer has ended: {self._broken}"
         if self._refusal is not None:
             return f"the trainer refuses this server: {self._refusal}"
         if self._trainer:
             return None
-        away = self._clock() - self._heard_at
-        return f"no trainer at {self._address}: none has been heard for {away:.0f} s"
+        return f"no trainer at {self._address} is heard"
 
     @property
     def lost(self) -> bool:
@@ -176,9 +192,12 @@ class Link:
     # --- the thread ------------------------------------------------------------------------
 
     def _begin_anew(self) -> None:
-        """As if nothing had been said."""
+        """As if nothing had been said; what that trainer was to do, and made, is of no other."""
+        with self._lock:
+            self._asked.clear()
+            self._arrival, self.received = None, self._serving.version
         self._queue.begin_anew()
-        self._trainer, self._shared = "", False
+        self._trainer, self._shared, self._said_at = "", False, -math.inf
 
     def _rouse(self) -> None:
         with suppress(BlockingIOError):  # it will come
@@ -199,18 +218,32 @@ class Link:
             except FrameError:
                 self.refused += 1
         now = self._clock()
-        if self._trainer and now - self._heard_at > self._limit_s:
+        anew, self._greets_anew = self._greets_anew, False
+        if anew or (self._trainer and self._overdue(now)):
             self._begin_anew()
         if not self._trainer:
             if now - self._said_at >= (BEAT_S if self._refusal is None else self._limit_s):
                 self._say_hello()
             return
-        while self._asked:
-            self._send(self._asked.popleft())
+        while (asked := self._next_asked()) is not None:
+            self._send(asked)
         while self._queue.num_unanswered < CREDIT and self._send_oldest():
             pass
-        if now - self._said_at >= BEAT_S:
-            self._send(Alive(version=self._serving.version, checksum=self._serving.checksum))
+        if now - self._alive_at >= BEAT_S:
+            self._alive_at = now
+            serving, received = self._serving, self.received
+            self._send(Alive(version=serving.version, checksum=serving.checksum, received=received))
+
+    def _overdue(self, now: float) -> bool:
+        """Whether the trainer says nothing, or answers and takes none of what it was sent."""
+        takes_none = self._queue.num_unanswered > 0 and now - self._moved_at > self._limit_s
+        if takes_none:
+            logger.warning("cosched: the trainer takes no rounds of this server; it is met anew")
+        return takes_none or now - self._heard_at > self._limit_s
+
+    def _next_asked(self) -> Message | None:
+        with self._lock:
+            return self._asked.popleft() if self._asked else None
 
     def _received(self) -> tuple[FromTrainer, Bytes] | None:
         """The next message; those that are none are passed over."""
@@ -240,7 +273,8 @@ class Link:
                 self._refusal = message.reason
             case Taken():
                 self.taken = message
-                self._queue.answered(message.number)
+                if self._queue.answered(message.number):
+                    self._moved_at = self._heard_at
             case Version():
                 self._keep(message, payload)
             case Ask():
@@ -253,6 +287,7 @@ class Link:
         weights = None
         if not message.as_loaded:
             weights = unpack_weights(message.parts, as_tensor(payload), self._known)
+        self.received = message.version
         with self._lock:
             waiting = self._arrival.version.version if self._arrival else 0
             if message.version > max(waiting, self._serving.version):
@@ -275,6 +310,8 @@ class Link:
         """The oldest round that waits; whether there was one."""
         if (found := self._queue.next()) is None:
             return False
+        if self._queue.num_unanswered == 1:
+            self._moved_at = self._clock()
         rounds, bytes_ = found
         if self._shared:
             self._send(rounds)

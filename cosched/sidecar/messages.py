@@ -18,6 +18,7 @@ Text = Annotated[str, Meta(max_length=4096)]
 Count = Annotated[int, Meta(ge=0, le=1 << 48)]
 Small = Annotated[int, Meta(ge=0, le=1 << 20)]
 Seconds = Annotated[float, Meta(ge=0)]
+MOST_KEPT = 1024  # versions that are told of
 MOST_REQUESTS = 8192  # of a round: as many as an engine runs at once, twice
 
 
@@ -129,10 +130,14 @@ class Rounds(Message, frozen=True, kw_only=True):
 
 
 class Alive(Message, frozen=True, kw_only=True):
-    """The server has nothing to send. ``checksum`` is that of what serves there as ``version``."""
+    """The server is there. ``checksum`` is that of what serves there as ``version``.
+
+    ``received`` is the newest version that has come whole; a server that is off does not serve it.
+    """
 
     version: Count
     checksum: Id
+    received: Count
 
 
 class Served(Message, frozen=True, kw_only=True):
@@ -175,13 +180,17 @@ class Unknown(Message, frozen=True, kw_only=True):
 
 
 class Taken(Message, frozen=True, kw_only=True):
-    """Everything up to ``number`` has been taken in; and how training goes."""
+    """Everything up to ``number`` has been taken in; and how training goes.
+
+    ``kept`` are the newest of the versions that the trainer can go back to, beside the draft as loaded.
+    """
 
     number: Count
     version: Count
     updates: Count
     skipped_steps: Count
     loss: float | None
+    kept: Annotated[tuple[Count, ...], Meta(max_length=MOST_KEPT)] = ()
 
 
 class Version(Message, frozen=True, kw_only=True):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cosched.sidecar.messages import Rounds
+from cosched.sidecar.rows import bounded
 from cosched.sidecar.slots import Slots
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
     from cosched.records import VerifyRound
@@ -69,20 +72,40 @@ class RoundQueue:
             self._slots, self._free, self._number = slots, list(range(self._size[0])), 0
 
     def put(self, round_: VerifyRound, version: int) -> None:
-        """Copy a round that ``version`` served, if there is room for it."""
+        """Copy a round that ``version`` served, if there is room for it.
+
+        A prefill of several prompts that no slot holds goes as one of each.
+        """
+        for one in self._of_a_slot(round_):
+            self._put(one, version)
+
+    def _of_a_slot(self, round_: VerifyRound) -> Iterable[VerifyRound]:
+        if round_.blocks or len(round_.segments) < 2:
+            return (round_,)
+        if self._packer.heads(round_)[2] <= self._slots.memory.slot_bytes:
+            return (round_,)
+        *others, last = round_.segments
+        none = replace(round_, finished=(), draft_seconds=0.0, verify_seconds=0.0)
+        return (
+            *(replace(none, segments=(segment,)) for segment in others),
+            replace(round_, segments=(last,)),
+        )
+
+    def _put(self, round_: VerifyRound, version: int) -> None:
         segments, blocks, size = self._packer.heads(round_)
+        ended = tuple(map(bounded, round_.finished))
         with self._lock:
             slots, slot = self._slots, self._slot_for(size)
             if slot is None:
                 self.dropped += 1
-                self._owed += round_.finished
+                self._owed += ended
                 return
         self._packer.pack(round_, segments, blocks, slots.tensors[slot][:size])
         with self._lock:
             if slots is not self._slots:  # all has begun anew meanwhile
                 self.dropped += 1
                 return
-            finished = (*self._owed, *round_.finished)
+            finished = (*self._owed, *ended)
             self._owed.clear()
             self._number += 1
             rounds = Rounds(
@@ -124,8 +147,10 @@ class RoundQueue:
             self._unanswered.append(one)
             return one.rounds, self._slots.tensors[one.slot][: one.rounds.size]
 
-    def answered(self, number: int) -> None:
-        """Nobody needs the tensors of that round and of those before it any more."""
+    def answered(self, number: int) -> bool:
+        """Nobody needs the tensors of that round and of those before it; whether there were any."""
         with self._lock:
+            before = len(self._unanswered)
             while self._unanswered and self._unanswered[0].rounds.number <= number:
                 self._free.append(self._unanswered.popleft().slot)
+            return len(self._unanswered) < before

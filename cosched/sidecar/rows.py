@@ -8,6 +8,7 @@ Letters: R rows of one request, K drafted tokens, F feature width, X teacher wid
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from cosched.sidecar.messages import Rounds
 
 ALIGNMENT = 64  # bytes
+LONGEST_ID = 64  # letters of a request's name in a message
 TYPES = {
     str(one).removeprefix("torch."): one for one in (torch.float32, torch.bfloat16, torch.float16)
 }
@@ -99,6 +101,17 @@ def size_of(rows: int, form: RowForm) -> int:
     return _Plan(3 * rows, rows, 2 * rows, form).starts[-1]
 
 
+def bounded(request_id: str) -> str:
+    """The name that a request has in messages: a hash where it is longer, or what no message can hold.
+
+    Clients choose these names, and no client may write a message that is refused.
+    """
+    name = request_id.encode(errors="surrogatepass")
+    if request_id.isascii() and 0 < len(name) <= LONGEST_ID:
+        return request_id
+    return hashlib.sha256(name).hexdigest()
+
+
 @dataclass(slots=True)
 class Packer:
     """Packs rounds into bytes that others have. Of a segment the last ``window`` rows are kept.
@@ -118,7 +131,7 @@ class Packer:
         segments = tuple(map(self._head, round_.segments))
         blocks = tuple(
             BlockHead(
-                one.request_id,
+                bounded(one.request_id),
                 one.anchor,
                 len(one.path_K),
                 self.with_blocks and one.teacher_KX is not None,
@@ -134,7 +147,7 @@ class Packer:
         kept = min(rows, self.window)
         features, teacher = one.features_RF is not None, one.teacher_RX is not None
         start, temperature = one.start + rows - kept, float(one.temperature)
-        return SegmentHead(one.request_id, start, kept, features, teacher, temperature)
+        return SegmentHead(bounded(one.request_id), start, kept, features, teacher, temperature)
 
     def pack(
         self,

@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 class Server:
     """One that serves, as it has said hello: a name is new with each start of a server.
 
-    ``version`` serves there as far as is known; ``sent_at`` is when the newest went to it,
-    and it is ``asked`` for the weights that serve until they come.
+    ``version`` serves there as far as is known, and ``received`` has come there; ``sent_at`` is when the
+    newest went to it, and it is ``asked`` for the weights that serve until they come.
     """
 
     hello: Hello
     slots: list[Tensor] | None
     heard_at: float
     version: int
+    received: int = 0
     sent_at: float = 0.0
     asked: bool = False
     number: int = 0

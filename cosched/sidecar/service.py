@@ -116,15 +116,17 @@ class Service:
         self._servers: dict[bytes, Server] = {}
 
     def run(self, ends: Callable[[], bool]) -> None:
-        """Until ``ends`` says so; what is learnt then is saved."""
-        while not ends():
-            self.turn()
-        until = self._clock() + SETTLING_S
-        while self._coscheduler.busy and self._clock() < until:
-            self.turn()
-        if self._saving is not None:
-            self._saving.end(trains=not self._coscheduler.busy)
-        self._socket.close(linger=0)
+        """Until ``ends`` says so, or learning cannot go on; what is learnt then is saved."""
+        try:
+            while not ends():
+                self.turn()
+            until = self._clock() + SETTLING_S
+            while self._coscheduler.busy and self._clock() < until:
+                self.turn()
+        finally:
+            self._socket.close(linger=0)
+            if self._saving is not None:
+                self._saving.end(trains=not self._coscheduler.busy)
 
     def turn(self) -> None:
         """Wait a while for messages, take in those that are there, and look after what goes on."""
@@ -195,7 +197,7 @@ class Service:
                 self._learn(identity, server, message, payload)
                 return True
             case Alive():
-                server.version = message.version
+                server.version, server.received = message.version, message.received
                 self._answer(identity, server)
             case Served():
                 self._go_on_from(identity, server, message, payload)
@@ -220,7 +222,7 @@ class Service:
             slots = None
             if hello.memory is not None:
                 slots = mapped(hello.memory, self._limits.memory_bytes)
-            known = Server(hello, slots, self._clock(), hello.version)
+            known = Server(hello, slots, self._clock(), hello.version, hello.version)
             self._servers[identity] = known
             logger.info(
                 "cosched trains for server %s, which serves version %d", known.name, known.version
@@ -259,10 +261,12 @@ class Service:
                 updates=counters.updates,
                 skipped_steps=counters.skipped_steps,
                 loss=counters.losses[-1] if counters.losses else None,
+                kept=self._versions.kept,
             ),
         )
-        if server.version < version and self._clock() - server.sent_at > self._limits.limit_s:
-            self._send_newest(identity, server)  # it may have been lost
+        late = self._clock() - server.sent_at > self._limits.limit_s
+        if max(server.version, server.received) < version and late:
+            self._send_newest(identity, server)  # it has been lost
 
     def _bytes_of(self, server: Server, message: Rounds, payload: Bytes) -> Tensor:
         if message.slot is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cosched.sidecar.messages import Version
+from cosched.sidecar.messages import MOST_KEPT, Version
 from cosched.sidecar.weights import pack_weights
 
 if TYPE_CHECKING:
@@ -77,6 +77,11 @@ class Versions:
     def known(self) -> Mapping[str, Tensor]:
         """The draft's tensors, by which what comes is checked."""
         return self._publisher.served
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Those that can be gone back to, the newest last, of which there may be more."""
+        return self._publisher.kept[-MOST_KEPT:]
 
     def is_loaded(self, version: int) -> bool:
         """Whether that was the draft as loaded."""

@@ -42,6 +42,7 @@ class ServedEngine:
         self.seconds = EngineSeconds()
         self.counters = Counters()
         self.version = 0
+        self.trouble: str | None = None  # what the scheduler process warned of in the end
         self.config = config
         self._speculation: Speculation = speculation
         self._sampling = sampling
@@ -142,6 +143,7 @@ class ServedEngine:
         self.counters.refused = status.refused_updates
         self.counters.rolled_back = status.rollbacks
         self.counters.evicted = status.evicted_requests
+        self.trouble = status.warning
 
 
 def _of_plain(request_id: str, num_tokens: int) -> tuple[RoundRow, ...]:
