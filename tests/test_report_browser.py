@@ -27,6 +27,7 @@ DRAFTS = ("plain", *(f"{d}.{a}" for d in ("eagle3", "dflash") for a in ALL_ARMS[
 
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.long,
     pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed"),
 ]
 

@@ -25,7 +25,7 @@ from tests.helpers.sidecar import (
     trainer,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def served_checksum(server: Server) -> str:
