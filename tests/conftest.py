@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -15,6 +16,10 @@ from cosched.engines.embedded.target import Target
 from cosched.settings.schema import Config
 from cosched.testing.harness import make_target
 from tests.helpers.paths import TINYWORLD
+
+# A busy machine takes its time over an example: that says nothing of what is tested.
+hypothesis.settings.register_profile("cosched", deadline=None)
+hypothesis.settings.load_profile("cosched")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command does
