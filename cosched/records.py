@@ -175,7 +175,8 @@ class VerifyRound:
 
     The last two have no blocks. ``tokens_left`` is how many tokens the running requests may still
     commit, together; None where the engine does not know. ``num_queued`` counts requests that wait for
-    a place; in the embedded engine nobody waits.
+    a place; in the embedded engine nobody waits. ``served_loaded``: of a server elsewhere, whether the draft
+    as loaded drafted it there, which may not serve yet what serves here; None: it was served here.
     """
 
     segments: tuple[Segment, ...]
@@ -186,6 +187,7 @@ class VerifyRound:
     num_running: int
     tokens_left: int | None = None
     num_queued: int = 0
+    served_loaded: bool | None = None
 
     @property
     def num_committed(self) -> int:

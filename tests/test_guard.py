@@ -25,7 +25,7 @@ from cosched.settings.load import load_config
 from cosched.testing.harness import make_target
 from tests.helpers.drafts import make_drafter
 from tests.helpers.guarded_runs import SAMPLED, Events, world_of
-from tests.helpers.rounds import snapshot
+from tests.helpers.rounds import round_of, snapshot
 
 # --- versions ------------------------------------------------------------------------------
 
@@ -48,6 +48,20 @@ def test_the_version_that_serves_survives_a_file() -> None:
         again.restore(state, 5)
     again.publish({"norm.weight": network.norm.weight + 1})
     assert sorted(again._kept) == [7]
+
+
+# --- what is watched -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("here", [True, False])
+@pytest.mark.parametrize("elsewhere", [True, False, None])
+def test_a_round_counts_for_what_drafted_it(here: bool, elsewhere: bool | None) -> None:
+    """On another server that may still be the loaded draft, or already another than serves here."""
+    guard: Any = ShadowGuard(ShadowSettings(), SimpleNamespace(busy=False), None, None)  # type: ignore[arg-type]
+    seen: list[bool] = []
+    guard._monitor = SimpleNamespace(observe=lambda _length, loaded: seen.append(loaded))
+    guard.observe(round_of([3], served_loaded=elsewhere), here)
+    assert seen == [here if elsewhere is None else elsewhere]
 
 
 # --- what is looked at ---------------------------------------------------------------------

@@ -83,7 +83,6 @@ def a_service(on_round: Any = None) -> tuple[Service, Socket, Saving]:
         Codec(None, FromServer),
         cast("Any", coscheduler),
         cast("Any", versions),
-        cast("Any", SimpleNamespace(served_loaded=None)),
         lambda _hello: None,
         Limits(1 << 20, 15.0, 100, torch.device("cpu")),
         saving,

@@ -23,7 +23,6 @@ from cosched.registry import DRAFTERS
 from cosched.settings.arms import ADAPTED, split_arm
 from cosched.settings.device import check_there, device_of
 from cosched.settings.learning import learning_settings
-from cosched.sidecar.many import GuardOfMany
 from cosched.sidecar.messages import FromServer, Hello
 from cosched.sidecar.service import Limits, Service
 from cosched.sidecar.sockets import listening
@@ -119,7 +118,6 @@ def build_sidecar(config: Config, arm: str, resume: bool, sink: Sink) -> Service
         acceptance=agreement.acceptance,
         learner=_learner(config, target, drafter, agreement.acceptance),
     )
-    coscheduler.guard = guard = GuardOfMany(coscheduler.guard)
     origin = origin_of(config, publisher, num_ranks=1)
     if resume:
         _go_on(coscheduler, states, origin)
@@ -134,7 +132,6 @@ def build_sidecar(config: Config, arm: str, resume: bool, sink: Sink) -> Service
         codec,
         coscheduler,
         Versions(coscheduler, publisher, lineage, codec.digest),
-        guard,
         agreement,
         Limits(
             MOST_SLOTS * 2 * slot_bytes,

@@ -97,7 +97,8 @@ class ShadowGuard:
     def observe(self, round_: VerifyRound, serves_loaded: bool) -> None:
         if round_.blocks:
             length = round_.num_committed / len(round_.blocks)
-            self._monitor.observe(length, serves_loaded)
+            elsewhere = round_.served_loaded
+            self._monitor.observe(length, serves_loaded if elsewhere is None else elsewhere)
 
     def judge(
         self,

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
     from cosched.coscheduler import Coscheduler
     from cosched.records import VerifyRound
-    from cosched.sidecar.many import GuardOfMany
     from cosched.sidecar.messages import Message
     from cosched.sidecar.versions import Versions
     from cosched.sidecar.wire import Bytes
@@ -93,7 +92,6 @@ class Service:
         codec: Codec[FromServer],
         coscheduler: Coscheduler,
         versions: Versions,
-        guard: GuardOfMany,
         agree: Callable[[Hello], str | None],
         limits: Limits,
         saving: Keeps | None = None,
@@ -105,7 +103,6 @@ class Service:
         self._codec = codec
         self._coscheduler = coscheduler
         self._versions = versions
-        self._guard = guard
         self._agree = agree
         self._limits = limits
         self._saving = saving
@@ -137,7 +134,7 @@ class Service:
                 for _ in range(MOST_AT_ONCE):
                     told |= self._receive()
         if not told:
-            self._tell(IDLE_TICK, None)
+            self._tell(IDLE_TICK)
         for identity, server in list(self._servers.items()):
             if self._clock() - server.heard_at > self._limits.limit_s:
                 self._let_go(identity, "says nothing any more")
@@ -245,9 +242,8 @@ class Service:
             server.name,
         )
         server.note(message, round_)
-        self._tell(
-            on_device(round_, self._limits.device), self._versions.is_loaded(message.version)
-        )
+        served_loaded = self._versions.is_loaded(message.version)
+        self._tell(replace(on_device(round_, self._limits.device), served_loaded=served_loaded))
         self._answer(identity, server)
 
     def _answer(self, identity: bytes, server: Server) -> None:
@@ -276,11 +272,10 @@ class Service:
             raise FrameError("rows in memory that is not shared")
         return slots[message.slot][: message.size]
 
-    def _tell(self, round_: VerifyRound, served_loaded: bool | None) -> None:
+    def _tell(self, round_: VerifyRound) -> None:
         """Let the co-scheduler have a round, with what runs on all servers, and pass on what comes of it."""
         servers = self._servers.values()
         left = [one.tokens_left for one in servers if one.tokens_left is not None]
-        self._guard.served_loaded = served_loaded
         self._coscheduler.on_round(
             replace(
                 round_,
@@ -303,7 +298,7 @@ class Service:
         server = self._servers.pop(identity)
         logger.info("cosched: server %s %s", server.name, why)
         if server.requests:
-            self._tell(replace(IDLE_TICK, finished=tuple(sorted(server.requests))), None)
+            self._tell(replace(IDLE_TICK, finished=tuple(sorted(server.requests))))
 
     # --- versions --------------------------------------------------------------------------
 
