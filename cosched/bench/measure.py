@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from cosched.bench.machine import Provenance, provenance
-from cosched.errors import CoschedError, RunFolderError
+from cosched.errors import CoschedError
 from cosched.report.table import load_summary
 from cosched.runs import resume
 from cosched.runs.experiment import Experiment
 from cosched.settings.load import to_yaml
 from cosched.sweep.results import finished
-from cosched.telemetry.run_folder import RunFolder, explained
+from cosched.telemetry.run_folder import RunFolder, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,14 +113,7 @@ def measured_with(run_folder: Path) -> Provenance | None:
         RunFolderError: the file is damaged.
     """
     path = run_folder / MEASURED_WITH
-    if not path.exists():
-        return None
-    with explained(path, "read"):
-        data = path.read_bytes()
-    try:
-        return msgspec.json.decode(data, type=Provenance)
-    except msgspec.MsgspecError as error:
-        raise RunFolderError(f"{path} is damaged: {error}") from error
+    return read_json(path, Provenance) if path.exists() else None
 
 
 def _seconds(job: Job) -> float | None:

@@ -9,7 +9,7 @@ import msgspec
 from cosched.bench.machine import Machine
 from cosched.bench.rows import Row
 from cosched.errors import RunFolderError
-from cosched.telemetry.run_folder import RunFolder, explained
+from cosched.telemetry.run_folder import RunFolder, explained, read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,9 +76,4 @@ def read_result(path: Path) -> SuiteResult:
     """
     if not path.exists():
         raise RunFolderError(f"there is no {path}: `cosched bench {path.stem} --keep` makes it")
-    with explained(path, "read"):
-        data = path.read_bytes()
-    try:
-        return msgspec.json.decode(data, type=SuiteResult)
-    except msgspec.MsgspecError as error:
-        raise RunFolderError(f"{path} is damaged: {error}") from error
+    return read_json(path, SuiteResult)

@@ -6,7 +6,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 
 import msgspec
 from safetensors import SafetensorError
@@ -16,6 +16,8 @@ from cosched.errors import RunFolderError
 if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
+
+Record = TypeVar("Record")
 
 
 class RunFolder:
@@ -174,3 +176,17 @@ def explained(path: Path, done: Literal["written", "read"] = "written") -> Gener
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or error
         raise RunFolderError(f"{path} cannot be {done}: {said}") from error
+
+
+def read_json(path: Path, of: type[Record]) -> Record:
+    """A record that was written as JSON.
+
+    Raises:
+        RunFolderError: it cannot be read, or is damaged.
+    """
+    with explained(path, "read"):
+        data = path.read_bytes()
+    try:
+        return msgspec.json.decode(data, type=of)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{path} is damaged: {error}") from error
