@@ -27,8 +27,8 @@ from cosched.bench.figures import Figure, write_figures
 from cosched.build.embedded import Arm, build_arm, build_world
 from cosched.engines.embedded.target import Target
 from cosched.engines.request import GenerationRequest
-from cosched.records import IDLE_TICK
 from cosched.report.intervals import MIN_PARTS, paired_ratio
+from cosched.runs.keeping import settle
 from cosched.settings.load import load_config
 from cosched.telemetry.metrics import Part
 from cosched.telemetry.run_folder import NoEvents
@@ -71,14 +71,6 @@ def ours(arm: Arm) -> Answer:
     return answer
 
 
-def settle(arms: list[Arm]) -> None:
-    """Until no update is under way: it would go on in the time of the next arm."""
-    for arm in arms:
-        while arm.coscheduler is not None and arm.coscheduler.busy:
-            time.sleep(0.001)
-            arm.coscheduler.on_round(IDLE_TICK)
-
-
 def measure(
     answers: dict[str, Answer], requests: list[GenerationRequest], arms: list[Arm]
 ) -> tuple[dict[str, list[Part]], dict[str, int]]:
@@ -86,16 +78,22 @@ def measure(
     parts: dict[str, list[Part]] = {name: [] for name in answers}
     differing = dict.fromkeys(answers, 0)
     names = list(answers)
+    learners = [arm.coscheduler for arm in arms if arm.coscheduler is not None]
+
+    def end_turn() -> None:  # an update that is under way would go on in the time of the next arm
+        for learner in learners:
+            settle(learner)
+
     for name in names:  # warms up
         answers[name](requests[-1])
-        settle(arms)
+        end_turn()
     for number, request in enumerate(requests):
         turn, said = number % len(names), {}
         for name in names[turn:] + names[:turn]:
             started = time.perf_counter()
             said[name] = answers[name](request)
             parts[name].append(Part(len(said[name]), time.perf_counter() - started))
-            settle(arms)
+            end_turn()
         for name in names:
             differing[name] += said[name] != said[GENERATE]
         print(f"{number + 1} of {len(requests)} prompts", flush=True)

@@ -24,7 +24,7 @@ from rich.table import Table
 from cosched.bench.commands import bench_app
 from cosched.errors import ConfigError, CoschedError
 from cosched.realworld.commands import realworld_app
-from cosched.report.commands import report_app
+from cosched.report.commands import print_tables, report
 from cosched.runs.ending import sigterm_interrupts
 from cosched.tinyworld.commands import tinyworld_app
 from cosched.top.command import top
@@ -51,10 +51,10 @@ app = typer.Typer(
         "Exit codes: 0 done, 1 failed or interrupted, 2 bad settings or input."
     ),
 )
-app.add_typer(report_app)  # no group: one command
 app.add_typer(tinyworld_app, name="tinyworld")
 app.add_typer(realworld_app, name="realworld")
 app.add_typer(bench_app, name="bench")
+app.command()(report)
 app.command()(top)
 
 ConfigFile = Annotated[Path, typer.Option("-c", "--config", help="The experiment, a YAML file.")]
@@ -109,7 +109,6 @@ def run(
             progress.update(task, advance=number, description=f"decoding [bold]{arm}[/]")
 
         summary = experiment.run(folder, advance, resume)
-    from cosched.report.commands import print_tables
     from cosched.report.html import write_report
     from cosched.report.remarks import cut_line, trainer_lines
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cosched.report.compare import load_runs
+from cosched.report.compare import lines, load_runs
 from cosched.report.compare_page import page as comparison
 from tests.helpers.made_up_runs import ALL_ARMS, make_run, page_of
 
@@ -128,7 +128,8 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return page_of(tmp_path / "one")
     make_run(tmp_path / "two", arms, num_requests=7)
     (tmp_path / "two/config.yaml").write_text("engine: {max_batch: 1}\nother: yes\n")
-    return comparison(load_runs([tmp_path / "one", tmp_path / "two"]))
+    runs = load_runs([tmp_path / "one", tmp_path / "two"])
+    return comparison(runs, lines(runs))
 
 
 @pytest.mark.parametrize("scheme", [LIGHT, DARK])

@@ -143,7 +143,8 @@ def test_the_page_needs_nothing_else_and_escapes_names(tmp_path: Path) -> None:
     """One file without scripts; what a folder or a setting is called is never markup."""
     made = two_runs(tmp_path)
     (made[1] / "config.yaml").write_text("adapt: {loss: <b>bold</b>}\n")
-    text = page(load_runs(made))
+    runs = load_runs(made)
+    text = page(runs, lines(runs))
     assert "<script" not in text
     assert "<b>bold" not in text
     assert "&lt;b&gt;bold" in text

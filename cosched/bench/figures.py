@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from cosched.errors import RunFolderError
-from cosched.telemetry.run_folder import explained
+from cosched.telemetry.run_folder import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,9 +58,4 @@ def read_figures(path: Path) -> dict[str, Figure]:
     Raises:
         RunFolderError: it wrote nothing, or something else.
     """
-    with explained(path, "read"):
-        data = path.read_bytes()
-    try:
-        return msgspec.json.decode(data, type=dict[str, Figure])
-    except msgspec.MsgspecError as error:
-        raise RunFolderError(f"{path}: these are no figures: {error}") from error
+    return read_json(path, dict[str, Figure], "has no figures")

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path  # noqa: TC003  typer reads the annotation
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from cosched.errors import ConfigError
-from cosched.telemetry.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from cosched.telemetry.metrics import RunSummary
 
 COMPARISON = "comparison.html"
-report_app = typer.Typer()
 
 
-@report_app.command()
 def report(
     run_dirs: Annotated[
         list[Path], typer.Argument(metavar="RUN_DIR…", help="Folders that cosched run has written.")
@@ -52,15 +49,16 @@ def report(
 def _compare(run_dirs: list[Path], output: Path | None, console: Console) -> Path:
     from cosched.report.compare import findings, lines, load_runs, text_line
     from cosched.report.compare_page import page, tables
+    from cosched.telemetry.run_folder import RunFolder
 
     runs = load_runs(run_dirs)
-    for table in tables(runs):
-        console.print(table)
     found = lines(runs)
+    for table in tables(runs, found):
+        console.print(table)
     for line in (*findings(found, runs[0].label), text_line(found)):
         console.print(line, markup=False, highlight=False)
     output = output or run_dirs[0] / COMPARISON
-    return RunFolder(output.parent).write(output.name, page(runs))
+    return RunFolder(output.parent).write(output.name, page(runs, found))
 
 
 def print_tables(summary: RunSummary, console: Console) -> None:

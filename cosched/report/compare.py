@@ -16,17 +16,16 @@ import msgspec
 
 from cosched.errors import RunFolderError
 from cosched.report.events import read_events
-from cosched.report.findings import is_replay
+from cosched.report.findings import is_replay, per_request
 from cosched.report.intervals import Ratio, cut, paired_ratio
 from cosched.report.shares import ratio_of_shares
 from cosched.report.table import DASH, TIMES, load_summary, times
 from cosched.telemetry.run_folder import explained
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from cosched.records import RoundRow
     from cosched.report.events import RunEvents
     from cosched.telemetry.metrics import RunSummary, Turn
 
@@ -163,19 +162,10 @@ def _tau_ratio(arm: str, first: Run, run: Run, same: bool | None) -> Ratio | Non
     own, other = run.summary.arms[arm], first.summary.arms[arm]
     if not own.rounds or not other.rounds:
         return None
-    ours, theirs = (_by_request(one.events.of(arm).rows) for one in (run, first))
+    ours, theirs = (per_request(one.events.of(arm).rows) for one in (run, first))
     if same and ours.keys() == theirs.keys():
         return ratio_of_shares(list(ours.values()), [theirs[name] for name in ours])
     return Ratio(own.tau / other.tau)
-
-
-def _by_request(rows: Sequence[RoundRow]) -> Mapping[str, tuple[int, int]]:
-    """Committed tokens and rounds of each request."""
-    sums: dict[str, tuple[int, int]] = {}
-    for row in rows:
-        committed, rounds = sums.get(row.request_id, (0, 0))
-        sums[row.request_id] = (committed + row.num_committed, rounds + 1)
-    return sums
 
 
 def _speed_ratio(arm: str, first: Run, run: Run, same: bool | None) -> Ratio | None:

@@ -14,7 +14,6 @@ from cosched.report.compare import (
     differing_facts,
     differing_settings,
     findings,
-    lines,
     shared_arms,
     text_line,
 )
@@ -41,9 +40,8 @@ if TYPE_CHECKING:
 STYLES = ("-", "--", "-.", ":")
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The whole page, which needs nothing else."""
-    found = lines(runs)
+def page(runs: Sequence[Run], found: Sequence[Line]) -> str:
+    """The whole page, which needs nothing else; ``found`` is what ``lines`` says of the runs."""
     return template("compare.html.j2").render(
         palette=PALETTE,
         labels=[run.label for run in runs],
@@ -110,9 +108,8 @@ def _look(place: int, run: Run) -> Look:
     )
 
 
-def tables(runs: Sequence[Run]) -> list[Table]:
+def tables(runs: Sequence[Run], found: Sequence[Line]) -> list[Table]:
     """The same for a terminal of 80 columns: arms above their runs, settings one under another."""
-    found = lines(runs)
     shown = [number for number, name in enumerate(HEADER) if name != NOVEL]
     measured = _table("the same arms", ("run", *(HEADER[number] for number in shown)))
     for arm, some in _by_arm(found).items():

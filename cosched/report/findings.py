@@ -111,7 +111,7 @@ def is_replay(summary: RunSummary) -> bool:
 
 def _gain_error(rows: list[RoundRow], control: list[RoundRow]) -> tuple[float | None, int]:
     """Jackknife standard error of the ratio of pooled τ, and over how many common requests."""
-    ours, theirs = _per_request(rows), _per_request(control)
+    ours, theirs = per_request(rows), per_request(control)
     names = sorted(ours.keys() & theirs.keys())
     if len(names) < 2:
         return None, len(names)
@@ -124,7 +124,8 @@ def _gain_error(rows: list[RoundRow], control: list[RoundRow]) -> tuple[float | 
     return variance**0.5, len(names)
 
 
-def _per_request(rows: list[RoundRow]) -> dict[str, tuple[int, int]]:
+def per_request(rows: list[RoundRow]) -> dict[str, tuple[int, int]]:
+    """Committed tokens and rounds of each request."""
     sums: dict[str, tuple[int, int]] = {}
     for row in rows:
         committed, rounds = sums.get(row.request_id, (0, 0))

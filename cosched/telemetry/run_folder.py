@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 import msgspec
 from safetensors import SafetensorError
 
-from cosched.errors import RunFolderError
+from cosched.errors import NOT_DECODED, RunFolderError
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -178,7 +178,7 @@ def explained(path: Path, done: Literal["written", "read"] = "written") -> Gener
         raise RunFolderError(f"{path} cannot be {done}: {said}") from error
 
 
-def read_json(path: Path, of: type[Record]) -> Record:
+def read_json(path: Path, of: type[Record], why: str = "is damaged") -> Record:
     """A record that was written as JSON.
 
     Raises:
@@ -188,5 +188,5 @@ def read_json(path: Path, of: type[Record]) -> Record:
         data = path.read_bytes()
     try:
         return msgspec.json.decode(data, type=of)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise RunFolderError(f"{path} is damaged: {error}") from error
+    except NOT_DECODED as error:
+        raise RunFolderError(f"{path} {why}: {error}") from error
