@@ -17,6 +17,7 @@ from cosched.memory.footprint import check_fits
 from cosched.memory.sketch import sketch
 from cosched.settings.arms import PLAIN, WINDOW_SUFFIX, adapts, split_arm
 from cosched.settings.schema import own_keys
+from cosched.settings.serving import acceptance_of
 from cosched.workload.requests import load_requests
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ class ServedWorld:
 
     @property
     def acceptance(self) -> Acceptance:
-        """What is drafted is the draft's best token, unless SGLang is told to sample from the draft."""
-        sampled = self.config.engine.arguments.get("speculative_use_rejection_sampling")
-        return "sampled" if sampled else "target_only"
+        return acceptance_of(self.config)
 
     @property
     def forced(self) -> bool:

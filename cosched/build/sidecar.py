@@ -14,15 +14,15 @@ from cosched.build.coscheduler import build_coscheduler
 from cosched.build.follower import key_of, nothing_to_train, row_form, slot_bytes_of
 from cosched.build.resuming import go_on, origin_of
 from cosched.build.tables import read_tables
-from cosched.build.trainer import build_scorer, build_trainer, rehearse
+from cosched.build.trainer import build_rehearsed
 from cosched.engines.sglang.worker.saving import Saving
 from cosched.errors import ConfigError, RunFolderError
-from cosched.loop.checksum import checksum
 from cosched.loop.publish import InPlacePublisher
 from cosched.registry import DRAFTERS
 from cosched.settings.arms import ADAPTED, split_arm
 from cosched.settings.device import check_there, device_of
-from cosched.settings.learning import learning_settings
+from cosched.settings.learning import differing
+from cosched.settings.serving import acceptance_of
 from cosched.sidecar.messages import FromServer, Hello
 from cosched.sidecar.service import Limits, Service
 from cosched.sidecar.sockets import listening
@@ -99,11 +99,12 @@ def build_sidecar(config: Config, arm: str, resume: bool, sink: Sink) -> Service
     publisher = InPlacePublisher.of_modules(
         network, tables, publish.target_check_every, publish.keep
     )
+    origin = origin_of(config, publisher, num_ranks=1)
     agreement = _Agreement(
-        draft=checksum(publisher.weights_of(0)),
-        settings=learning_settings(config),
+        draft=origin.draft,
+        settings=origin.settings,
         window=own.window if windowed else None,
-        acceptance=_acceptance(config),
+        acceptance=acceptance_of(config),
         num_draft_tokens=drafter.num_draft_tokens,
         form=row_form(config, target, drafter),
     )
@@ -118,7 +119,6 @@ def build_sidecar(config: Config, arm: str, resume: bool, sink: Sink) -> Service
         acceptance=agreement.acceptance,
         learner=_learner(config, target, drafter, agreement.acceptance),
     )
-    origin = origin_of(config, publisher, num_ranks=1)
     if resume:
         _go_on(coscheduler, states, origin)
     slot_bytes = slot_bytes_of(config, drafter, agreement.form)
@@ -185,10 +185,7 @@ def _learner(
     config: Config, target: Tables, drafter: Drafter, acceptance: Acceptance
 ) -> tuple[Trainer, Scorer]:
     """In a thread, so that messages are taken in meanwhile; rehearsed."""
-    copy = drafter.clone(torch.float32)
-    trainer = build_trainer(config, target, copy)
-    scorer = build_scorer(config, target, copy, acceptance)
-    rehearse(config, target, copy, trainer, scorer)
+    trainer, scorer = build_rehearsed(config, target, drafter, acceptance)
     beside = BackgroundTrainer(trainer, target.embedding.weight.device)
     return beside, BackgroundScorer(scorer, beside)
 
@@ -223,16 +220,6 @@ class _Agreement:
             theirs, own = getattr(hello, name), getattr(self, name)
             if theirs != own:
                 return f"{key}: it is {theirs!r} there, and {own!r} at the trainer; set both alike"
-        for key in sorted(self.settings.keys() | hello.settings.keys()):
-            theirs, own = hello.settings.get(key), self.settings.get(key)
-            if theirs != own:
-                return f"{key} is {theirs!r} there, and {own!r} at the trainer; set both alike"
+        for key, theirs, own in differing(hello.settings, self.settings):
+            return f"{key} is {theirs!r} there, and {own!r} at the trainer; set both alike"
         return None
-
-
-def _acceptance(config: Config) -> Acceptance:
-    """How the servers accept a drafted token, as their file says."""
-    if config.engine.kind != "sglang":
-        return config.engine.acceptance
-    sampled = config.engine.arguments.get("speculative_use_rejection_sampling")
-    return "sampled" if sampled else "target_only"

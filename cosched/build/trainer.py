@@ -197,6 +197,13 @@ def _build_alone(
     """In a process that does nothing else, of the draft's checkpoint, as what serves is; rehearsed."""
     settings = msgspec.structs.replace(config.drafter_settings, num_draft_tokens=num_draft_tokens)
     drafter = DRAFTERS.get(settings.kind).load(settings, target)
+    return build_rehearsed(config, target, drafter, acceptance)
+
+
+def build_rehearsed(
+    config: Config, target: Tables, drafter: Drafter, acceptance: Acceptance
+) -> tuple[Trainer, Scorer]:
+    """What trains a copy of this draft, and what scores with it, by themselves; rehearsed."""
     copy: Drafter = drafter.clone(torch.float32)
     trainer = build_trainer(config, target, copy)
     scorer = build_scorer(config, target, copy, acceptance)

@@ -1,4 +1,4 @@
-"""Many small copies as one."""
+"""Many small copies as one, and where tensors lie behind one another in one piece of memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
+
+ALIGNMENT = 64  # bytes
+
+
+def starts_of(sizes: Iterable[int]) -> list[int]:
+    """Where so many bytes each begin behind one another, each on a boundary, and the end of the last."""
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
+    return starts
 
 
 class Copies:

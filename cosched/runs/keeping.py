@@ -106,13 +106,11 @@ class Keeping:
             self._unsaved = None
 
     def _due(self, updates: Mapping[str, int]) -> bool:
-        every, minutes = self._settings.every_updates, self._settings.every_minutes
-        if self._updates is None or (every is None and minutes is None):
+        own = self._settings
+        if self._updates is None or (own.every_updates is None and own.every_minutes is None):
             return True
         most = max((number - self._updates[arm] for arm, number in updates.items()), default=0)
-        enough = every is not None and most >= every
-        late = minutes is not None and self._clock() - self._saved_at >= 60 * minutes
-        return enough or late
+        return own.due(most, self._clock() - self._saved_at)
 
 
 def check_kept(config: Config, record: bool) -> None:
@@ -199,7 +197,9 @@ def origin_of(world: World, running: Sequence[Running]) -> RunOrigin:
     for one in running:
         if one.arm.drafter is not None and (network := one.arm.drafter.network()) is not None:
             drafts[one.arm.name] = checksum(dict(network.named_parameters()))
-    return resume.RunOrigin(world.target.checksum(), _text_checksum(world), drafts)
+    # A trace has its target's checksum, which was compared when it was loaded.
+    target = world.target.checksum() if world.trace is None else world.trace.target_checksum
+    return resume.RunOrigin(target, _text_checksum(world), drafts)
 
 
 def _text_checksum(world: World) -> str:

@@ -38,13 +38,18 @@ def check_same_learning(was: Mapping[str, Any], now: Mapping[str, Any], where: s
     Raises:
         ConfigError: a setting is another; the message has its key, what it was and what it is.
     """
+    for key, old, new in differing(was, now):
+        raise ConfigError(
+            f"{key}: what was saved in {where} was learnt with {_shown(old)}, and now it is "
+            f"{_shown(new)}; set it as it was, or start without --resume"
+        )
+
+
+def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Each key whose setting is another, with both."""
     for key in sorted(was.keys() | now.keys()):
-        old, new = was.get(key), now.get(key)
-        if old != new:
-            raise ConfigError(
-                f"{key}: what was saved in {where} was learnt with {_shown(old)}, and now it is "
-                f"{_shown(new)}; set it as it was, or start without --resume"
-            )
+        if was.get(key) != now.get(key):
+            yield key, was.get(key), now.get(key)
 
 
 def _shown(value: Any) -> str:

@@ -298,6 +298,11 @@ class CheckpointSettings(Section, frozen=True):
     at_end: bool = True
     keep: Positive = 2
 
+    def due(self, updates: int, seconds: float) -> bool:
+        """Whether so many updates, or so long a time, since the one before are enough."""
+        enough = self.every_updates is not None and updates >= self.every_updates
+        return enough or (self.every_minutes is not None and seconds >= 60 * self.every_minutes)
+
 
 class SidecarSettings(Section, frozen=True):
     """``adapt.sidecar``: where ``cosched train`` is, for ``adapt.placement: sidecar``.

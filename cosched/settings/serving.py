@@ -13,6 +13,8 @@ from cosched.settings.schema import Config
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from cosched.records import Acceptance
+
 ONLY_IN_EXPERIMENTS = {
     "workload": "a server is asked by its clients",
     "arms": "a server has one draft, which learns as adapt says",
@@ -60,3 +62,14 @@ def _changed(key: str, own: Any, usual: Any) -> Iterator[tuple[str, Any]]:
             yield from _changed(f"{key}.{name}", getattr(own, name), getattr(usual, name))
     elif own != usual:
         yield key, own
+
+
+def acceptance_of(config: Config) -> Acceptance:
+    """How the engine accepts a drafted token, as the file says.
+
+    What SGLang drafts is the draft's best token, unless it is told to sample from the draft.
+    """
+    if config.engine.kind != "sglang":
+        return config.engine.acceptance
+    sampled = config.engine.arguments.get("speculative_use_rejection_sampling")
+    return "sampled" if sampled else "target_only"

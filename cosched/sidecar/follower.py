@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cosched.errors import PublicationError
 from cosched.loop.counters import Counters
-from cosched.sidecar.link import Serving
+from cosched.sidecar.versions import Serving
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from cosched.loop.publish import InPlacePublisher
     from cosched.loop.roles import Sink
     from cosched.records import VerifyRound
-    from cosched.sidecar.link import Arrival, Link
+    from cosched.sidecar.link import Link
+    from cosched.sidecar.versions import Arrival
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ import time
 import weakref
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -37,6 +36,7 @@ from cosched.sidecar.messages import (
     Welcome,
 )
 from cosched.sidecar.sockets import connected
+from cosched.sidecar.versions import Arrival, Serving
 from cosched.sidecar.weights import bytes_of, pack_weights, unpack_weights
 from cosched.sidecar.wire import Codec, FrameError
 
@@ -54,24 +54,6 @@ logger = logging.getLogger("cosched")
 CREDIT = 8  # messages that the trainer has not answered yet, at most
 BEAT_S = 0.5  # between two signs of life
 CLOSING_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """What serves: its number, its checksum, and the weights of it if somebody wants them."""
-
-    version: int
-    checksum: str
-    as_loaded: bool
-    weights: Callable[[], Mapping[str, Tensor]]
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """A version that has come. ``weights`` are None where it is the draft as loaded."""
-
-    version: Version
-    weights: Mapping[str, Tensor] | None
 
 
 class Link:

@@ -1,6 +1,6 @@
 """A round as a header and bytes, and back.
 
-Behind one another lie, each on a boundary of ``ALIGNMENT``: tokens of all segments and blocks (int64),
+Behind one another lie, each on a boundary (``starts_of``): tokens of all segments and blocks (int64),
 features of all segments, teacher rows of all segments and blocks.
 
 Letters: R rows of one request, K drafted tokens, F feature width, X teacher width.
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from cosched.loop.copies import Copies
+from cosched.loop.copies import Copies, starts_of
 from cosched.records import Segment, ServedBlock, VerifyRound
 from cosched.sidecar.messages import BlockHead, RowForm, SegmentHead
 from cosched.sidecar.wire import FrameError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from cosched.sidecar.messages import Rounds
 
-ALIGNMENT = 64  # bytes
+CPU = torch.device("cpu")
 LONGEST_ID = 64  # letters of a request's name in a message
 TYPES = {
     str(one).removeprefix("torch."): one for one in (torch.float32, torch.bfloat16, torch.float16)
@@ -67,10 +67,7 @@ class _Plan:
     @property
     def starts(self) -> list[int]:
         """Of the three, and the end of the last."""
-        starts = [0]
-        for size in self.sizes:
-            starts.append(starts[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-        return starts
+        return starts_of(self.sizes)
 
     def views(self, bytes_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three, as they lie in ``bytes_``."""
@@ -183,9 +180,16 @@ class Packer:
 
 
 def unpack(
-    message: Rounds, bytes_: Tensor, form: RowForm, vocab_size: int, whose: str
+    message: Rounds,
+    bytes_: Tensor,
+    form: RowForm,
+    vocab_size: int,
+    whose: str,
+    device: torch.device = CPU,
 ) -> VerifyRound:
-    """The round of a message, over the bytes themselves; requests are named as ``whose`` they are.
+    """The round of a message; requests are named as ``whose`` they are.
+
+    Its tensors lie over the bytes themselves, or over one copy of them on another device.
 
     Raises:
         FrameError: the bytes are more or fewer than the header says, or tokens are none.
@@ -198,10 +202,10 @@ def unpack(
     seconds = message.draft_seconds, message.verify_seconds
     if not all(map(math.isfinite, (*seconds, *(one.temperature for one in message.segments)))):
         raise FrameError("a time or a temperature that is no number")
-    tokens, features, teachers = plan.views(bytes_)
+    tokens, *_ = plan.views(bytes_)
     if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
         raise FrameError("tokens that the target does not have")
-    take_tokens, take_features, take_teachers = map(_taker, (tokens, features, teachers))
+    take_tokens, take_features, take_teachers = map(_taker, plan.views(bytes_.to(device)))
     segments = tuple(
         Segment(
             request_id=f"{whose}/{one.request_id}",
@@ -245,27 +249,3 @@ def _taker(source: Tensor) -> Callable[[int], Tensor]:
         return source[end - count : end]
 
     return take
-
-
-def on_device(round_: VerifyRound, device: torch.device) -> VerifyRound:
-    """A round whose tensors are there."""
-    if device.type == "cpu":
-        return round_
-
-    def moved(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device)
-
-    segments = [
-        replace(
-            one,
-            tokens_R1=one.tokens_R1.to(device),
-            features_RF=moved(one.features_RF),
-            teacher_RX=moved(one.teacher_RX),
-        )
-        for one in round_.segments
-    ]
-    blocks = [
-        replace(one, path_K=one.path_K.to(device), teacher_KX=moved(one.teacher_KX))
-        for one in round_.blocks
-    ]
-    return replace(round_, segments=tuple(segments), blocks=tuple(blocks))

@@ -29,7 +29,7 @@ from cosched.sidecar.messages import (
     Unknown,
     Welcome,
 )
-from cosched.sidecar.rows import on_device, unpack
+from cosched.sidecar.rows import unpack
 from cosched.sidecar.servers import Server, TrainerStatus, statuses
 from cosched.sidecar.slots import mapped
 from cosched.sidecar.weights import unpack_weights
@@ -240,10 +240,10 @@ class Service:
             server.hello.form,
             self._limits.vocab_size,
             server.name,
+            self._limits.device,
         )
         server.note(message, round_)
-        served_loaded = self._versions.is_loaded(message.version)
-        self._tell(replace(on_device(round_, self._limits.device), served_loaded=served_loaded))
+        self._tell(replace(round_, served_loaded=self._versions.is_loaded(message.version)))
         self._answer(identity, server)
 
     def _answer(self, identity: bytes, server: Server) -> None:

@@ -19,6 +19,24 @@ if TYPE_CHECKING:
     from cosched.sidecar.wire import Bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What serves: its number, its checksum, and the weights of it if somebody wants them."""
+
+    version: int
+    checksum: str
+    as_loaded: bool
+    weights: Callable[[], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A version that has come. ``weights`` are None where it is the draft as loaded."""
+
+    version: Version
+    weights: Mapping[str, Tensor] | None
+
+
 class Lineage:
     """A sink that keeps of the newest version what servers are told of it, and passes all on."""
 

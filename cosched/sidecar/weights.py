@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cosched.loop.copies import starts_of
 from cosched.sidecar.messages import Part
-from cosched.sidecar.rows import ALIGNMENT, TYPES
+from cosched.sidecar.rows import TYPES
 from cosched.sidecar.wire import FrameError
 
 if TYPE_CHECKING:
@@ -54,11 +55,7 @@ def unpack_weights(
 
 def _starts(parts: tuple[Part, ...]) -> list[int]:
     """Of each, and the end of the last."""
-    starts = [0]
-    for part in parts:
-        size = math.prod(part.shape) * TYPES[part.dtype].itemsize
-        starts.append(starts[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-    return starts
+    return starts_of(math.prod(part.shape) * TYPES[part.dtype].itemsize for part in parts)
 
 
 def _views(parts: tuple[Part, ...], starts: list[int], bytes_: Tensor) -> list[Tensor]:
@@ -72,4 +69,4 @@ def _views(parts: tuple[Part, ...], starts: list[int], bytes_: Tensor) -> list[T
 
 def bytes_of(weights: Mapping[str, Tensor]) -> int:
     """Most bytes that all of them take as a message."""
-    return sum(-(-weight.nbytes // ALIGNMENT) * ALIGNMENT for weight in weights.values())
+    return starts_of(weight.nbytes for weight in weights.values())[-1]

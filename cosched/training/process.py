@@ -39,13 +39,13 @@ import torch
 from torch import Tensor
 
 from cosched.errors import TrainingError
+from cosched.loop.copies import ALIGNMENT, starts_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from cosched.loop.roles import Scorer, Trainer
 
-ALIGNMENT = 64  # bytes
 CANDIDATE, SLOTS = 0, 3  # the candidate lies in the first; others are put there to be scored
 PATIENCE_S = 10.0  # for a process that was told to end
 LOOKS_S = 1.0  # between two looks at whether the engine is there
@@ -228,10 +228,7 @@ def _end(
 
 def _mapped(descriptor: int, layout: Layout) -> list[dict[str, Tensor]]:
     """``SLOTS`` times tensors of that layout, over the bytes of a file, which is made long enough."""
-    starts = [0]
-    for _, dtype, shape in layout:
-        end = starts[-1] + dtype.itemsize * math.prod(shape)
-        starts.append(-(-end // ALIGNMENT) * ALIGNMENT)
+    starts = starts_of(dtype.itemsize * math.prod(shape) for _, dtype, shape in layout)
     size = max(ALIGNMENT, starts[-1])
     os.ftruncate(descriptor, SLOTS * size)
     shared = mmap.mmap(descriptor, SLOTS * size)

@@ -70,10 +70,9 @@ class Saving:
         self._look()
         if self._states is None or self._writing or self._learnt == self._tried:
             return False
-        every, minutes = self._settings.every_updates, self._settings.every_minutes
-        enough = every is not None and self._learnt[0] - self._tried[0] >= every
-        late = minutes is not None and self._clock() - self._tried_at >= 60 * minutes
-        return (enough or late) and not self._coscheduler.busy  # else half an update would be saved
+        updates = self._learnt[0] - self._tried[0]
+        due = self._settings.due(updates, self._clock() - self._tried_at)
+        return due and not self._coscheduler.busy  # else half an update would be saved
 
     def take(self, trains: bool = True) -> None:
         """Copy the state on all ranks, and have it written; the time is learning's.
