@@ -18,6 +18,7 @@ from cosched.engines.sglang.launcher.launch import check_servable
 from cosched.engines.sglang.launcher.run_directory import version_of
 from cosched.engines.sglang.operators.routes import call, status_of
 from cosched.errors import CoschedError
+from cosched.telemetry.alarms import SAID_ELSEWHERE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -206,8 +207,9 @@ def server(url: str, api_key: str | None) -> Iterator[Finding]:
         )
     if status.warning:
         yield Finding("note", f"{url}: {status.warning}")
-    for name in status.alarms.keys() - {"failed", "warned"}:
-        yield Finding("note", f"{url}: alarm {name}: {status.alarms[name]}; see docs/watching.md")
+    for name, text in status.alarms.items():
+        if name not in SAID_ELSEWHERE:
+            yield Finding("note", f"{url}: alarm {name}: {text}; see docs/watching.md")
     if not status.adapting and not status.failure:
         yield Finding(
             "note", f"{url}: its draft does not learn: adaptation is off or its policy never trains"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from cosched.guard.statistics import Evidence, Fall, Leads, Levels, blocks, falls_short, mean
+from cosched.guard.statistics import Evidence, Fall, Leads, Levels, blocks, bound, falls_short, mean
 from cosched.records import GuardFigures, Standing, Verdict
 
 if TYPE_CHECKING:
@@ -82,9 +82,9 @@ class Monitor:
         known = math.isfinite(lead.error)
         return GuardFigures(
             better=self.better.log_wealth,
-            better_bound=-math.log(settings.false_publish),
+            better_bound=bound(settings.false_publish),
             worse=self.worse.log_wealth,
-            worse_bound=-math.log(settings.false_rollback),
+            worse_bound=bound(settings.false_rollback),
             trusted=self.trusted,
             serves_loaded=serves_loaded,
             lead_tokens=lead.mean if known else None,

@@ -73,6 +73,11 @@ def blocks(ones: Sequence[float], others: Sequence[float]) -> list[float]:
     return [mean(rows[a:b]) for a, b in pairwise(ends)]
 
 
+def bound(rate: float) -> float:
+    """The logarithm of the wealth at which a test with this error rate rejects."""
+    return -math.log(rate)
+
+
 @dataclass(slots=True)
 class Evidence:
     r"""A test by betting, valid at every look: wealth W that is at least 1 / rate rejects.
@@ -137,11 +142,11 @@ class Evidence:
 
     def share(self, rate: float) -> float:
         """The logarithm of the wealth as a share of that at which this error rate rejects."""
-        return self.log_wealth / -math.log(rate)
+        return self.log_wealth / bound(rate)
 
     def rejects(self, rate: float) -> bool:
         """Whether there is evidence that the one draft is better, at this error rate."""
-        return self.log_wealth >= -math.log(rate)
+        return self.log_wealth >= bound(rate)
 
 
 @dataclass(slots=True)

@@ -33,9 +33,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from cosched.telemetry.metrics import Part
+from cosched.telemetry.parts import MAX_PARTS, MIN_PARTS, PartsOf
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -43,12 +44,8 @@ if TYPE_CHECKING:
     from cosched.telemetry.metrics import Turn
 
 COVERAGE = 0.95
-MIN_PARTS = 6  # Student's t with fewer is so wide that an interval says nothing
-MAX_PARTS = 12
 MIN_TURNS = 4  # of a part that is no whole group
 GOOD_TURNS = 8  # the same, where there are more than are needed
-
-PartsOf = Literal["requests", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +149,19 @@ def paired_ratio(ours: Sequence[Part], theirs: Sequence[Part]) -> Ratio:
         _log_speed([*ours[:i], *ours[i + 1 :]]) - _log_speed([*theirs[:i], *theirs[i + 1 :]])
         for i in range(number)
     ]
-    mean = fmean(without)
-    variance = (number - 1) / number * sum((one - mean) ** 2 for one in without)
-    reach = student_t((1 + COVERAGE) / 2, number - 1) * math.sqrt(variance)
+    reach = reach_of(without)
     return Ratio(
         math.exp(log_ratio),
         math.floor(100 * math.exp(log_ratio - reach)) / 100,
         math.ceil(100 * math.exp(log_ratio + reach)) / 100,
     )
+
+
+def reach_of(without: Sequence[float]) -> float:
+    """Half the width of a jackknife interval, of what the statistic is without each unit."""
+    number, mean = len(without), fmean(without)
+    variance = (number - 1) / number * sum((one - mean) ** 2 for one in without)
+    return student_t((1 + COVERAGE) / 2, number - 1) * math.sqrt(variance)
 
 
 def _log_speed(parts: Sequence[Part]) -> float:

@@ -11,10 +11,9 @@ cancels.
 from __future__ import annotations
 
 import math
-from statistics import fmean
 from typing import TYPE_CHECKING
 
-from cosched.report.intervals import COVERAGE, MIN_PARTS, Ratio, student_t
+from cosched.report.intervals import MIN_PARTS, Ratio, reach_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +34,7 @@ def interval(
     if any(bottoms <= b for _, b in pairs):
         return None
     without = [(tops - a) / (bottoms - b) for a, b in pairs]
-    middle, reach = tops / bottoms, _reach(without)
+    middle, reach = tops / bottoms, reach_of(without)
     return max(least, middle - reach), min(most, middle + reach)
 
 
@@ -54,19 +53,12 @@ def ratio_of_shares(
         _log_share([*ours[:i], *ours[i + 1 :]]) - _log_share([*theirs[:i], *theirs[i + 1 :]])
         for i in range(number)
     ]
-    reach = _reach(without)
+    reach = reach_of(without)
     return Ratio(
         value,
         math.floor(100 * value * math.exp(-reach)) / 100,
         math.ceil(100 * value * math.exp(reach)) / 100,
     )
-
-
-def _reach(without: Sequence[float]) -> float:
-    """Half the width of a jackknife interval, of what the statistic is without each unit."""
-    number, mean = len(without), fmean(without)
-    variance = (number - 1) / number * sum((one - mean) ** 2 for one in without)
-    return student_t((1 + COVERAGE) / 2, number - 1) * math.sqrt(variance)
 
 
 def _log_share(pairs: Sequence[tuple[float, float]]) -> float:

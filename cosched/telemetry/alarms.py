@@ -41,6 +41,7 @@ ALARMS = {
     "not_as_scored": "The draft that serves does far worse than its weights were scored.",
     "useless": "Drafts are verified and hardly ever accepted.",
 }
+SAID_ELSEWHERE = frozenset({"failed", "warned"})  # a status has fields of their own for them
 
 
 def alarms(

@@ -40,19 +40,22 @@ class Watched:
         self._tally = Tally(lambda: 0.0)
         coscheduler: Any = self.arm.coscheduler
         self.coscheduler = coscheduler
-        self._own = type(coscheduler).on_round
         self.adaptation = Adaptation(
-            algorithm="COSCHED_EAGLE3", coscheduler=_Inner(self), collector=RoundCollector(),
+            algorithm="COSCHED_EAGLE3", coscheduler=coscheduler, collector=RoundCollector(),
             ranks=Ranks(0, [0], torch.device("cpu")), watches=True, window=64,
             save=lambda _path: None, operator=NullOperator(), sink=NoEvents(), tally=self._tally,
         )  # fmt: skip
-        coscheduler.on_round = self._on_round
+        self.arm.engine._observer = self  # in the place of the co-scheduler
 
     def decode(self) -> None:
         for _ in self.arm.engine.generate(self._world.requests):
             pass
 
-    def _on_round(self, round_: VerifyRound) -> None:
+    @property
+    def version(self) -> int:
+        return self.coscheduler.version
+
+    def on_round(self, round_: VerifyRound) -> None:
         """What the engine calls; a worker of SGLang's is told the same in three calls."""
         self._before_round(self.count)
         for block in round_.blocks:
@@ -69,19 +72,3 @@ class Watched:
             self.statuses.append((self.count, status))
             for name in status.alarms:
                 self.alarms.setdefault(name, self.count)
-
-
-class _Inner:
-    """The co-scheduler as the adaptation knows it, whose ``on_round`` the engine's has taken."""
-
-    def __init__(self, watched: Watched) -> None:
-        object.__setattr__(self, "_watched", watched)
-
-    def on_round(self, round_: VerifyRound) -> None:
-        self._watched._own(self._watched.coscheduler, round_)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._watched.coscheduler, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._watched.coscheduler, name, value)

@@ -24,6 +24,7 @@ from cosched.engines.sglang import compat
 from cosched.engines.sglang.operators.control import LONGEST, VERBS, Client, Reply, seconds_for
 from cosched.engines.sglang.worker.operator import Command, Status
 from cosched.errors import NOT_DECODED, ConfigError, ControlError
+from cosched.telemetry.alarms import SAID_ELSEWHERE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -196,11 +197,7 @@ def call(url: str, verb: str, body: dict[str, Any], api_key: str | None = None) 
             return read_answer(where, response.read(LONGEST_ANSWER))
     except urllib.error.HTTPError as error:
         raise ControlError(f"{where}: {_said(error)}") from error
-    except ValueError as error:
-        raise ControlError(
-            f"{where} answers with no status; was this server started with cosched serve?"
-        ) from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ControlError(f"{where} does not answer: {error}") from error
 
 
@@ -234,8 +231,9 @@ def in_lines(answer: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """What ``call`` returned as one line a figure, alarms too; ``cosched top`` shows what has parts."""
     for name, value in answer.items():
         if name == "alarms":
-            said = {"failed", "warned"}  # lines of their own
-            yield from ((f"alarm {a}", text) for a, text in value.items() if a not in said)
+            yield from (
+                (f"alarm {a}", text) for a, text in value.items() if a not in SAID_ELSEWHERE
+            )
         elif not isinstance(value, dict):
             yield name, value
 

@@ -185,18 +185,19 @@ class AdaptedWorker:
         output: Any,
         features: Any,
         marks: tuple[Any, Any, Any],
-        paths: Paths | None = None,
+        find_paths: Callable[[], Paths] | None = None,
     ) -> None:
         """A verification was launched; ``tokens`` are its anchors and drafts, request by request.
 
-        Of trees ``paths`` are the rows that were accepted and what might have been behind them; SGLang has
-        what came out, and the features, in their order already.
+        Of trees ``find_paths`` finds the rows that were accepted and what might have been behind them; SGLang
+        has what came out, and the features, in their order already.
         """
         watching = self._tap is not None and self.adaptation.watching
         requests = batch.reqs
 
         def verified() -> Verified:
             size = len(requests)
+            paths = find_paths() if find_paths else None
             teacher = self._tap.rows(tokens.numel()) if watching and self._tap else None
             rows = features if watching else None
             if paths is None:
@@ -215,7 +216,7 @@ class AdaptedWorker:
                 decided_BS=output.next_token_ids.long().view(size, -1)[:, kept].clone(),
                 features_BSF=None
                 if rows is None
-                else owned(rows).view(size, -1, rows.shape[-1])[:, kept],
+                else owned(rows.view(size, -1, rows.shape[-1])[:, kept]),
                 teacher_BSX=None if teacher is None else teacher.view(size, -1, teacher.shape[-1]),
                 seconds=self._stopwatch.between(*marks),
                 lengths=None if paths is None else paths.lengths,

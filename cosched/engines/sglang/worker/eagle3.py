@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cosched.engines.sglang import compat
 from cosched.engines.sglang.worker.adapted import AdaptedWorker, is_prefill
-from cosched.engines.sglang.worker.paths import accepted_paths
+from cosched.engines.sglang.worker.paths import Paths, accepted_paths
 from cosched.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,11 +34,13 @@ class ChainWorker(AdaptedWorker):
         drafts = batch.spec_info
         output = super().verify(batch, *args, **kwargs)
         marks = self._started, drafted, self._stopwatch.mark()
-        paths = None
-        if self.topk > 1 and not batch.forward_mode.is_idle():
-            paths = accepted_paths(output.accept_index, drafts.retrieve_next_token)
         features = output.logits_output.hidden_states
-        self.saw_verification(batch, drafts.draft_token, output, features, marks, paths)
+
+        def find_paths() -> Paths:
+            return accepted_paths(output.accept_index, drafts.retrieve_next_token)
+
+        find = find_paths if self.topk > 1 else None
+        self.saw_verification(batch, drafts.draft_token, output, features, marks, find)
         return output
 
     def _longest(self) -> int:
