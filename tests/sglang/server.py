@@ -99,3 +99,12 @@ def launch(config: str, words: Sequence[str], folder: Path, environment: dict[st
 
 
 Start = Callable[..., Server]
+
+
+def until(there: Callable[[], Any]) -> Any:
+    """What is there in the end; it may take a while on a busy machine."""
+    end = time.monotonic() + PATIENCE
+    while not (found := there()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return found

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 
 from cosched.telemetry.saved_states import SavedStates
 from tests.sglang.client import complete
-from tests.sglang.server import CONFIG, PATIENCE, Server, launch
+from tests.sglang.server import CONFIG, Server, launch, until
 from tests.sglang.serving import ROOT
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]  # several starts, on a busy machine
@@ -47,14 +46,6 @@ def server(bare_environment: dict[str, str], tmp_path: Path) -> Iterator[Callabl
 def ask(server: Server, *numbers: int) -> list[str]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client:
         return [str(complete(client, number, 160)) for number in numbers]
-
-
-def until(there: Callable[[], Any]) -> Any:
-    end = time.monotonic() + PATIENCE
-    while not (found := there()):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    return found
 
 
 def newest(server: Server) -> tuple[Path, dict[str, Any]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import openai
 import pytest
 
 from tests.sglang.client import complete
-from tests.sglang.server import PATIENCE, Server, Start
+from tests.sglang.server import Server, Start, until
 from tests.sglang.serving import ROOT
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]  # three starts, on a busy machine
@@ -47,13 +46,6 @@ def trainer(
 def ask(server: Server) -> str:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client:
         return str(complete(client, 0, 96))
-
-
-def until(there: Callable[[], Any]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not there():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def test_two_servers_serve_what_one_trainer_learns_and_go_on_without_it(
