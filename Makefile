@@ -27,7 +27,7 @@ VERSIONS := 0.5.20 0.5.21
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo demo-tiny test test-long fuzz chaos parity sglang versions serve-venv serve-demo examples lint docs format bench clean
+.PHONY: help venv demo demo-tiny test test-long fuzz chaos parity sglang versions serve-venv serve-demo examples wheel lint docs format bench clean
 
 help:  ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -113,6 +113,16 @@ build/sglang-%: | $(SGLANG_STAMP)
 
 versions: $(SGLANG_STAMP) | $(VERSIONS:%=build/sglang-%)  ## Run other versions of SGLang, from build/
 	$(PARITY_BIN)/pytest tests/sglang/test_versions.py $(PYTEST_ARGS)
+
+# From an empty folder, with nothing but what the wheel has; its dependencies are those of .venv.
+wheel: $(STAMP)  ## Build the wheel, and run the quick start with it from an empty folder
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel $(PIP_ARGS) --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --target build/wheel/installed build/wheel/*.whl
+	mkdir build/wheel/empty
+	cd build/wheel/empty && export PYTHONPATH=$(abspath build/wheel/installed) && \
+	  $(abspath $(BIN))/python -P -m cosched.cli init && \
+	  $(abspath $(BIN))/python -P -m cosched.cli run -c configs/quickstart.yaml workload.max_prompts=1
 
 lint: $(STAMP)  ## Check style, types, the direction of imports, and the documentation
 	$(BIN)/ruff check .

@@ -1,12 +1,14 @@
 """What cosched costs and brings inside SGLang, arms side by side on the same prompts.
 
 Usage: python benchmarks/bench_sglang.py [-c configs/serve_tiny_cpu.yaml] [--pairs 8]
-           [--tokens 256] [--batch 1 ...] [--in-turn] [--arm NAME[/key=value]...]... [--json FILE]
+           [--tokens 256] [--batch 1 ...] [--in-turn] [--standalone FOLDER] [--arm NAME[/key=value]...]... [--json FILE]
            [--rows FILE] [key=value ...]
 
 An arm is ``plain`` (no draft), ``stock`` (SGLang's own algorithm), ``never`` (our worker, a policy
 that never trains), ``watching`` (rows are taken, never trained on) or ``adapted``, each with
-settings of its own behind it: ``adapted/adapt.trainer.background=true``. Every arm is an engine in a
+settings of its own behind it: ``adapted/adapt.trainer.background=true``. ``adaptive``, ``standalone`` and
+``ngram`` are what else SGLang itself has: as many tokens as pay, an ordinary model as a draft
+(``--standalone``), and copies of what was said before. Every arm is an engine in a
 process of its own; in each pair all decode the same prompts greedily, in rotating order, so that
 the machine's drift hits all. ``--in-turn`` starts them one after the other, where memory holds one
 only. Ratios are medians over pairs of seconds against the arm ``stock`` (or the first). Several
@@ -36,6 +38,12 @@ ROOT = Path(__file__).parent.parent
 DEFAULT_ARMS = ["stock", "never", "watching", "adapted"]
 WATCHING = ["adapt.policy.kind=every_n_rounds", "adapt.policy.rounds=1000000000"]
 POLICY = {"never": ["adapt.policy.kind=never"], "watching": WATCHING}
+PEERS: dict[str, dict[str, Any]] = {
+    "adaptive": {"speculative_adaptive": True},
+    "standalone": {"speculative_algorithm": "STANDALONE", "speculative_eagle_topk": 1},
+    "ngram": {"speculative_algorithm": "NGRAM"},
+}
+"""Arguments of SGLang's, beside those of ``stock``, or of ``plain`` where the algorithm is another."""
 
 
 # --- an arm, in a process of its own -------------------------------------------------------------
@@ -66,7 +74,25 @@ async def decode(engine: Any, order: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "answers": answers}
 
 
-def serve_arm(name: str, config_file: str, overrides: list[str]) -> None:
+def speculation_of(name: str) -> Any:
+    """Whose worker drafts."""
+    if name in PEERS:
+        return "plain" if "speculative_algorithm" in PEERS[name] else "stock"
+    return name if name in {"plain", "stock"} else "adapted"
+
+
+def arguments_of(name: str, config: Any, standalone: str) -> dict[str, Any]:
+    """What SGLang is told beside the file's settings."""
+    arguments = {"log_level": "error", "sleep_on_idle": True, **PEERS.get(name, {})}
+    if "speculative_algorithm" in arguments:
+        number = config.drafter_settings.num_draft_tokens
+        arguments["speculative_num_draft_tokens"] = number + 1
+    if name == "standalone":
+        arguments |= {"speculative_num_steps": number, "speculative_draft_model_path": standalone}
+    return arguments
+
+
+def serve_arm(name: str, config_file: str, overrides: list[str], standalone: str) -> None:
     """Decode every order on standard input; one line of JSON each."""
     from cosched.engines.sglang.launcher.launch import start_engine
     from cosched.settings.load import load_config
@@ -74,8 +100,7 @@ def serve_arm(name: str, config_file: str, overrides: list[str]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what SGLang prints is not an answer
     config = load_config(Path(config_file), [*overrides, *POLICY.get(name, [])])
-    speculation = name if name in {"plain", "stock"} else "adapted"
-    engine = start_engine(config, speculation, {"log_level": "error", "sleep_on_idle": True})
+    engine = start_engine(config, speculation_of(name), arguments_of(name, config, standalone))
     try:
         capacity = engine.get_server_info()["max_total_num_tokens"]
         print(json.dumps({"capacity": capacity}), file=answers, flush=True)
@@ -97,12 +122,13 @@ def serve_arm(name: str, config_file: str, overrides: list[str]) -> None:
 class Arm:
     """A running engine that takes orders."""
 
-    def __init__(self, spec: str, config_file: str, overrides: list[str]) -> None:
+    def __init__(self, spec: str, options: argparse.Namespace) -> None:
         name, *own = spec.split("/")
         self.spec = spec
-        command = [sys.executable, __file__, "--serve-arm", name, "-c", config_file]
+        command = [sys.executable, __file__, "--serve-arm", name, "-c", options.config]
+        command += ["--standalone", options.standalone]
         self.process = subprocess.Popen(
-            [*command, *overrides, *own],
+            [*command, *options.overrides, *own],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -163,17 +189,14 @@ def run(arms: list[str], options: argparse.Namespace, work: list[dict[str, Any]]
     if options.in_turn:
         done = []
         for spec in arms:
-            arm = Arm(spec, options.config, options.overrides)
+            arm = Arm(spec, options)
             with contextlib.closing(arm):
                 for order in work:
                     arm.decode(order)
             done.append(arm)
         return done
     with contextlib.ExitStack() as stack:
-        running = [
-            stack.enter_context(contextlib.closing(Arm(spec, options.config, options.overrides)))
-            for spec in arms
-        ]
+        running = [stack.enter_context(contextlib.closing(Arm(spec, options))) for spec in arms]
         for number, order in enumerate(work):
             turn = number % len(running)
             for arm in running[turn:] + running[:turn]:
@@ -285,13 +308,14 @@ def main() -> None:
     parser.add_argument(
         "--prompts", nargs="+", default=[str(ROOT / "tinyworld/prompts/translated.jsonl")]
     )
+    parser.add_argument("--standalone", default="models/drafts/pard", help="a model that drafts")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--rows", type=Path, help="write each arm's pairs here")
     parser.add_argument("--serve-arm", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
     if options.serve_arm:
-        serve_arm(options.serve_arm, options.config, options.overrides)
+        serve_arm(options.serve_arm, options.config, options.overrides, options.standalone)
         return
     from cosched.settings.load import load_config
 

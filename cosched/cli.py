@@ -26,7 +26,7 @@ from cosched.errors import ConfigError, CoschedError
 from cosched.realworld.commands import realworld_app
 from cosched.report.commands import print_tables, report
 from cosched.runs.ending import sigterm_interrupts
-from cosched.tinyworld.commands import tinyworld_app
+from cosched.tinyworld.commands import init, tinyworld_app
 from cosched.top.command import top
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ app = typer.Typer(
 app.add_typer(tinyworld_app, name="tinyworld")
 app.add_typer(realworld_app, name="realworld")
 app.add_typer(bench_app, name="bench")
+app.command()(init)
 app.command()(report)
 app.command()(top)
 

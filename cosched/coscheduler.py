@@ -60,7 +60,7 @@ class Coscheduler:
     def observe(self, round_: VerifyRound) -> Snapshot:
         """Count it: all that a policy may know, in numbers."""
         standing = self.guard.standing
-        self.counters.observe(round_, standing.lead_tokens)
+        self.counters.observe(round_, standing)
         self.guard.observe(round_, self.counters.serves_loaded)
         running, kept = round_.num_running, self.buffer.num_tokens
         return self.counters.snapshot(running, self.version, kept, standing)

@@ -29,7 +29,9 @@ class Snapshot(msgspec.Struct, frozen=True):
     after an update over the one before it, a geometric moving mean that starts at 1; where a guard
     scores candidates it is theirs over the serving draft's, on the same rows. ``seconds_earned`` is
     what drafting and verifying would have taken longer with the draft as loaded, by the guard's mean
-    difference less its standard error. ``expected_tokens_left`` is per running request.
+    difference less its standard error, and where ``drafter.length`` chooses, also without a draft. The
+    seconds ``…_here`` are of text like this alone (``Standing.level``): drafting and verifying, updates and
+    their judgement and publication, and what was earned. ``expected_tokens_left`` is per running request.
     ``tokens_since_loaded`` were committed since the draft was last as it was loaded. ``trials`` are the
     newest comparisons of objectives, the oldest first: what one update with each of them, from the same
     weights, would have brought over the serving draft, in tokens; ``num_trials`` counts all there were.
@@ -52,6 +54,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     seconds_verifying: float
     seconds_updating: float
     seconds_publishing: float
+    recent_drafted_tokens: float = 0.0  # a request
     recent_round_seconds: float = 0.0
     reference_acceptance_length: float = 0.0
     acceptance_shortfall: float = 0.0
@@ -62,6 +65,9 @@ class Snapshot(msgspec.Struct, frozen=True):
     expected_tokens_left: float = 0.0
     num_queued: int = 0
     seconds_earned: float = 0.0
+    seconds_serving_here: float = 0.0
+    seconds_learning_here: float = 0.0
+    seconds_earned_here: float = 0.0
     num_finished: int = 0
     requests_since_update: int = 0
     tokens_since_loaded: int = 0
@@ -78,10 +84,12 @@ class Standing(msgspec.Struct, frozen=True):
 
     ``lead_tokens`` is by how much what was learnt is known to be better than the draft as loaded on text
     like this, in tokens a round: the mean difference less its standard error, and never less than 0.
+    ``level`` tells texts apart by how well the draft as loaded does on them, 0 the worst.
     ``resumes_at`` is the round until which the guard would have nothing trained.
     """
 
     lead_tokens: float = 0.0
+    level: int = 0
     resumes_at: int = 0
 
 

@@ -177,6 +177,8 @@ class VerifyRound:
     commit, together; None where the engine does not know. ``num_queued`` counts requests that wait for
     a place; in the embedded engine nobody waits. ``served_loaded``: of a server elsewhere, whether the draft
     as loaded drafted it there, which may not serve yet what serves here; None: it was served here.
+    ``plain_share`` is what a round without drafts is expected to take, as a share of this one's time; None where
+    nobody measures that.
     """
 
     segments: tuple[Segment, ...]
@@ -188,6 +190,7 @@ class VerifyRound:
     tokens_left: int | None = None
     num_queued: int = 0
     served_loaded: bool | None = None
+    plain_share: float | None = None
 
     @property
     def num_committed(self) -> int:

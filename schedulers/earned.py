@@ -18,9 +18,9 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 class EarnedSettings(CostAwareSettings, frozen=True, kw_only=True):
     """At most one update in ``rounds``, of ``num_steps`` micro-steps.
 
-    What ``credit_rounds`` take to draft and verify may be spent in advance, and ``explore_share`` of
-    the time; ``reinvested_share`` of what learning has earned may go into more of it. ``idle_steps``
-    are taken once when the last request has finished.
+    What ``credit_rounds`` take to draft and verify may be spent in advance on each kind of text, and
+    ``explore_share`` of the time on it; ``reinvested_share`` of what learning has earned there may go into more
+    of it. ``idle_steps`` are taken once when the last request has finished.
     """
 
     rounds: Annotated[int, Meta(ge=1)] = 16
@@ -34,10 +34,10 @@ class EarnedSettings(CostAwareSettings, frozen=True, kw_only=True):
 class Earned(Policy):
     """Trains as long as learning pays its own way, here.
 
-    With U seconds spent on updates and their judgement so far, U' for one more, R rounds that took V
-    seconds to draft and verify, and E seconds that learning has saved, it trains while
+    With U seconds spent on updates and their judgement so far, U' for one more, V seconds of drafting and
+    verifying in rounds of C seconds, and E seconds that learning has saved, it trains while
 
-        U + U' <= credit_rounds V / R + explore_share V + reinvested_share E
+        U + U' <= credit_rounds C + explore_share V + reinvested_share E
 
     In a second of serving, a draft whose acceptance length is g times that of the draft as loaded
     does what that one would have needed g seconds for: it saves g - 1. E is their sum, with g as a
@@ -46,9 +46,9 @@ class Earned(Policy):
     there is nothing to learn it all but stops, and where there is, it earns the means to go on. The
     dearer updates are, the fewer are on credit. Without such a guard nothing is ever earned.
 
-    What one kind of text has earned is not spent on another. Where learning is not known to lead on
-    text like this (``Snapshot.lead_tokens``), E does not count as long as the credit lasts, and
-    behind it the last update has to be less than ``explore_share`` of what was served since.
+    U, V and E are of text like this, told apart by how well the draft as loaded does on it
+    (``Standing.level``): what one kind of text has earned is not spent on another, and what one that
+    has nothing to teach has cost leaves the next its own credit.
     """
 
     Settings = EarnedSettings
@@ -64,14 +64,12 @@ class Earned(Policy):
             return when_idle(snapshot, self.idle_steps)
         if snapshot.rounds_since_update < settings.rounds:
             return Decision(num_steps=0)
-        spent = snapshot.seconds_updating + snapshot.seconds_publishing
-        after = spent + expected_update_seconds(snapshot, settings)
-        served = snapshot.seconds_drafting + snapshot.seconds_verifying
-        free = settings.credit_rounds * served / max(1, snapshot.round_index)
-        free += settings.explore_share * served
-        if after > free + settings.reinvested_share * snapshot.seconds_earned:
+        after = snapshot.seconds_learning_here + expected_update_seconds(snapshot, settings)
+        served, earned = snapshot.seconds_serving_here, snapshot.seconds_earned_here
+        round_seconds = (snapshot.seconds_drafting + snapshot.seconds_verifying) / max(
+            1, snapshot.round_index
+        )
+        free = settings.credit_rounds * round_seconds + settings.explore_share * served
+        if after > free + settings.reinvested_share * earned:
             return Decision(num_steps=0)
-        share = settings.explore_share * snapshot.serving_seconds_since_update
-        if not snapshot.lead_tokens and after > free and snapshot.last_update_seconds > share:
-            return Decision(num_steps=0)
-        return Decision(settings.num_steps, reason=f"{snapshot.seconds_earned:.1f} s earned so far")
+        return Decision(settings.num_steps, reason=f"{earned:.1f} s earned on such text so far")

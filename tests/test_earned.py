@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -11,7 +12,7 @@ import pytest
 from cosched.guard.monitor import Monitor, Scores
 from cosched.guard.settings import ShadowSettings
 from cosched.guard.statistics import BLOCK, Lead
-from cosched.loop.counters import Counters
+from cosched.loop.counters import Counters, Ledger
 from cosched.records import Standing, Verdict
 from tests.helpers.policies import policy
 from tests.helpers.rounds import round_of
@@ -25,7 +26,7 @@ def served(
     """Serve one request for so long; updates and rounds. Each update is scored, with noise."""
     updates, rounds, noise, lead = 0, 0, random.Random(0), Lead()
     while seconds > 0:
-        counters.observe(round_of([2], seconds=0.02), lead.proven)
+        counters.observe(round_of([2], seconds=0.02), Standing(lead.proven))
         seconds, rounds = seconds - 0.02, rounds + 1
         known = Standing(lead.proven)
         steps = every.decide(counters.snapshot(1, 0, 0, known)).num_steps
@@ -69,22 +70,25 @@ def test_learning_costs_no_more_than_it_brings(gain: float, cost: float) -> None
     assert counters.update_seconds_total <= 100 * 0.02 + cost + 0.005 * 61 + 0.5 * saved * 1.05
 
 
-def test_what_one_text_has_earned_is_not_spent_on_another() -> None:
-    """Where learning is not known to lead, what was saved elsewhere buys nothing: an update for every
-    hundred times its seconds, as if nothing had been earned."""
+def test_each_kind_of_text_has_a_credit_and_earnings_of_its_own() -> None:
+    """What was saved elsewhere buys nothing, and what elsewhere was spent for nothing is not missing:
+    one kind after the other, each has its credit, and then an update for every hundred times its seconds."""
     every = policy("earned", rounds=8, credit_rounds=16, explore_share=0.01)
-    counters = Counters(earned_seconds=1000.0)
-    updates = {}
-    for lead in (0.0, 0.3):
+    counters = Counters(ledgers=[Ledger(), Ledger(), Ledger(earned=1000.0)])
+    updates = [0, 0, 0]
+    for level in range(3):
+        known = Standing(level=level)
         for _ in range(2000):
-            counters.observe(round_of([2], seconds=0.02))
-            if every.decide(counters.snapshot(1, 0, 0, Standing(lead))).num_steps:
+            counters.observe(round_of([2], seconds=0.02), known)
+            if every.decide(counters.snapshot(1, 0, 0, known)).num_steps:
                 counters.begin_update(1)
                 counters.updates += 1
-                updates[lead] = updates.get(lead, 0) + 1
+                updates[level] += 1
                 counters.update_seconds_total += 0.04
-    assert updates[0.3] == 2000 // 8
-    assert 8 + 5 <= updates[0.0] <= 8 + 10  # on credit; then one in four seconds, of 40 in all
+    poor, other, rich = updates
+    assert 8 + 5 <= poor <= 8 + 10  # on credit; then one in four seconds, of 40 in all
+    assert abs(other - poor) <= 1
+    assert rich == 2000 // 8
 
 
 def test_what_goes_on_beside_rounds_is_charged_for_all_that_it_slowed() -> None:
@@ -107,17 +111,40 @@ def test_nothing_is_earned_without_evidence() -> None:
 
     for _ in range(3):
         look(1.0)
-    counters.observe(round_of([3], seconds=1.0), monitor.standing.lead_tokens)
+    counters.observe(round_of([3], seconds=1.0), monitor.standing)
     assert counters.earned_seconds == 0
     for score in (0.9, 1.1) * 8:
         look(score)
-    counters.observe(round_of([3], seconds=1.0), monitor.standing.lead_tokens)
+    counters.observe(round_of([3], seconds=1.0), monitor.standing)
     earned = counters.earned_seconds
     assert 0.45 < earned < 0.5  # a token of the three, which the draft as loaded would not have had
     while look(-1.0).to is None:
         pass
-    counters.observe(round_of([2], seconds=1.0), monitor.standing.lead_tokens)
+    counters.observe(round_of([2], seconds=1.0), monitor.standing)
     assert counters.earned_seconds == earned
+
+
+@pytest.mark.parametrize(
+    ("plain_share", "earned"),
+    [
+        (
+            None,
+            0.5,
+        ),  # one of three tokens is what was learnt: the loaded draft takes half as long again
+        (0.6, 0.5),  # no draft at all would take 3 * 0.6 - 1 = 0.8 longer
+        (0.4, 0.2),  # no draft at all is faster than the draft as loaded
+        (0.3, 0.0),  # drafting does not pay even now
+    ],
+)
+def test_where_drafting_can_be_left_nothing_is_earned_that_leaving_it_would_have_saved(
+    plain_share: float | None, earned: float
+) -> None:
+    """By a draft length that is chosen while serving the draft as loaded would not be used where none is
+    faster: what was learnt is held against the faster of both."""
+    counters = Counters(serves_loaded=False)
+    round_ = replace(round_of([3], seconds=1.0), plain_share=plain_share)
+    counters.observe(round_, Standing(lead_tokens=1.0))
+    assert counters.earned_seconds == pytest.approx(earned)
 
 
 # --- what they decide on -------------------------------------------------------------------

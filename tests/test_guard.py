@@ -22,7 +22,7 @@ from cosched.memory.footprint import footprint
 from cosched.memory.sketch import sketch
 from cosched.records import UpdateResult, Verdict
 from cosched.settings.load import load_config
-from cosched.testing.harness import make_target
+from cosched.testing.harness import collected, make_requests, make_target, serve
 from tests.helpers.drafts import make_drafter
 from tests.helpers.guarded_runs import SAMPLED, Events, world_of
 from tests.helpers.rounds import round_of, snapshot
@@ -112,6 +112,35 @@ def test_what_is_looked_at(alarm: bool, num_new: int, trained: bool) -> None:
     again = guard.judge(None, at, candidate=lambda: "new")
     assert again == Verdict("keep")
     assert len(seen) == (1 if num_new or trained else 2)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "drafted", "scored"), [(False, 1.0, 4), (True, 0.0, 1), (True, 2.3, 3), (True, 4, 4)]
+)
+def test_drafts_are_scored_on_what_is_drafted(chosen: bool, drafted: float, scored: int) -> None:
+    """Where the number of tokens is chosen while serving, those that are not drafted count for nothing."""
+    target = make_target()
+    drafter = make_drafter(target)
+    served = serve(target, drafter, make_requests(target, count=2, prompt=9, new=40), max_batch=2)
+    whole = collected(target, drafter, "delayed", None, served)
+    asked: list[Any] = []
+
+    def scores(batch: Any, weights: list[Any]) -> list[list[float]]:
+        asked.append(batch)
+        return [[2.0]] * len(weights)
+
+    guard = ShadowGuard(
+        ShadowSettings(),
+        SimpleNamespace(scores=scores, busy=False),
+        SimpleNamespace(held_out=lambda *_, **__: whole),
+        SimpleNamespace(version=5, weights_of=lambda version: version),
+        length_is_chosen=chosen,
+    )
+    seen = snapshot(round_index=1000, recent_drafted_tokens=drafted, serves_loaded=False)
+    guard.judge(UpdateResult(1, 0, (1.0,), 1, 0.1), seen, candidate=lambda: "new")
+    (batch,), scored = asked, min(scored, drafter.num_draft_tokens)
+    assert torch.equal(batch.weights_RNK[..., :scored], whole.weights_RNK[..., :scored])
+    assert not batch.weights_RNK[..., scored:].any()
 
 
 def test_an_update_without_a_finite_step_is_no_candidate() -> None:

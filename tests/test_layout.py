@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cosched.engines.embedded.target import Target
-from cosched.loop.layout import counted_rows
+from cosched.loop.layout import counted_rows, first_places
 from cosched.records import Rows, SignalBatch
 from cosched.testing.harness import collected, make_requests, serve
 from cosched.training.micro_step import share_of
@@ -43,6 +43,8 @@ def test_rows_that_count_and_rows_that_are_alike(target: Target, rows: Rows) -> 
     assert_alike(batch)
     for rank in range(2):
         assert_alike(share_of(batch, rank, 2)[0])
+    assert_alike(first_places(batch, 1))
+    assert first_places(batch, batch.weights_RNK.shape[-1]) is batch
 
 
 def test_shares_weigh_the_same_whoever_is_asked(target: Target) -> None:

@@ -42,10 +42,10 @@ def test_slack_refuses_other_zeros(key: str) -> None:
 
 READY = {
     "num_running": 1, "num_updates": 20, "rounds_since_update": 1000, "tokens_since_update": 9000,
-    "requests_since_update": 100, "acceptance_shortfall": 100, "seconds_earned": 100,
+    "requests_since_update": 100, "acceptance_shortfall": 100, "seconds_earned_here": 100,
     "seconds_drafting": 10, "seconds_verifying": 90, "round_index": 5000, "update_gain": 1.5,
     "micro_step_seconds": 0.05, "recent_round_seconds": 0.02, "recent_acceptance_length": 2.0,
-    "expected_tokens_left": 5000, "lead_tokens": 0.2,
+    "expected_tokens_left": 5000, "seconds_serving_here": 100,
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from cosched.guard.scorer import AcceptanceScorer
 from cosched.loop.checksum import checksum
+from cosched.loop.layout import first_places
 from cosched.records import Acceptance, SignalBatch
 from cosched.testing.harness import collected, make_requests, make_target, serve
 from tests.helpers.drafts import make_drafter
@@ -86,6 +88,25 @@ def test_scores_are_the_chained_acceptance(
             length += reached
         expected.append(length)
     assert found == pytest.approx(expected, rel=1e-4)  # the network and the head are float32
+
+
+def test_of_fewer_places_the_score_is_that_of_a_shorter_draft(scene) -> None:
+    """The first alone: 1 + sum_v min(p_v, q_v); each more adds what it adds, and all of them are the whole."""
+    target, drafter, batch = scene
+    scorer, weights = scorer_of(target, drafter), dict(drafter.network().named_parameters())
+    found = [
+        torch.tensor(scorer.scores(first_places(batch, places), [weights])[0])
+        for places in range(1, drafter.num_draft_tokens + 1)
+    ]
+    p, q = (
+        logits[:, :, 0].double().softmax(-1)
+        for logits in (target.head(batch.teacher_RNKX), drafter.replay(batch))
+    )
+    counts = batch.weights_RNK[..., 0] > 0
+    first = 1 + torch.minimum(p, q).sum(-1)[counts]
+    torch.testing.assert_close(found[0].double(), first, rtol=1e-4, atol=1e-4)
+    assert all((more > fewer).all() for fewer, more in pairwise(found))
+    assert found[-1].tolist() == scorer.scores(batch, [weights])[0]
 
 
 def test_what_would_be_served_is_scored(scene) -> None:

@@ -77,7 +77,7 @@ def test_the_cap_holds_for_every_policy_that_is_built(kind: str, target: Target)
         "last_update_seconds": 1.0,
         "requests_since_update": 100,
     }
-    would |= {"seconds_earned": 1000.0, "lead_tokens": 0.2}
+    would |= {"seconds_earned_here": 1000.0}
     script = [{"serving_seconds_since_update": s} for s in (0.0, 2.9, 3.1)]
     decided = steps(built.policy, script, **would)
     assert decided[:2] == [0, 0]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cosched.sweep.plan import Job
 
 MEASURED_WITH = "measured_with.json"  # beside the summary: a run may be older than the code is now
+TELLING = 0.02  # of a run done, before which most of its time went into its start
 
 
 class SuiteInterruptedError(CoschedError):
@@ -37,8 +38,8 @@ class Progress(NamedTuple):
     name: str
     place: int
     total: int
-    share: float
-    seconds_left: float | None
+    share: float = 0.0
+    seconds_left: float | None = None
 
 
 def measure(plan: BenchPlan, on_progress: Callable[[Progress], None]) -> None:
@@ -49,36 +50,40 @@ def measure(plan: BenchPlan, on_progress: Callable[[Progress], None]) -> None:
         CoschedError: a run cannot be done.
     """
     jobs = plan.jobs
+    took = {job.id: _seconds(job) for job in jobs if finished(job.config.run_folder)}
     for place, job in enumerate(jobs, 1):
-        if not finished(job.config.run_folder):
-            _run(job, _Clock(jobs, place, on_progress))
+        if job.id not in took:
+            others = [took.get(other.id) for other in jobs if other.record == job.record]
+            alike = [seconds for seconds in others if seconds is not None]
+            left = sum(other.id not in took for other in jobs[place:])
+            _run(job, _Clock(Progress(job.id, place, len(jobs)), alike, left, on_progress))
+            took[job.id] = _seconds(job)
 
 
 class _Clock:
-    """Tells how far a job is, and guesses how long it and those behind it will take."""
+    """Tells how far a job is, and guesses how long it and the ``left`` behind it will take.
+
+    ``alike`` are the seconds of jobs like it; without any it goes by its own.
+    """
 
     def __init__(
-        self, jobs: list[Job], place: int, on_progress: Callable[[Progress], None]
+        self,
+        progress: Progress,
+        alike: list[float],
+        left: int,
+        on_progress: Callable[[Progress], None],
     ) -> None:
-        self._job, self._place, self._total = jobs[place - 1], place, len(jobs)
-        self._on_progress = on_progress
-        self._known = [
-            seconds
-            for job in jobs
-            if job.record == self._job.record and (seconds := _seconds(job)) is not None
-        ]
-        self._left = sum(not finished(job.config.run_folder) for job in jobs[place:])
+        self._progress, self._on_progress = progress, on_progress
+        self._each, self._left = (fmean(alike) if alike else None), left
         self._started = time.monotonic()
 
     def tell(self, share: float) -> None:
         spent = time.monotonic() - self._started
-        own = spent / share if share else None
-        each = fmean(self._known) if self._known else own
-        left = None
+        own = spent / share if share >= TELLING else None
+        each, left = self._each or own, None
         if each is not None:
             left = max(0.0, (own or each) - spent) + each * self._left
-        progress = Progress(self._job.id, self._place, self._total, share, left)
-        self._on_progress(progress)
+        self._on_progress(self._progress._replace(share=share, seconds_left=left))
 
 
 def _run(job: Job, clock: _Clock) -> None:
@@ -117,6 +122,5 @@ def measured_with(run_folder: Path) -> Provenance | None:
 
 
 def _seconds(job: Job) -> float | None:
-    """What a job took, where it is done."""
-    path = job.config.run_folder
-    return load_summary(path).run.get("seconds") if finished(path) else None
+    """What a job took that is done; None where its summary is of a time that did not say."""
+    return load_summary(job.config.run_folder).run.get("seconds")

@@ -78,7 +78,8 @@ def build_coscheduler(
             learner = build_learner(config, target, drafter, acceptance, ranks, publisher)
         trainer, scorer = learner
         if shadow is not None:
-            guard = ShadowGuard(shadow, scorer, buffer, publisher)
+            length_is_chosen = config.length_settings.kind != "fixed"
+            guard = ShadowGuard(shadow, scorer, buffer, publisher, length_is_chosen)
             if rates:
                 trainer = TryingTrainer(trainer, rates, scorer, buffer, publisher, shadow.anchors)
     return Coscheduler(

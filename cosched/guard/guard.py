@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -9,6 +10,7 @@ import torch
 
 from cosched.errors import NOT_DECODED, RunFolderError
 from cosched.guard.monitor import Monitor, Scores
+from cosched.loop.layout import first_places
 from cosched.records import KEEP, Standing, Verdict
 
 if TYPE_CHECKING:
@@ -70,16 +72,24 @@ class ShadowGuard:
     It looks after each update, ``check_rounds`` after the last look, and as soon as the acceptance
     length of a trained draft has fallen far. Without rows to look at (the request has just ended) a
     candidate waits. Ranks that score together conclude alike, because nothing here goes by a clock.
-    Where the scorer takes its time a look is concluded in a later round than it began.
+    Where the scorer takes its time a look is concluded in a later round than it began. Where ``length_is_chosen``
+    while serving (``drafter.length``), drafts are scored on as many tokens as rounds draft lately: what they
+    are worth behind those nobody is served.
     """
 
     def __init__(
-        self, settings: ShadowSettings, scorer: Scorer, buffer: Buffer, publisher: Publisher
+        self,
+        settings: ShadowSettings,
+        scorer: Scorer,
+        buffer: Buffer,
+        publisher: Publisher,
+        length_is_chosen: bool = False,
     ) -> None:
         self._settings = settings
         self.scorer = scorer
         self._buffer = buffer
         self._publisher = publisher
+        self._length_is_chosen = length_is_chosen
         self._monitor = Monitor()
         self._scored: tuple[str, ...] = ()  # what the look that is under way is at
 
@@ -117,6 +127,8 @@ class ShadowGuard:
         rows = self._buffer.held_out(LOOKED_AT * self._settings.anchors, once=True)
         if rows is None:
             return Verdict("wait", "no held-out rows to score it on") if result else KEEP
+        if self._length_is_chosen:
+            rows = first_places(rows, max(1, math.ceil(seen.recent_drafted_tokens)))
         asked = self._asked(seen, candidate() if self._monitor.waits else None)
         self._scored = tuple(asked)
         return self._concluded(self.scorer.scores(rows, list(asked.values())), seen)

@@ -74,7 +74,8 @@ class Monitor:
     @property
     def standing(self) -> Standing:
         """What others may know of it."""
-        return Standing(lead_tokens=self.leads.here.proven, resumes_at=self.resumes_at)
+        leads = self.leads
+        return Standing(leads.here.proven, leads.level_here, resumes_at=self.resumes_at)
 
     def figures(self, settings: ShadowSettings, serves_loaded: bool) -> GuardFigures:
         """How the tests stand, for people."""

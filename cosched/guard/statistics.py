@@ -221,8 +221,13 @@ class Leads:
         self.rows = 0.0
 
     @property
+    def level_here(self) -> int:
+        """Where among ``LEVELS`` this text is."""
+        return bisect(LEVELS, self.level - 1)
+
+    @property
     def here(self) -> Lead:
-        return self.by_level[bisect(LEVELS, self.level - 1)]
+        return self.by_level[self.level_here]
 
 
 @dataclass(slots=True)

@@ -26,6 +26,15 @@ NOTHING_KNOWN = Standing()
 
 
 @dataclass(slots=True)
+class Ledger:
+    """Seconds on one kind of text: drafting and verifying, learning, and what learning has saved of them."""
+
+    serving: float = 0.0
+    learning: float = 0.0
+    earned: float = 0.0
+
+
+@dataclass(slots=True)
 class Counters:
     """Running sums and moving means; numbers only, so that a run can be resumed from them."""
 
@@ -50,6 +59,7 @@ class Counters:
     publish_seconds: float = 0.0
     skipped_steps: int = 0
     recent: float = 0.0
+    recent_drafted: float = 0.0  # moving mean of the most that a round drafts for a request
     losses: list[float | None] = field(default_factory=list)
     usual: list[float] = field(
         default_factory=list
@@ -71,6 +81,8 @@ class Counters:
     gain: float = 1.0  # moving mean
     scored: bool = False  # whether the gain is that of scores
     earned_seconds: float = 0.0
+    ledgers: list[Ledger] = field(default_factory=list)  # by the level of the text (``Standing``)
+    entered_seconds: float = 0.0  # of learning, in all ledgers
     guard_seconds: float = 0.0  # of the update seconds
     committed_at_loaded: int = 0
     num_trials: int = 0
@@ -98,8 +110,8 @@ class Counters:
     def _training_seconds(self) -> float:
         return self._lost_seconds + self.publish_seconds
 
-    def observe(self, round_: VerifyRound, lead_tokens: float = 0.0) -> None:
-        """Count a round, in which what was learnt was so much better than the draft as loaded."""
+    def observe(self, round_: VerifyRound, standing: Standing = NOTHING_KNOWN) -> None:
+        """Count a round; ``standing`` is what is known of learning on its text."""
         committed = round_.num_committed
         seconds = round_.draft_seconds + round_.verify_seconds
         self.draft_seconds += round_.draft_seconds
@@ -109,14 +121,36 @@ class Counters:
             weight = RECENT_WEIGHT if self.rounds > 1 else 1.0
             self.round_seconds += weight * (seconds - self.round_seconds)
             self._observe_slowing(seconds)
-            if not self.serves_loaded:
-                self.earned_seconds += seconds * lead_tokens / max(1.0, self.recent - lead_tokens)
+        self._enter(round_, standing, seconds)
         self.committed += committed
         self.drafted += sum(len(block.path_K) for block in round_.blocks)
         self.accepted += sum(block.num_accepted for block in round_.blocks)
         self.finished += len(round_.finished)
         self.tokens_left = round_.tokens_left
         self.queued = round_.num_queued
+
+    def _enter(self, round_: VerifyRound, standing: Standing, seconds: float) -> None:
+        """What a round took and saved, and what learning has cost since the one before, by its text."""
+        ledger = self._ledger(standing.level)
+        ledger.serving += seconds
+        ledger.learning += self._training_seconds - self.entered_seconds
+        self.entered_seconds = self._training_seconds
+        if round_.blocks and not self.serves_loaded:
+            saved = seconds * self._saved(standing.lead_tokens, round_.plain_share)
+            self.earned_seconds += saved
+            ledger.earned += saved
+
+    def _ledger(self, level: int) -> Ledger:
+        self.ledgers += (Ledger() for _ in range(level + 1 - len(self.ledgers)))
+        return self.ledgers[level]
+
+    def _saved(self, lead_tokens: float, plain_share: float | None) -> float:
+        """How much longer than a second the draft as loaded, or no draft, would have taken.
+
+        Where the number of drafted tokens is chosen while serving, none would be drafted where none pays.
+        """
+        saved = lead_tokens / max(1.0, self.recent - lead_tokens)
+        return saved if plain_share is None else max(0.0, min(saved, self.recent * plain_share - 1))
 
     def _observe_slowing(self, seconds: float) -> None:
         """What goes on beside a round takes cores and memory from it."""
@@ -139,6 +173,8 @@ class Counters:
         weight = max(RECENT_WEIGHT, 1 / self.rounds)
         length = fmean(block.num_committed for block in blocks)
         self.recent += weight * (length - self.recent)
+        drafted = max(len(block.path_K) for block in blocks)
+        self.recent_drafted += weight * (drafted - self.recent_drafted)
         fall = self._compare(blocks) - length
         self.fallen += weight * (fall - self.fallen)
         within = self.fallen <= SHORTFALL_TOLERANCE
@@ -275,6 +311,7 @@ class Counters:
         standing: Standing = NOTHING_KNOWN,
     ) -> Snapshot:
         """What a policy may know of this, and of what the guard knows."""
+        here = self._ledger(standing.level)
         return Snapshot(
             round_index=self.rounds,
             num_running=num_running,
@@ -282,6 +319,7 @@ class Counters:
             num_drafted=self.drafted,
             num_accepted=self.accepted,
             recent_acceptance_length=self.recent,
+            recent_drafted_tokens=self.recent_drafted,
             rounds_since_update=self.rounds - self.round_of_update,
             tokens_since_update=self.committed - self.committed_at_update,
             num_updates=self.updates,
@@ -301,6 +339,9 @@ class Counters:
             expected_tokens_left=self._tokens_ahead(num_running),
             num_queued=self.queued,
             seconds_earned=self.earned_seconds,
+            seconds_serving_here=here.serving,
+            seconds_learning_here=here.learning,
+            seconds_earned_here=here.earned,
             num_finished=self.finished,
             requests_since_update=self.finished - self.finished_at_update,
             tokens_since_loaded=self.committed - self.committed_at_loaded,

@@ -6,13 +6,14 @@ width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from cosched.loop.teacher_rows import distinct
+from cosched.records import Layout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,6 +69,22 @@ def counted_rows(batch: SignalBatch, form: TeacherForm) -> CountedRows:
     rows_TX = teacher_MX.index_select(0, first_T)
     says_M = upload(np.pad(says, (0, more)), device)
     return CountedRows(places_M, rows_TX, first_T, says_M, count)
+
+
+def first_places(batch: SignalBatch, places: int) -> SignalBatch:
+    """The batch with the first rows of each anchor: those behind them weigh nothing."""
+    if places >= batch.weights_RNK.shape[-1]:
+        return batch
+    weights_RNK, known = batch.weights_RNK.clone(), batch.known
+    weights_RNK[..., places:] = 0
+    cut = replace(batch, weights_RNK=weights_RNK)
+    if known is None:
+        return cut
+    on_host = known.weights_RNK.copy()
+    on_host[..., places:] = 0
+    of = cut.starts_R, cut.weights_RNK, cut.teacher_RNKX
+    layout = Layout(known.starts, on_host, known.says_RNK, of, known.room)
+    return replace(cut, layout=layout)
 
 
 def _each_its_own(places_M: Tensor, rows_MX: Tensor, count: int) -> CountedRows:

@@ -61,6 +61,11 @@ class DraftLengths:
         seen = msgspec.structs.replace(self._seen, chances=chances[:num_drafted])
         return min(num_drafted, self._chosen(seen))
 
+    def plain_share(self, num_running: int, tokens: int) -> float | None:
+        """What a round without drafts takes of one that drafts so many tokens; None: not known yet."""
+        seconds = self._seconds.table(num_running) if self._seconds else ()
+        return seconds[0] / seconds[tokens] if seconds and seconds[0] and seconds[tokens] else None
+
     def _chosen(self, snapshot: LengthSnapshot) -> int:
         tokens = self._policy.choose(snapshot)
         assert 0 <= tokens <= snapshot.max_tokens, f"a policy chose {tokens} tokens"

@@ -127,6 +127,7 @@ class Rounds(Message, frozen=True, kw_only=True):
     tokens_left: Count | None
     num_queued: Small
     dropped: Count
+    plain_share: Seconds | None = None
 
 
 class Alive(Message, frozen=True, kw_only=True):

@@ -122,6 +122,7 @@ class RoundQueue:
                 tokens_left=round_.tokens_left,
                 num_queued=round_.num_queued,
                 dropped=self.dropped,
+                plain_share=round_.plain_share,
             )
             self._waiting.append(_Waiting(rounds, slot))
 

@@ -199,7 +199,7 @@ def unpack(
         raise FrameError(f"{len(bytes_)} bytes of rows, and by the header {plan.starts[-1]}")
     if any(one.num_accepted > one.drafted for one in message.blocks):
         raise FrameError("more tokens accepted than drafted")
-    seconds = message.draft_seconds, message.verify_seconds
+    seconds = message.draft_seconds, message.verify_seconds, message.plain_share or 0.0
     if not all(map(math.isfinite, (*seconds, *(one.temperature for one in message.segments)))):
         raise FrameError("a time or a temperature that is no number")
     tokens, *_ = plan.views(bytes_)
@@ -237,6 +237,7 @@ def unpack(
         num_running=message.num_running,
         tokens_left=message.tokens_left,
         num_queued=message.num_queued,
+        plain_share=message.plain_share,
     )
 
 

@@ -1,4 +1,4 @@
-"""``cosched tinyworld``: the small world that tests run in."""
+"""``cosched init`` and ``cosched tinyworld``: the small world that examples and tests run in."""
 
 from __future__ import annotations
 
@@ -34,3 +34,17 @@ def tinyworld_build(
     ) as progress:
         build(directory, seed, threads, share, progress)
     console.print(f"built: [bold]{directory}[/]", soft_wrap=True)
+
+
+def init(
+    folder: Annotated[
+        Path, typer.Argument(metavar="[FOLDER]", help="Where to; here, if none is named.")
+    ] = Path(),
+) -> None:
+    """Write the example experiments, and the toy model that they run with, into a folder."""
+    from cosched.tinyworld.starter import write_starter
+
+    for path in write_starter(folder):
+        console.print(f"wrote [bold]{path}[/]", soft_wrap=True)
+    there = "" if folder == Path() else f"cd {folder} && "
+    console.print(f"next: [bold]{there}cosched run -c configs/quickstart.yaml[/]", soft_wrap=True)

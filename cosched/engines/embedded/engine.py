@@ -212,10 +212,12 @@ class EmbeddedEngine:
         segments, blocks = self._commit(verified)
         self.seconds.draft += drafted - started
         self.seconds.verify += judged - drafted
+        plain_share = None
         if self._lengths is not None:
             seconds = self._clock() - started
             self._lengths.observe(verified.depths, verified.accepted, tops, seconds)
-        self._report(segments, blocks, drafted - started, judged - drafted)
+            plain_share = self._lengths.plain_share(len(slots), max(verified.depths))
+        self._report(segments, blocks, drafted - started, judged - drafted, plain_share)
 
     def _propose(
         self, drawn_BU: Tensor, path_BS: Tensor
@@ -329,6 +331,7 @@ class EmbeddedEngine:
         blocks: tuple[ServedBlock, ...],
         draft_seconds: float,
         verify_seconds: float,
+        plain_share: float | None = None,
     ) -> None:
         self._on_tokens(sum(block.num_committed for block in blocks) or len(segments))
         if self._observer is None:
@@ -344,6 +347,7 @@ class EmbeddedEngine:
                 tokens_left=sum(
                     slot.request.max_length - slot.length for slot in self._slots if not slot.done
                 ),
+                plain_share=plain_share,
             )
         )
 

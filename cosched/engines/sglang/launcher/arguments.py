@@ -145,12 +145,16 @@ def keyword_arguments(
 ) -> dict[str, Any]:
     """For ``sglang.Engine``: ours, the file's, and the caller's ``given``.
 
+    Where our worker does not draft, nothing is refused that it does not go with.
+
     Raises:
-        ConfigError: one contradicts another or is none of SGLang's.
+        ConfigError: one contradicts another, is none of SGLang's, or is not served with.
     """
     fixed = fixed_arguments(config, speculation)
-    _check(config.engine.arguments, fixed, allowed, lambda name: f"engine.arguments.{name}")
-    _check(given, fixed, allowed, lambda name: name)
+    for own, prefix in ((config.engine.arguments, "engine.arguments."), (given, "")):
+        _check(own, fixed, allowed, prefix.__add__)
+        if speculation == "adapted":
+            check_supported(own, prefix.__add__)
     ours = {name: setting.value for name, setting in fixed.items()}
     return {**_defaults(config), **config.engine.arguments, **given, **ours}
 
@@ -165,9 +169,13 @@ def command_line(
     """
     options = {action.dest: action for action in parser._actions if action.option_strings}
     fixed = fixed_arguments(config)
-    _check(config.engine.arguments, fixed, options, lambda name: f"engine.arguments.{name}")
     given = _given(parser, words)
-    _check(given, fixed, options, lambda name: options[name].option_strings[0])
+    for own, called in (
+        (config.engine.arguments, "engine.arguments.".__add__),
+        (given, lambda name: options[name].option_strings[0]),
+    ):
+        _check(own, fixed, options, called)
+        check_supported(own, called)
     ours = {name: setting.value for name, setting in fixed.items()}
     theirs = {**_defaults(config), **config.engine.arguments}
     free = {name: value for name, value in theirs.items() if name not in given}
@@ -194,7 +202,6 @@ def _check(
                 f"{called(name)}: {value!r} contradicts {setting.key}, which means "
                 f"{setting.value!r}; say it there"
             )
-    check_supported(given, called)
 
 
 def _given(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:

@@ -137,12 +137,12 @@ class Adaptation:
     def counted(self, num_accepted: list[int]) -> None:
         """Accepted drafts of every request of the verification that was announced."""
         rounds = list(self._collector.counted(num_accepted, self._iteration))
+        if self.lengths is not None:
+            rounds = self.lengths.observe(rounds)
         self._ready.extend(rounds)
         for round_ in rounds:
             if round_.blocks:
                 self._count_drafted(len(round_.blocks[0].path_K))
-        if self.lengths is not None:
-            self.lengths.observe(rounds)
 
     def _count_drafted(self, tokens: int) -> None:
         missing = tokens + 1 - len(self._rounds_by_drafted)

@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from contextlib import contextmanager
+from dataclasses import replace
 from statistics import median_low
 from typing import TYPE_CHECKING
 
@@ -83,22 +84,24 @@ class ServedLengths:
         finally:
             self._own_seconds += self._clock() - started
 
-    def observe(self, rounds: Iterable[VerifyRound]) -> None:
-        """Rounds whose counts are known now, in their order, prompts among them."""
+    def observe(self, rounds: Iterable[VerifyRound]) -> list[VerifyRound]:
+        """Rounds whose counts are known now, in their order, prompts among them; they come back with ``plain_share``."""
         now = self._clock()
-        for round_ in rounds:
-            if not round_.blocks:
-                self._counted_at = None
-                continue
-            seconds = self._lasted(round_.draft_seconds + round_.verify_seconds, now)
-            self._counted_at, self._own_seconds = now, 0.0
-            if not self._broken:
-                self._lengths.observe(
-                    [len(block.path_K) for block in round_.blocks],
-                    [block.num_accepted for block in round_.blocks],
-                    None,
-                    seconds,
-                )
+        return [self._observe(round_, now) for round_ in rounds]
+
+    def _observe(self, round_: VerifyRound, now: float) -> VerifyRound:
+        if not round_.blocks:
+            self._counted_at = None
+            return round_
+        seconds = self._lasted(round_.draft_seconds + round_.verify_seconds, now)
+        self._counted_at, self._own_seconds = now, 0.0
+        if self._broken:
+            return round_
+        drafted = [len(block.path_K) for block in round_.blocks]
+        accepted = [block.num_accepted for block in round_.blocks]
+        self._lengths.observe(drafted, accepted, None, seconds)
+        share = self._lengths.plain_share(len(drafted), max(drafted))
+        return replace(round_, plain_share=share)
 
     def _lasted(self, passes: float, now: float) -> float:
         """What a round took whose counts came now, and whose passes so long."""
