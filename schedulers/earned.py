@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from cosched.protocols import Policy
+from cosched.protocols import Policy, PolicySettings
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
-from schedulers.costs import CostAwareSettings, expected_update_seconds
 from schedulers.idle import when_idle
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 
 
-class EarnedSettings(CostAwareSettings, frozen=True, kw_only=True):
+class EarnedSettings(PolicySettings, frozen=True, kw_only=True):
     """At most one update in ``rounds``, of ``num_steps`` micro-steps.
 
-    What ``credit_rounds`` take to draft and verify may be spent in advance on each kind of text, and
-    ``explore_share`` of the time on it; ``reinvested_share`` of what learning has earned there may go into more
-    of it. ``idle_steps`` are taken once when the last request has finished.
+    A trial of ``trial_updates`` may be made in advance on each kind of text, and another whenever
+    ``explore_share`` of the time on it has come to what that takes; ``reinvested_share`` of what learning has
+    earned there may go into more of it. ``idle_steps`` are taken once when the last request has finished.
     """
 
+    replaced: ClassVar[dict[str, str]] = {
+        "credit_rounds": "trial_updates (updates, not rounds)",
+        "step_ms": "trial_updates (nothing is believed of a step, it is measured)",
+    }
     rounds: Annotated[int, Meta(ge=1)] = 16
-    credit_rounds: Annotated[int, Meta(ge=1)] = 48
+    num_steps: Annotated[int, Meta(ge=1)] = 1
+    trial_updates: Annotated[int, Meta(ge=1)] = 6
     explore_share: Share = 0.005
     reinvested_share: Share = 0.5
     idle_steps: Annotated[int, Meta(ge=0)] = 0
@@ -34,21 +38,26 @@ class EarnedSettings(CostAwareSettings, frozen=True, kw_only=True):
 class Earned(Policy):
     """Trains as long as learning pays its own way, here.
 
-    With U seconds spent on updates and their judgement so far, U' for one more, V seconds of drafting and
-    verifying in rounds of C seconds, and E seconds that learning has saved, it trains while
+    With U seconds spent on updates and their judgement so far, u in the mean for each, n = ``trial_updates``, V
+    seconds of drafting and verifying, and E seconds that learning has saved, it trains while
 
-        U + U' <= credit_rounds C + explore_share V + reinvested_share E
+        U + u <= n u (1 + floor(explore_share V / n u)) + reinvested_share E
 
     In a second of serving, a draft whose acceptance length is g times that of the draft as loaded
     does what that one would have needed g seconds for: it saves g - 1. E is their sum, with g as a
     guard of kind ``shadow`` scores it on the same rows, less a standard error. So whatever the text,
-    what learning costs in all is at most the credit and a small share more than what it brings: where
-    there is nothing to learn it all but stops, and where there is, it earns the means to go on. The
-    dearer updates are, the fewer are on credit. Without such a guard nothing is ever earned.
+    what learning costs in all is at most a trial and a small share more than what it brings: where
+    there is nothing to learn it all but stops, and where there is, it earns the means to go on.
+    Without such a guard nothing is ever earned.
+
+    **A trial is made at once.** One update teaches little, and is forgotten where every request begins with
+    the draft as loaded: spread thinly, updates would show nothing of a draft that six in a row make
+    better. So what may be explored comes in whole trials; what the end of a request cuts off is made in the
+    next.
 
     U, V and E are of text like this, told apart by how well the draft as loaded does on it
     (``Standing.level``): what one kind of text has earned is not spent on another, and what one that
-    has nothing to teach has cost leaves the next its own credit.
+    has nothing to teach has cost leaves the next its own trial.
     """
 
     Settings = EarnedSettings
@@ -64,12 +73,13 @@ class Earned(Policy):
             return when_idle(snapshot, self.idle_steps)
         if snapshot.rounds_since_update < settings.rounds:
             return Decision(num_steps=0)
-        after = snapshot.seconds_learning_here + expected_update_seconds(snapshot, settings)
-        served, earned = snapshot.seconds_serving_here, snapshot.seconds_earned_here
-        round_seconds = (snapshot.seconds_drafting + snapshot.seconds_verifying) / max(
-            1, snapshot.round_index
-        )
-        free = settings.credit_rounds * round_seconds + settings.explore_share * served
-        if after > free + settings.reinvested_share * earned:
+        learning, earned = snapshot.seconds_learning_here, snapshot.seconds_earned_here
+        update = learning / max(1, snapshot.updates_here)
+        trial = settings.trial_updates * update
+        trials = 1 + settings.explore_share * snapshot.seconds_serving_here // trial if trial else 1
+        paid = trials * trial + settings.reinvested_share * earned
+        if (
+            learning + update / 2 > paid
+        ):  # half of it: seconds add up to a trial but for their last digits
             return Decision(num_steps=0)
         return Decision(settings.num_steps, reason=f"{earned:.1f} s earned on such text so far")

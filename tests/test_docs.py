@@ -99,7 +99,7 @@ def test_the_reference_has_every_key_with_its_default():
             assert f"| `{key}` |" in page, f"{cls.__name__}.{key}"
     assert "| `lr` | number, > 0 | `0.0003` | ✓ |" in page
     assert "| `samples` | whole number, ≥ 1 | `1` |  |" in page  # a server has none
-    assert "| `credit_rounds` | whole number, ≥ 1 | `48` |" in page
+    assert "| `trial_updates` | whole number, ≥ 1 | `6` |" in page
     assert not re.search(r"\\[a-z]{2}", page), "a formula's LaTeX has no words yet (SYMBOLS)"
 
 

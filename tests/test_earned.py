@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import msgspec
@@ -35,26 +36,23 @@ def served(
             counters.updates += 1
             updates += 1
             counters.update_seconds_total += update_seconds
+            counters.published()
             # Of 16 rows the mean has a noise of 0.05.
             lead.add([2 - 2 / gain + noise.gauss(0, 0.1) for _ in range(16 // BLOCK)], 16)
     return updates, rounds
 
 
 def test_what_earns_nothing_is_let_be() -> None:
-    """A credit of so many rounds' time, and then a share of the time that nobody misses."""
-    every, counters = policy("earned", rounds=8, credit_rounds=40, explore_share=0.005), Counters()
-    assert served(counters, 2.0, 1.0, every, 0.1)[0] == 8  # 40 rounds of 0.02 s
-    updates, _ = served(counters, 200.0, 1.0, every, 0.1)
-    assert updates * 0.1 <= 0.006 * 202
-    assert updates >= 9
-    dearer = Counters()
-    assert served(dearer, 2.0, 1.0, every, 0.2)[0] == 4
-    dearest = Counters()
-    assert served(dearest, 2.0, 1.0, every, 0.9)[0] <= 1
+    """A trial, however dear, and then a share of the time that nobody misses."""
+    for update_seconds, more in ((0.1, 3), (0.3, 1), (0.4, 0)):
+        every, counters = policy("earned", rounds=8, explore_share=0.005), Counters()
+        assert served(counters, 4.0, 1.0, every, update_seconds)[0] == 6
+        updates, _ = served(counters, 400.0, 1.0, every, update_seconds)
+        assert updates == 6 * more  # trials of 0.6, 1.8 and 2.4 seconds out of 2.02
 
 
 def test_what_earns_goes_on_at_full_cadence() -> None:
-    every, counters = policy("earned", rounds=8, credit_rounds=128), Counters()
+    every, counters = policy("earned", rounds=8, trial_updates=16), Counters()
     served(counters, 10.0, 1.5, every, 0.01)
     updates, rounds = served(counters, 20.0, 1.5, every, 0.01)
     assert updates == rounds // 8
@@ -63,17 +61,17 @@ def test_what_earns_goes_on_at_full_cadence() -> None:
 @pytest.mark.parametrize("gain", [0.8, 1.0, 1.02, 1.1, 1.5])
 @pytest.mark.parametrize("cost", [0.01, 0.1, 1.0])
 def test_learning_costs_no_more_than_it_brings(gain: float, cost: float) -> None:
-    """Beyond the credit and the small share, however dear updates are and whatever they bring."""
-    every, counters = policy("earned", rounds=8, credit_rounds=100, explore_share=0.005), Counters()
+    """Beyond a trial and the small share, however dear updates are and whatever they bring."""
+    every, counters = policy("earned", rounds=8, explore_share=0.005), Counters()
     served(counters, 60.0, gain, every, cost)
     saved = max(0.0, gain - 1) * 60
-    assert counters.update_seconds_total <= 100 * 0.02 + cost + 0.005 * 61 + 0.5 * saved * 1.05
+    assert counters.update_seconds_total <= 6.5 * 1.05 * cost + 0.005 * 61 + 0.5 * saved * 1.05
 
 
-def test_each_kind_of_text_has_a_credit_and_earnings_of_its_own() -> None:
+def test_each_kind_of_text_has_a_trial_and_earnings_of_its_own() -> None:
     """What was saved elsewhere buys nothing, and what elsewhere was spent for nothing is not missing:
-    one kind after the other, each has its credit, and then an update for every hundred times its seconds."""
-    every = policy("earned", rounds=8, credit_rounds=16, explore_share=0.01)
+    one kind after the other, each has its trial, and then an update for every hundred times its seconds."""
+    every = policy("earned", rounds=8, explore_share=0.01)
     counters = Counters(ledgers=[Ledger(), Ledger(), Ledger(earned=1000.0)])
     updates = [0, 0, 0]
     for level in range(3):
@@ -86,9 +84,29 @@ def test_each_kind_of_text_has_a_credit_and_earnings_of_its_own() -> None:
                 updates[level] += 1
                 counters.update_seconds_total += 0.04
     poor, other, rich = updates
-    assert 8 + 5 <= poor <= 8 + 10  # on credit; then one in four seconds, of 40 in all
-    assert abs(other - poor) <= 1
+    assert poor == other == 6 + 6  # a hundredth of 40 seconds is one more trial of 0.24
     assert rich == 2000 // 8
+
+
+def test_a_trial_is_made_at_once() -> None:
+    """Where a request's learning ends with it, updates come together, in a few requests, and not one in each."""
+    every, counters = policy("earned", rounds=8, explore_share=0.05), Counters()
+    by_request = []
+    for _ in range(60):
+        before = counters.updates
+        for _ in range(100):
+            counters.observe(round_of([2], seconds=0.02))
+            if every.decide(counters.snapshot(1, 0, 0)).num_steps:
+                counters.begin_update(1)
+                counters.updates += 1
+                counters.update_seconds_total += 0.1
+        by_request.append(counters.updates - before)
+        counters.start_anew()
+        counters.finished += 1
+    trials = [sum(group) for some, group in groupby(by_request, bool) if some]
+    assert sum(trials) * 0.1 <= 0.05 * 120 + 0.6 + 0.1
+    assert trials == [6] * len(trials)
+    assert len(trials) >= 8
 
 
 def test_what_goes_on_beside_rounds_is_charged_for_all_that_it_slowed() -> None:

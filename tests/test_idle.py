@@ -105,7 +105,7 @@ def test_an_update_beside_the_engine_costs_what_the_engine_waited() -> None:
 
 @pytest.mark.parametrize("ticks", [0, 10_000])
 def test_who_has_idled_learns_as_if_it_had_not(ticks: int) -> None:
-    """``earned`` has a credit of 48 rounds: a few minutes of idle ticks, charged as training, would
+    """``earned`` makes a trial on credit: a few minutes of idle ticks, charged as training, would
     spend it, and the draft would never learn again."""
     costly = Costly()
     subject = coscheduler(costly, policy("earned", rounds=4))
@@ -115,7 +115,7 @@ def test_who_has_idled_learns_as_if_it_had_not(ticks: int) -> None:
         subject.on_round(IDLE)
     for _ in range(400):
         subject.on_round(round_of([2], seconds=0.1))
-    assert len(costly.begun) == 4  # a credit of 4.8 s, of which each takes 1.01 s
+    assert len(costly.begun) == 6
 
 
 # --- who runs -------------------------------------------------------------------------------

@@ -169,22 +169,20 @@ def test_a_guard_judges_what_would_serve(
     report(f"{tp_size} ranks, rate {false_publish}: {published} of {len(scored)} published")
 
 
-@pytest.mark.parametrize("credit", [1, 10_000])
+@pytest.mark.parametrize("trial", [2, 10_000])
 def test_a_policy_sees_what_learning_costs(
-    credit: int, serve: Any, decode: Decode, report: Callable[[str], None]
+    trial: int, serve: Any, decode: Decode, report: Callable[[str], None]
 ) -> None:
-    """``earned`` beside the guard that scores, which are the defaults: it spends its credit, no more.
+    """``earned`` beside the guard that scores, which are the defaults: it makes its trial, and no more.
     The guard's pauses are short, as the answers are."""
-    policy = f"adapt.policy={{kind: earned, rounds: 4, credit_rounds: {credit}}}"
+    policy = f"adapt.policy={{kind: earned, rounds: 4, trial_updates: {trial}}}"
     served = serve("eagle3", policy, "adapt.guard={kind: shadow, check_rounds: 1}")
     assert tokens(served.answers) == tokens(plainly(decode))
     assert not served.of("failure")
     updates, judged = len(served.of("update")), len(served.of("verdict"))
-    assert (updates > 20) if credit > 1 else (updates < 10)
+    assert (updates > 20) if trial > 2 else (updates < 10)
     assert judged >= updates
-    report(
-        f"a credit of {credit} rounds: {updates} updates, {len(served.of('publication'))} served"
-    )
+    report(f"a trial of {trial}: {updates} updates, {len(served.of('publication'))} served")
 
 
 @pytest.mark.parametrize("max_queued", [0, 100])
