@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 COSCHED = [sys.executable, "-m", "cosched.cli"]
 PATIENCE = 600  # seconds for a start: a busy laptop imports SGLang for minutes
-QUESTION = "Why is the sky blue in the day and red in the evening?"
+QUESTION = "Write a Python function that tells whether a text is a palindrome, and explain it."
 
 
 class NoServerError(RuntimeError):

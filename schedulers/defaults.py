@@ -20,7 +20,6 @@ _MEASURED: dict[str, dict[str, Any]] = {
         "kind": "earned",
         "num_steps": 4,
         "rounds": 32,
-        "explore_share": 0.02,
     },
     "loss": {"kind": "forward_kl", "position_decay": 0.85, "rows": "delayed"},
     "trainer": {"lr": 3e-4},

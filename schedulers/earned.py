@@ -6,30 +6,30 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from cosched.protocols import Policy, PolicySettings
+from cosched.protocols import Policy
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
+from schedulers.costs import CostAwareSettings
 from schedulers.idle import when_idle
 
 Share = Annotated[float, Meta(ge=0, le=1)]
+LEAST_SECONDS = 1e-6  # of an update
+HARD = 1  # level: below half a token a round (``cosched.guard.statistics.LEVELS``)
 
 
-class EarnedSettings(PolicySettings, frozen=True, kw_only=True):
+class EarnedSettings(CostAwareSettings, frozen=True, kw_only=True):
     """At most one update in ``rounds``, of ``num_steps`` micro-steps.
 
-    A trial of ``trial_updates`` may be made in advance on each kind of text, and another whenever
-    ``explore_share`` of the time on it has come to what that takes; ``reinvested_share`` of what learning has
-    earned there may go into more of it. ``idle_steps`` are taken once when the last request has finished.
+    A trial of ``trial_updates`` may be made on each kind of text whenever ``explore_share`` of the time on it
+    has come to what that takes, and one in advance where the draft as loaded guesses badly;
+    ``reinvested_share`` of what learning has earned there may go into more of it. ``idle_steps`` are taken once
+    when the last request has finished.
     """
 
-    replaced: ClassVar[dict[str, str]] = {
-        "credit_rounds": "trial_updates (updates, not rounds)",
-        "step_ms": "trial_updates (nothing is believed of a step, it is measured)",
-    }
+    replaced: ClassVar[dict[str, str]] = {"credit_rounds": "trial_updates (updates, not rounds)"}
     rounds: Annotated[int, Meta(ge=1)] = 16
-    num_steps: Annotated[int, Meta(ge=1)] = 1
     trial_updates: Annotated[int, Meta(ge=1)] = 6
-    explore_share: Share = 0.005
+    explore_share: Share = 0.02
     reinvested_share: Share = 0.5
     idle_steps: Annotated[int, Meta(ge=0)] = 0
 
@@ -39,9 +39,9 @@ class Earned(Policy):
     """Trains as long as learning pays its own way, here.
 
     With U seconds spent on updates and their judgement so far, u in the mean for each, n = ``trial_updates``, V
-    seconds of drafting and verifying, and E seconds that learning has saved, it trains while
+    seconds of drafting and verifying, and E seconds that learning has saved, it trains while, within half an u,
 
-        U + u <= n u (1 + floor(explore_share V / n u)) + reinvested_share E
+        U + u <= n u (c + floor(explore_share V / n u)) + reinvested_share E
 
     In a second of serving, a draft whose acceptance length is g times that of the draft as loaded
     does what that one would have needed g seconds for: it saves g - 1. E is their sum, with g as a
@@ -57,7 +57,9 @@ class Earned(Policy):
 
     U, V and E are of text like this, told apart by how well the draft as loaded does on it
     (``Standing.level``): what one kind of text has earned is not spent on another, and what one that
-    has nothing to teach has cost leaves the next its own trial.
+    has nothing to teach has cost leaves the next its own trial. c is 1 where the draft as loaded
+    guesses less than half a token a round, for there is most to learn and least to lose, and 0 elsewhere: a
+    draft that is at home may wait for its trial.
     """
 
     Settings = EarnedSettings
@@ -74,12 +76,18 @@ class Earned(Policy):
         if snapshot.rounds_since_update < settings.rounds:
             return Decision(num_steps=0)
         learning, earned = snapshot.seconds_learning_here, snapshot.seconds_earned_here
-        update = learning / max(1, snapshot.updates_here)
-        trial = settings.trial_updates * update
-        trials = 1 + settings.explore_share * snapshot.seconds_serving_here // trial if trial else 1
+        trial = settings.trial_updates * (update := self._update_seconds(snapshot))
+        trials = settings.explore_share * snapshot.seconds_serving_here // trial
+        trials += snapshot.level <= HARD
         paid = trials * trial + settings.reinvested_share * earned
-        if (
-            learning + update / 2 > paid
-        ):  # half of it: seconds add up to a trial but for their last digits
+        # Half of an update more may go: seconds add up to a trial but for their last digits.
+        if learning + update / 2 > paid:
             return Decision(num_steps=0)
         return Decision(settings.num_steps, reason=f"{earned:.1f} s earned on such text so far")
+
+    def _update_seconds(self, snapshot: Snapshot) -> float:
+        """What an update has cost in the mean, with its judgement and publication."""
+        if not snapshot.num_updates:
+            return self.settings.num_steps * self.settings.step_ms / 1000
+        spent = snapshot.seconds_updating + snapshot.seconds_publishing
+        return max(LEAST_SECONDS, spent / snapshot.num_updates)

@@ -72,9 +72,9 @@ def test_each_kind_of_text_has_a_trial_and_earnings_of_its_own() -> None:
     """What was saved elsewhere buys nothing, and what elsewhere was spent for nothing is not missing:
     one kind after the other, each has its trial, and then an update for every hundred times its seconds."""
     every = policy("earned", rounds=8, explore_share=0.01)
-    counters = Counters(ledgers=[Ledger(), Ledger(), Ledger(earned=1000.0)])
-    updates = [0, 0, 0]
-    for level in range(3):
+    counters = Counters(ledgers=[Ledger(), Ledger(), Ledger(), Ledger(earned=1000.0)])
+    updates = {0: 0, 1: 0, 2: 0, 3: 0}
+    for level in updates:
         known = Standing(level=level)
         for _ in range(2000):
             counters.observe(round_of([2], seconds=0.02), known)
@@ -83,9 +83,9 @@ def test_each_kind_of_text_has_a_trial_and_earnings_of_its_own() -> None:
                 counters.updates += 1
                 updates[level] += 1
                 counters.update_seconds_total += 0.04
-    poor, other, rich = updates
-    assert poor == other == 6 + 6  # a hundredth of 40 seconds is one more trial of 0.24
-    assert rich == 2000 // 8
+    assert updates[0] == updates[1] == 6 + 6  # a hundredth of 40 seconds is one more trial of 0.24
+    assert updates[2] == 6  # no trial in advance where there is less to gain
+    assert updates[3] == 2000 // 8
 
 
 def test_a_trial_is_made_at_once() -> None:

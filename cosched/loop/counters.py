@@ -32,7 +32,6 @@ class Ledger:
     serving: float = 0.0
     learning: float = 0.0
     earned: float = 0.0
-    updates: int = 0
 
 
 @dataclass(slots=True)
@@ -84,7 +83,6 @@ class Counters:
     earned_seconds: float = 0.0
     ledgers: list[Ledger] = field(default_factory=list)  # by the level of the text (``Standing``)
     entered_seconds: float = 0.0  # of learning, in all ledgers
-    entered_updates: int = 0
     guard_seconds: float = 0.0  # of the update seconds
     committed_at_loaded: int = 0
     num_trials: int = 0
@@ -136,8 +134,7 @@ class Counters:
         ledger = self._ledger(standing.level)
         ledger.serving += seconds
         ledger.learning += self._training_seconds - self.entered_seconds
-        ledger.updates += self.updates - self.entered_updates
-        self.entered_seconds, self.entered_updates = self._training_seconds, self.updates
+        self.entered_seconds = self._training_seconds
         if round_.blocks and not self.serves_loaded:
             saved = seconds * self._saved(standing.lead_tokens, round_.plain_share)
             self.earned_seconds += saved
@@ -345,7 +342,7 @@ class Counters:
             seconds_serving_here=here.serving,
             seconds_learning_here=here.learning,
             seconds_earned_here=here.earned,
-            updates_here=here.updates,
+            level=standing.level,
             num_finished=self.finished,
             requests_since_update=self.finished - self.finished_at_update,
             tokens_since_loaded=self.committed - self.committed_at_loaded,

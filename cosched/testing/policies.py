@@ -83,7 +83,7 @@ def random_snapshot(seed: int, num_experts: int = 2) -> Snapshot:
         seconds_serving_here=draw.uniform(0, 1000),
         seconds_learning_here=draw.uniform(0, 100) if updates else 0.0,
         seconds_earned_here=draw.uniform(0, earned),
-        updates_here=draw.randint(0, updates),
+        level=draw.randrange(5),
         recent_drafted_tokens=draw.uniform(0, 8) if rounds else 0.0,
         num_queued=draw.choice([0, draw.randrange(100)]),
         num_finished=(finished := draw.choice([0, draw.randrange(1000)])),
