@@ -120,7 +120,7 @@ def test_trace_equals_engine(
         rows = [rounds_of(f.path, arm) for f in (folder, replayed_folder)]
         assert rows[0] == rows[1]
         assert (
-            replayed.arms[arm].seconds["verify"] > live.arms[arm].seconds["verify"] / 2
+            replayed.arms[arm].seconds["verify"] > live.arms[arm].seconds["verify"] / 10
         ) is computed
 
 
