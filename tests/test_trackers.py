@@ -23,6 +23,7 @@ from cosched.telemetry.trackers.tensorboard import TensorBoard
 from cosched.telemetry.trackers.writing import MOST_WAITING, Trackers
 from tests.helpers.cli import run_cli
 from tests.helpers.experiments import events_of, new_folder, write
+from tests.helpers.sidecar import configured, serve_until, servers, trainer
 
 Points = dict[str, list[tuple[int, float]]]
 ROW = RoundRow("r", 0, 3, num_drafted=3, num_accepted=1, num_committed=2)
@@ -260,6 +261,25 @@ def test_what_a_scheduler_process_wrote_as_json_is_drawn_as_records_are() -> Non
             "speed/exposed_s": 2.5,
         },
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_trainer_draws_what_its_servers_do(tmp_path: Path) -> None:
+    """Losses and versions are its own, acceptance that of its servers; it waits for nobody, so nothing is exposed."""
+    pytest.importorskip("tensorboard")
+    config = configured(tmp_path)
+    words = ("run.trackers=[tensorboard]",)
+    with trainer(tmp_path, *words) as running, servers(config, 1) as one:
+        serve_until(one, lambda: one[0].follower.version >= 3)
+        assert running.end() == 0
+    (folder,) = (tmp_path / "runs" / "many-trainer" / "tensorboard").iterdir()
+    points = read_back(folder)
+    assert len(points["update/loss"]) >= 3
+    assert all(1 <= value <= 4 for _, value in points["acceptance/length"])
+    assert points["draft/version"][-1][1] >= 2
+    assert points.keys() >= {"acceptance/place_1", "speed/tokens_per_s", "update/learning_rate"}
+    assert "speed/exposed_s" not in points
 
 
 def read_offline(folder: Path) -> tuple[str, Points]:
