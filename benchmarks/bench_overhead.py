@@ -1,7 +1,7 @@
 """What watching costs: co-scheduler with policy ``never`` against the bare engine loop.
 
 Usage: python benchmarks/bench_overhead.py [--pairs 12] [--tokens 192] [--threads 2] [--json FILE]
-                                           [--tracker tensorboard|wandb]
+                                           [--tracker tensorboard]
 
 The same greedy request is decoded by two engines in turn, one with a co-scheduler that collects
 and counts but never trains, one without. Times are per round; the order within a pair alternates. With a
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--tracker", choices=("tensorboard", "wandb"), help="measure this too")
+    parser.add_argument("--tracker", choices=("tensorboard",), help="measure this too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config = load_config(
@@ -69,7 +69,7 @@ def main() -> None:
         if options.tracker:
             check_installed([options.tracker])
             curves["tracked"] = Curves(lr=1e-3, by_turns=False)
-            curves["tracked"].open(open_trackers([options.tracker], Path(folder), "bench", "arm"))
+            curves["tracked"].open(open_trackers([options.tracker], Path(folder), "arm"))
         figures = measure(world, options.pairs, curves)
         for one in curves.values():
             one.close()

@@ -186,11 +186,11 @@ def test_a_package_that_is_missing_is_named_with_its_command(
     tmp_path: Path, settings: dict, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     """Before a model is loaded, by the key, as an import would find it missing."""
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    settings["run"]["trackers"] = ["wandb"]
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    settings["run"]["trackers"] = ["tensorboard"]
     code, out, err = run_cli(command, "-c", write(tmp_path, settings))
     assert code == 2
-    assert "run.trackers[0]: the package wandb is not installed" in out + err
+    assert "run.trackers[0]: the package tensorboard is not installed" in out + err
     assert "pip install 'cosched[trackers]'" in out + err
     assert not (tmp_path / "runs" / "one").exists()
 
@@ -280,39 +280,3 @@ def test_a_trainer_draws_what_its_servers_do(tmp_path: Path) -> None:
     assert points["draft/version"][-1][1] >= 2
     assert points.keys() >= {"acceptance/place_1", "speed/tokens_per_s", "update/learning_rate"}
     assert "speed/exposed_s" not in points
-
-
-def read_offline(folder: Path) -> tuple[str, Points]:
-    """Name and points of the run in a folder of W&B's, as its own reader has them."""
-    pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    (path,) = folder.glob("*.wandb")
-    store, name, points = DataStore(), "", {}
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        name = record.run.display_name or name
-        for item in record.history.item:
-            key = item.key or ".".join(item.nested_key)
-            points.setdefault(key, []).append(
-                (record.history.step.num, json.loads(item.value_json))
-            )
-    return name, points
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_wandb_has_a_run_for_each_arm(
-    tmp_path: Path, settings: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without a network: what its own reader finds is what the summary and the events say."""
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    folder, summary = run_tracked(tmp_path, settings, "wandb")
-    found = dict(map(read_offline, (folder / "wandb").glob("offline-run-*")))
-    assert found.keys() == {"one plain", "one frozen", "one adapted"}
-    for name, points in found.items():
-        own = {key: values for key, values in points.items() if not key.startswith("_")}
-        check_curves(own, name.removeprefix("one "), folder, summary)

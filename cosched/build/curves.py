@@ -19,5 +19,5 @@ def build_curves(config: Config, folder: Path, name: str) -> Curves | None:
     if not run.trackers:
         return None
     curves = Curves(config.adapt.trainer.lr, by_turns=False)
-    curves.open(open_trackers(run.trackers, folder, run.name, name))
+    curves.open(open_trackers(run.trackers, folder, name))
     return curves

@@ -22,7 +22,7 @@ class Tracking:
     """Curves by the names of the arms; none where ``run.trackers`` names no tracker."""
 
     def __init__(self, config: Config) -> None:
-        self._run = config.run
+        self._names = config.run.trackers
         self._curves = {
             arm: Curves(config.for_arm(arm).adapt.trainer.lr, by_turns=True)
             for arm in config.arms
@@ -45,7 +45,7 @@ class Tracking:
                 continue
             curves.learner = one.arm.coscheduler
             done = sum(len(log.rounds) for log in one.logs)
-            curves.open(open_trackers(self._run.trackers, folder, self._run.name, name, done), done)
+            curves.open(open_trackers(self._names, folder, name, done), done)
 
     def close(self) -> None:
         """Nothing is decoded any more."""

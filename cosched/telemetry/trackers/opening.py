@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from cosched.errors import ConfigError
 from cosched.telemetry.trackers.tensorboard import TensorBoard
-from cosched.telemetry.trackers.wandb import WandB
 from cosched.telemetry.trackers.writing import Trackers
 
 if TYPE_CHECKING:
@@ -29,12 +28,9 @@ def check_installed(names: Iterable[str]) -> None:
             )
 
 
-def open_trackers(
-    names: Iterable[str], folder: Path, run: str, arm: str, done: int = 0
-) -> Trackers:
+def open_trackers(names: Iterable[str], folder: Path, arm: str, done: int = 0) -> Trackers:
     """Trackers of one arm of a run, which has had ``done`` steps already."""
     openers = {
         "tensorboard": lambda: TensorBoard(folder, arm, done),
-        "wandb": lambda: WandB(folder, run, arm),
     }
     return Trackers({name: openers[name] for name in names})
