@@ -46,7 +46,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(CHECK_PYTHON)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { \
 	  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu it is a package of its own: apt install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev,docs,realworld]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev,docs,realworld,trackers]'
 	@touch $@
 
 demo: $(STAMP)  ## Decode with a real chat model: no draft, and three drafts, frozen and learning

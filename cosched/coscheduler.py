@@ -102,7 +102,7 @@ class Coscheduler:
             self.counters.note_look(seconds)
         if verdict.reason:
             self.counters.note_verdict(verdict, self.version)
-            self.sink.emit("verdict", round=self.counters.rounds, verdict=verdict)
+            self.sink.emit("verdict", round=self.counters.rounds, verdict=verdict, seconds=seconds)
         return verdict
 
     def publish(self, verdict: Verdict) -> None:

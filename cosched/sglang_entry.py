@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cosched.engines.sglang.worker.texts import Texts
     from cosched.loop.roles import Sink
     from cosched.settings.schema import Config
+    from cosched.telemetry.trackers.curves import Curves
 
 
 def install() -> None:
@@ -65,19 +66,27 @@ def _adaptation(parts: WorkerParts, directory: RunDirectory | None) -> Adaptatio
 
     from cosched.build.adaptation import build_adaptation
     from cosched.engines.sglang.launcher.resuming import STATES
+    from cosched.loop.tee import Tee
     from cosched.settings.load import load_config
+    from cosched.telemetry.spans import Spans, tracer_there
 
     config = load_config(Path(os.environ[CONFIG]))
     first = parts.ranks.rank == 0
     operator = _operator(config, directory if first else None)
     events = os.environ.get(EVENTS)
-    sink = _sink(events if first else None, os.environ.get(START) if first else None)
+    start = os.environ.get(START)
+    sink = _sink(events if first else None, start if first else None)
+    if first and (tracer := tracer_there()) is not None:
+        sink = Tee(sink, Spans(tracer))
+    curves = _curves(config, start) if first and events is None else None
     resume = Path(path) if (path := os.environ.get(RESUME)) else None
-    states = Path(start) / STATES if (start := os.environ.get(START)) else None
+    states = Path(start) / STATES if start else None
     if resume is not None:
         states = resume.parent
-    texts = _texts(config, parts, os.environ.get(START)) if first else None
-    return build_adaptation(config, parts, operator, sink, bool(events), states, resume, texts)
+    texts = _texts(config, parts, start) if first else None
+    return build_adaptation(
+        config, parts, operator, sink, bool(events), states, resume, texts, curves
+    )
 
 
 def _operator(config: Config, directory: RunDirectory | None) -> Operator:
@@ -110,6 +119,19 @@ def _texts(config: Config, parts: WorkerParts, start: str | None) -> Texts | Non
     parts.target.decode([])  # or say now that there is no tokenizer
     history = History(Path(start) / "texts.jsonl", time.time, private=True)
     return Texts(history, config.record.text_share, parts.target.decode)
+
+
+def _curves(config: Config, start: str | None) -> Curves | None:
+    """What trackers draw in the folder of this start; None where nobody has asked for that."""
+    from pathlib import Path
+
+    from cosched.build.curves import build_curves
+    from cosched.errors import ConfigError
+
+    if config.run.trackers and start is None:
+        raise ConfigError("run.trackers: only cosched serve has a folder for them; leave them out")
+    folder = Path(start or "")
+    return build_curves(config, folder, folder.name)
 
 
 def _sink(events: str | None, start: str | None) -> Sink:

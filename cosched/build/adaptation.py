@@ -19,6 +19,7 @@ from cosched.engines.sglang.worker.saving import Saving
 from cosched.errors import ConfigError, RunFolderError
 from cosched.loop.lengths import DraftLengths
 from cosched.loop.publish import InPlacePublisher, Serving
+from cosched.loop.tee import Tee
 from cosched.registry import DRAFTERS, LENGTHS, POLICIES
 from cosched.telemetry.saved_states import SavedStates
 from cosched.telemetry.tally import Tally
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from cosched.settings.schema import Config
     from cosched.settings.sections import PublishSettings
     from cosched.sidecar.follower import Follower
+    from cosched.telemetry.trackers.curves import Curves
     from cosched.training.ranks import Ranks
 
 
@@ -50,16 +52,20 @@ def build_adaptation(
     states: Path | None = None,
     resume: Path | None = None,
     texts: Texts | None = None,
+    curves: Curves | None = None,
 ) -> Adaptation:
     """The co-scheduler of a worker inside SGLang; ``with_rounds`` tells the sink every round.
 
     It saves what it learns into ``states``, as ``adapt.checkpoint`` says; None is nowhere. It goes on
-    from the saved state in ``resume``, if one is named. ``texts`` keeps what clients ask, if anything does.
+    from the saved state in ``resume``, if one is named. ``texts`` keeps what clients ask, if anything does;
+    ``curves`` are told what trackers draw.
 
     Raises:
         CoschedError: the draft cannot be trained there, the settings do not fit it, or what was saved
             is not of this target, draft or learning.
     """
+    if curves is not None:
+        sink = Tee(sink, curves)
     lengths = _lengths(config, parts.num_draft_tokens)
     parts.check(lengths is not None)
     settings = msgspec.structs.replace(
@@ -73,10 +79,15 @@ def build_adaptation(
 
     served = _ServedDraft(drafter, publisher, parts.target.embedding.weight.dtype)
     tally = Tally(time.time)
+    if curves is not None:
+        curves.learner = coscheduler
 
-    def count_and_tell(row: RoundRow) -> None:
+    def count(row: RoundRow) -> None:
         tally.observe(row)
-        sink.emit("round", row=row)
+        if curves is not None:
+            curves.observe(row)
+        if with_rounds:
+            sink.emit("round", row=row)
 
     def trouble() -> str | None:
         if not isinstance(coscheduler, Coscheduler):
@@ -96,7 +107,7 @@ def build_adaptation(
     return Adaptation(
         algorithm=parts.algorithm,
         coscheduler=coscheduler,
-        collector=RoundCollector(count_and_tell if with_rounds else tally.observe),
+        collector=RoundCollector(count),
         ranks=parts.ranks,
         watches=trains,
         window=config.adapt.replay.window,
@@ -108,6 +119,7 @@ def build_adaptation(
         trouble=trouble,
         lengths=lengths,
         texts=texts,
+        curves=curves,
     )
 
 

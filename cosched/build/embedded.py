@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cosched.coscheduler import Coscheduler
+    from cosched.engines.embedded.engine import OnRow
     from cosched.engines.request import GenerationRequest
     from cosched.loop.roles import Sink
     from cosched.protocols import Drafter
@@ -151,6 +152,7 @@ def build_arm(
     sink: Sink,
     writer: TraceWriter | None = None,
     on_tokens: Callable[[int], None] = lambda _n: None,
+    on_row: OnRow | None = None,
 ) -> Arm:
     """An engine for one arm. With a ``writer`` it captures what the configured drafter needs."""
     config = world.config.for_arm(name)
@@ -214,6 +216,7 @@ def build_arm(
         on_tokens=on_tokens,
         admit=coscheduler.admit if isinstance(coscheduler, CoschedulerPool) else None,
         lengths=_lengths(config, drafter) if drafter else None,
+        on_row=on_row,
     )
     return Arm(name, engine, drafter, coscheduler)
 

@@ -23,6 +23,7 @@ from cosched.workload.requests import load_requests
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cosched.engines.embedded.engine import OnRow
     from cosched.engines.embedded.verifiers import ForcedKind
     from cosched.engines.request import GenerationRequest
     from cosched.loop.roles import Sink
@@ -97,7 +98,11 @@ def build_served_world(config: Config) -> ServedWorld:
 
 
 def build_served_arm(
-    world: ServedWorld, name: str, sink: Sink, on_tokens: Callable[[int], None]
+    world: ServedWorld,
+    name: str,
+    sink: Sink,
+    on_tokens: Callable[[int], None],
+    on_row: OnRow | None = None,
 ) -> ServedArm:
     """An arm that SGLang decodes, with the settings that its name asks for."""
     config, (base, windowed) = world.config.for_arm(name), split_arm(name)
@@ -127,4 +132,4 @@ def build_served_arm(
         "ignore_eos": not config.workload.stop_at_end_of_text,
     }
     speculation = "plain" if base == PLAIN else "adapted"
-    return ServedArm(name, ServedEngine(config, speculation, sampling, sink, on_tokens))
+    return ServedArm(name, ServedEngine(config, speculation, sampling, sink, on_tokens, on_row))

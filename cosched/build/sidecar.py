@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from cosched.settings.schema import Config
     from cosched.sidecar.messages import RowForm
     from cosched.sidecar.servers import TrainerStatus
+    from cosched.sidecar.service import OnRound
 
 logger = logging.getLogger("cosched")
 
@@ -67,8 +68,12 @@ def folder_of(config: Config) -> Path:
     return config.run_folder.with_name(f"{config.run.name}-trainer")
 
 
-def build_sidecar(config: Config, arm: str, resume: bool, sink: Sink) -> Service:
+def build_sidecar(
+    config: Config, arm: str, resume: bool, sink: Sink, on_round: OnRound | None = None
+) -> Service:
     """A trainer for servers whose draft sees what that ``arm``'s does; ``resume`` goes on from its saves.
+
+    ``on_round`` is told of every server's rounds.
 
     Raises:
         CoschedError: a setting or file is wrong, the address is taken, or what was saved does not fit.
@@ -148,6 +153,7 @@ def build_sidecar(config: Config, arm: str, resume: bool, sink: Sink) -> Service
             partial(_copied, drafter, target.embedding.weight.dtype),
         ),
         show,
+        on_round=on_round,
     )
 
 

@@ -25,6 +25,7 @@ from cosched.runs.keeping import (
     updates_of,
 )
 from cosched.runs.summary import Running, groups_of, run_summary
+from cosched.runs.tracking import Tracking
 from cosched.settings.arms import adapts
 from cosched.settings.load import to_yaml
 from cosched.telemetry.metrics import RequestLog, RunSummary, Turn
@@ -65,6 +66,10 @@ class Experiment:
         )
         self.interrupted = False
         self._events = EventLog()
+        self._tracking = Tracking(config)
+        self._sinks = {
+            arm: self._tracking.sink_of(arm, self._events.for_arm(arm)) for arm in config.arms
+        }
         self._writer = (
             build_recorder(self.world) if record and isinstance(self.world, World) else None
         )
@@ -107,6 +112,7 @@ class Experiment:
             folder.write("summary.json", msgspec.json.format(msgspec.json.encode(summary)))
             self._save_drafts(folder)
         finally:
+            self._tracking.close()
             if self._keeping is not None:
                 self._keeping.close()
         if not self.interrupted:
@@ -181,6 +187,7 @@ class Experiment:
                 self._writer.open(folder.path / "trace")
         if self._origin is not None:  # a recording, or what other processes hold, is made again
             self._keeping = Keeping(folder, self.config.adapt.checkpoint)
+        self._tracking.open(folder.path, self._arms)
         self._keep_progress(groups_done=0)
         return 0
 
@@ -192,6 +199,7 @@ class Experiment:
         self._keeping = Keeping(folder, self.config.adapt.checkpoint)
         self._events.open(folder.path / "events.jsonl", keep_bytes=progress.events_bytes)
         put_back(self._arms, progress, tensors)
+        self._tracking.open(folder.path, self._arms)
         self._keeping.start_from(updates_of(self._arms))
         return progress.groups_done
 
@@ -216,15 +224,17 @@ class Experiment:
             return build_served_arm(
                 self.world,
                 name,
-                self._events.for_arm(name),
+                self._sinks[name],
                 lambda number: self._count(name, number),
+                self._tracking.on_row(name),
             )
         return build_arm(
             self.world,
             name,
-            self._events.for_arm(name),
+            self._sinks[name],
             writer,
             lambda number: self._count(name, number),
+            self._tracking.on_row(name),
         )
 
     def _count(self, name: str, number: int) -> None:
@@ -258,7 +268,7 @@ class Experiment:
             if tokens := self._tokens[one.arm.name] - before:
                 spent = {stage: after - stages[stage] for stage, after in one.stages().items()}
                 one.turns.append(Turn(group, tokens, seconds, spent))
-                self._events.emit("turn", arm=one.arm.name, turn=one.turns[-1])
+                self._sinks[one.arm.name].emit("turn", turn=one.turns[-1])
             for finished in finished_requests:
                 self._keep(one, finished)
                 if self._writer is not None and one is self._arms[0]:
@@ -277,13 +287,12 @@ class Experiment:
             source=finished.request.source,
         )
         one.logs.append(log)
+        sink = self._sinks[one.arm.name]
         for row in finished.rounds:
-            self._events.emit("round", arm=one.arm.name, row=row)
+            sink.emit("round", row=row)
         text = self.world.tokenizer.decode(finished.tokens)
         source = {} if log.source is None else {"source": log.source}
-        self._events.emit(
-            "request", arm=one.arm.name, id=log.request_id, text=text, cut=log.cut, **source
-        )
+        sink.emit("request", id=log.request_id, text=text, cut=log.cut, **source)
 
     def _save_drafts(self, folder: RunFolder) -> None:
         """Adapted drafts as checkpoints, one of each tenant; none outlives a request of its own."""

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cosched.build.curves import build_curves
 from cosched.build.sidecar import build_sidecar, folder_of
+from cosched.loop.tee import Tee
 from cosched.settings.load import check_paths
 from cosched.telemetry.history import History
 from cosched.telemetry.run_folder import explained
+from cosched.telemetry.spans import Spans, tracer_there
 
 if TYPE_CHECKING:
     from cosched.settings.schema import Config
@@ -42,8 +45,13 @@ def train(config: Config, arm: str, resume: bool) -> None:
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     history = History(folder / "events.jsonl", time.time)
+    curves = None
     try:
-        service = build_sidecar(config, arm, resume, history)
+        tracer = tracer_there()
+        curves = build_curves(config.for_arm(arm), folder, time.strftime("%Y%m%d-%H%M%S"))
+        sinks = [history, *([Spans(tracer)] if tracer else []), *([curves] if curves else [])]
+        on_round = curves.observe_round if curves else None
+        service = build_sidecar(config, arm, resume, Tee(*sinks), on_round)
         logger.info(
             "cosched trains for servers at %s; %s has what it saves",
             config.adapt.sidecar.address,
@@ -51,4 +59,6 @@ def train(config: Config, arm: str, resume: bool) -> None:
         )
         service.run(ended.is_set)
     finally:
+        if curves is not None:
+            curves.close()
         history.close()

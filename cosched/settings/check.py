@@ -106,6 +106,8 @@ def _check_names(config: Config) -> None:
     if not config.run.dir:
         raise ConfigError("run.dir: the folder that runs go into, got ''; use runs, or .")
     check_name(config.engine.device)
+    if len(set(trackers := config.run.trackers)) != len(trackers):
+        raise ConfigError(f"run.trackers: the same tracker twice in {list(trackers)}; name it once")
 
 
 def _check_exact(config: Config) -> None:

@@ -25,6 +25,7 @@ from cosched.settings.plugin_settings import plugin_settings
 from cosched.settings.schema import Config
 from cosched.settings.sections import AdaptSettings, Draft
 from cosched.settings.weights import check_weights
+from cosched.telemetry.trackers.opening import check_installed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,7 +100,7 @@ def _learning(adapt: dict[str, Any], where: str) -> AdaptSettings:
 
 
 def check_paths(config: Config) -> None:
-    """Every folder, file and device that the configuration names exists, and weights are whole.
+    """Every folder, file, device and package that the configuration names exists, and weights are whole.
 
     Raises:
         ConfigError: one is missing; the message names its key.
@@ -116,6 +117,7 @@ def check_paths(config: Config) -> None:
     for key, path in named.items():
         if not Path(path).exists():
             raise ConfigError(f"{key}: nothing at {path}")
+    check_installed(config.run.trackers)
     check_there(engine.device)
     _check_weights(config)
 

@@ -18,6 +18,7 @@ from cosched.settings.hub import model_folder
 Positive = Annotated[int, Meta(ge=1)]
 Name = Annotated[str, Meta(pattern=r"^\w[\w.@-]*$")]  # what may be a folder's name
 NotNegative = Annotated[float, Meta(ge=0)]
+TrackerName = Literal["tensorboard"]
 Files = str | Annotated[tuple[str, ...], Meta(min_length=1)] | None  # one, or several
 
 
@@ -26,11 +27,17 @@ class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class RunSettings(Section, frozen=True):
-    """``run``: the folder ``name`` in ``dir`` gets the results; ``seed`` is that of all randomness."""
+    """``run``: the folder ``name`` in ``dir`` gets the results; ``seed`` is that of all randomness.
+
+    ``trackers`` draw acceptance, versions, losses, the guard's evidence and speed of each arm, of a server or a
+    trainer, while it goes on, into its folder. They are extras:
+    ``pip install 'cosched[trackers]'``.
+    """
 
     name: str
     dir: str = "runs"
     seed: Annotated[int, Meta(ge=0)] = 0
+    trackers: tuple[TrackerName, ...] = ()
 
 
 class EngineSettings(Section, frozen=True):

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from cosched.sidecar.versions import Versions
     from cosched.sidecar.wire import Bytes
 
+    OnRound = Callable[[VerifyRound, int], None]
+
 logger = logging.getLogger("cosched")
 
 TICK_S = 0.1  # between two looks at what goes on beside, where no server says anything
@@ -84,6 +86,7 @@ class Service:
 
     Of ``versions`` servers are told the newest; ``agree`` says of a server why it does not go with this trainer, or
     nothing. What is no message, or is not signed, is dropped and counted before anything is made of it.
+    ``on_round`` is told of each round and of the version that drafted it.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Service:
         saving: Keeps | None = None,
         show: Callable[[TrainerStatus], None] = lambda _status: None,
         clock: Callable[[], float] = time.monotonic,
+        on_round: OnRound | None = None,
     ) -> None:
         self.refused = 0
         self._socket = socket
@@ -108,6 +112,7 @@ class Service:
         self._saving = saving
         self._show = show
         self._clock = clock
+        self._on_round = on_round
         self._shown_at = 0.0
         self._name = secrets.token_hex(8)
         self._servers: dict[bytes, Server] = {}
@@ -243,6 +248,8 @@ class Service:
             self._limits.device,
         )
         server.note(message, round_)
+        if self._on_round:
+            self._on_round(round_, message.version)
         self._tell(replace(round_, served_loaded=self._versions.is_loaded(message.version)))
         self._answer(identity, server)
 

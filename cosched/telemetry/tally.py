@@ -115,7 +115,7 @@ class Tally:
     def observe(self, row: RoundRow) -> None:
         """Count one request in one round."""
         committed = row.num_committed
-        outcome = (row.num_drafted << _BITS | row.num_accepted) << _BITS | committed
+        outcome = outcome_of(row.num_drafted, row.num_accepted, committed)
         block = self._block
         block[outcome] = block.get(outcome, 0) + 1
         self._in_block += 1
@@ -156,12 +156,17 @@ class Tally:
         )  # fmt: skip
         versions = sorted(self._versions.items())
         return Figures(
-            total=_stretch(total),
+            total=stretch_of(total),
             depths=tuple(Depth(*one) for one in sums if one[2]),
             versions=tuple(Served(v, s[0], int(s[1]), int(s[2])) for v, s in versions),
-            recent=_stretch(recent),
-            before=_stretch(self._before),
+            recent=stretch_of(recent),
+            before=stretch_of(self._before),
         )
+
+
+def outcome_of(drafted: int, accepted: int, committed: int) -> int:
+    """What came of a request round, as one number."""
+    return (drafted << _BITS | accepted) << _BITS | committed
 
 
 def _add(sums: dict[int, float], more: Mapping[int, float]) -> None:
@@ -169,8 +174,11 @@ def _add(sums: dict[int, float], more: Mapping[int, float]) -> None:
         sums[outcome] = sums.get(outcome, 0) + number
 
 
-def _stretch(outcomes: Mapping[int, float]) -> Stretch:
-    """Outcomes of rounds without a draft are left out: nothing was accepted or refused in them."""
+def stretch_of(outcomes: Mapping[int, float]) -> Stretch:
+    """What so many request rounds of each outcome come to.
+
+    Outcomes of rounds without a draft are left out: nothing was accepted or refused in them.
+    """
     rounds = committed = 0.0
     reached, accepted = [0.0] * MOST_PLACES, [0.0] * MOST_PLACES
     for outcome, number in outcomes.items():

@@ -14,6 +14,7 @@ from typer.main import get_command
 from cosched.bench.suite import load_suite, suite_files
 from cosched.cli import app
 from cosched.engines.sglang.operators.metrics import METRICS
+from cosched.telemetry.trackers.curves import SCALARS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,6 +74,12 @@ def metrics_table() -> str:
         + "\n".join(rows)
         + "\n"
     )
+
+
+def scalars_table() -> str:
+    """What experiment trackers draw."""
+    rows = [f"| `{name}` | {about} |" for name, about in SCALARS.items()]
+    return "| scalar | what it is |\n| --- | --- |\n" + "\n".join(rows) + "\n"
 
 
 def suites_table() -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from links import ROOT, TAKEN_IN, with_links
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
-from repository_pages import commands_page, metrics_table, modules_page, suites_table
+from repository_pages import commands_page, metrics_table, modules_page, scalars_table, suites_table
 from settings_page import settings_page
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ GENERATED = {
     "commands": commands_page,
     "metrics": metrics_table,
     "modules": modules_page,
+    "scalars": scalars_table,
     "settings": settings_page,
     "suites": suites_table,
 }

@@ -45,6 +45,9 @@ Admit = Callable[[GenerationRequest], int]
 Recorder = Callable[[GenerationRequest, TargetRows, int, int, int], None]
 """``recorder(request, rows, index, start, count)``: rows ``[index, :count]`` are at ``start``."""
 
+OnRow = Callable[[RoundRow], None]
+"""``on_row(row)``: one request in one round, when it is committed."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
@@ -93,6 +96,7 @@ class EmbeddedEngine:
         admit: Admit | None = None,
         clock: Callable[[], float] = time.perf_counter,
         lengths: DraftLengths | None = None,
+        on_row: OnRow | None = None,
     ) -> None:
         self._rows = rows
         self._verifier = verifier
@@ -103,6 +107,7 @@ class EmbeddedEngine:
         self._observer = observer
         self._recorder = recorder
         self._on_tokens = on_tokens
+        self._on_row = on_row
         self._admit_to = admit
         self._clock = clock
         self._most = drafter.num_verified if drafter else 0
@@ -259,9 +264,10 @@ class EmbeddedEngine:
                     ServedBlock(slot.request.id, start, tokens_K, teacher_KX, count, committed)
                 )
             generated = start + 1 - len(slot.request.prompt_P)
-            slot.rounds.append(
-                RoundRow(slot.request.id, generated, version, len(tokens_K), count, committed)
-            )
+            row = RoundRow(slot.request.id, generated, version, len(tokens_K), count, committed)
+            slot.rounds.append(row)
+            if self._on_row:
+                self._on_row(row)
         return tuple(segments), tuple(blocks)
 
     def _nothing(self, num_slots: int) -> Proposal:

@@ -19,6 +19,7 @@ from cosched.records import RoundRow
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
+    from cosched.engines.embedded.engine import OnRow
     from cosched.engines.sglang.launcher.arguments import Speculation
     from cosched.loop.roles import Sink
     from cosched.settings.schema import Config
@@ -28,7 +29,8 @@ class ServedEngine:
     """Decodes groups of requests; between ``running`` and its end the engine is up.
 
     ``counters`` and ``version`` are what the scheduler process reports of the draft. ``sink``
-    gets its events (decisions, updates, publications); rounds come with the finished requests.
+    gets its events (decisions, updates, publications); rounds come with the finished requests, and before
+    that, among the events, to ``on_row``.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class ServedEngine:
         sampling: dict[str, Any],
         sink: Sink,
         on_tokens: Callable[[int], None],
+        on_row: OnRow | None = None,
     ) -> None:
         self.seconds = EngineSeconds()
         self.counters = Counters()
@@ -48,6 +51,7 @@ class ServedEngine:
         self._sampling = sampling
         self._sink = sink
         self._on_tokens = on_tokens
+        self._on_row = on_row
         self._engine: Any = None
         self._events = Path()
         self._events_read = 0
@@ -123,6 +127,8 @@ class ServedEngine:
             event.pop("arm")
             if kind == "round":
                 rows.append(msgspec.convert(event["row"], RoundRow))
+                if self._on_row:
+                    self._on_row(rows[-1])
                 continue
             if kind == "update":
                 self.counters.losses.append(event["result"]["losses"][-1])

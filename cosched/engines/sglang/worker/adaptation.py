@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from cosched.records import VerifyRound
     from cosched.sidecar.follower import Follower
     from cosched.telemetry.tally import Tally
+    from cosched.telemetry.trackers.curves import Curves
     from cosched.training.ranks import Ranks
 
 logger = logging.getLogger("cosched")
@@ -68,6 +69,7 @@ class Adaptation:
     trains) no rows are taken from the device and rounds are only counted. ``lengths`` says how many
     tokens a round drafts; None where that is always the same. Whoever makes the ``collector`` lets it tell
     ``tally`` of every request in every round. ``texts`` records those that it is told of; None records none.
+    ``curves`` are closed at the end.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Adaptation:
         trouble: Callable[[], str | None] = lambda: None,
         lengths: ServedLengths | None = None,
         texts: Texts | None = None,
+        curves: Curves | None = None,
     ) -> None:
         self._algorithm = algorithm
         self._coscheduler = coscheduler
@@ -101,6 +104,7 @@ class Adaptation:
         self._trouble = trouble
         self.lengths = lengths
         self._texts = texts
+        self._curves = curves
         self._rounds_by_drafted: list[int] = []
         self._num_running = 0
         self._ready: list[VerifyRound] = []
@@ -216,10 +220,11 @@ class Adaptation:
         """Everybody has been answered, and the process is about to end."""
         if self._texts is not None:
             self._texts.close()
-        if self._saving is None:
-            return
-        self._finish_what_goes_on()
-        self._save_at_end(self._saving)
+        if self._saving is not None:
+            self._finish_what_goes_on()
+            self._save_at_end(self._saving)
+        if self._curves is not None:
+            self._curves.close()
 
     @_never_raises
     def _save_at_end(self, saving: Saving) -> None:

@@ -1,0 +1,1 @@
+"""Experiment trackers: what ``run.trackers`` names is drawn while it goes on."""
