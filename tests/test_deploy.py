@@ -103,8 +103,7 @@ def container_of(name: str) -> dict[str, Any]:
 
 def seconds(duration: str) -> int:
     """``1m``, ``90s``, as Compose has it."""
-    number, unit = re.fullmatch(r"(\d+)([sm])", duration).groups()  # pyright: ignore[reportOptionalMemberAccess]
-    return int(number) * {"s": 1, "m": 60}[unit]
+    return int(duration[:-1]) * {"s": 1, "m": 60}[duration[-1]]
 
 
 COMMANDS: dict[str, tuple[Callable[[], list[str]], Callable[[], list[list[str]]]]] = {
