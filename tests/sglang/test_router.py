@@ -35,6 +35,7 @@ SOON = ("adapt.policy.rounds=8", "adapt.guard={kind: finite}", "adapt.sidecar.li
 KEY = "a-key-of-this-test"
 # Else it tries a dead server five times and gives up: it sends a prompt where it sent one like it.
 GIVES_UP_ON_A_SERVER = ("--cb-failure-threshold", "3")
+RETRIES = "smg_worker_retries_total"
 SIGNED = {"Authorization": f"Bearer {KEY}"}
 PROMPTS, TOKENS = 4, 96
 
@@ -67,10 +68,10 @@ def plain_texts(decode: Decode) -> list[str]:
     return [tokenizer.decode(one["tokens"], skip_special_tokens=True) for one in answers]
 
 
-def routed(run: Run, servers: list[Server]) -> str:
-    """The address of a router that knows all of the servers."""
-    port = free_port()
-    ports = "--port", str(port), "--prometheus-port", str(free_port())
+def routed(run: Run, servers: list[Server]) -> tuple[str, str]:
+    """The addresses of a router that knows all of the servers, and of its metrics."""
+    port, metrics_port = free_port(), free_port()
+    ports = "--port", str(port), "--prometheus-port", str(metrics_port)
     words = "--host", "127.0.0.1", *ports, "--api-key", KEY, *GIVES_UP_ON_A_SERVER
     urls = [server.url for server in servers]
     process = run("sglang_router.launch_router", *words, "--worker-urls", *urls)
@@ -87,21 +88,29 @@ def routed(run: Run, servers: list[Server]) -> str:
         return len(workers) == len(servers) and all(one["is_healthy"] for one in workers)
 
     until(all_known)
-    return url
+    return url, f"http://127.0.0.1:{metrics_port}/metrics"
+
+
+def retries(metrics_url: str) -> float:
+    """Requests that the router has sent again."""
+    with urllib.request.urlopen(metrics_url, timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(RETRIES))
 
 
 def test_clients_of_a_router_are_answered_while_servers_learn_and_when_one_is_killed(
     run: Run, start: Start, decode: Decode, bare_environment: dict[str, str], tmp_path: Path
 ) -> None:
     """Clients get the text of plain decoding, whoever answers, and all of one key; both servers are asked, and
-    serve one draft. One is killed: no request fails, and the other goes on learning."""
+    serve one draft. The one that the router prefers for a prompt is killed: no request fails, though it is sent
+    there first, and the other server goes on learning."""
     expected = plain_texts(decode)
     words = [*SOON, f"adapt.sidecar.address=ipc://{tmp_path}/s"]
     run("cosched.cli", "train", "-c", CONFIG, *words, f"run.dir={tmp_path}", env=bare_environment)
-    left, right = (
+    servers = [
         start(*words, f"run.name={name}", "--api-key", KEY, config=CONFIG)
         for name in ("left", "right")
-    )
+    ]
 
     def status(server: Server) -> dict[str, Any]:
         return server.get("/cosched/status", **SIGNED)
@@ -111,30 +120,37 @@ def test_clients_of_a_router_are_answered_while_servers_learn_and_when_one_is_ki
         return len(shown["servers"])
 
     numbers = count()
-    url = f"{routed(run, [left, right])}/v1"
+    router, metrics = routed(run, servers)
+    url = f"{router}/v1"
     with openai.OpenAI(base_url=url, api_key=KEY, timeout=120, max_retries=0) as client:
 
-        def ask() -> None:
-            number = next(numbers) % PROMPTS
+        def ask(number: int) -> None:
             assert complete(client, number, TOKENS) == expected[number]
 
         def both_learnt() -> bool:
-            ask()
-            return all(status(one)["draft_version"] >= 2 for one in (left, right))
+            ask(next(numbers) % PROMPTS)
+            return all(status(one)["draft_version"] >= 2 for one in servers)
 
         until(both_learnt)
-        until(lambda: status(left)["draft_version"] == status(right)["draft_version"])
-        assert all(status(one)["rounds"] for one in (left, right))
+        until(lambda: len({status(one)["draft_version"] for one in servers}) == 1)
+        before = [status(one)["rounds"] for one in servers]
+        assert all(before)
         assert known_to_the_trainer() == 2
 
-        right.process.kill()
-        right.process.wait()
+        ask(0)
+        rounds = [status(one)["rounds"] - was for one, was in zip(servers, before, strict=True)]
+        preferred = rounds.index(max(rounds))
+        killed, left = servers[preferred], servers[1 - preferred]
+        assert retries(metrics) == 0
+        killed.process.kill()
+        killed.process.wait()
         version = status(left)["draft_version"]
-        for _ in range(4 * PROMPTS):
-            ask()  # those that the router sends to the dead one, too: it sends them again
+        for number in range(2 * PROMPTS):
+            ask(number % PROMPTS)
+        assert retries(metrics) > 0
 
         def learns_on() -> bool:
-            ask()
+            ask(next(numbers) % PROMPTS)
             return status(left)["draft_version"] > version + 1
 
         until(learns_on)
