@@ -72,7 +72,7 @@ def sglang_parser() -> argparse.ArgumentParser:
     """A few of SGLang's arguments, in each of the forms that it declares them in."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model-path", "--model", required=True)
-    for name in ("--dtype", "--device", "--attention-backend", "--api-key"):
+    for name in ("--dtype", "--device", "--attention-backend", "--host", "--api-key"):
         parser.add_argument(name)
     for name in ("--speculative-algorithm", "--speculative-draft-model-path"):
         parser.add_argument(name)

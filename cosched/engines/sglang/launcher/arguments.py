@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 CPU = {"device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True}
 
 OF_LAUNCHER: dict[str, tuple[Any, str]] = {  # the value that it must have, and why
-    "dp_size": (1, "each replica would learn a draft of its own"),
+    "dp_size": (
+        1,
+        "replicas would share one status and one set of commands; start a server for each, behind SGLang's "
+        "router (docs/sidecar.md)",
+    ),
     "nnodes": (1, "the launcher watches the processes of one machine"),
     "tokenizer_worker_num": (1, "SGLang checks no key then, and /cosched/ would be open"),
     "use_ray": (False, "the launcher watches the processes that SGLang itself starts"),
