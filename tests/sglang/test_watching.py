@@ -10,10 +10,11 @@ from typing import Any
 
 import openai
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cosched.engines.sglang.operators.metrics import METRICS
 from tests.sglang.client import complete, prompt
-from tests.sglang.server import Server, Start
+from tests.sglang.server import Server, Start, until
 
 pytestmark = pytest.mark.sglang
 
@@ -23,11 +24,12 @@ NUM_TOKENS = 48
 
 @pytest.fixture(scope="module")
 def server(start: Start) -> Server:
-    """It learns often under a guard that scores, and records texts."""
+    """It learns often under a guard that scores, records texts, and draws its curves."""
     return start(
         "adapt.policy.rounds=8",
         "adapt.guard={kind: shadow, anchors: 16, false_publish: 0.5}",
         "record.text=true",
+        "run.trackers=[tensorboard]",
         "--enable-metrics",
     )
 
@@ -109,3 +111,24 @@ def test_texts_are_recorded_but_for_one(server: Server, asked: dict[str, Any]) -
     history = (folder / "events.jsonl").read_text()
     assert asked["secret"][:24] not in path.read_text()
     assert asked["answers"][0][:24] not in history
+
+
+def test_curves_are_in_the_folder_of_the_start(server: Server, asked: dict[str, Any]) -> None:
+    """As TensorBoard reads them, some seconds later: of the rounds, updates and looks that the status has."""
+    (folder,) = (server.runs / "serve_tiny_cpu").iterdir()
+    events = EventAccumulator(str(folder / "tensorboard" / folder.name))
+    status = asked["status"]
+
+    def drawn(name: str) -> list[Any]:
+        events.Reload()
+        return events.Scalars(name) if name in events.Tags()["scalars"] else []
+
+    losses = until(lambda: len(found := drawn("update/loss")) >= status["updates"] and found)
+    lines = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+    learnt = [line["result"]["losses"][0] for line in lines if line["kind"] == "update"]
+    assert [one.value for one in losses] == pytest.approx(learnt[: len(losses)], rel=1e-6)
+    assert drawn("guard/better")
+    for name in ("acceptance/length", "acceptance/place_3", "speed/tokens_per_s"):
+        assert drawn(name)[-1].step <= status["figures"]["total"]["rounds"]
+    assert drawn("draft/version")[-1].value <= status["draft_version"]
+    assert drawn("speed/exposed_s")[-1].value > 0
