@@ -23,6 +23,7 @@ from rich.table import Table
 
 from cosched.bench.commands import bench_app
 from cosched.errors import ConfigError, CoschedError
+from cosched.plan.command import plan
 from cosched.realworld.commands import realworld_app
 from cosched.report.commands import print_tables, report
 from cosched.runs.ending import sigterm_interrupts
@@ -56,6 +57,7 @@ app.add_typer(realworld_app, name="realworld")
 app.add_typer(bench_app, name="bench")
 app.command()(report)
 app.command()(top)
+app.command()(plan)
 
 ConfigFile = Annotated[Path, typer.Option("-c", "--config", help="The experiment, a YAML file.")]
 Overrides = Annotated[
