@@ -172,7 +172,7 @@ def test_a_folder_that_is_no_run_is_refused(server: Path, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two requests at once, the second answer shorter; its file is beside its folder."""
+    """Two groups of two requests at once; its file is beside its folder."""
     folder = tmp_path_factory.mktemp("plan")
     settings = {
         "run": {"name": "one", "dir": str(folder / "runs")},
@@ -182,7 +182,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "workload": {
             "documents": f"{TINYWORLD}/documents/translated.jsonl",
             "max_new_tokens": 500,
-            "max_prompts": 5,
+            "max_prompts": 4,
         },
         "arms": ["plain", "frozen", "adapted"],
         "adapt": {
@@ -247,6 +247,6 @@ def test_what_a_run_has_not_measured_is_not_made_up(ran: Path) -> None:
     config, asked = load(ran, ["drafter.num_draft_tokens=4"])
     with pytest.raises(ConfigError, match=r"drafter.num_draft_tokens: 4"):
         forecast(config, asked, folder)
-    config, asked = load(ran, ["adapt.policy.kind=earned"])
+    config, asked = load(ran, ["adapt.policy.kind=earned", "adapt.guard.kind=shadow"])
     with pytest.raises(ConfigError, match=r"adapt.policy: earned"):
         forecast(config, asked, folder)

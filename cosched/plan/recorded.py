@@ -57,7 +57,7 @@ class Group:
     """Requests that were decoded together: rounds of each, and seconds by what they were spent on."""
 
     rounds: Counter[str] = field(default_factory=Counter[str])
-    seconds: Counter[str] = field(default_factory=Counter[str])
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict[str, float](float))
 
     def batches(self, max_batch: int) -> int:
         """Rounds of the engine: the requests of a group begin together, and those that go on share them."""
@@ -121,10 +121,10 @@ class Learning:
 class ArmRecord:
     """What an arm wrote; ``rounds`` by request, in the order of its text."""
 
-    rounds: dict[str, list[tuple[int, int, int]]] = field(
+    rounds: defaultdict[str, list[tuple[int, int, int]]] = field(
         default_factory=lambda: defaultdict[str, list[tuple[int, int, int]]](list)
     )
-    groups: dict[int, Group] = field(default_factory=lambda: defaultdict[int, Group](Group))
+    groups: defaultdict[int, Group] = field(default_factory=lambda: defaultdict[int, Group](Group))
     learning: Learning = field(default_factory=Learning)
     _group: int = 1
 
@@ -133,7 +133,8 @@ class ArmRecord:
         if event.turn is not None:
             self._group = event.turn.group
             spent = self.groups[self._group].seconds
-            spent.update(event.turn.stages)
+            for stage, seconds in event.turn.stages.items():
+                spent[stage] += seconds
             spent["other"] += event.turn.seconds - sum(event.turn.stages.values())
         elif event.row is not None:
             row = event.row
