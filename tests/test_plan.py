@@ -98,7 +98,9 @@ def test_a_gpu_is_counted_and_a_larger_batch_is_not_free(server: Path) -> None:
     assert few["a round"]["how"] == few["an update, rows of one request"]["how"] == "counted"
     assert 3e-4 < few["a round"]["value"] < many["a round"]["value"] < 1e-2
     update = few["an update, rows of one request"]["value"]
-    assert 1e-3 < update <= few["an update, rows of most"]["value"] < 0.1
+    # Launches take longer than the operations of a draft so narrow, and are nearly as many.
+    assert few["an update, rows of most"]["value"] == pytest.approx(update, rel=0.1)
+    assert 1e-3 < update < 0.1
 
 
 def test_answers_are_as_long_as_they_are_said_to_be(server: Path, tmp_path: Path) -> None:
