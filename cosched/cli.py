@@ -23,6 +23,7 @@ from rich.table import Table
 
 from cosched.bench.commands import bench_app
 from cosched.errors import ConfigError, CoschedError
+from cosched.plan.command import plan
 from cosched.realworld.commands import realworld_app
 from cosched.report.commands import print_tables, report
 from cosched.runs.ending import sigterm_interrupts
@@ -57,6 +58,7 @@ app.add_typer(bench_app, name="bench")
 app.command()(init)
 app.command()(report)
 app.command()(top)
+app.command()(plan)
 
 ConfigFile = Annotated[Path, typer.Option("-c", "--config", help="The experiment, a YAML file.")]
 Overrides = Annotated[

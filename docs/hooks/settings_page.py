@@ -16,6 +16,7 @@ from msgspec import inspect as types
 from omegaconf import OmegaConf
 
 from cosched.bench.suite import RunsSuite, ScriptSuite
+from cosched.plan.settings import PlanSettings
 from cosched.protocols import (
     ComposedSettings,
     DrafterSettings,
@@ -50,7 +51,7 @@ ROLES = {
     "adapt.loss": Role(LOSSES, LossSettings),
     "adapt.objective": Role(OBJECTIVES, ObjectiveSettings),
 }
-OTHER_FILES = ("sweep", "suite", "script")  # that name an experiment
+OTHER_FILES = ("sweep", "suite", "script", "plan")  # that name an experiment
 # LaTeX of the losses' and objectives' formulas, as text.
 SYMBOLS = {
     r"\tfrac12": "½", r"\sum": "Σ", r"\log": "log ", r"\min": "min", r"\max": "max", r"\exp": "exp",
@@ -81,7 +82,7 @@ def docstrings(settings: Struct, above: Struct = msgspec.Struct) -> str:
 
 def settings_classes() -> Iterator[Struct]:
     """Every class whose keys a file may hold."""
-    for root in (Config, SweepFile, RunsSuite, ScriptSuite):
+    for root in (Config, SweepFile, RunsSuite, ScriptSuite, PlanSettings):
         yield from _below(root, set())
     for role in ROLES.values():
         for plugin in role.registry.plugins():
@@ -226,6 +227,7 @@ def _other_files() -> Iterator[str]:
     yield from _file("A sweep's file", "sweep", SweepFile, homes)
     yield from _file("A benchmark's file, kind: runs", "suite", RunsSuite, homes)
     yield from _file("A benchmark's file, kind: script", "script", ScriptSuite, homes)
+    yield from _file("What cosched plan is asked", "plan", PlanSettings, homes)
 
 
 def _file(title: str, what: str, settings: Struct, homes: dict[Struct, str]) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""``cosched plan``: what learning would bring elsewhere, from what a run measured, by simulation."""
