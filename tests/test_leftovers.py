@@ -57,11 +57,16 @@ def test_memory_that_grows_is_seen_behind_the_first_minutes() -> None:
 
 def test_processes_are_looked_at_by_what_they_are(tmp_path: Path) -> None:
     """One that a person has typed is none of the server's; memory is what the system says."""
-    words = [sys.executable, "-c", "input()", "cosched.training.process"]
+    words = [sys.executable, "-c", "print(flush=True); input()", "cosched.training.process"]
     processes = [
-        subprocess.Popen(line, env=leftovers.mark(str(tmp_path)), stdin=subprocess.PIPE)
+        subprocess.Popen(
+            line, env=leftovers.mark(str(tmp_path)), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         for line in (words, words[:-1])
     ]
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()
     resident = Resident(str(tmp_path))
     assert sorted(resident.look()) == sorted(process.pid for process in processes)
     (seen,) = resident.processes.values()

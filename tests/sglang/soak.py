@@ -30,6 +30,7 @@ LOSSES = (
     6  # of a trainer at most, in the first half of the time: in the second its memory is watched
 )
 TRAINER = b"cosched.training.process"
+SOCKET = "trainer.sock"  # of a trainer of its own; its lock file stays for good
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ class Soak:
             self.figures.codes["server"] = server.stop()
         finally:
             self._ending.set()
-            self.figures.left = left(str(self._folder), self._temporary, self._shared)
+            shared = self._shared | {self._folder / SOCKET}
+            self.figures.left = left(str(self._folder), self._temporary, shared)
         self._read(server.runs)
         return self.figures
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from tests.sglang.serving import ROOT
-from tests.sglang.soak import Plan, Soak
+from tests.sglang.soak import SOCKET, Plan, Soak
 
 CONFIG = "configs/serve_smollm2_cpu.yaml"
 MINUTES = float(os.environ.get("COSCHED_SOAK", "0"))
@@ -32,7 +32,7 @@ def plan_of(placement: str, folder: Path) -> Plan:
     words = [
         "adapt.policy={kind: every_n_rounds, rounds: 16, num_steps: 1}",
         "adapt.guard={kind: finite}",
-        f"adapt.sidecar.address=ipc://{folder}/tmp/s",
+        f"adapt.sidecar.address=ipc://{folder}/{SOCKET}",
         "adapt.sidecar.limit_seconds=4",
     ]
     if placement == "sidecar":  # it refuses to be trained in the background
