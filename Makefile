@@ -2,6 +2,7 @@
 #   PYTHON       the interpreter that makes .venv, e.g. make demo PYTHON=python3.12
 #   PIP_ARGS     more arguments for pip, e.g. an index that has CPU-only builds of torch
 #   SERVE_ARGS   what the demo server is asked, e.g. make serve-demo SERVE_ARGS='--ask "Who was Euler?"'
+#   SOAK_MINUTES how long a server is soaked, e.g. make soak SOAK_MINUTES=12 PYTEST_ARGS='-k sidecar'
 #   BENCH        what is measured, of `cosched bench --list`, e.g. make bench BENCH='overhead real_model'
 #   PYTEST_ARGS  more arguments for pytest, e.g. make test PYTEST_ARGS='-m "not slow" -k replay'
 
@@ -9,6 +10,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 SERVE_ARGS ?=
+SOAK_MINUTES ?= 30
 BENCH ?= real_model draft_lengths lookup overhead micro_step interface cost_ratio sglang
 
 BIN := .venv/bin
@@ -27,7 +29,7 @@ VERSIONS := 0.5.20 0.5.21
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo demo-tiny test test-long fuzz chaos parity sglang versions serve-venv serve-demo examples wheel lint docs format bench clean
+.PHONY: help venv demo demo-tiny test test-long fuzz chaos soak parity sglang versions serve-venv serve-demo examples wheel lint docs format bench clean
 
 help:  ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -64,9 +66,9 @@ test-long: $(STAMP)  ## Run those of them that `make test` leaves out: whole bui
 	env -u OMP_NUM_THREADS $(BIN)/pytest $(PARALLEL) -m "long and not gpu and not sglang" $(PYTEST_ARGS)
 
 # The tests take a few inputs and moments of these; here are all of them.
-fuzz: $(STAMP)  ## Damage configurations, checkpoints and control requests, 10,000 of each
+fuzz: $(STAMP)  ## Damage configurations, checkpoints, messages and control requests, 10,000 of each
 	env -u OMP_NUM_THREADS COSCHED_FUZZ=10000 $(BIN)/pytest tests/test_fuzz_settings.py \
-	  tests/test_fuzz_checkpoints.py tests/test_fuzz_control.py --timeout=7200 --durations=0 $(PYTEST_ARGS)
+	  tests/test_fuzz_checkpoints.py tests/test_fuzz_wire.py tests/test_fuzz_control.py --timeout=7200 --durations=0 $(PYTEST_ARGS)
 
 chaos: $(STAMP)  ## Kill a run, its trainer or both at 40 random moments, go on each time, and show figures
 	env -u OMP_NUM_THREADS COSCHED_CHAOS=40 $(BIN)/pytest tests/test_chaos.py $(PYTEST_ARGS)
@@ -96,6 +98,9 @@ $(SGLANG_STAMP): $(PARITY_STAMP) tests/sglang/requirements.txt
 
 sglang: $(SGLANG_STAMP)  ## Run SGLang itself on the CPU with the tiny world, in .venv-parity
 	$(PARITY_BIN)/pytest $(SGLANG_PARALLEL) tests/sglang $(PYTEST_ARGS)
+
+soak: $(SGLANG_STAMP)  ## Ask a real model's server half an hour for all sorts of things, twice, and show figures
+	COSCHED_SOAK=$(SOAK_MINUTES) $(PARITY_BIN)/pytest tests/sglang/test_soak.py $(PYTEST_ARGS)
 
 $(SERVE_STAMP): $(SGLANG_STAMP) pyproject.toml
 	$(PARITY_BIN)/python -m pip install $(PIP_ARGS) --no-deps -e .

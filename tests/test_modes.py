@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import socket
+from contextlib import ExitStack
+from mmap import mmap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -107,3 +110,29 @@ def test_the_folder_of_a_launcher_that_was_killed_is_removed_by_the_next(
     for directory in (alive, third):
         directory.remove()
     assert list(tmp_path.iterdir()) == [other]
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
+def test_memory_that_sglang_shares_goes_with_the_folder(
+    killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang leaves a segment of /dev/shm with every start. What is not its own stays."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    number = uuid4().hex
+    others, loads = (Path(f"/dev/shm/{name}_{number}") for name in ("others", "sglang_loads"))
+    with ExitStack() as stack:
+        for path in (others, loads):
+            stack.callback(path.unlink, missing_ok=True)
+            path.write_bytes(b"x")
+            with path.open("r+b") as file:
+                stack.enter_context(mmap(file.fileno(), 1))
+        directory = RunDirectory.create("run: {name: x}")
+        directory.report(0, "COSCHED_EAGLE3")
+        directory.note_shared()
+        if killed:
+            assert directory._lock is not None
+            directory._lock.close()
+            directory = RunDirectory.create("run: {name: x}")
+        directory.remove()
+        assert others.exists()
+        assert not loads.exists()

@@ -48,6 +48,9 @@ class Socket:
     def send_multipart(self, frames: Any, *_args: Any, **_more: Any) -> None:
         self.sent.append(frames)
 
+    def get_string(self, _option: int) -> str:
+        return "tcp://127.0.0.1:1"
+
     def close(self, linger: int) -> None:
         self.closed = True
 

@@ -17,7 +17,7 @@ from cosched.errors import ConfigError, ServerError
 from cosched.records import Segment, VerifyRound
 from cosched.sidecar.messages import Alive, FromServer, FromTrainer, Rounds, Version
 from cosched.sidecar.rows import unpack
-from cosched.sidecar.sockets import listening
+from cosched.sidecar.sockets import let_go, listening
 from cosched.sidecar.weights import pack_weights, unpack_weights
 from cosched.sidecar.wire import LONGEST_HEADER, MAGIC, Codec, FrameError, read_key
 from tests.helpers.sidecar_rows import FORM, VOCAB, make_queue, make_round
@@ -241,6 +241,15 @@ def test_a_socket_file_is_its_users_alone(sockets: tuple[zmq.Socket[bytes], str]
     """Without a key the file's mode is what keeps others out."""
     path = Path(sockets[1].removeprefix("ipc://"))
     assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_socket_file_goes_with_its_trainer(sockets: tuple[zmq.Socket[bytes], str]) -> None:
+    """ZeroMQ leaves it for good."""
+    listens, address = sockets
+    path = Path(address.removeprefix("ipc://"))
+    assert path.is_socket()
+    let_go(listens)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("content", ["", "short", None])

@@ -117,6 +117,10 @@ def test_ids_follow_the_settings(tmp_path: Path) -> None:
         ({"around": {"arm": ["other"]}}, r"arm=other: arms: unknown arm 'other'; .*own"),
         ({"around": {"a": {"x": {}}}, "grid": {"a": {"x": {}}}}, r"around.a: stands in grid"),
         ({"grids": {}}, r"grids.*allowed here: .*grid"),
+        (
+            {"around": {"a": [1], "b": {"x": 3}}, "rec": {}},  # two mistakes: the first is told
+            r"^around\.b\.x: .*object.*got 3",
+        ),
         ({"base": "x.yaml"}, r"exactly one of base"),
         ({"experiment": None}, r"exactly one of base"),
         ({"experiment": None, "base": "nowhere.yaml"}, r"no configuration file at .*nowhere"),

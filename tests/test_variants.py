@@ -100,6 +100,7 @@ def test_the_resolved_file_is_the_same_experiment(tmp_path: Path) -> None:
         ({"a": {"trainer": {"rate": 1}}}, r"variants\.a\.trainer: .*rate.*allowed here: .*lr"),
         ({"a": {"polcy": {}}}, r"variants\.a: .*polcy.*allowed here: .*policy"),
         ({"a": {"policy": {"kind": "someday"}}}, r"variants\.a\.policy\.kind: .*someday.*never"),
+        ({"a": {"policy": {"kind": ["never"]}}}, r"variants\.a\.policy\.kind: .*got \['never'\]"),
         (
             {"a": {"policy": {"tokens": 3}}},
             r"variants\.a\.policy: .*tokens.*allowed here: .*rounds",

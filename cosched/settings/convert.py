@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Step = str | int
 """A key, or the place in a list."""
 
+AT = " - at `$"  # msgspec's, before the path
 LARGEST = 2**31 - 1  # of what is counted; far more than any machine holds of it
 LARGEST_BYTES = 2**50  # under a key that ends in bytes
 
@@ -50,8 +51,7 @@ def convert(raw: Any, kind: Any, where: str) -> Any:
     except UnicodeEncodeError as error:  # as JSON can escape it
         raise ConfigError(f"{where or 'configuration'}: half a character: {error}") from error
     except msgspec.ValidationError as error:
-        message, _, tail = str(error).partition(" - at `$")
-        steps = _steps(raw, kind, tail.removesuffix("`"))
+        steps, message = _steps(raw, kind, str(error)), str(error).partition(AT)[0]
         came, key = _lookup(raw, steps), _shown(where, steps)
         names_it = message.startswith("Invalid value")
         got = "" if came is None or names_it or isinstance(came, dict | list) else f", got {came!r}"
@@ -73,25 +73,32 @@ def _shown(where: str, steps: Sequence[Step]) -> str:
     return f"{where}{path}".lstrip(".") or "configuration"
 
 
-def _steps(raw: Any, kind: Any, path: str) -> list[Step]:
+def _steps(raw: Any, kind: Any, error: str) -> list[Step]:
     """``.a.b[0]`` step by step; of a mapping's values, ``[...]``, the first that is refused."""
     steps: list[Step] = []
+    path = error.partition(AT)[2].removesuffix("`")
     for step in re.findall(r"\[[^\]]*\]|[^.\[]+", path):
         if step == "[...]":
-            steps.append(_refused(raw, kind, steps))
+            name, raw = _refused(raw, kind, steps, error)
+            steps.append(name)
         else:
             steps.append(int(step[1:-1]) if step.startswith("[") else step)
     return steps
 
 
-def _refused(raw: Any, kind: Any, steps: Sequence[Step]) -> str:
-    """Which value of the mapping at ``steps`` is not allowed: it is refused also by itself."""
+def _refused(raw: Any, kind: Any, steps: Sequence[Step], said: str) -> tuple[str, Any]:
+    """Which value of the mapping at ``steps`` is not allowed, and all with none but it there.
+
+    By itself it is refused too, in the same words: others are for what stands behind it.
+    """
     mapping = _lookup(raw, steps)
     for name, value in mapping.items():
+        alone = _with(raw, steps, {name: value})
         try:
-            msgspec.convert(_with(raw, steps, {name: value}), kind)
-        except msgspec.ValidationError:
-            return str(name)
+            msgspec.convert(alone, kind)
+        except msgspec.ValidationError as error:
+            if str(error) == said:
+                return str(name), alone
     raise AssertionError(f"no value of {mapping} is refused")
 
 

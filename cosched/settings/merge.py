@@ -269,8 +269,8 @@ def _forget_other_kind(old: Any, new: Any, of_kind: Mapping[str, type[msgspec.St
     if not OmegaConf.is_dict(old) or not OmegaConf.is_dict(new) or "kind" not in new:
         return
     named = [old["kind"]] if "kind" in old else list(of_kind)
-    if any(kind not in of_kind for kind in (*named, new["kind"])):
-        return  # the unknown kind is named when the section is checked
+    if not all(isinstance(kind, str) and kind in of_kind for kind in (*named, new["kind"])):
+        return  # what is no kind is named when the section is checked
     fields = {kind: {f.name for f in msgspec.structs.fields(of_kind[kind])} for kind in of_kind}
     for name in set().union(*(fields[kind] for kind in named)) - fields[new["kind"]]:
         old.pop(name, None)

@@ -32,6 +32,7 @@ from cosched.sidecar.messages import (
 from cosched.sidecar.rows import unpack
 from cosched.sidecar.servers import Server, TrainerStatus, statuses
 from cosched.sidecar.slots import mapped
+from cosched.sidecar.sockets import let_go
 from cosched.sidecar.weights import unpack_weights
 from cosched.sidecar.wire import Codec, FrameError
 
@@ -126,7 +127,7 @@ class Service:
             while self._coscheduler.busy and self._clock() < until:
                 self.turn()
         finally:
-            self._socket.close(linger=0)
+            let_go(self._socket)
             if self._saving is not None:
                 self._saving.end(trains=not self._coscheduler.busy)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from pathlib import Path
 
 import zmq
 
@@ -39,6 +40,14 @@ def listening(address: str, most_bytes: int) -> zmq.Socket[bytes]:
     finally:
         os.umask(mask)
     return socket
+
+
+def let_go(socket: zmq.Socket[bytes]) -> None:
+    """Close the trainer's. A file that it listened at goes too, which ZeroMQ leaves; the lock beside it stays."""
+    address = socket.get_string(zmq.LAST_ENDPOINT)
+    socket.close(linger=0)
+    if address.startswith(IPC):
+        Path(address.removeprefix(IPC)).unlink(missing_ok=True)
 
 
 def connected(

@@ -24,12 +24,10 @@ from rich.table import Table
 
 from cosched.runs.resume import load, states_of
 from cosched.telemetry.run_folder import RunFolder
+from tests.helpers.leftovers import command, left, listed, mapped_by, mark, marked
 from tests.helpers.paths import ROOT
 
-MARK = "COSCHED_CHAOS_RUN"  # in the environment of a run and of whatever it starts
-SHARED = Path("/dev/shm")
 PATIENCE_S = 120.0  # for what must come
-ENDING_S = 15.0  # that a process may take to see that its parent is gone
 TRAINER = b"cosched.training.process"
 VICTIMS = ("run", "run", "both", "trainer", "trainer", "hang")
 
@@ -159,7 +157,7 @@ class Chaos:
         if victim == "hang" and not self._may_hang:
             victim = "trainer"
         self._may_hang = False
-        self._shared |= _mapped_by(_marked(str(self._folder.path)))
+        self._shared |= mapped_by(marked(str(self._folder.path)))
         with suppress(ProcessLookupError):
             if victim == "hang":
                 assert trainer is not None
@@ -187,8 +185,8 @@ class Chaos:
         mode = "--resume" if self._resume else "--overwrite"
         return subprocess.Popen(
             [sys.executable, "-m", "cosched.cli", "run", "-c", str(self._config), mode],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), MARK: str(self._folder.path),
-                 "TMPDIR": str(self._temporary)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+                 "TMPDIR": str(self._temporary), **mark(str(self._folder.path))},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -220,14 +218,7 @@ class Chaos:
         self._newest = number
 
     def _look_for_leftovers(self) -> None:
-        until = time.monotonic() + ENDING_S
-        while (alive := _marked(str(self._folder.path))) and time.monotonic() < until:
-            time.sleep(0.05)
-        for pid in alive:
-            self.figures.left.append(f"process {pid}: {_command(pid)!r}")
-            os.kill(pid, signal.SIGKILL)
-        self.figures.left += [f"file {path}" for path in self._temporary.rglob("*")]
-        self.figures.left += [f"shared memory {path}" for path in self._shared if path.exists()]
+        self.figures.left += left(str(self._folder.path), self._temporary, self._shared)
 
     def _ended_well(self) -> None:
         self.figures.finished += 1
@@ -251,44 +242,7 @@ def _written_at(path: Path) -> int:
 def _trainer_of(pid: int) -> int | None:
     """The newest process that trains for that one."""
     found: list[int] = []
-    for task in _listed(Path(f"/proc/{pid}/task")):
+    for task in listed(Path(f"/proc/{pid}/task")):
         with suppress(OSError):
             found += map(int, (task / "children").read_text().split())
-    return next((one for one in sorted(found, reverse=True) if TRAINER in _command(one)), None)
-
-
-def _marked(name: str) -> list[int]:
-    """Processes of that run that live: a zombie has no environment."""
-    wanted = f"{MARK}={name}".encode()
-    found: list[int] = []
-    for path in _listed(Path("/proc")):
-        if path.name.isdecimal():
-            with suppress(OSError):
-                if wanted in (path / "environ").read_bytes().split(b"\0"):
-                    found.append(int(path.name))
-    return found
-
-
-def _mapped_by(pids: list[int]) -> set[Path]:
-    """Shared memory by its names: others on this machine have some too."""
-    found: set[Path] = set()
-    for pid in pids:
-        with suppress(OSError):
-            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-                if f" {SHARED}/" in line:
-                    found.add(SHARED / line.partition(f" {SHARED}/")[2].removesuffix(" (deleted)"))
-    return found
-
-
-def _listed(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError:
-        return []
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
+    return next((one for one in sorted(found, reverse=True) if TRAINER in command(one)), None)

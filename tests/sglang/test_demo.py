@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.leftovers import left, mark
 from tests.sglang.serving import ROOT
 
 pytestmark = pytest.mark.sglang
@@ -26,22 +26,11 @@ def demo(environment: dict[str, str], *words: str) -> subprocess.CompletedProces
     )
 
 
-def started_by(environment: dict[str, str]) -> list[str]:
-    """Processes that run with this mark in their environment."""
-    mark = f"DEMO_MARK={environment['DEMO_MARK']}".encode()
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(folder.name)
-        except OSError:  # it has ended, or is not ours
-            continue
-    return found
-
-
 @pytest.fixture
 def environment(bare_environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    return {**bare_environment, "DEMO_MARK": f"{os.getpid()}-{tmp_path.name}"}
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    return {**bare_environment, **mark(str(tmp_path)), "TMPDIR": str(temporary)}
 
 
 def test_it_answers_says_how_it_stands_and_is_gone(
@@ -58,7 +47,7 @@ def test_it_answers_says_how_it_stands_and_is_gone(
     assert updates is not None
     assert int(updates[1]) > 0
     assert "failure                   None" in status
-    assert started_by(environment) == []
+    assert left(str(tmp_path), tmp_path / "tmp", set()) == []
 
 
 def test_a_server_that_does_not_come_up_is_shown_to_say_why(
@@ -69,4 +58,4 @@ def test_a_server_that_does_not_come_up_is_shown_to_say_why(
     assert shown.returncode == 1
     assert "target.path" in shown.stderr
     assert "nowhere" in shown.stderr
-    assert started_by(environment) == []
+    assert left(str(tmp_path), tmp_path / "tmp", set()) == []

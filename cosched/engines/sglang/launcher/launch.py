@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +70,7 @@ def serve(config: Config, words: Sequence[str] = (), resume: bool = False) -> No
     if state is not None:
         variables[RESUME] = str(state)
     try:
-        with _variables(variables):
+        with _variables(variables), _temporary(directory.path):
             _run(config, words, directory)
     finally:
         directory.remove()
@@ -116,7 +117,7 @@ def start_engine(
     if speculation == "adapted":
         variables[RUN] = str(directory.path)
     try:
-        with _variables(variables):
+        with _variables(variables), _temporary(directory.path):
             _load_plugins(config)
             _watch_launch()
             started: Any = compat.Engine(**words)
@@ -271,6 +272,7 @@ def _launched(_result: Any, *_args: Any, server_args: Any, **_kwargs: Any) -> No
     """All of SGLang's processes are up, and it is not answering anybody yet."""
     if directory := RunDirectory.current():
         directory.check_reports(server_args.tp_size)
+        directory.note_shared()
 
 
 def _signals_set(*_args: Any, **_kwargs: Any) -> None:
@@ -306,6 +308,16 @@ def _folder_of_start(config: Config) -> Path:
         folder.write("config.yaml", to_yaml(config))
         return folder.path
     raise RunFolderError(f"{starts} has a hundred starts of this second")
+
+
+@contextmanager
+def _temporary(folder: Path) -> Generator[None]:
+    """Let SGLang put there what it never removes, the files and sockets of its processes."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 @contextmanager

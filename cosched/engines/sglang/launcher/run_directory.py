@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from importlib import metadata
@@ -23,6 +24,8 @@ from cosched.telemetry.run_folder import RunFolder
 
 PREFIX = "cosched-"
 LOCK = "launcher.lock"
+SHARED = "shared"
+LOADS = re.compile(r"/dev/shm/sglang_loads_\S+")  # memory in which SGLang's ranks show their load
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +87,13 @@ class RunDirectory:
         files = sorted(self.path.glob("rank*.json"))
         return [msgspec.json.decode(file.read_bytes(), type=Report) for file in files]
 
+    def note_shared(self) -> None:
+        """Write down which memory SGLang's ranks share: they stand, and none of them will remove it."""
+        found: set[str] = set()
+        for report in self.reports():
+            found |= set(LOADS.findall(Path(f"/proc/{report.pid}/maps").read_text()))
+        RunFolder(self.path).write(SHARED, "\n".join(sorted(found)))
+
     def failure(self) -> str | None:
         """Why a scheduler process could not set up its worker."""
         return next((report.error for report in self.reports() if report.error), None)
@@ -106,7 +116,7 @@ class RunDirectory:
             )
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path)
         if self._lock is not None:
             self._lock.close()
 
@@ -127,8 +137,16 @@ def _remove_left_behind(parent: Path) -> None:
     for path in parent.glob(f"{PREFIX}*/{LOCK}"):
         with contextlib.suppress(OSError):  # another user's, or just gone
             if path.stat().st_uid == os.getuid() and (lock := _locked(path)) is not None:
-                shutil.rmtree(path.parent, ignore_errors=True)
+                _remove(path.parent)
                 lock.close()
+
+
+def _remove(directory: Path) -> None:
+    """With the memory that was shared: SGLang leaves it, and what is in the folder, for good."""
+    with contextlib.suppress(OSError):  # it did not come so far
+        for name in (directory / SHARED).read_text().splitlines():
+            Path(name).unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def version_of(package: str) -> str | None:
