@@ -80,9 +80,7 @@ class Counters:
     step_seconds: float = 0.0  # moving mean
     gain: float = 1.0  # moving mean
     scored: bool = False  # whether the gain is that of scores
-    earned_seconds: float = 0.0
     ledgers: list[Ledger] = field(default_factory=list)  # by the level of the text (``Standing``)
-    entered_seconds: float = 0.0  # of learning, in all ledgers
     guard_seconds: float = 0.0  # of the update seconds
     committed_at_loaded: int = 0
     num_trials: int = 0
@@ -110,6 +108,11 @@ class Counters:
     def _training_seconds(self) -> float:
         return self._lost_seconds + self.publish_seconds
 
+    @property
+    def earned_seconds(self) -> float:
+        """That learning has saved, on all texts."""
+        return sum(ledger.earned for ledger in self.ledgers)
+
     def observe(self, round_: VerifyRound, standing: Standing = NOTHING_KNOWN) -> None:
         """Count a round; ``standing`` is what is known of learning on its text."""
         committed = round_.num_committed
@@ -133,12 +136,9 @@ class Counters:
         """What a round took and saved, and what learning has cost since the one before, by its text."""
         ledger = self._ledger(standing.level)
         ledger.serving += seconds
-        ledger.learning += self._training_seconds - self.entered_seconds
-        self.entered_seconds = self._training_seconds
+        ledger.learning += self._training_seconds - sum(one.learning for one in self.ledgers)
         if round_.blocks and not self.serves_loaded:
-            saved = seconds * self._saved(standing.lead_tokens, round_.plain_share)
-            self.earned_seconds += saved
-            ledger.earned += saved
+            ledger.earned += seconds * self._saved(standing.lead_tokens, round_.plain_share)
 
     def _ledger(self, level: int) -> Ledger:
         self.ledgers += (Ledger() for _ in range(level + 1 - len(self.ledgers)))
