@@ -210,16 +210,14 @@ def test_a_slower_machine_is_slower_at_every_length() -> None:
 def test_what_drafting_costs_is_told_once_it_is_known() -> None:
     """A round without drafts as a share of one with them, as measured; nothing before both were tried."""
     lengths = DraftLengths(make("goodput"), 3)
-    assert lengths.plain_share(1, 3) is None
+    assert lengths.plain_share(3) is None
     for _ in range(3):
         for tokens in range(4):
             lengths.of_round(1)
             lengths.observe([tokens], [0], None, 0.5 if tokens == 0 else 1.0)
             lengths.observe([1], [0], None, 1.0)  # not the first behind one without drafts
-    assert lengths.plain_share(1, 3) == pytest.approx(0.5, rel=0.05)
-    assert (
-        DraftLengths(Scripted(2), 3).plain_share(1, 2) is None
-    )  # it does not ask what rounds take
+    assert lengths.plain_share(3) == pytest.approx(0.5, rel=0.05)
+    assert DraftLengths(Scripted(2), 3).plain_share(2) is None  # it does not ask what rounds take
 
 
 def test_a_draft_is_never_left_behind_for_long() -> None:

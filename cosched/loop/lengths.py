@@ -61,9 +61,12 @@ class DraftLengths:
         seen = msgspec.structs.replace(self._seen, chances=chances[:num_drafted])
         return min(num_drafted, self._chosen(seen))
 
-    def plain_share(self, num_running: int, tokens: int) -> float | None:
-        """What a round without drafts takes of one that drafts so many tokens; None: not known yet."""
-        seconds = self._seconds.table(num_running) if self._seconds else ()
+    def plain_share(self, tokens: int) -> float | None:
+        """What a round without drafts takes of one that drafts so many tokens; None: not known yet.
+
+        As was known when the newest round was chosen for.
+        """
+        seconds = self._seen.seconds
         return seconds[0] / seconds[tokens] if seconds and seconds[0] and seconds[tokens] else None
 
     def _chosen(self, snapshot: LengthSnapshot) -> int:

@@ -221,7 +221,7 @@ class EmbeddedEngine:
         if self._lengths is not None:
             seconds = self._clock() - started
             self._lengths.observe(verified.depths, verified.accepted, tops, seconds)
-            plain_share = self._lengths.plain_share(len(slots), max(verified.depths))
+            plain_share = self._lengths.plain_share(max(verified.depths))
         self._report(segments, blocks, drafted - started, judged - drafted, plain_share)
 
     def _propose(

@@ -100,7 +100,7 @@ class ServedLengths:
         drafted = [len(block.path_K) for block in round_.blocks]
         accepted = [block.num_accepted for block in round_.blocks]
         self._lengths.observe(drafted, accepted, None, seconds)
-        share = self._lengths.plain_share(len(drafted), max(drafted))
+        share = self._lengths.plain_share(max(drafted))
         return replace(round_, plain_share=share)
 
     def _lasted(self, passes: float, now: float) -> float:
