@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 
-from cosched.build.sidecar import _Agreement, build_sidecar, folder_of
+from cosched.build.sidecar import _Agreement, build_sidecar
 from cosched.errors import RunFolderError, TrainingError
 from cosched.runs import train as command
 from cosched.sidecar.messages import FromServer, Hello, RowForm, Version
@@ -18,6 +18,7 @@ from cosched.sidecar.servers import Server
 from cosched.sidecar.service import Limits, Service
 from cosched.sidecar.versions import Announcement
 from cosched.sidecar.wire import Codec
+from cosched.telemetry.run_folder import trainer_folder
 from tests.helpers.guarded_runs import Events
 from tests.helpers.sidecar import configured
 
@@ -119,7 +120,7 @@ def test_what_was_learnt_is_saved_when_learning_cannot_go_on() -> None:
 def test_nobody_begins_over_what_was_learnt_before(tmp_path: Path) -> None:
     """The states of an earlier start went, one by one, without a word."""
     config = configured(tmp_path)
-    (folder_of(config) / "00000001").mkdir(parents=True)
+    (trainer_folder(config.run_folder) / "00000001").mkdir(parents=True)
     with pytest.raises(RunFolderError, match=r"--resume, or take another run\.name"):
         build_sidecar(config, "adapted", resume=False, sink=Events())
 

@@ -29,7 +29,7 @@ from cosched.sidecar.sockets import listening
 from cosched.sidecar.versions import Lineage, Versions
 from cosched.sidecar.weights import bytes_of
 from cosched.sidecar.wire import Codec
-from cosched.telemetry.run_folder import RunFolder
+from cosched.telemetry.run_folder import RunFolder, trainer_folder
 from cosched.telemetry.saved_states import SavedStates
 from cosched.training.background import BackgroundScorer, BackgroundTrainer
 from cosched.training.ranks import Ranks
@@ -63,11 +63,6 @@ STATUS = "status.json"
 MOST_SLOTS = 4096  # of a server, as adapt.sidecar.queue_rounds
 
 
-def folder_of(config: Config) -> Path:
-    """Beside the run folder, which is a server's or an experiment's: what the trainer saves and shows."""
-    return config.run_folder.with_name(f"{config.run.name}-trainer")
-
-
 def build_sidecar(
     config: Config, arm: str, resume: bool, sink: Sink, on_round: OnRound | None = None
 ) -> Service:
@@ -92,7 +87,7 @@ def build_sidecar(
             f"for the servers too"
         )
     check_there(settings.device, f"{where}.sidecar.device")
-    folder, states = RunFolder(folder_of(config)), _held(config)
+    folder, states = RunFolder(trainer_folder(config.run_folder)), _held(config)
     if not resume:
         _check_none_saved(states)
     target = read_tables(config, device_of(settings.device))
@@ -158,7 +153,7 @@ def build_sidecar(
 
 
 def _held(config: Config) -> SavedStates:
-    states = SavedStates(folder_of(config), config.adapt.checkpoint.keep)
+    states = SavedStates(trainer_folder(config.run_folder), config.adapt.checkpoint.keep)
     states.hold()
     return states
 

@@ -196,8 +196,3 @@ def _events(path: Path) -> Iterator[_Event]:
                 yield decoder.decode(line)
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 continue
-
-
-def trainer_folder(run_folder: Path) -> Path:
-    """Where the trainer of that run writes, if it had one of its own."""
-    return run_folder.with_name(f"{run_folder.name}-trainer")

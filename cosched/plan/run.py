@@ -9,10 +9,11 @@ import numpy as np
 
 from cosched.errors import ConfigError
 from cosched.plan.behaviour import Observed
-from cosched.plan.recorded import read_arms, trainer_folder
+from cosched.plan.recorded import read_arms
 from cosched.report.table import load_summary
 from cosched.settings.arms import PLAIN, adapts, control_of
 from cosched.settings.load import load_config
+from cosched.telemetry.run_folder import trainer_folder
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cosched.build.curves import build_curves
-from cosched.build.sidecar import build_sidecar, folder_of
+from cosched.build.sidecar import build_sidecar
 from cosched.loop.tee import Tee
 from cosched.settings.load import check_paths
 from cosched.telemetry.history import History
-from cosched.telemetry.run_folder import explained
+from cosched.telemetry.run_folder import explained, trainer_folder
 from cosched.telemetry.spans import Spans, tracer_there
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def train(config: Config, arm: str, resume: bool) -> None:
     check_paths(config)
     if config.engine.num_threads is not None:
         torch.set_num_threads(config.engine.num_threads)
-    folder = folder_of(config)
+    folder = trainer_folder(config.run_folder)
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     history = History(folder / "events.jsonl", time.time)

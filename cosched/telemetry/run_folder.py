@@ -178,6 +178,11 @@ def explained(path: Path, done: Literal["written", "read"] = "written") -> Gener
         raise RunFolderError(f"{path} cannot be {done}: {said}") from error
 
 
+def trainer_folder(run_folder: Path) -> Path:
+    """Beside the run folder, which is a server's or an experiment's: what its trainer saves and shows."""
+    return run_folder.with_name(f"{run_folder.name}-trainer")
+
+
 def read_json(path: Path, of: type[Record], why: str = "is damaged") -> Record:
     """A record that was written as JSON.
 
