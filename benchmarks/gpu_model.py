@@ -11,23 +11,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cosched.plan import roofline
+from cosched.plan.roofline import LAYER, PUBLISH_BYTES, SCHEDULING, SCORE_BYTES, STEP_BYTES, WAIT
+
 Precision = Literal["float32", "bfloat16"]
 Mode = Literal["eager", "graph"]
 
 # An H200, as far as products and copies get of what is printed on it (67 and 989 TFLOP/s, 4.8 TB/s).
 FLOPS: dict[Precision, float] = {"float32": 50e12, "bfloat16": 500e12}
 BYTES = 4.0e12  # a second
-LAUNCH: dict[Mode, float] = {"eager": 6e-6, "graph": 2e-6}  # seconds for an operation
-WAIT = 20e-6  # seconds until a host that waited for the device has given it work again
+LAUNCH: dict[Mode, float] = {"eager": roofline.LAUNCH, "graph": roofline.GRAPHED}
 
 ANCHORS = 64  # of a micro-step, shared by its requests
 ROUNDS = 32  # from one update to the next
-STEP_BYTES = 54  # of a trained parameter: casts 6, gradients 16, AdamW 28, zeros 4
-PUBLISH_BYTES = 14  # candidate 4, serving copy 2, kept copy 4, checksums 4
-SCORE_BYTES = 12  # of a set of weights: as it would serve, and in float32 again
 COLLECTING = 12  # operations of a round's tap and collection, whatever the batch
-LAYER = 12  # operations of a decoder layer that serves
-SCHEDULING = 3e-4  # seconds of a round outside of all graphs
 
 
 @dataclass(frozen=True)

@@ -112,11 +112,6 @@ class Observed:
             np.repeat(self._lengths, times),
         )
 
-    @property
-    def learns(self) -> bool:
-        """Whether anything that was learnt ever served."""
-        return bool((self._learnt > 0).any())
-
 
 def given(
     frozen_tau: float, learnt_tau: float, updates: float, most_tokens: int, lengths: Ints

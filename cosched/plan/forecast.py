@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from cosched.plan.behaviour import Behaviour
+    from cosched.plan.behaviour import Behaviour, Observed
     from cosched.plan.costs import Costs
     from cosched.plan.run import Run
     from cosched.plan.settings import PlanSettings
@@ -115,7 +115,7 @@ def forecast(
     subject = subject_of(config, asked, recorded)
     if run is not None:
         _check_same_draft(subject, run)
-    behaviours = list(_behaviours(subject, run, curve))
+    behaviours = list(_behaviours(subject, observed, curve))
     usual = float(behaviours[0].tau_at.mean())
     costs = costs_of(subject, run, usual)
     scene = _scene(subject, costs)
@@ -159,17 +159,16 @@ def _check_same_draft(subject: Subject, run: Run) -> None:
 
 
 def _behaviours(
-    subject: Subject, run: Run | None, curve: tuple[float, float, float] | None
+    subject: Subject, observed: Observed | None, curve: tuple[float, float, float] | None
 ) -> Iterator[Behaviour]:
     """As observed, or given; each but the first on requests drawn anew."""
     asked, most = subject.asked, subject.drafter.num_draft_tokens + 1
     random = np.random.default_rng(asked.seed)
-    observed = None if run is None or curve is not None else run.observed()
     for number in range(asked.repeats):
-        if observed is None:
-            assert curve is not None, "one of the two is there, or it was refused"
+        if curve is not None:
             yield given(*curve, most, subject.lengths)
             continue
+        assert observed is not None, "one of the two is there, or it was refused"
         size = observed.num_requests
         chosen = None if number == 0 else random.integers(size, size=size)
         found = observed.fit(chosen)

@@ -6,7 +6,7 @@ a micro-step are counted, on the meta device, for whatever drafter the file has.
 
 Figures of products are from NVIDIA's data sheets (A100 80GB SXM 2021, H100 SXM 2022, H200 2023, HGX B200
 2024, a GPU of it), dense, without sparsity: bytes a second, operations a second in bfloat16
-and in float32, bytes of memory.
+and in float32.
 """
 
 from __future__ import annotations
@@ -40,20 +40,22 @@ class Device:
     bytes_per_s: float
     bfloat16: float
     float32: float
-    memory: float
 
 
 DEVICES = {
-    "a100": Device(2.039e12, 312e12, 19.5e12, 80e9),
-    "h100": Device(3.35e12, 989e12, 67e12, 80e9),
-    "h200": Device(4.8e12, 989e12, 67e12, 141e9),
-    "b200": Device(8.0e12, 2250e12, 80e12, 180e9),
+    "a100": Device(2.039e12, 312e12, 19.5e12),
+    "h100": Device(3.35e12, 989e12, 67e12),
+    "h200": Device(4.8e12, 989e12, 67e12),
+    "b200": Device(8.0e12, 2250e12, 80e12),
 }
 OF_MEMORY, OF_BFLOAT16, OF_FLOAT32 = 0.83, 0.5, 0.75  # got of what is printed
 LAUNCH, GRAPHED, WAIT = 6e-6, 2e-6, 20e-6  # seconds: of an operation, inside a graph, for the host
 LAYER = 12  # operations of a decoder layer that serves
 SCHEDULING = 3e-4  # seconds of a round outside of all graphs
-STEP_BYTES, PUBLISH_BYTES, SCORE_BYTES = 54, 14, 24  # of a trained parameter
+# Of a trained parameter.
+STEP_BYTES = 54  # casts 6, gradients 16, AdamW 28, zeros 4
+PUBLISH_BYTES = 14  # candidate 4, serving copy 2, kept copy 4, checksums 4
+SCORE_BYTES = 12  # of a set of weights: as it would serve, and in float32 again
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +66,16 @@ class Step:
     launches: int
 
 
-def count_step(config: Config, target: TargetSketch, drafter: Drafter, requests: int) -> Step:
-    """Operations of a micro-step on rows of so many requests, each with a context of its own."""
-    own = msgspec.structs.replace(
+def for_requests(config: Config, requests: int) -> Config:
+    """The same for so many requests at once."""
+    return msgspec.structs.replace(
         config, engine=msgspec.structs.replace(config.engine, max_batch=requests)
     )
+
+
+def count_step(config: Config, target: TargetSketch, drafter: Drafter, requests: int) -> Step:
+    """Operations of a micro-step on rows of so many requests, each with a context of its own."""
+    own = for_requests(config, requests)
     batch = batch_of_update(own, target, drafter)
     with FlopCounterMode(display=False) as operations, Counting() as launches:
         step_peak(
@@ -124,7 +131,7 @@ class Roofline:
         seconds = num_steps * one + WAIT
         if isinstance(self.config.adapt.guard, ShadowSettings):
             # Two passes forwards, each a third of a step, and two sets of weights put in.
-            passes = 2 / 3 * step.flops / speed + SCORE_BYTES * trained / self._bytes
+            passes = 2 / 3 * step.flops / speed + 2 * SCORE_BYTES * trained / self._bytes
             seconds += max(passes, 2 / 3 * LAUNCH * step.launches) + WAIT
         return seconds
 

@@ -82,7 +82,6 @@ class Outcome:
     updates: int = 0
     versions: int = 0
     busy: float = 0.0
-    lag: float = 0.0
 
     @property
     def tau(self) -> float:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
 from cosched.build.follower import row_form, slot_bytes_of
@@ -14,7 +13,7 @@ from cosched.errors import ConfigError
 from cosched.memory.footprint import footprint
 from cosched.memory.full_size import replay_limits
 from cosched.memory.sketch import sketch
-from cosched.plan.roofline import DEVICES, Roofline
+from cosched.plan.roofline import DEVICES, Roofline, for_requests
 from cosched.settings.arms import adapts
 from cosched.sidecar.rows import TYPES
 
@@ -102,7 +101,7 @@ class Subject:
         if not self.elsewhere:
             return None
         running = min(4096, servers * self.requests, self.room)
-        sizes = footprint(_of_batch(self.config, running), self.target, self.drafter)
+        sizes = footprint(for_requests(self.config, running), self.target, self.drafter)
         table = self.target.vocab_size * self.target.hidden_size
         tables = (
             (1 if self.target.tied else 2) * table * self.target.embedding.weight.dtype.itemsize
@@ -120,7 +119,7 @@ def subject_of(config: Config, asked: PlanSettings, recorded: NDArray[np.int64] 
     base = asked.arm
     if not adapts(base):
         raise ConfigError(f"plan.arm: {base!r} does not learn; name an arm that does, as adapted")
-    config = _of_batch(config.for_arm(base), asked.requests or config.engine.max_batch)
+    config = for_requests(config.for_arm(base), asked.requests or config.engine.max_batch)
     where = config.adapt_key
     if config.num_adapters is not None:
         raise ConfigError(
@@ -156,12 +155,6 @@ def subject_of(config: Config, asked: PlanSettings, recorded: NDArray[np.int64] 
         round_bytes=HEAD_BYTES + requests * (HEAD_OF_REQUEST_BYTES + TOKEN_BYTES + drafted),
         slot_bytes=slot_bytes_of(config, drafter, form),
         version_bytes=_published(sizes) * target.embedding.weight.dtype.itemsize,
-    )
-
-
-def _of_batch(config: Config, requests: int) -> Config:
-    return msgspec.structs.replace(
-        config, engine=msgspec.structs.replace(config.engine, max_batch=requests)
     )
 
 

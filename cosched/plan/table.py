@@ -9,14 +9,13 @@ from rich import box
 from rich.table import Table
 
 from cosched.report.memory import in_units
+from cosched.report.table import DASH, TIMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cosched.plan.forecast import Band, Forecast, Line
 
-DASH = "\u2013"
-TIMES = "\u00d7"
 OF_A_TRAINER = {"trainer busy", "rows dropped", "to the trainer, B/s", "to the servers, B/s", "trainer memory",
                 "rounds that wait"}  # fmt: skip
 
