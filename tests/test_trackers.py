@@ -24,6 +24,7 @@ from cosched.telemetry.trackers.writing import MOST_WAITING, Trackers
 from tests.helpers.cli import run_cli
 from tests.helpers.experiments import events_of, new_folder, write
 from tests.helpers.sidecar import configured, serve_until, servers, trainer
+from tests.helpers.wandb_files import offline_runs
 
 Points = dict[str, list[tuple[int, float]]]
 ROW = RoundRow("r", 0, 3, num_drafted=3, num_accepted=1, num_committed=2)
@@ -54,10 +55,11 @@ def read_back(folder: Path) -> Points:
     }
 
 
-def run_tracked(tmp_path: Path, settings: dict, tracker: str) -> tuple[Path, Any]:
-    """A run of three arms on 96 tokens of two prompts; its folder and its summary."""
-    pytest.importorskip(tracker)
-    settings["run"]["trackers"] = [tracker]
+def run_tracked(tmp_path: Path, settings: dict) -> tuple[Path, Any]:
+    """A run of three arms on 96 tokens of two prompts, with every tracker; its folder and its summary."""
+    for tracker in (trackers := ["tensorboard", "wandb"]):
+        pytest.importorskip(tracker)
+    settings["run"]["trackers"] = trackers
     settings["arms"] = ["plain", "frozen", "adapted"]
     settings["workload"]["max_new_tokens"] = 96
     config = load_config(write(tmp_path, settings))
@@ -100,13 +102,19 @@ def check_curves(points: Points, arm: str, folder: Path, summary: Any) -> None:
 
 
 @pytest.mark.slow
-def test_tensorboard_has_a_run_for_each_arm(tmp_path: Path, settings: dict) -> None:
-    """What its own reader finds is what the summary and the events say."""
-    folder, summary = run_tracked(tmp_path, settings, "tensorboard")
+def test_trackers_have_a_run_for_each_arm(
+    tmp_path: Path, settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies there is what the summary and the events say: as TensorBoard's own reader finds it, and in
+    the files of Weights & Biases where it is offline."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder, summary = run_tracked(tmp_path, settings)
     arms = {path.name for path in (folder / "tensorboard").iterdir()}
-    assert arms == {"plain", "frozen", "adapted"}
+    runs = offline_runs(folder)
+    assert arms == runs.keys() == {"plain", "frozen", "adapted"}
     for arm in arms:
         check_curves(read_back(folder / "tensorboard" / arm), arm, folder, summary)
+        check_curves(runs[arm], arm, folder, summary)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from cosched.settings.hub import model_folder
 Positive = Annotated[int, Meta(ge=1)]
 Name = Annotated[str, Meta(pattern=r"^\w[\w.@-]*$")]  # what may be a folder's name
 NotNegative = Annotated[float, Meta(ge=0)]
-TrackerName = Literal["tensorboard"]
+TrackerName = Literal["tensorboard", "wandb"]
 Files = str | Annotated[tuple[str, ...], Meta(min_length=1)] | None  # one, or several
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cosched.errors import ConfigError
 from cosched.telemetry.trackers.tensorboard import TensorBoard
+from cosched.telemetry.trackers.wandb import WeightsAndBiases
 from cosched.telemetry.trackers.writing import Trackers
 
 if TYPE_CHECKING:
@@ -32,5 +33,6 @@ def open_trackers(names: Iterable[str], folder: Path, arm: str, done: int = 0) -
     """Trackers of one arm of a run, which has had ``done`` steps already."""
     openers = {
         "tensorboard": lambda: TensorBoard(folder, arm, done),
+        "wandb": lambda: WeightsAndBiases(folder, arm),
     }
     return Trackers({name: openers[name] for name in names})
