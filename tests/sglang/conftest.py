@@ -46,6 +46,7 @@ def server_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     lines = ["[sglang.srt.plugins]"]
     for name, target in project["entry-points"]["sglang.srt.plugins"].items():
         lines.append(f"{name} = {target}")
+    lines.append("forked = tests.sglang.forked:install")
     (metadata / "entry_points.txt").write_text("\n".join(lines))
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: cosched\nVersion: 0\n")
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -50,6 +50,16 @@ class Server:
         except ValueError:
             return code, raw.decode()
 
+    def settled(self) -> Any:
+        """The status once it shows no new rounds, of a server that is asked nothing: an idle tick shows
+        the last ones."""
+        rounds, status = -1, self.get("/cosched/status")
+        while status["rounds"] > rounds:
+            rounds = status["rounds"]
+            time.sleep(1.5)
+            status = self.get("/cosched/status")
+        return status
+
     def command(self, *words: str) -> subprocess.CompletedProcess[str]:
         """What a user types while the server runs."""
         return subprocess.run(

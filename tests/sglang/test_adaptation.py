@@ -161,7 +161,9 @@ def test_a_guard_judges_what_would_serve(
     verdicts = [event["verdict"] for event in served.of("verdict")]
     scored = [verdict for verdict in verdicts if verdict["candidate_score"]]
     assert len(scored) > 10
-    assert all(1 < verdict["serving_score"] < K + 1 for verdict in scored)
+    scores = [verdict["serving_score"] for verdict in scored]
+    assert all(1 <= score <= K + 1 for score in scores)  # the bounds where all rows are alike
+    assert len(set(scores)) > 5
     published = [verdict["action"] for verdict in verdicts].count("publish")
     assert len(served.of("publication")) == published + len(served.of("rollback"))
     first = [verdict["action"] for verdict in scored[:7]]

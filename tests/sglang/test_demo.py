@@ -30,7 +30,8 @@ def demo(environment: dict[str, str], *words: str) -> subprocess.CompletedProces
 def environment(bare_environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    return {**bare_environment, **mark(str(tmp_path)), "TMPDIR": str(temporary)}
+    ours = {"TMPDIR": str(temporary), "COSCHED_TEST_SPAWN": "1"}
+    return {**bare_environment, **mark(str(tmp_path)), **ours}
 
 
 def test_it_answers_says_how_it_stands_and_is_gone(

@@ -56,6 +56,7 @@ def test_a_chat_is_the_models_own_whatever_the_draft_has_learnt(
         "adapt.guard={kind: finite}",
         "adapt.trainer.lr=1.0e-3",
         config=CONFIG,
+        COSCHED_TEST_SPAWN="1",
     )
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600) as client:
 

@@ -224,8 +224,7 @@ def test_metrics_and_server_info_carry_the_same_figures(
 ) -> None:
     """Counters and gauges are on SGLang's page, once: rank 0 alone shows them."""
     complete(client, 1)
-    time.sleep(1.5)  # two idle ticks that may show the last status
-    status = server.get("/cosched/status")
+    status = server.settled()
     metrics = server.get("/metrics")
     shown = dict(re.findall(r"^cosched_(\w+)\{[^}]*\} (\S+)$", metrics, re.MULTILINE))
     assert float(shown["draft_version"]) == status["draft_version"] > 0

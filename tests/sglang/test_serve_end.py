@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import openai
@@ -61,8 +60,7 @@ def test_what_was_learnt_outlives_the_server(server: Server) -> None:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client:
         for number in range(4):
             complete(client, number, 160)
-    time.sleep(1)
-    status = server.get("/cosched/status")
+    status = server.settled()
     assert status["failure"] is None
     assert status["draft_version"] >= 24
     kept = versions(folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import stat
-import time
 from typing import Any
 
 import openai
@@ -43,11 +42,10 @@ def asked(server: Server) -> dict[str, Any]:
             model="tiny", prompt=prompt(4), max_tokens=NUM_TOKENS, temperature=0,
             extra_body={"custom_params": {"cosched_record": False}, "ignore_eos": True},
         )  # fmt: skip
-    time.sleep(1.5)  # two idle ticks that may show the last status
     return {
         "answers": answers,
         "secret": secret.choices[0].text,
-        "status": server.get("/cosched/status"),
+        "status": server.settled(),
         "page": server.get("/metrics"),
     }
 
