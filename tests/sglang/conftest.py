@@ -63,11 +63,12 @@ def bare_environment(server_environment: dict[str, str]) -> dict[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join(paths[:2]), "PYTHONUNBUFFERED": "1"}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def start(
     bare_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Start]:
-    """Starts servers; what a test leaves running is stopped at the end."""
+    """Starts servers; what tests leave running is stopped at the end of their file. An idle one takes half
+    a core."""
     from tests.sglang.server import CONFIG, Server, launch  # after the environment above is set
 
     servers: list[Server] = []
