@@ -2,7 +2,7 @@
 
 SGLang spawns its scheduler and its detokenizer, and each imports all of SGLang again, which takes more
 of a short test's time than what it tests. ``COSCHED_TEST_SPAWN=1`` leaves that as users have it, which
-the demo and the real model do. Never installed with cosched.
+test_serve.py, the demo and the real model do. Never installed with cosched.
 """
 
 from __future__ import annotations

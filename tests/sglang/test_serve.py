@@ -25,8 +25,9 @@ pytestmark = pytest.mark.sglang
 
 @pytest.fixture(scope="module")
 def server(start: Start) -> Server:
-    """One for all tests that only ask; it learns often."""
-    return start("adapt.policy.rounds=8", "adapt.publish.keep=2", "--enable-metrics")
+    """One for all tests that only ask; it learns often. Its processes are started as a user's are."""
+    settings = ("adapt.policy.rounds=8", "adapt.publish.keep=2", "--enable-metrics")
+    return start(*settings, COSCHED_TEST_SPAWN="1")
 
 
 @pytest.fixture(scope="module")
