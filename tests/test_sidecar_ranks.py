@@ -1,18 +1,22 @@
-"""Ranks of one server that hear of versions at different times: all publish the same in the same round."""
+"""Several ranks: of a server, which hear of versions at different times, and of a trainer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
+from cosched.build.embedded import build_world
+from cosched.loop.checksum import checksum
 from cosched.sidecar.messages import Version
 from cosched.sidecar.together import Together
 from cosched.sidecar.versions import Arrival
 from cosched.training.ranks import PartedError, Ranks
+from tests.helpers.sidecar import configured, plain_texts, serve_until, servers, trainer
 
 COMES = ([3, None, 4, None, None], [None, 3, None, 4, None])  # by rank, round by round
 WANTED = [True, True, True, False, True]  # by the first
@@ -55,3 +59,41 @@ def test_a_version_serves_in_the_round_in_which_all_ranks_have_it(tmp_path: Path
     processes.start_processes(rank, (str(tmp_path),), nprocs=2, start_method="forkserver")
     assert torch.load(tmp_path / "0") == (TAKEN, "is told")
     assert torch.load(tmp_path / "1") == (TAKEN, "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [0, 2])
+def test_ranks_of_a_trainer_train_one_draft(tmp_path: Path, stage: int) -> None:
+    """Two that torch's launcher starts, with ZeRO or without: what they publish is proven alike on both, and
+    served; told to end, they save it, and go on from it."""
+    config = configured(tmp_path)
+    expected = plain_texts(build_world(config))
+    words = (f"adapt.trainer.zero_stage={stage}",)
+    with servers(configured(tmp_path, *words), 1) as (server,):
+        with trainer(tmp_path, *words, ranks=2) as first:
+            texts = serve_until([server], lambda: server.follower.version >= 3, 180.0)
+            assert all(text == expected for text in texts)
+            assert first.status["checksum"] == checksum(server.follower.publisher.served)
+            pids = [child.pid for child in psutil.Process(first.process.pid).children()]
+            assert len(pids) == 2
+            first.end()
+            assert not any(map(psutil.pid_exists, pids))
+            saved = first.status["version"]
+        with trainer(tmp_path, "--resume", *words, ranks=2) as second:
+            serve_until([server], lambda: server.follower.version >= saved + 2, 180.0)
+            assert "cosched goes on from" in second.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_trainer_ends_where_one_of_its_ranks_does(tmp_path: Path) -> None:
+    """Killed: the launcher ends all, and the server goes on with the last good draft."""
+    config = configured(tmp_path)
+    with servers(config, 1) as (server,), trainer(tmp_path, ranks=2) as process:
+        serve_until([server], lambda: server.follower.version >= 1, 180.0)
+        *_, last = psutil.Process(process.process.pid).children()
+        last.kill()
+        assert process.process.wait(90) != 0
+        serve_until([server], lambda: bool(server.follower.trouble))
+        assert server.answer() == plain_texts(build_world(config))

@@ -92,10 +92,11 @@ class InPlacePublisher:
         target_check_every: int = 1,
         keep: int = 1,
         as_loaded: Callable[[], None] = lambda: None,
+        agree: Callable[[str], bool] | None = None,
     ) -> InPlacePublisher:
         """For a draft and a target that are modules of this process, under their own names."""
-        unchanging = dict(target.state_dict())
-        serving = Serving(dict(draft.named_parameters()), unchanging, as_loaded=as_loaded)
+        unchanging, own = dict(target.state_dict()), dict(draft.named_parameters())
+        serving = Serving(own, unchanging, agree=agree, as_loaded=as_loaded)
         first = {name: p.detach().clone() for name, p in serving.draft.items()}
         return cls(serving, first, target_check_every, keep)
 
