@@ -158,9 +158,7 @@ def _of_arm(config: Config, arm: str) -> tuple[Config, int | None]:
     return config, config.drafter_settings.window if windowed else None
 
 
-def _publisher(
-    config: Config, target: Tables, drafter: Drafter, ranks: Ranks
-) -> InPlacePublisher:
+def _publisher(config: Config, target: Tables, drafter: Drafter, ranks: Ranks) -> InPlacePublisher:
     """Into the trainer's own draft, which stands for that of all servers."""
     network, settings = drafter.network(), config.adapt.publish
     assert network is not None
@@ -181,7 +179,7 @@ def _device(name: str, key: str) -> torch.device:
     """
     device = device_of(name)
     if device.type == "cuda" and rank_and_size()[1] > 1:
-        if device.index is not None:
+        if ":" in name:
             raise ConfigError(f"{key}: each rank takes a GPU of its own, got {name!r}; use cuda")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     check_there(str(device), key)
@@ -201,9 +199,7 @@ def _check_none_saved(states: SavedStates) -> None:
         )
 
 
-def _go_on(
-    coscheduler: Coscheduler, states: SavedStates, origin: Origin, ranks: Ranks
-) -> None:
+def _go_on(coscheduler: Coscheduler, states: SavedStates, origin: Origin, ranks: Ranks) -> None:
     newest = ranks.from_first(states.newest() if ranks.rank == 0 else None)
     if newest is None:
         logger.warning(

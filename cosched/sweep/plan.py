@@ -198,7 +198,10 @@ def _typed(merged: DictConfig, where: str) -> Config:
 
 
 def recordings_of(
-    record: RecordPlan, base: DictConfig, layers: set[int], read: Callable[[DictConfig, str], Config]
+    record: RecordPlan,
+    base: DictConfig,
+    layers: set[int],
+    read: Callable[[DictConfig, str], Config],
 ) -> dict[str, Job]:
     """A job for each text of ``record``, with the features of these layers; ``read`` makes its settings.
 

@@ -79,13 +79,13 @@ class Trainer:
 
 @contextmanager
 def trainer(folder: Path, *words: str, ranks: int = 1) -> Iterator[Trainer]:
-    """One that is killed in the end, if it is there yet."""
+    """One that is ended, if it is there yet: killed, unless ranks would outlive their launcher."""
     made = Trainer(folder, *words, ranks=ranks)
     try:
         yield made
     finally:
         if made.process.poll() is None:
-            made.end(signal.SIGKILL)
+            made.end(signal.SIGKILL if ranks == 1 else signal.SIGTERM)
 
 
 class Server:

@@ -73,7 +73,9 @@ def test_two_servers_serve_what_one_trainer_learns_and_go_on_without_it(
     until(lambda: status(asked)["draft_version"] == status(quiet)["draft_version"])
     shown = json.loads((tmp_path / "sidecar_tiny_cpu-trainer" / "status.json").read_text())
     assert len(shown["servers"]) == 3  # each rank is one
-    assert sum(one["rounds"] > 0 for one in shown["servers"].values()) == 1
+    assert [one["rounds"] for one in shown["servers"].values()].count(
+        0
+    ) == 1  # the second sends none
     process.kill()
     process.wait()
     until(lambda: all("no trainer" in str(status(one)["warning"]) for one in (asked, quiet)))
