@@ -31,7 +31,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     what drafting and verifying would have taken longer with the draft as loaded, by the guard's mean
     difference less its standard error, and where ``drafter.length`` chooses, also without a draft. The
     seconds ``…_here`` are of text like this alone (``Standing.level``): drafting and verifying, updates and
-    their judgement and publication, and what was earned; ``level`` is that level. ``expected_tokens_left`` is per running request.
+    their judgement and publication, and what was earned; ``level`` is that level, known by ``level_rows``. ``expected_tokens_left`` is per running request.
     ``tokens_since_loaded`` were committed since the draft was last as it was loaded. ``trials`` are the
     newest comparisons of objectives, the oldest first: what one update with each of them, from the same
     weights, would have brought over the serving draft, in tokens; ``num_trials`` counts all there were.
@@ -69,6 +69,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     seconds_learning_here: float = 0.0
     seconds_earned_here: float = 0.0
     level: int = 0
+    level_rows: int = 0
     num_finished: int = 0
     requests_since_update: int = 0
     tokens_since_loaded: int = 0
@@ -85,12 +86,14 @@ class Standing(msgspec.Struct, frozen=True):
 
     ``lead_tokens`` is by how much what was learnt is known to be better than the draft as loaded on text
     like this, in tokens a round: the mean difference less its standard error, and never less than 0.
-    ``level`` tells texts apart by how well the draft as loaded does on them, 0 the worst.
+    ``level`` tells texts apart by how well the draft as loaded does on them, 0 the worst; ``level_rows`` is of how
+    many rows of this text that is known.
     ``resumes_at`` is the round until which the guard would have nothing trained.
     """
 
     lead_tokens: float = 0.0
     level: int = 0
+    level_rows: int = 0
     resumes_at: int = 0
 
 

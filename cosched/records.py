@@ -361,7 +361,7 @@ class GuardFigures(msgspec.Struct, frozen=True, kw_only=True):
 class WeightVersion(msgspec.Struct, frozen=True):
     """The serving draft after a publication: its number and checksums in hexadecimal.
 
-    That of the target is of the slice which was looked at; None where none was.
+    That of the draft is of all of it, also where ranks serve parts. That of the target is of the slice which was looked at; None where none was.
     """
 
     version: int

@@ -14,7 +14,8 @@ from schedulers.idle import when_idle
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 LEAST_SECONDS = 1e-6  # of an update
-HARD = 1  # level: below half a token a round (``cosched.guard.statistics.LEVELS``)
+HARD = 0  # level: below a quarter of a token a round (``cosched.guard.statistics.LEVELS``)
+KNOWN_ROWS = 32  # of a text, by which its level is known
 
 
 class EarnedSettings(CostAwareSettings, frozen=True, kw_only=True):
@@ -58,7 +59,7 @@ class Earned(Policy):
     U, V and E are of text like this, told apart by how well the draft as loaded does on it
     (``Standing.level``): what one kind of text has earned is not spent on another, and what one that
     has nothing to teach has cost leaves the next its own trial. c is 1 where the draft as loaded
-    guesses less than half a token a round, for there is most to learn and least to lose, and 0 elsewhere: a
+    is known to guess less than a quarter of a token a round, for there is most to learn and least to lose, and 0 elsewhere: a
     draft that is at home may wait for its trial.
     """
 
@@ -78,7 +79,7 @@ class Earned(Policy):
         learning, earned = snapshot.seconds_learning_here, snapshot.seconds_earned_here
         trial = settings.trial_updates * (update := self._update_seconds(snapshot))
         trials = settings.explore_share * snapshot.seconds_serving_here // trial
-        trials += snapshot.level <= HARD
+        trials += snapshot.level <= HARD and snapshot.level_rows >= KNOWN_ROWS
         paid = trials * trial + settings.reinvested_share * earned
         # Half of an update more may go: seconds add up to a trial but for their last digits.
         if learning + update / 2 > paid:

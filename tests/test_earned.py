@@ -15,6 +15,7 @@ from cosched.guard.settings import ShadowSettings
 from cosched.guard.statistics import BLOCK, Lead
 from cosched.loop.counters import Counters, Ledger
 from cosched.records import Standing, Verdict
+from schedulers.earned import KNOWN_ROWS
 from tests.helpers.policies import policy
 from tests.helpers.rounds import round_of
 
@@ -27,9 +28,9 @@ def served(
     """Serve one request for so long; updates and rounds. Each update is scored, with noise."""
     updates, rounds, noise, lead = 0, 0, random.Random(0), Lead()
     while seconds > 0:
-        counters.observe(round_of([2], seconds=0.02), Standing(lead.proven))
+        known = Standing(lead.proven, level_rows=KNOWN_ROWS)
+        counters.observe(round_of([2], seconds=0.02), known)
         seconds, rounds = seconds - 0.02, rounds + 1
-        known = Standing(lead.proven)
         steps = every.decide(counters.snapshot(1, 0, 0, known)).num_steps
         if steps:
             counters.begin_update(steps)
@@ -75,7 +76,7 @@ def test_each_kind_of_text_has_a_trial_and_earnings_of_its_own() -> None:
     counters = Counters(ledgers=[Ledger(), Ledger(), Ledger(), Ledger(earned=1000.0)])
     updates = {0: 0, 1: 0, 2: 0, 3: 0}
     for level in updates:
-        known = Standing(level=level)
+        known = Standing(level=level, level_rows=KNOWN_ROWS)
         for _ in range(2000):
             counters.observe(round_of([2], seconds=0.02), known)
             if every.decide(counters.snapshot(1, 0, 0, known)).num_steps:
@@ -83,20 +84,36 @@ def test_each_kind_of_text_has_a_trial_and_earnings_of_its_own() -> None:
                 counters.updates += 1
                 updates[level] += 1
                 counters.update_seconds_total += 0.04
-    assert updates[0] == updates[1] == 6 + 6  # a hundredth of 40 seconds is one more trial of 0.24
-    assert updates[2] == 6  # no trial in advance where there is less to gain
+    assert updates[0] == 6 + 6  # a hundredth of 40 seconds is one more trial of 0.24
+    assert updates[1] == updates[2] == 6  # no trial in advance where there is less to gain
     assert updates[3] == 2000 // 8
+
+
+@pytest.mark.parametrize(("level", "rows", "updates"), [(0, 32, 6), (0, 31, 0), (1, 32, 0)])
+def test_a_trial_in_advance_is_for_text_that_is_known_to_be_hard(
+    level: int, rows: int, updates: int
+) -> None:
+    """By a few rows a draft that is at home looks lost now and then: it paid for a trial there."""
+    every, counters = policy("earned", rounds=8), Counters()
+    known = Standing(level=level, level_rows=rows)
+    for _ in range(80):
+        counters.observe(round_of([1], seconds=0.02), known)
+        if every.decide(counters.snapshot(1, 0, 0, known)).num_steps:
+            counters.begin_update(1)
+            counters.updates += 1
+            counters.update_seconds_total += 0.04
+    assert counters.updates == updates
 
 
 def test_a_trial_is_made_at_once() -> None:
     """Where a request's learning ends with it, updates come together, in a few requests, and not one in each."""
     every, counters = policy("earned", rounds=8, explore_share=0.05), Counters()
-    by_request = []
+    known, by_request = Standing(level_rows=KNOWN_ROWS), []
     for _ in range(60):
         before = counters.updates
         for _ in range(100):
-            counters.observe(round_of([2], seconds=0.02))
-            if every.decide(counters.snapshot(1, 0, 0)).num_steps:
+            counters.observe(round_of([2], seconds=0.02), known)
+            if every.decide(counters.snapshot(1, 0, 0, known)).num_steps:
                 counters.begin_update(1)
                 counters.updates += 1
                 counters.update_seconds_total += 0.1

@@ -50,7 +50,6 @@ def test_where_others_can_speak_a_key_is_required(tmp_path: Path, address: str) 
         (["adapt.sidecar.queue_rounds=1"], r"adapt\.sidecar\.queue_rounds"),
         (["adapt.placement=elsewhere"], r"adapt\.placement"),
         (["adapt.scope.state=per_request"], r"adapt\.scope\.state"),
-        (["engine.arguments={tp_size: 2}"], r"engine\.arguments\.tp_size"),
         (
             ["arms=[plain, adapted, adapted+window]", "drafter.window=32"],
             r"arms: adapted, adapted\+window",

@@ -13,6 +13,7 @@ import torch
 from cosched.build.sidecar import _Agreement, build_sidecar
 from cosched.errors import RunFolderError, TrainingError
 from cosched.runs import train as command
+from cosched.sidecar.learning import Learning
 from cosched.sidecar.messages import FromServer, Hello, RowForm, Version
 from cosched.sidecar.servers import Server
 from cosched.sidecar.service import Limits, Service
@@ -85,11 +86,9 @@ def a_service(on_round: Any = None) -> tuple[Service, Socket, Saving]:
     service = Service(
         cast("Any", socket),
         Codec(None, FromServer),
-        cast("Any", coscheduler),
-        cast("Any", versions),
+        Learning(cast("Any", coscheduler), cast("Any", versions), saving),
         lambda _hello: None,
         Limits(1 << 20, 15.0, 100, torch.device("cpu")),
-        saving,
         clock=lambda: 100.0,
     )
     return service, socket, saving

@@ -14,10 +14,9 @@ import msgspec
 
 from cosched.errors import ConfigError
 from cosched.memory.sketch import sketch
-from cosched.settings.arms import PLAIN
 from cosched.settings.load import check_paths, typed
 from cosched.settings.merge import from_keys, from_words, merge, read_yaml
-from cosched.sweep.plan import Job, named_job, values_of, without_learning
+from cosched.sweep.plan import Job, named_job, recordings_of, values_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from cosched.bench.suite import RunsSuite
     from cosched.settings.schema import Config
-    from cosched.sweep.file import Changes, RecordPlan
+    from cosched.sweep.file import Changes
 
 WORK = Path("runs/bench")
 
@@ -68,7 +67,10 @@ def plan_suite(
         (labels, merge(_changed(base, {**suite.set, **changes}, labels), words, "override"))
         for labels, changes in points
     ]
-    recordings = {} if suite.record is None else _recordings(suite.record, base, changed)
+    recordings: dict[str, Job] = {}
+    if suite.record is not None:
+        layers = {layer for _, merged in changed for layer in _layers(merged)}
+        recordings = recordings_of(suite.record, base, layers, typed)
     runs = [
         run
         for (labels, one), seed in itertools.product(changed, suite.seeds)
@@ -130,29 +132,6 @@ def _rotated(config: Config, seed: int) -> Config:
     first = seed % len(texts)
     workload = msgspec.structs.replace(config.workload, documents=(*texts[first:], *texts[:first]))
     return msgspec.structs.replace(config, workload=workload)
-
-
-def _recordings(
-    record: RecordPlan, base: DictConfig, points: Sequence[tuple[dict[str, str], DictConfig]]
-) -> dict[str, Job]:
-    """A job for each text, with the features that any of the drafts needs."""
-    layers = {layer for _, merged in points for layer in _layers(merged)}
-    jobs: dict[str, Job] = {}
-    for text, changes in record.texts.items():
-        where = f"record.texts.{text}"
-        merged = merge(base, from_keys(record.set, "record.set"), "record.set")
-        merged = merge(merged, from_keys(changes, where), where)
-        fixed = {
-            "engine.kind": "embedded",
-            "arms": [PLAIN],
-            "record.feature_layers": sorted(layers),
-        }
-        config = typed(merge(merged, from_keys(fixed, where), where), where)
-        check_paths(config)
-        said = b"".join(Path(path).read_bytes() for path in config.workload.files.values())
-        name = _as_name(text)
-        jobs[text] = named_job(name, Path(record.dir), without_learning(config), said, record=True)
-    return jobs
 
 
 def _layers(merged: DictConfig) -> set[int]:

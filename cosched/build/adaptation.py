@@ -137,15 +137,19 @@ def _learning(
         return build_coscheduler(
             config, parts.target, drafter, publisher, window, sink, ranks, acceptance
         )
-    if ranks.size > 1:
-        raise ConfigError(
-            f"adapt.placement: a sidecar trains for servers of one rank, and this has {ranks.size}; use "
-            f"colocated"
-        )
     from cosched.build.follower import build_follower  # with ZeroMQ, which nothing else needs
 
-    tells = False  # the worker warns of the follower's trouble with others
-    return build_follower(config, parts.target, drafter, publisher, window, sink, acceptance, tells)
+    return build_follower(
+        config,
+        parts.target,
+        drafter,
+        publisher,
+        window,
+        sink,
+        acceptance,
+        tells=False,  # the worker warns of the follower's trouble with others
+        ranks=ranks,
+    )
 
 
 def _lengths(config: Config, max_tokens: int) -> ServedLengths | None:

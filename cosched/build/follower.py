@@ -16,6 +16,7 @@ from cosched.sidecar.link import Link, Serving
 from cosched.sidecar.messages import Hello
 from cosched.sidecar.queue import RoundQueue
 from cosched.sidecar.rows import Packer, form_of, size_of
+from cosched.sidecar.together import Together
 from cosched.sidecar.wire import read_key
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from cosched.records import Acceptance
     from cosched.settings.schema import Config
     from cosched.sidecar.messages import RowForm
+    from cosched.training.ranks import Ranks
 
 
 def build_follower(
@@ -36,10 +38,11 @@ def build_follower(
     sink: Sink,
     acceptance: Acceptance,
     tells: bool = True,
+    ranks: Ranks | None = None,
 ) -> Follower:
     """What a server has in the place of a co-scheduler. It connects by and by, and waits for nothing.
 
-    ``tells``: that no trainer is there goes to the sink from here.
+    ``tells``: that no trainer is there goes to the sink from here. Of several ``ranks`` each has one.
 
     Raises:
         ConfigError: the draft has nothing that could be trained, or the key cannot be read.
@@ -60,17 +63,19 @@ def build_follower(
         checksum="",
         as_loaded=True,
     )
+    together = Together(ranks) if ranks is not None and ranks.size > 1 else None
+    num_slots = settings.queue_rounds if together is None or together.first else 1
     packer = Packer(form, config.adapt.replay.window, config.loss_settings.rows != "delayed")
     link = Link(
         settings.address or "",
         key_of(config),
         hello,
-        RoundQueue(packer, settings.queue_rounds, slot_bytes_of(config, drafter, form)),
-        publisher.served,
+        RoundQueue(packer, num_slots, slot_bytes_of(config, drafter, form)),
+        publisher.whole,
         Serving(0, "", as_loaded=True, weights=lambda: loaded),
         settings.limit_seconds,
     )
-    return Follower(link, publisher, sink, tells)
+    return Follower(link, publisher, sink, tells, together)
 
 
 def row_form(config: Config, target: TargetInfo, drafter: Drafter) -> RowForm:

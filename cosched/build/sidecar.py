@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from cosched.settings.arms import ADAPTED, split_arm
 from cosched.settings.device import check_there, device_of
 from cosched.settings.learning import differing
 from cosched.settings.serving import acceptance_of
+from cosched.sidecar.learning import Choir, Learning, Led
 from cosched.sidecar.messages import FromServer, Hello
 from cosched.sidecar.service import Limits, Service
 from cosched.sidecar.sockets import listening
@@ -32,7 +34,7 @@ from cosched.sidecar.wire import Codec
 from cosched.telemetry.run_folder import RunFolder, trainer_folder
 from cosched.telemetry.saved_states import SavedStates
 from cosched.training.background import BackgroundScorer, BackgroundTrainer
-from cosched.training.ranks import Ranks
+from cosched.training.ranks import rank_and_size, started_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from cosched.sidecar.messages import RowForm
     from cosched.sidecar.servers import TrainerStatus
     from cosched.sidecar.service import OnRound
+    from cosched.training.ranks import Ranks
 
 logger = logging.getLogger("cosched")
 
@@ -65,13 +68,80 @@ MOST_SLOTS = 4096  # of a server, as adapt.sidecar.queue_rounds
 
 def build_sidecar(
     config: Config, arm: str, resume: bool, sink: Sink, on_round: OnRound | None = None
-) -> Service:
+) -> Service | Choir:
     """A trainer for servers whose draft sees what that ``arm``'s does; ``resume`` goes on from its saves.
 
-    ``on_round`` is told of every server's rounds.
+    ``on_round`` is told of every server's rounds. Of several ranks that a launcher has started the first hears
+    servers.
 
     Raises:
         CoschedError: a setting or file is wrong, the address is taken, or what was saved does not fit.
+    """
+    config, window = _of_arm(config, arm)
+    settings = config.adapt.sidecar
+    device = _device(settings.device, f"{config.adapt_key}.sidecar.device")
+    ranks = started_ranks(device)
+    folder = RunFolder(trainer_folder(config.run_folder))
+    states = SavedStates(folder.path, config.adapt.checkpoint.keep)
+    if ranks.rank == 0:
+        states.hold()
+        if not resume:
+            _check_none_saved(states)
+    target, own = read_tables(config, device), config.drafter_settings
+    drafter: Drafter = DRAFTERS.get(own.kind).load(own, target)
+    if drafter.network() is None:
+        raise nothing_to_train(config)
+    publisher = _publisher(config, target, drafter, ranks)
+    origin = origin_of(config, publisher, ranks.size)
+    agreement = _Agreement(
+        draft=origin.draft,
+        settings=origin.settings,
+        window=window,
+        acceptance=acceptance_of(config),
+        num_draft_tokens=drafter.num_draft_tokens,
+        form=row_form(config, target, drafter),
+    )
+    lineage, acceptance = Lineage(sink), agreement.acceptance
+    learner = _learner(config, target, drafter, acceptance, ranks)
+    coscheduler = build_coscheduler(
+        config, target, drafter, publisher, window, lineage, ranks, acceptance, learner
+    )
+    if resume:
+        _go_on(coscheduler, states, origin, ranks)
+    codec: Codec[FromServer] = Codec(key_of(config), FromServer)
+    alone, keeps = ranks.size == 1, states if ranks.rank == 0 else None
+    write = partial(_copied, drafter, target.embedding.weight.dtype)
+    learning = Learning(
+        coscheduler,
+        Versions(coscheduler, publisher, lineage, codec.digest),
+        Saving(coscheduler, config.adapt.checkpoint, origin, ranks, keeps, write),
+        device=None if alone else device,
+    )
+    if ranks.rank:
+        return Choir(learning, ranks)
+
+    def show(status: TrainerStatus) -> None:
+        folder.write(STATUS, msgspec.json.encode(status))
+
+    slot_bytes = slot_bytes_of(config, drafter, agreement.form)
+    comes_to = device if alone else torch.device("cpu")  # from where it goes to all
+    memory, silence_s = MOST_SLOTS * 2 * slot_bytes, settings.limit_seconds
+    return Service(
+        listening(settings.address or "", max(slot_bytes, bytes_of(publisher.served))),
+        codec,
+        learning if alone else Led(learning, ranks),
+        agreement,
+        Limits(memory, silence_s, target.vocab_size, comes_to),
+        show,
+        on_round=on_round,
+    )
+
+
+def _of_arm(config: Config, arm: str) -> tuple[Config, int | None]:
+    """The settings of that arm, and the window that its draft has.
+
+    Raises:
+        ConfigError: it does not learn, or not in a trainer of its own.
     """
     base, windowed = split_arm(arm)
     if base not in {ADAPTED, *config.for_arm(arm).variants}:
@@ -80,82 +150,40 @@ def build_sidecar(
         )
     windowed |= config.engine.kind == "sglang"
     config = config.for_arm(arm)
-    settings, where = config.adapt.sidecar, config.adapt_key
     if config.adapt.placement != "sidecar":
         raise ConfigError(
-            f"{where}.placement: cosched train is for sidecar, got {config.adapt.placement}; set it so, "
-            f"for the servers too"
+            f"{config.adapt_key}.placement: cosched train is for sidecar, got {config.adapt.placement}; "
+            f"set it so, for the servers too"
         )
-    check_there(settings.device, f"{where}.sidecar.device")
-    folder, states = RunFolder(trainer_folder(config.run_folder)), _held(config)
-    if not resume:
-        _check_none_saved(states)
-    target = read_tables(config, device_of(settings.device))
-    own = config.drafter_settings
-    drafter: Drafter = DRAFTERS.get(own.kind).load(own, target)
-    if (network := drafter.network()) is None:
-        raise nothing_to_train(config)
-    tables, publish = torch.nn.ModuleList((target.embedding, target.head)), config.adapt.publish
-    publisher = InPlacePublisher.of_modules(
-        network, tables, publish.target_check_every, publish.keep
-    )
-    origin = origin_of(config, publisher, num_ranks=1)
-    agreement = _Agreement(
-        draft=origin.draft,
-        settings=origin.settings,
-        window=own.window if windowed else None,
-        acceptance=acceptance_of(config),
-        num_draft_tokens=drafter.num_draft_tokens,
-        form=row_form(config, target, drafter),
-    )
-    lineage = Lineage(sink)
-    coscheduler = build_coscheduler(
-        config,
-        target,
-        drafter,
-        publisher,
-        agreement.window,
-        lineage,
-        acceptance=agreement.acceptance,
-        learner=_learner(config, target, drafter, agreement.acceptance),
-    )
-    if resume:
-        _go_on(coscheduler, states, origin)
-    slot_bytes = slot_bytes_of(config, drafter, agreement.form)
-    codec: Codec[FromServer] = Codec(key_of(config), FromServer)
+    return config, config.drafter_settings.window if windowed else None
 
-    def show(status: TrainerStatus) -> None:
-        folder.write(STATUS, msgspec.json.encode(status))
 
-    return Service(
-        listening(settings.address or "", max(slot_bytes, bytes_of(publisher.served))),
-        codec,
-        coscheduler,
-        Versions(coscheduler, publisher, lineage, codec.digest),
-        agreement,
-        Limits(
-            MOST_SLOTS * 2 * slot_bytes,
-            settings.limit_seconds,
-            target.vocab_size,
-            target.embedding.weight.device,
-        ),
-        Saving(
-            coscheduler,
-            config.adapt.checkpoint,
-            origin,
-            Ranks(0, [0], torch.device("cpu")),
-            states,
-            partial(_copied, drafter, target.embedding.weight.dtype),
-        ),
-        show,
-        on_round=on_round,
+def _publisher(config: Config, target: Tables, drafter: Drafter, ranks: Ranks) -> InPlacePublisher:
+    """Into the trainer's own draft, which stands for that of all servers."""
+    network, settings = drafter.network(), config.adapt.publish
+    assert network is not None
+    return InPlacePublisher.of_modules(
+        network,
+        torch.nn.ModuleList((target.embedding, target.head)),
+        settings.target_check_every,
+        settings.keep,
+        agree=ranks.agree if ranks.size > 1 else None,
     )
 
 
-def _held(config: Config) -> SavedStates:
-    states = SavedStates(trainer_folder(config.run_folder), config.adapt.checkpoint.keep)
-    states.hold()
-    return states
+def _device(name: str, key: str) -> torch.device:
+    """Of this process: the ranks of a launcher have a GPU each.
+
+    Raises:
+        ConfigError: it is not there, or one is named that all of several ranks would have.
+    """
+    device = device_of(name)
+    if device.type == "cuda" and rank_and_size()[1] > 1:
+        if ":" in name:
+            raise ConfigError(f"{key}: each rank takes a GPU of its own, got {name!r}; use cuda")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    check_there(str(device), key)
+    return device
 
 
 def _check_none_saved(states: SavedStates) -> None:
@@ -171,22 +199,24 @@ def _check_none_saved(states: SavedStates) -> None:
         )
 
 
-def _go_on(coscheduler: Coscheduler, states: SavedStates, origin: Origin) -> None:
-    newest = states.newest()
+def _go_on(coscheduler: Coscheduler, states: SavedStates, origin: Origin, ranks: Ranks) -> None:
+    newest = ranks.from_first(states.newest() if ranks.rank == 0 else None)
     if newest is None:
         logger.warning(
             "cosched: nothing to resume in %s yet; the draft starts as loaded", states.folder
         )
         return
-    go_on(coscheduler, newest, origin, rank=0)
+    go_on(coscheduler, newest, origin, ranks.rank)
     logger.info("cosched goes on from %s", newest)
 
 
 def _learner(
-    config: Config, target: Tables, drafter: Drafter, acceptance: Acceptance
+    config: Config, target: Tables, drafter: Drafter, acceptance: Acceptance, ranks: Ranks
 ) -> tuple[Trainer, Scorer]:
-    """In a thread, so that messages are taken in meanwhile; rehearsed."""
-    trainer, scorer = build_rehearsed(config, target, drafter, acceptance)
+    """Rehearsed; of one rank in a thread, so that messages are taken in meanwhile."""
+    trainer, scorer = build_rehearsed(config, target, drafter, acceptance, ranks)
+    if ranks.size > 1:
+        return trainer, scorer
     beside = BackgroundTrainer(trainer, target.embedding.weight.device)
     return beside, BackgroundScorer(scorer, beside)
 

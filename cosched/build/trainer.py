@@ -201,13 +201,17 @@ def _build_alone(
 
 
 def build_rehearsed(
-    config: Config, target: Tables, drafter: Drafter, acceptance: Acceptance
+    config: Config,
+    target: Tables,
+    drafter: Drafter,
+    acceptance: Acceptance,
+    ranks: Ranks | None = None,
 ) -> tuple[Trainer, Scorer]:
     """What trains a copy of this draft, and what scores with it, by themselves; rehearsed."""
     copy: Drafter = drafter.clone(torch.float32)
-    trainer = build_trainer(config, target, copy)
-    scorer = build_scorer(config, target, copy, acceptance)
-    rehearse(config, target, copy, trainer, scorer)
+    trainer = build_trainer(config, target, copy, ranks)
+    scorer = build_scorer(config, target, copy, acceptance, ranks)
+    rehearse(config, target, copy, trainer, scorer, ranks)
     return trainer, scorer
 
 

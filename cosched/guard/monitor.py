@@ -75,7 +75,9 @@ class Monitor:
     def standing(self) -> Standing:
         """What others may know of it."""
         leads = self.leads
-        return Standing(leads.here.proven, leads.level_here, resumes_at=self.resumes_at)
+        return Standing(
+            leads.here.proven, leads.level_here, int(leads.rows), resumes_at=self.resumes_at
+        )
 
     def figures(self, settings: ShadowSettings, serves_loaded: bool) -> GuardFigures:
         """How the tests stand, for people."""

@@ -343,6 +343,7 @@ class Counters:
             seconds_learning_here=here.learning,
             seconds_earned_here=here.earned,
             level=standing.level,
+            level_rows=standing.level_rows,
             num_finished=self.finished,
             requests_since_update=self.finished - self.finished_at_update,
             tokens_since_loaded=self.committed - self.committed_at_loaded,

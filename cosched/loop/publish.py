@@ -92,10 +92,11 @@ class InPlacePublisher:
         target_check_every: int = 1,
         keep: int = 1,
         as_loaded: Callable[[], None] = lambda: None,
+        agree: Callable[[str], bool] | None = None,
     ) -> InPlacePublisher:
         """For a draft and a target that are modules of this process, under their own names."""
-        unchanging = dict(target.state_dict())
-        serving = Serving(dict(draft.named_parameters()), unchanging, as_loaded=as_loaded)
+        unchanging, own = dict(target.state_dict()), dict(draft.named_parameters())
+        serving = Serving(own, unchanging, agree=agree, as_loaded=as_loaded)
         first = {name: p.detach().clone() for name, p in serving.draft.items()}
         return cls(serving, first, target_check_every, keep)
 
@@ -113,6 +114,14 @@ class InPlacePublisher:
         return checksum(self._serving.draft)
 
     @property
+    def whole(self) -> Mapping[str, Tensor]:
+        """Shapes and types of all tensors of the draft, of which this process may serve parts; no values."""
+        return {
+            name: torch.empty_like(self._first[name], dtype=own.dtype, device="meta")
+            for name, own in self._serving.draft.items()
+        }
+
+    @property
     def served(self) -> Mapping[str, Tensor]:
         """The storage that serves, by the names that a publication has; nobody else writes to it."""
         return self._serving.draft
@@ -124,6 +133,13 @@ class InPlacePublisher:
     def _part(self, name: str, whole: Tensor) -> Tensor:
         """What this process serves of a whole tensor, in the serving type."""
         return self._serving.share(name, whole).to(self._serving.draft[name].dtype)
+
+    def _whole(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All of the draft with these weights, of which this process serves a part."""
+        return {
+            name: weights.get(name, self._first[name]).to(own.dtype)
+            for name, own in self._serving.draft.items()
+        }
 
     def state(self) -> dict[str, Tensor]:
         """The weights that serve, where they are not those loaded."""
@@ -203,7 +219,7 @@ class InPlacePublisher:
         self._kept[self.version] = storage
 
     def _prove(self, weights: Mapping[str, Tensor], expected: Folded, number: int | None) -> str:
-        """The checksum of the draft that serves now; ``number`` is the target's slice to look at.
+        """The checksum of the whole draft that serves now; ``number`` is the target's slice to look at.
 
         Raises:
             PublicationError: it is wrong, or the target was written to; the publication is undone.
@@ -211,7 +227,7 @@ class InPlacePublisher:
         serving = self._serving
         agree, folded = serving.agree, [expected, fold(serving.draft)]
         if agree is not None:
-            folded.append(fold(weights))
+            folded.append(fold(self._whole(weights)))
         if number is not None:
             folded.append(fold_together(self._slices[number]))
         meant, found, *others = read(*folded)
@@ -226,7 +242,7 @@ class InPlacePublisher:
             part = f"part {number + 1} of {len(self._slices)} of the target"
             wrong = f"the checksum of {part} became {others[-1]}, it was {was}"
         if not wrong:
-            return meant
+            return meant if agree is None else others[0]
         last_good = {**self._first, **self._kept.get(self.version, {})}
         _write(serving.draft, {name: self._part(name, last_good[name]) for name in weights})
         self._serving.refresh()

@@ -15,8 +15,9 @@ from cosched.build.sidecar import build_sidecar
 from cosched.loop.tee import Tee
 from cosched.settings.load import check_paths
 from cosched.telemetry.history import History
-from cosched.telemetry.run_folder import explained, trainer_folder
+from cosched.telemetry.run_folder import NoEvents, explained, trainer_folder
 from cosched.telemetry.spans import Spans, tracer_there
+from cosched.training.ranks import rank_and_size
 
 if TYPE_CHECKING:
     from cosched.settings.schema import Config
@@ -44,6 +45,9 @@ def train(config: Config, arm: str, resume: bool) -> None:
     folder = trainer_folder(config.run_folder)
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    if rank_and_size()[0]:  # the first hears servers, and says what happens
+        build_sidecar(config, arm, resume, NoEvents()).run(ended.is_set)
+        return
     history = History(folder / "events.jsonl", time.time)
     curves = None
     try:

@@ -63,12 +63,6 @@ def check_sidecar(config: Config) -> None:
             f"{where}.objective.kind: {config.objective_settings.kind} tries its experts while "
             f"nothing else goes on, and {where}.placement = sidecar trains beside; use fixed"
         )
-    ranks = config.engine.arguments.get("tp_size", 1)
-    if ranks != 1:
-        raise ConfigError(
-            f"engine.arguments.tp_size: {where}.placement = sidecar serves with one rank, got {ranks}; "
-            f"use 1, or colocated"
-        )
 
 
 def check_one_learner(config: Config) -> None:

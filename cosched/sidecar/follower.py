@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cosched.loop.roles import Sink
     from cosched.records import VerifyRound
     from cosched.sidecar.link import Link
+    from cosched.sidecar.together import Together
     from cosched.sidecar.versions import Arrival
 
 
@@ -35,13 +36,15 @@ class Follower:
     """Hands rounds over, counts them, and publishes what comes: each of it at the end of a round.
 
     It waits for nobody. Without a trainer the last good draft goes on serving; ``trouble`` says so, and
-    the sink is told of it where ``tells``: otherwise whoever asks for it does that.
+    the sink is told of it where ``tells``: otherwise whoever asks for it does that. Ranks of a server go
+    ``together``.
     """
 
     link: Link
     publisher: InPlacePublisher
     sink: Sink
     tells: bool = True
+    together: Together | None = None
     counters: Counters = field(default_factory=Counters, init=False)
     learning: bool = field(default=True, init=False)  # off: rounds are counted, and nothing else
     busy: bool = field(default=False, init=False)  # with nothing that anybody would wait for
@@ -58,8 +61,7 @@ class Follower:
             self._offer(replace(round_, segments=(), blocks=()))
         if not self.link.there:
             self._asked = None
-        if self.learning or self._asked is not None:
-            self._take_in()
+        self._take_in(wanted=self.learning or self._asked is not None)
         if self.tells:
             self._note_trouble()
 
@@ -77,7 +79,8 @@ class Follower:
         elif self.version and not self.counters.serves_loaded:
             self._serve_loaded()
         if self.link.there:
-            self.link.ask_for(version)
+            if self._speaks:
+                self.link.ask_for(version)
             self._asked = _Asked(version, max(self.version, self.link.received))
         self.counters.rolled_back += 1
         return self.version
@@ -128,15 +131,26 @@ class Follower:
             counters.updates, counters.skipped_steps = taken.updates, taken.skipped_steps
             counters.losses[:] = [taken.loss]
 
+    @property
+    def _speaks(self) -> bool:
+        """Whether the trainer hears of rounds from here."""
+        return self.together is None or self.together.first
+
     def _offer(self, round_: VerifyRound) -> None:
+        if not self._speaks:
+            return
         version = 0 if self._alone else self.version  # 0: the draft as loaded, for every trainer
         started = time.perf_counter()
         self.link.offer(round_, version)
         self.counters.update_seconds_total += time.perf_counter() - started
 
-    def _take_in(self) -> None:
+    def _take_in(self, wanted: bool) -> None:
         """Publish what has come; what was asked for is in it, or in what it was learnt from."""
-        if (arrival := self.link.arrived()) is None:
+        if self.together is not None:
+            arrival = self.together.agreed(self.link.arrived(), wanted)
+        else:
+            arrival = self.link.arrived() if wanted else None
+        if arrival is None:
             return
         parent = arrival.version.parent
         if self._asked is not None and (parent == self._asked.to or parent > self._asked.newest):

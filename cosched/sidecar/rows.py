@@ -35,13 +35,12 @@ TYPES = {
 """What rows and weights may be of, by the names that messages have."""
 
 
-def form_of(features_0F: Tensor | None, teacher_0X: Tensor) -> RowForm:
+def form_of(features_0F: Tensor, teacher_0X: Tensor) -> RowForm:
     """The form of rows like these, of which there may be none."""
-    features = features_0F if features_0F is not None else teacher_0X[:, :0]
     return RowForm(
-        feature_width=features.shape[-1],
+        feature_width=features_0F.shape[-1],
         teacher_width=teacher_0X.shape[-1],
-        feature_type=str(features.dtype).removeprefix("torch."),
+        feature_type=str(features_0F.dtype).removeprefix("torch."),
         teacher_type=str(teacher_0X.dtype).removeprefix("torch."),
     )
 

@@ -7,7 +7,7 @@ import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
@@ -42,10 +42,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cosched.coscheduler import Coscheduler
     from cosched.records import VerifyRound
+    from cosched.sidecar.learning import Learning
     from cosched.sidecar.messages import Message
-    from cosched.sidecar.versions import Versions
     from cosched.sidecar.wire import Bytes
 
     OnRound = Callable[[VerifyRound, int], None]
@@ -62,16 +61,6 @@ LONGEST_REASON = 2000  # letters
 SAID = 8  # refused messages that the log has a line for
 
 
-class Keeps(Protocol):
-    """What saves the state of learning, when that is due and at the end."""
-
-    def due(self) -> bool: ...
-
-    def take(self, trains: bool = True) -> None: ...
-
-    def end(self, trains: bool) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Shared memory of one server at most, how long it may say nothing, and what rows may be."""
@@ -83,9 +72,9 @@ class Limits:
 
 
 class Service:
-    """Takes in what servers send, one message after the other, and has a co-scheduler learn from it.
+    """Takes in what servers send, one message after the other, and has ``learning`` go on with it.
 
-    Of ``versions`` servers are told the newest; ``agree`` says of a server why it does not go with this trainer, or
+    Servers are told its newest version; ``agree`` says of a server why it does not go with this trainer, or
     nothing. What is no message, or is not signed, is dropped and counted before anything is made of it.
     ``on_round`` is told of each round and of the version that drafted it.
     """
@@ -94,11 +83,9 @@ class Service:
         self,
         socket: zmq.Socket[bytes],
         codec: Codec[FromServer],
-        coscheduler: Coscheduler,
-        versions: Versions,
+        learning: Learning,
         agree: Callable[[Hello], str | None],
         limits: Limits,
-        saving: Keeps | None = None,
         show: Callable[[TrainerStatus], None] = lambda _status: None,
         clock: Callable[[], float] = time.monotonic,
         on_round: OnRound | None = None,
@@ -106,11 +93,11 @@ class Service:
         self.refused = 0
         self._socket = socket
         self._codec = codec
-        self._coscheduler = coscheduler
-        self._versions = versions
+        self._learning = learning
+        self._coscheduler = learning.coscheduler
+        self._versions = learning.versions
         self._agree = agree
         self._limits = limits
-        self._saving = saving
         self._show = show
         self._clock = clock
         self._on_round = on_round
@@ -128,8 +115,7 @@ class Service:
                 self.turn()
         finally:
             let_go(self._socket)
-            if self._saving is not None:
-                self._saving.end(trains=not self._coscheduler.busy)
+            self._learning.end(trains=not self._coscheduler.busy)
 
     def turn(self) -> None:
         """Wait a while for messages, take in those that are there, and look after what goes on."""
@@ -144,8 +130,8 @@ class Service:
         for identity, server in list(self._servers.items()):
             if self._clock() - server.heard_at > self._limits.limit_s:
                 self._let_go(identity, "says nothing any more")
-        if self._saving is not None and self._saving.due():
-            self._saving.take()
+        if self._learning.due():
+            self._learning.save()
         if self._clock() - self._shown_at >= SHOWN_EVERY_S:
             self._shown_at = self._clock()
             self._show(self.status())
@@ -284,7 +270,7 @@ class Service:
         """Let the co-scheduler have a round, with what runs on all servers, and pass on what comes of it."""
         servers = self._servers.values()
         left = [one.tokens_left for one in servers if one.tokens_left is not None]
-        self._coscheduler.on_round(
+        self._learning.on_round(
             replace(
                 round_,
                 num_running=sum(one.num_running for one in servers),
@@ -296,7 +282,7 @@ class Service:
 
     def _roll_back(self, version: int) -> None:
         try:
-            self._coscheduler.roll_back(version)
+            self._learning.roll_back(version)
         except CoschedError as error:
             logger.warning("cosched: rollback to %d: %s", version, error)
         self._announce()
@@ -333,13 +319,13 @@ class Service:
             self._send_newest(identity, server)
         elif hello.version > own.version and not self._coscheduler.counters.updates:
             if hello.as_loaded:
-                self._versions.serve_as(hello.version, of=0)
+                self._learning.serve_as(hello.version, of=0)
             else:
                 server.asked = True
                 self._send(identity, Ask(to=server.name))
         elif (hello.version, hello.checksum) != (own.version, own.checksum):
             # That version is not from here, so what serves here becomes the one after it.
-            self._versions.serve_as(hello.version + 1, of=own.version)
+            self._learning.serve_as(hello.version + 1, of=own.version)
         self._announce()
 
     def _go_on_from(self, identity: bytes, server: Server, message: Served, payload: Bytes) -> None:
@@ -354,7 +340,7 @@ class Service:
             return self._compare(identity, server)
         if weights.keys() != trainer.weights().keys():
             raise FrameError("weights of other parameters than are trained")
-        if self._versions.take_up(weights, message.version, server.hello.checksum):
+        if self._learning.take_up(weights, message.version, server.hello.checksum):
             logger.info("cosched goes on from version %d of %s", message.version, server.name)
         else:
             logger.warning("cosched: %s sent other weights than serve there", server.name)

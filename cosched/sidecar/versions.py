@@ -127,8 +127,9 @@ class Versions:
         return self.newest
 
     def serve_as(self, number: int, of: int) -> None:
-        """Serve version ``of`` under another number."""
-        self._coscheduler.counters.serves_loaded = self.is_loaded(of)
+        """Serve version ``of``, 0 or that which serves, under another number."""
+        counters = self._coscheduler.counters
+        counters.serves_loaded = counters.serves_loaded or of == 0
         done = self._publisher.publish(self._publisher.weights_of(of), number)
         self.lineage.note(number, of, done.draft_checksum)
 

@@ -26,7 +26,7 @@ from cosched.settings.sections import AdaptSettings, CheckpointSettings
 from cosched.sweep.file import SweepFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from cosched.settings.schema import Config
     from cosched.sweep.file import Axis, Changes, RecordPlan
@@ -91,7 +91,8 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     if shared:
         raise ConfigError(f"around.{shared}: stands in grid as well; keep one of them")
     configs = [(settings, _at(base, changes, settings)) for settings, changes in points]
-    recordings = _recordings(sweep.record, base, _layers(config for _, config in configs))
+    layers = _layers(config for _, config in configs)
+    recordings = recordings_of(sweep.record, base, layers, _typed)
     folder = configs[0][1].run_folder
     cells, controls = _cells(folder, configs, recordings)
     grid = {name: AxisInfo(list(values_of(name, a)), None) for name, a in sweep.grid.items()}
@@ -196,7 +197,17 @@ def _typed(merged: DictConfig, where: str) -> Config:
     return config
 
 
-def _recordings(record: RecordPlan, base: DictConfig, layers: set[int]) -> dict[str, Job]:
+def recordings_of(
+    record: RecordPlan,
+    base: DictConfig,
+    layers: set[int],
+    read: Callable[[DictConfig, str], Config],
+) -> dict[str, Job]:
+    """A job for each text of ``record``, with the features of these layers; ``read`` makes its settings.
+
+    Raises:
+        CoschedError: a text's name or one of its settings is not allowed, or a file is missing.
+    """
     jobs: dict[str, Job] = {}
     base = merge(base, from_keys(record.set, "record.set"), "record.set")
     for text, changes in record.texts.items():
@@ -210,7 +221,7 @@ def _recordings(record: RecordPlan, base: DictConfig, layers: set[int]) -> dict[
             "arms": [PLAIN],
             "record.feature_layers": sorted({*given, *layers}),
         }
-        config = _typed(merge(merged, from_keys(fixed, where), where), where)
+        config = read(merge(merged, from_keys(fixed, where), where), where)
         check_paths(config)
         said = b"".join(Path(path).read_bytes() for path in config.workload.files.values())
         jobs[text] = named_job(text, Path(record.dir), without_learning(config), said, record=True)

@@ -6,6 +6,7 @@ hit one of them alone. What could differ is exchanged here, over the CPU group.
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,25 @@ class Ranks:
         box = [mine]
         dist.broadcast_object_list(box, src=self._first, group=self._group)
         return box[0]
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Of this process among those that a launcher has started (``torchrun``, ``deepspeed``)."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def started_ranks(device: torch.device) -> Ranks:
+    """The ranks that a launcher has started, of which this process is one, or this process alone.
+
+    Each has a GPU of its own, if the ``device`` is one.
+    """
+    rank, size = rank_and_size()
+    if size == 1:
+        return Ranks(0, [0], device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Ranks(rank, list(range(size)), device)
 
 
 class SamePolicy:

@@ -50,23 +50,17 @@ def configured(folder: Path, *overrides: str) -> Config:
 
 
 class Trainer:
-    """``cosched train`` of that folder, and what it says of itself."""
+    """``cosched train`` of that folder, and what it says of itself; of several ranks by torch's launcher."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    def __init__(self, folder: Path, *words: str, ranks: int = 1) -> None:
         self.log = folder / f"trainer-{time.monotonic_ns()}.log"
         self._status = folder / "runs" / "many-trainer" / "status.json"
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+        command = ("-m", "cosched.cli", "train", "-c", str(folder / "sidecar.yaml"), *words)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "cosched.cli",
-                    "train",
-                    "-c",
-                    folder / "sidecar.yaml",
-                    *words,
-                ],
+                [sys.executable, *(launcher if ranks > 1 else ()), *command],
                 cwd=ROOT,
                 env=environment,
                 stdout=log,
@@ -84,14 +78,14 @@ class Trainer:
 
 
 @contextmanager
-def trainer(folder: Path, *words: str) -> Iterator[Trainer]:
-    """One that is killed in the end, if it is there yet."""
-    made = Trainer(folder, *words)
+def trainer(folder: Path, *words: str, ranks: int = 1) -> Iterator[Trainer]:
+    """One that is ended, if it is there yet: killed, unless ranks would outlive their launcher."""
+    made = Trainer(folder, *words, ranks=ranks)
     try:
         yield made
     finally:
         if made.process.poll() is None:
-            made.end(signal.SIGKILL)
+            made.end(signal.SIGKILL if ranks == 1 else signal.SIGTERM)
 
 
 class Server:

@@ -7,6 +7,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,19 +64,33 @@ def bare_environment(server_environment: dict[str, str]) -> dict[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join(paths[:2]), "PYTHONUNBUFFERED": "1"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def start(
     bare_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Start]:
-    """Starts servers; what tests leave running is stopped at the end of their file. An idle one takes half
-    a core."""
+    """Starts servers; what a test leaves running is stopped at its end."""
+    with starting(bare_environment, tmp_path_factory) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def start_shared(
+    bare_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Start]:
+    """Starts servers that all tests of a file may ask."""
+    with starting(bare_environment, tmp_path_factory) as run:
+        yield run
+
+
+@contextmanager
+def starting(environment: dict[str, str], folders: pytest.TempPathFactory) -> Iterator[Start]:
     from tests.sglang.server import CONFIG, Server, launch  # after the environment above is set
 
     servers: list[Server] = []
 
     def run(*words: str, config: str = CONFIG, **variables: str) -> Server:
-        folder = tmp_path_factory.mktemp("server")
-        servers.append(launch(config, words, folder, {**bare_environment, **variables}))
+        folder = folders.mktemp("server")
+        servers.append(launch(config, words, folder, {**environment, **variables}))
         servers[-1].wait()
         return servers[-1]
 

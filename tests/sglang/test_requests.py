@@ -68,7 +68,7 @@ def stock(
         *("--model-path", str(WORLD / "target"), "--port", str(port), "--device", "cpu"),
         *("--dtype", "float32", "--attention-backend", "torch_native", "--disable-cuda-graph"),
         *("--max-total-tokens", "16384", "--mem-fraction-static", "0.3"),
-        *("--max-running-requests", "4", *CHUNK),
+        *("--max-running-requests", "4", "--sleep-on-idle", *CHUNK),
     ]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -82,8 +82,8 @@ def stock(
 
 
 @pytest.fixture(scope="module")
-def server(start: Start) -> Server:
-    return start("adapt.policy.rounds=4", *CHUNK)
+def server(start_shared: Start) -> Server:
+    return start_shared("adapt.policy.rounds=4", *CHUNK)
 
 
 def texts(server: Server, kind: str) -> list[str]:

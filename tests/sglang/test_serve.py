@@ -24,10 +24,10 @@ pytestmark = pytest.mark.sglang
 
 
 @pytest.fixture(scope="module")
-def server(start: Start) -> Server:
+def server(start_shared: Start) -> Server:
     """One for all tests that only ask; it learns often. Its processes are started as a user's are."""
     settings = ("adapt.policy.rounds=8", "adapt.publish.keep=2", "--enable-metrics")
-    return start(*settings, COSCHED_TEST_SPAWN="1")
+    return start_shared(*settings, COSCHED_TEST_SPAWN="1")
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ pytestmark = pytest.mark.sglang
 
 
 @pytest.fixture(scope="module")
-def server(start: Start) -> Server:
+def server(start_shared: Start) -> Server:
     """It saves every few updates; its guard lets every candidate serve."""
     words = ["adapt.policy.rounds=4", "adapt.guard.kind=finite", "adapt.checkpoint.every_updates=8"]
-    return start(*words, "--enable-metrics")
+    return start_shared(*words, "--enable-metrics")
 
 
 def test_a_token_that_does_not_exist_ends_a_request_and_not_the_server(server: Server) -> None:

@@ -51,10 +51,12 @@ def ask(server: Server) -> str:
 def test_two_servers_serve_what_one_trainer_learns_and_go_on_without_it(
     trainer: tuple[subprocess.Popen[bytes], str], start: Start, tmp_path: Path
 ) -> None:
-    """Only one is asked, and both serve what came of it; killed, the trainer is missed in the status of
-    both, and the text is what it was."""
+    """Only one is asked, which has two ranks, and both serve what came of it; killed, the trainer is missed in
+    the status of both, and the text is what it was."""
     process, address = trainer
-    asked, quiet = (start(*SOON, address, f"run.name={name}", config=CONFIG) for name in "ab")
+    ours = (*SOON, address)
+    asked = start(*ours, "run.name=a", "--tp-size", "2", config=CONFIG)
+    quiet = start(*ours, "run.name=b", config=CONFIG)
 
     def status(server: Server) -> dict[str, Any]:
         return server.get("/cosched/status")
@@ -70,7 +72,10 @@ def test_two_servers_serve_what_one_trainer_learns_and_go_on_without_it(
     assert status(asked)["failure"] is status(quiet)["failure"] is None
     until(lambda: status(asked)["draft_version"] == status(quiet)["draft_version"])
     shown = json.loads((tmp_path / "sidecar_tiny_cpu-trainer" / "status.json").read_text())
-    assert len(shown["servers"]) == 2
+    assert len(shown["servers"]) == 3  # each rank is one
+    assert [one["rounds"] for one in shown["servers"].values()].count(
+        0
+    ) == 1  # the second sends none
     process.kill()
     process.wait()
     until(lambda: all("no trainer" in str(status(one)["warning"]) for one in (asked, quiet)))

@@ -22,9 +22,9 @@ NUM_TOKENS = 48
 
 
 @pytest.fixture(scope="module")
-def server(start: Start) -> Server:
+def server(start_shared: Start) -> Server:
     """It learns often under a guard that scores, records texts, and draws its curves."""
-    return start(
+    return start_shared(
         "adapt.policy.rounds=8",
         "adapt.guard={kind: shadow, anchors: 16, false_publish: 0.5}",
         "record.text=true",
