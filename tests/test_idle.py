@@ -105,10 +105,10 @@ def test_an_update_beside_the_engine_costs_what_the_engine_waited() -> None:
 
 @pytest.mark.parametrize("ticks", [0, 10_000])
 def test_who_has_idled_learns_as_if_it_had_not(ticks: int) -> None:
-    """``earned`` makes a trial on credit: a few minutes of idle ticks, charged as training, would
-    spend it, and the draft would never learn again."""
+    """``earned`` makes a trial when there is time for it: a few minutes of idle ticks, charged as training, would
+    have spent it, and the draft would never learn again."""
     costly = Costly()
-    subject = coscheduler(costly, policy("earned", rounds=4))
+    subject = coscheduler(costly, policy("earned", rounds=4, explore_share=0.2))
     for _ in range(4):
         subject.on_round(round_of([2], seconds=0.1))
     for _ in range(ticks):

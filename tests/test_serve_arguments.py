@@ -189,7 +189,8 @@ def test_an_unknown_argument_of_the_file_is_refused_with_the_nearest() -> None:
 
 def test_an_engine_refuses_the_same() -> None:
     """Who embeds SGLang gets the same messages."""
-    allowed = {"model_path", "max_total_tokens", "mem_fraction_static", "log_level"}
+    ours = {"max_total_tokens", "mem_fraction_static", "sleep_on_idle"}
+    allowed = {"model_path", "log_level", *ours}
     merged = keyword_arguments(config(), {"log_level": "error"}, allowed)
     assert merged["log_level"] == "error"
     assert merged["model_path"] == "tinyworld/target"

@@ -84,7 +84,7 @@ def sglang_parser() -> argparse.ArgumentParser:
         parser.add_argument(name, type=int, default=1)
     parser.add_argument("--mem-fraction-static", type=float)
     parser.add_argument("--cuda-graph-bs", type=int, nargs="+")
-    parser.add_argument("--disable-cuda-graph", action="store_true")
-    parser.add_argument("--enable-metrics", action="store_true")
+    for name in ("--disable-cuda-graph", "--enable-metrics", "--sleep-on-idle"):
+        parser.add_argument(name, action="store_true")
     parser.add_argument("--fdfo", action=argparse.BooleanOptionalAction, default=True)
     return parser
