@@ -24,7 +24,7 @@ from cosched.settings.arms import ADAPTED, split_arm
 from cosched.settings.device import check_there, device_of
 from cosched.settings.learning import differing
 from cosched.settings.serving import acceptance_of
-from cosched.sidecar.learning import Choir, Learning, Led
+from cosched.sidecar.learning import FirstRank, Learning, OtherRank
 from cosched.sidecar.messages import FromServer, Hello
 from cosched.sidecar.service import Limits, Service
 from cosched.sidecar.sockets import listening
@@ -68,7 +68,7 @@ MOST_SLOTS = 4096  # of a server, as adapt.sidecar.queue_rounds
 
 def build_sidecar(
     config: Config, arm: str, resume: bool, sink: Sink, on_round: OnRound | None = None
-) -> Service | Choir:
+) -> Service | OtherRank:
     """A trainer for servers whose draft sees what that ``arm``'s does; ``resume`` goes on from its saves.
 
     ``on_round`` is told of every server's rounds. Of several ranks that a launcher has started the first hears
@@ -118,7 +118,7 @@ def build_sidecar(
         device=None if alone else device,
     )
     if ranks.rank:
-        return Choir(learning, ranks)
+        return OtherRank(learning, ranks)
 
     def show(status: TrainerStatus) -> None:
         folder.write(STATUS, msgspec.json.encode(status))
@@ -129,7 +129,7 @@ def build_sidecar(
     return Service(
         listening(settings.address or "", max(slot_bytes, bytes_of(publisher.served))),
         codec,
-        learning if alone else Led(learning, ranks),
+        learning if alone else FirstRank(learning, ranks),
         agreement,
         Limits(memory, silence_s, target.vocab_size, comes_to),
         show,

@@ -76,8 +76,8 @@ class Learning:
             self._saving.end(trains)
 
 
-class Led(Learning):
-    """That of the first of several ranks, which hears servers: all others do the same (``Choir``)."""
+class FirstRank(Learning):
+    """Of several ranks the first, which hears servers: what it does, all others do (``OtherRank``)."""
 
     def __init__(self, own: Learning, ranks: Ranks) -> None:
         super().__init__(own.coscheduler, own.versions)
@@ -105,10 +105,10 @@ class Led(Learning):
         self._all("save")
 
     def end(self, trains: bool) -> None:
-        if self._ranks.parted:
-            self._own.end(trains=False)
-        else:
+        try:
             self._all("end", trains)
+        except PartedError:
+            self._own.end(trains=False)
 
     def _all(self, name: str, *args: Any) -> Any:
         """Do it here as everywhere.
@@ -120,7 +120,7 @@ class Led(Learning):
         return _done(self._own, self._ranks, name, args)
 
 
-class Choir:
+class OtherRank:
     """One of the other ranks: it does what the first has all do."""
 
     def __init__(self, own: Learning, ranks: Ranks) -> None:
