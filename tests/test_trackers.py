@@ -108,9 +108,10 @@ def test_trackers_have_a_run_for_each_arm(
     """What lies there is what the summary and the events say: as TensorBoard's own reader finds it, and in
     the files of Weights & Biases where it is offline."""
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_PROJECT", "drafts")
     folder, summary = run_tracked(tmp_path, settings)
     arms = {path.name for path in (folder / "tensorboard").iterdir()}
-    runs = offline_runs(folder)
+    runs = offline_runs(folder, "drafts")
     assert arms == runs.keys() == {"plain", "frozen", "adapted"}
     for arm in arms:
         check_curves(read_back(folder / "tensorboard" / arm), arm, folder, summary)

@@ -27,8 +27,8 @@ def _records(raw: bytes) -> Iterator[bytes]:
             record = b""
 
 
-def offline_runs(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """By the runs' names and those of what was logged: steps and values."""
+def offline_runs(folder: Path, project: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """By the runs' names and those of what was logged: steps and values. All runs are of that project."""
     from wandb.proto import wandb_internal_pb2 as messages
 
     runs: dict[str, dict[str, list[tuple[int, float]]]] = {}
@@ -38,6 +38,7 @@ def offline_runs(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
             record = messages.Record.FromString(raw)
             if record.HasField("run"):
                 assert record.run.run_group == folder.name
+                assert record.run.project == project
                 runs[record.run.display_name] = points
             for item in record.history.item:
                 name = item.key or "/".join(item.nested_key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,15 +23,13 @@ class WeightsAndBiases:
         # Imported here: it needs a package that nothing else does.
         import wandb
 
-        settings = wandb.Settings(console="off", silent=True, x_disable_stats=True)
-        project = None if settings.project else PROJECT
         self._run = wandb.init(
-            project=project,
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
             dir=str(folder),
             group=folder.name,
             name=arm,
             reinit="create_new",  # arms run at once, each in a run of its own
-            settings=settings,
+            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
         )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
