@@ -43,6 +43,20 @@ def served(
     return updates, rounds
 
 
+def updates_in(
+    counters: Counters, every: Any, known: Standing, rounds: int, seconds: float, committed: int = 2
+) -> int:
+    """How many updates, each of so many seconds, are made in so many rounds of 20 ms."""
+    before = counters.updates
+    for _ in range(rounds):
+        counters.observe(round_of([committed], seconds=0.02), known)
+        if every.decide(counters.snapshot(1, 0, 0, known)).num_steps:
+            counters.begin_update(1)
+            counters.updates += 1
+            counters.update_seconds_total += seconds
+    return counters.updates - before
+
+
 def test_what_earns_nothing_is_let_be() -> None:
     """A trial, however dear, and then a share of the time that nobody misses."""
     for update_seconds, more in ((0.1, 3), (0.3, 1), (0.4, 0)):
@@ -74,16 +88,10 @@ def test_each_kind_of_text_has_a_trial_and_earnings_of_its_own() -> None:
     one kind after the other, each has its trial, and then an update for every hundred times its seconds."""
     every = policy("earned", rounds=8, explore_share=0.01)
     counters = Counters(ledgers=[Ledger(), Ledger(), Ledger(), Ledger(earned=1000.0)])
-    updates = {0: 0, 1: 0, 2: 0, 3: 0}
-    for level in updates:
-        known = Standing(level=level, level_rows=KNOWN_ROWS)
-        for _ in range(2000):
-            counters.observe(round_of([2], seconds=0.02), known)
-            if every.decide(counters.snapshot(1, 0, 0, known)).num_steps:
-                counters.begin_update(1)
-                counters.updates += 1
-                updates[level] += 1
-                counters.update_seconds_total += 0.04
+    updates = [
+        updates_in(counters, every, Standing(level=level, level_rows=KNOWN_ROWS), 2000, 0.04)
+        for level in range(4)
+    ]
     assert updates[0] == 6 + 6  # a hundredth of 40 seconds is one more trial of 0.24
     assert updates[1] == updates[2] == 6  # no trial in advance where there is less to gain
     assert updates[3] == 2000 // 8
@@ -96,13 +104,7 @@ def test_a_trial_in_advance_is_for_text_that_is_known_to_be_hard(
     """By a few rows a draft that is at home looks lost now and then: it paid for a trial there."""
     every, counters = policy("earned", rounds=8), Counters()
     known = Standing(level=level, level_rows=rows)
-    for _ in range(80):
-        counters.observe(round_of([1], seconds=0.02), known)
-        if every.decide(counters.snapshot(1, 0, 0, known)).num_steps:
-            counters.begin_update(1)
-            counters.updates += 1
-            counters.update_seconds_total += 0.04
-    assert counters.updates == updates
+    assert updates_in(counters, every, known, 80, 0.04, committed=1) == updates
 
 
 def test_a_trial_is_made_at_once() -> None:
@@ -110,14 +112,7 @@ def test_a_trial_is_made_at_once() -> None:
     every, counters = policy("earned", rounds=8, explore_share=0.05), Counters()
     known, by_request = Standing(level_rows=KNOWN_ROWS), []
     for _ in range(60):
-        before = counters.updates
-        for _ in range(100):
-            counters.observe(round_of([2], seconds=0.02), known)
-            if every.decide(counters.snapshot(1, 0, 0, known)).num_steps:
-                counters.begin_update(1)
-                counters.updates += 1
-                counters.update_seconds_total += 0.1
-        by_request.append(counters.updates - before)
+        by_request.append(updates_in(counters, every, known, 100, 0.1))
         counters.start_anew()
         counters.finished += 1
     trials = [sum(group) for some, group in groupby(by_request, bool) if some]
