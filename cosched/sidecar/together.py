@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cosched.training.ranks import PartedError
-
 if TYPE_CHECKING:
     from cosched.sidecar.versions import Arrival
     from cosched.training.ranks import Ranks
@@ -34,18 +32,11 @@ class Together:
         if self._ranks.parted:
             return None
         own = self._held.version.version if self._held else 0
-        _, number = self._sync(number=own if wanted else 0)
+        _, number = self._ranks.meet(number=own if wanted else 0)
         if not number:
             return None
-        missing, _ = self._sync(asked=own != number)
+        missing, _ = self._ranks.meet(asked=own != number)
         if missing:
             return None
         held, self._held = self._held, None
         return held
-
-    def _sync(self, asked: bool = False, number: int = 0) -> tuple[bool, int]:
-        """Whether any rank says so, and the first's number."""
-        well, asked, number = self._ranks.sync(True, asked, number)
-        if not well:
-            raise PartedError("another rank stopped learning")
-        return asked, number

@@ -24,7 +24,7 @@ class TrainingGroup:
     size: int
     whole: Any
     alone: Any
-    meet: Callable[[], None]
+    meet: Callable[[], object]
 
     def get_data_parallel_group(self) -> Any:
         return self.whole

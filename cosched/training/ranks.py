@@ -62,14 +62,16 @@ class Ranks:
         self.parted = not well
         return well, asked, number
 
-    def meet(self) -> None:
-        """Wait until every rank is here.
+    def meet(self, asked: bool = False, number: int = 0) -> tuple[bool, int]:
+        """Wait until every rank is here: whether any was asked for something, and the first's number.
 
         Raises:
             PartedError: one has stopped training instead.
         """
-        if self.size > 1 and not self.sync(well=True, asked=False)[0]:
+        well, asked, number = self.sync(True, asked, number)
+        if not well:
             raise PartedError("another rank stopped training")
+        return asked, number
 
     def part(self) -> None:
         """This rank stops training. The others learn of it when they meet next, wherever that is."""
