@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from cosched.errors import PublicationError
+from cosched.loop.tensors import with_tensors
 from cosched.training.ranks import PartedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    import torch
     from torch import Tensor
 
     from cosched.coscheduler import Coscheduler
@@ -161,16 +160,3 @@ def _done(own: Learning, ranks: Ranks, name: str, args: tuple[Any, ...]) -> Any:
         if not (name == "roll_back" and isinstance(error, PublicationError)):
             ranks.part()  # they may wait for what this one has to say
         raise
-
-
-def with_tensors(record: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A record whose tensors, and those of the records in it, are changed."""
-    if isinstance(record, torch.Tensor):
-        return change(record)
-    if isinstance(record, tuple):
-        return tuple(with_tensors(one, change) for one in record)
-    if is_dataclass(record) and not isinstance(record, type):
-        found = {one.name: getattr(record, one.name) for one in fields(record)}
-        changed = {name: with_tensors(value, change) for name, value in found.items()}
-        return replace(record, **changed)
-    return record

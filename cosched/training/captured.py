@@ -18,6 +18,7 @@ from torch.nn.utils import get_total_norm
 
 from cosched.errors import TrainingError
 from cosched.loop.copies import Copies
+from cosched.loop.tensors import with_tensors
 from cosched.records import Layout
 
 if TYPE_CHECKING:
@@ -189,24 +190,12 @@ def placed(prepared: Prepared, longest: int) -> Prepared:
 
     Tables of positions are made by that, as long as they may ever have to be.
     """
-    copy: Prepared = _copied(prepared)
+    copy = with_tensors(prepared, torch.clone)
     batch, layout = copy.batch, copy.batch.layout
     assert layout is not None
     of = batch.starts_R, batch.weights_RNK, batch.teacher_RNKX
     layout = replace(layout, starts=(longest,) * len(layout.starts), of=of)
     return replace(copy, batch=replace(batch, layout=layout))
-
-
-def _copied(record: Any) -> Any:
-    """With tensors of its own, those of records in it included."""
-    own: dict[str, Any] = {}
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if isinstance(value, Tensor):
-            own[field.name] = value.clone()
-        elif _has_tensors(value):
-            own[field.name] = _copied(value)
-    return replace(record, **own)
 
 
 def tensors_of(record: Any) -> Iterator[Tensor]:
