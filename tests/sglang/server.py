@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.sglang import preforked
 from tests.sglang.serving import ROOT
 
 CONFIG = "configs/serve_tiny_cpu.yaml"
@@ -26,7 +27,7 @@ PATIENCE = 240  # seconds for a start, on a busy machine
 class Server:
     """A running ``cosched serve``."""
 
-    process: subprocess.Popen[bytes]
+    process: preforked.Process
     url: str
     log: Path
     runs: Path
@@ -97,14 +98,8 @@ def launch(config: str, words: Sequence[str], folder: Path, environment: dict[st
     ours = [f"run.dir={runs}", *words[:first]]
     theirs = [*words[first:], "--port", str(port)]
     log = folder / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cosched.cli", "serve", "-c", config, *ours, *theirs],
-            env=environment,
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+    line = ["serve", "-c", config, *ours, *theirs]
+    process = preforked.start("cosched.cli", line, environment, log, log)
     return Server(process, f"http://127.0.0.1:{port}", log, folder / "runs", environment)
 
 

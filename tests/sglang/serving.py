@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from cosched.engines.embedded.verifiers import GreedyVerifier
 from cosched.engines.request import FinishedRequest, GenerationRequest
 from cosched.protocols import DrafterSettings
 from cosched.registry import DRAFTERS
+from tests.sglang import preforked
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = ROOT / "tinyworld"
@@ -87,16 +87,18 @@ class Decode:
         )
         key = order + json.dumps(variables)
         if key not in self.known:
-            process = subprocess.run(
-                [sys.executable, "-m", "tests.sglang.decode", order],
-                env={**self.environment, **(variables or {})},
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=600,  # a busy machine starts an engine slowly
-            )
-            assert process.returncode == 0, process.stderr[-8000:]
-            self.known[key] = json.loads(process.stdout.splitlines()[-1])
+            with tempfile.TemporaryDirectory() as folder:
+                out, err = Path(folder, "out"), Path(folder, "err")
+                process = preforked.start(
+                    "tests.sglang.decode",
+                    [order],
+                    {**self.environment, **(variables or {})},
+                    out,
+                    err,
+                )
+                code = process.wait(600)  # a busy machine starts an engine slowly
+                assert code == 0, err.read_text()[-8000:]
+                self.known[key] = json.loads(out.read_text().splitlines()[-1])
         return self.known[key]
 
 
