@@ -315,6 +315,7 @@ def test_an_unknown_suite_or_key_is_refused(here: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_suite_is_measured_once_and_its_result_says_with_what(here: Path) -> None:
     """The second call measures nothing; a figure has its unit, a run its commit and machine."""
     file = tiny_suite(here, seeds=[0, 1])
@@ -341,6 +342,7 @@ def test_a_suite_is_measured_once_and_its_result_says_with_what(here: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_suite_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the second group: the same command ends with the figures of all of them."""
     from cosched.bench import measure

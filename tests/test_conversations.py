@@ -202,6 +202,7 @@ def test_a_recording_has_all_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_of_conversations_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     """Between groups no conversation is under way, whatever is asked in it."""
     path = experiment(tmp_path, conversations(tmp_path))

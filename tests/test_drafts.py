@@ -227,6 +227,7 @@ FIGURES = ("tokens", "rounds", "tau", "tau_novel", "position_acceptance", "updat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_each_draft_does_what_it_does_alone(tmp_path: Path) -> None:
     """Tokens, rounds, acceptance and losses to the last digit; one report has both."""
     arms = ["plain", "frozen", "adapted", "pard.frozen", "pard.adapted"]

@@ -47,6 +47,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, settings: dict) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, settings: dict) -> None:
     """Interrupted after the first request and resumed, all arms do what they do in one go."""
     settings["workload"] |= {"max_new_tokens": 64, "max_prompts": 2}

@@ -43,7 +43,7 @@ def shuffle_place(watched: Watched, place: int, vocab_size: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["eagle3", "pard"])
+@pytest.mark.parametrize("kind", ["eagle3", pytest.param("pard", marks=pytest.mark.long)])
 def test_a_draft_whose_third_place_is_shuffled_is_named_by_place(kind: str, tmp_path: Path) -> None:
     """From the start on, so there is nothing to compare with but the other places."""
     world = world_of(

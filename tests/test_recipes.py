@@ -80,9 +80,8 @@ def test_prompts_are_answered_more_than_once(tiny_target: Target) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", ["eagle3", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("dflash", "pard"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["eagle3", "dflash", "pard"])
 def test_every_recipe_learns(tmp_path: Path, kind: str) -> None:
     """A few tokens, cadences to match: each arm has updates, when and on what its recipe says."""
     arms = ["frozen", "ours", "tts", "tts-stride", "osd", "aurora"]

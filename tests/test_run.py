@@ -56,7 +56,7 @@ def test_a_run_leaves_its_folder(tmp_path: Path, settings: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_arms_take_turns(tmp_path: Path, settings: dict, background: bool) -> None:
     """A few tokens at a time, and more where an update would go on in the time of the others."""
     settings["arms"] = ["frozen", "adapted"]

@@ -183,6 +183,7 @@ def test_sigterm_saves_and_what_goes_on_is_the_same_run(tmp_path: Path, settings
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_rows_of_requests_that_have_ended_are_learnt_from_again(tmp_path: Path) -> None:
     """With ``keep_finished`` the next update has rows of the request before: its loss is the same to the
     bit only where they are saved too."""

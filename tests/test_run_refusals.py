@@ -150,6 +150,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, settings: dict) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_is_one_message(tmp_path: Path, settings: dict) -> None:
     """When no byte more can be written the run ends with a message that names the file."""
 

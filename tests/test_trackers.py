@@ -102,6 +102,7 @@ def check_curves(points: Points, arm: str, folder: Path, summary: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_trackers_have_a_run_for_each_arm(
     tmp_path: Path, settings: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
