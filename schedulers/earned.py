@@ -16,6 +16,8 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 LEAST_SECONDS = 1e-6  # of an update
 HARD = 0  # level: below a quarter of a token a round (``cosched.guard.statistics.LEVELS``)
 KNOWN_ROWS = 32  # of a text, by which its level is known
+PROMISE = 0.2  # of the seconds that are left of a hard text: what learning saves there at best
+ROOM = 2  # so many times the rounds of a trial have to be left, or what it teaches serves nobody
 
 
 class EarnedSettings(CostAwareSettings, frozen=True, kw_only=True):
@@ -60,7 +62,9 @@ class Earned(Policy):
     (``Standing.level``): what one kind of text has earned is not spent on another, and what one that
     has nothing to teach has cost leaves the next its own trial. c is 1 where the draft as loaded
     is known to guess less than a quarter of a token a round, for there is most to learn and least to lose, and 0 elsewhere: a
-    draft that is at home may wait for its trial.
+    draft that is at home may wait for its trial. Where learning ends with a request, what is left of it has to
+    pay for what is left of the trial: a fifth of its seconds, which is what learning saves at best, have to be
+    more than that costs, and half of its rounds enough.
     """
 
     Settings = EarnedSettings
@@ -77,14 +81,29 @@ class Earned(Policy):
         if snapshot.rounds_since_update < settings.rounds:
             return Decision(num_steps=0)
         learning, earned = snapshot.seconds_learning_here, snapshot.seconds_earned_here
-        trial = settings.trial_updates * (update := self._update_seconds(snapshot))
-        trials = settings.explore_share * snapshot.seconds_serving_here // trial
-        trials += snapshot.level <= HARD and snapshot.level_rows >= KNOWN_ROWS
-        paid = trials * trial + settings.reinvested_share * earned
+        update = self._update_seconds(snapshot)
+        trial = settings.trial_updates * update
+        paid = settings.explore_share * snapshot.seconds_serving_here // trial * trial
+        paid += settings.reinvested_share * earned
+        if self._promises(snapshot, min(trial, trial + paid - learning) / update):
+            paid += trial
         # Half of an update more may go: seconds add up to a trial but for their last digits.
         if learning + update / 2 > paid:
             return Decision(num_steps=0)
         return Decision(settings.num_steps, reason=f"{earned:.1f} s earned on such text so far")
+
+    def _promises(self, snapshot: Snapshot, num_updates: float) -> bool:
+        """Whether so many updates, of a trial in advance, may pay in what is left of the text."""
+        if snapshot.level > HARD or snapshot.level_rows < KNOWN_ROWS:
+            return False
+        if not snapshot.forgets:
+            return True
+        rounds_left = snapshot.expected_tokens_left / max(1.0, snapshot.recent_acceptance_length)
+        seconds = num_updates * self._update_seconds(snapshot)
+        return (
+            rounds_left >= ROOM * num_updates * self.settings.rounds
+            and PROMISE * rounds_left * snapshot.recent_round_seconds >= seconds
+        )
 
     def _update_seconds(self, snapshot: Snapshot) -> float:
         """What an update has cost in the mean, with its judgement and publication."""

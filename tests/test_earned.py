@@ -107,6 +107,26 @@ def test_a_trial_in_advance_is_for_text_that_is_known_to_be_hard(
     assert updates_in(counters, every, known, 80, 0.04, committed=1) == updates
 
 
+@pytest.mark.parametrize(
+    ("tokens", "seconds", "forgets", "updates"),
+    [
+        (400, 0.04, True, 6),
+        (400, 0.4, True, 1),  # what one costs is known then: six of 8 seconds are too many
+        (400, 0.4, False, 6),  # what is learnt stays
+        (90, 0.04, True, 0),  # 48 rounds of trial would leave hardly any to be served
+        (90, 0.04, False, 6),
+    ],
+)
+def test_a_trial_in_advance_has_to_pay_in_its_request(
+    tokens: int, seconds: float, forgets: bool, updates: int
+) -> None:
+    """A dear draft's trial took a sixth of two answers, and what it taught ended with them."""
+    every = policy("earned", rounds=8)
+    counters = Counters(committed=100 * tokens, finished=100, forgets=forgets)
+    known = Standing(level_rows=KNOWN_ROWS)
+    assert updates_in(counters, every, known, 90, seconds, committed=1) == updates
+
+
 def test_a_trial_is_made_at_once() -> None:
     """Where a request's learning ends with it, updates come together, in a few requests, and not one in each."""
     every, counters = policy("earned", rounds=8, explore_share=0.05), Counters()
