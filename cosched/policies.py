@@ -33,7 +33,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     seconds ``…_here`` are of text like this alone (``Standing.level``): drafting and verifying, updates and
     their judgement and publication, and what was earned; ``level`` is that level, known by ``level_rows``.
     ``expected_tokens_left`` is per running request; ``forgets`` says that what is learnt ends with a request:
-    it has, once.
+    it has, once, and ``updates_since_reset`` were made since then.
     ``tokens_since_loaded`` were committed since the draft was last as it was loaded. ``trials`` are the
     newest comparisons of objectives, the oldest first: what one update with each of them, from the same
     weights, would have brought over the serving draft, in tokens; ``num_trials`` counts all there were.
@@ -66,6 +66,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     update_gain: float = 1.0
     expected_tokens_left: float = 0.0
     forgets: bool = False
+    updates_since_reset: int = 0
     num_queued: int = 0
     seconds_earned: float = 0.0
     seconds_serving_here: float = 0.0

@@ -16,8 +16,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 LEAST_SECONDS = 1e-6  # of an update
 HARD = 0  # level: below a quarter of a token a round (``cosched.guard.statistics.LEVELS``)
 KNOWN_ROWS = 32  # of a text, by which its level is known
-PROMISE = 0.2  # of the seconds that are left of a hard text: what learning saves there at best
-ROOM = 2  # so many times the rounds of a trial have to be left, or what it teaches serves nobody
+PROMISE = 0.25  # of the seconds of a hard text: what learning saves there at best
 
 
 class EarnedSettings(CostAwareSettings, frozen=True, kw_only=True):
@@ -61,10 +60,13 @@ class Earned(Policy):
     U, V and E are of text like this, told apart by how well the draft as loaded does on it
     (``Standing.level``): what one kind of text has earned is not spent on another, and what one that
     has nothing to teach has cost leaves the next its own trial. c is 1 where the draft as loaded
-    is known to guess less than a quarter of a token a round, for there is most to learn and least to lose, and 0 elsewhere: a
-    draft that is at home may wait for its trial. Where learning ends with a request, what is left of it has to
-    pay for what is left of the trial: a fifth of its seconds, which is what learning saves at best, have to be
-    more than that costs, and half of its rounds enough.
+    is known to guess less than a quarter of a token a round, for there is most to learn and least to
+    lose, and 0 elsewhere: a draft that is at home may wait for its trial.
+
+    **Where learning ends with a request, each is an investment of its own** (``Snapshot.forgets``). One is
+    made in every request, whatever was spent on others, where it is expected to pay: where the seconds that are left
+    of the request behind it, times the share of them that learning is known to save on such text, are more
+    than what is left of a trial costs. Where nothing is known yet, the trial in advance is held against a quarter.
     """
 
     Settings = EarnedSettings
@@ -85,25 +87,29 @@ class Earned(Policy):
         trial = settings.trial_updates * update
         paid = settings.explore_share * snapshot.seconds_serving_here // trial * trial
         paid += settings.reinvested_share * earned
-        if self._promises(snapshot, min(trial, trial + paid - learning) / update):
+        hard = snapshot.level <= HARD and snapshot.level_rows >= KNOWN_ROWS
+        if hard and not snapshot.forgets:
             paid += trial
         # Half of an update more may go: seconds add up to a trial but for their last digits.
-        if learning + update / 2 > paid:
-            return Decision(num_steps=0)
-        return Decision(settings.num_steps, reason=f"{earned:.1f} s earned on such text so far")
+        if learning + update / 2 <= paid:
+            return Decision(settings.num_steps, reason=f"{earned:.1f} s earned on such text so far")
+        expected = _saved_share(snapshot)
+        if hard and learning + update / 2 <= paid + trial:
+            expected = max(expected, PROMISE)
+        if snapshot.forgets and self._pays_in_request(snapshot, expected):
+            return Decision(
+                settings.num_steps, reason=f"{expected:.0%} to be saved in this request"
+            )
+        return Decision(num_steps=0)
 
-    def _promises(self, snapshot: Snapshot, num_updates: float) -> bool:
-        """Whether so many updates, of a trial in advance, may pay in what is left of the text."""
-        if snapshot.level > HARD or snapshot.level_rows < KNOWN_ROWS:
+    def _pays_in_request(self, snapshot: Snapshot, saved_share: float) -> bool:
+        """Whether what is left of a trial costs less than it is expected to save behind it."""
+        missing = self.settings.trial_updates - snapshot.updates_since_reset
+        if missing <= 0 or not saved_share:
             return False
-        if not snapshot.forgets:
-            return True
         rounds_left = snapshot.expected_tokens_left / max(1.0, snapshot.recent_acceptance_length)
-        seconds = num_updates * self._update_seconds(snapshot)
-        return (
-            rounds_left >= ROOM * num_updates * self.settings.rounds
-            and PROMISE * rounds_left * snapshot.recent_round_seconds >= seconds
-        )
+        seconds = snapshot.recent_round_seconds * (rounds_left - missing * self.settings.rounds)
+        return saved_share * seconds >= missing * self._update_seconds(snapshot)
 
     def _update_seconds(self, snapshot: Snapshot) -> float:
         """What an update has cost in the mean, with its judgement and publication."""
@@ -111,3 +117,10 @@ class Earned(Policy):
             return self.settings.num_steps * self.settings.step_ms / 1000
         spent = snapshot.seconds_updating + snapshot.seconds_publishing
         return max(LEAST_SECONDS, spent / snapshot.num_updates)
+
+
+def _saved_share(snapshot: Snapshot) -> float:
+    """Of the seconds that text like this takes with the draft as loaded: what learning is known to save."""
+    lead = snapshot.lead_tokens
+    loaded = snapshot.recent_acceptance_length - (0.0 if snapshot.serves_loaded else lead)
+    return lead / (max(1.0, loaded) + lead)

@@ -127,10 +127,26 @@ def test_a_trial_in_advance_has_to_pay_in_its_request(
     assert updates_in(counters, every, known, 90, seconds, committed=1) == updates
 
 
+@pytest.mark.parametrize(
+    ("lead", "forgets", "updates"), [(0.5, True, 6), (0.02, True, 0), (0.5, False, 0)]
+)
+def test_where_learning_ends_with_a_request_each_is_an_investment(
+    lead: float, forgets: bool, updates: int
+) -> None:
+    """Code had spent what it earned, and German, as hard for the draft, was learnt nothing of."""
+    every = policy("earned", rounds=8)
+    counters = Counters(
+        committed=40_000, finished=100, forgets=forgets, updates=10, updates_at_reset=10,
+        update_seconds_total=1.0, ledgers=[Ledger(learning=1.0)],
+    )  # fmt: skip
+    known = Standing(lead, level_rows=KNOWN_ROWS)
+    assert updates_in(counters, every, known, 90, 0.1) == updates
+
+
 def test_a_trial_is_made_at_once() -> None:
     """Where a request's learning ends with it, updates come together, in a few requests, and not one in each."""
-    every, counters = policy("earned", rounds=8, explore_share=0.05), Counters()
-    known, by_request = Standing(level_rows=KNOWN_ROWS), []
+    every, counters = policy("earned", rounds=8, explore_share=0.05, step_ms=100), Counters()
+    known, by_request = Standing(level=1, level_rows=KNOWN_ROWS), []
     for _ in range(60):
         by_request.append(updates_in(counters, every, known, 100, 0.1))
         counters.start_anew()

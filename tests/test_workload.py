@@ -47,6 +47,28 @@ def test_layouts_may_be_mixed(tmp_path: Path, tokenizer: Any) -> None:
     assert all(r.forced_T is None and r.later is None for r in requests)
 
 
+def test_questions_alone_are_answered_from_the_first_on(tmp_path: Path, tokenizer: Any) -> None:
+    """As benchmarks have them: nobody has answered the first when the second is asked."""
+    questions = {
+        "question_id": 81,
+        "category": "writing",
+        "turns": ["NAME\nls", "NAME\ncp", "NAME\nmv"],
+    }
+    path = write_lines(tmp_path / "question.jsonl", questions)
+    (once,) = requests_of(path, tokenizer)
+    assert (once.id, once.later) == ("81", None)
+    assert text_of(tokenizer, once.prompt_P) == "NAME\nls\n"
+    tokenizer.chat_template = ENDS
+    (twice,) = requests_of(path, tokenizer, turns=2)
+    assert twice.later is not None
+    second = twice.later.after(tokenizer("ls lists files")["input_ids"])
+    assert second is not None
+    assert (second.id, second.later) == ("81@2", None)
+    assert "lists files" in text_of(tokenizer, second.prompt_P)
+    assert "NAME\ncp" in text_of(tokenizer, second.prompt_P)
+    assert "NAME\nmv" not in text_of(tokenizer, second.prompt_P)
+
+
 def test_the_template_asks_for_an_answer(tmp_path: Path, tokenizer: Any) -> None:
     """Without its generation prompt a chat model goes on with the user's message; and what else a
     message says is the template's to use."""
@@ -92,6 +114,8 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path, tokenizer: Any) -> None:
     [
         ("[1", "begins as a JSON array and is none"),
         ("{", "line 1 of .* is not JSON"),
+        ({"turns": ["a", 3]}, "line 1 of .* has the turn 3; expected a string"),
+        ({"turns": []}, r"line 1 of .* has no turns, got \[\]; expected a list"),
         ("3", "line 1 of .* is no object, got 3; expected .*text.*messages.*conversations"),
         ({}, "line 1 of .* has no text and no messages, got the keys \\[\\]; expected"),
         (

@@ -340,6 +340,7 @@ class Counters:
             update_gain=self.gain,
             expected_tokens_left=self._tokens_ahead(num_running),
             forgets=self.forgets,
+            updates_since_reset=self.updates - self.updates_at_reset,
             num_queued=self.queued,
             seconds_earned=self.earned_seconds,
             seconds_serving_here=here.serving,

@@ -99,10 +99,12 @@ class WorkloadSettings(Section, frozen=True):
 
     A prompts file has one JSON object a line (or one array of them): ``{"text": …}`` as it is, or
     chat, through the target's own template: OpenAI's ``{"messages": [{"role": …, "content": …}]}``
-    or ShareGPT's ``{"conversations": [{"from": …, "value": …}]}``; optionally with ``id``, and
-    ``tenant``, whose it is. An answer that ends a conversation is left out: it is no
-    question. ``turns`` answers the last so many questions of each, one after the other: before the
-    first is what the file has, between them the target's own answers. Each turn is a request, of
+    or ShareGPT's ``{"conversations": [{"from": …, "value": …}]}``; or questions alone, as benchmarks
+    have them (MT-Bench, Spec-Bench, SPEED-Bench): ``{"turns": ["…", …]}``. Optionally with ``id``
+    (``question_id`` beside ``turns``), and ``tenant``, whose it is. An answer that ends a conversation is left
+    out: it is no question. ``turns`` answers the last so many questions of each, one after the other: before the
+    first is what the file has, between them the target's own answers. Of questions alone it answers the
+    first so many. Each turn is a request, of
     the id ``ID@2`` and so on; where one does not fit any more its conversation ends, and is counted.
     A recording has every turn as a text of its own.
     ``samples`` answers each prompt that many times, one round over all prompts after the other.

@@ -80,6 +80,7 @@ def random_snapshot(seed: int, num_experts: int = 2) -> Snapshot:
         update_gain=draw.uniform(0.8, 1.3) if updates > 1 else 1.0,
         expected_tokens_left=draw.uniform(0, 5000) if rounds else 0.0,
         forgets=draw.random() < 0.5,
+        updates_since_reset=draw.randint(0, updates),
         seconds_earned=(earned := draw.uniform(0, 100) if updates else 0.0),
         seconds_serving_here=draw.uniform(0, 1000),
         seconds_learning_here=draw.uniform(0, 100) if updates else 0.0,

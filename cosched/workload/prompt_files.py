@@ -1,4 +1,4 @@
-"""Files of prompts and documents: JSON lines, or one JSON array, of text, OpenAI chat and ShareGPT."""
+"""Files of prompts and documents: JSON lines, or one JSON array, of text, OpenAI chat, ShareGPT and questions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-LAYOUTS = ("text", "messages", "conversations")
+LAYOUTS = ("text", "messages", "conversations", "turns")
 EXPECTED = (
-    '{"text": …}, {"messages": [{"role": …, "content": …}, …]} or '
-    '{"conversations": [{"from": …, "value": …}, …]}'
+    '{"text": …}, {"messages": [{"role": …, "content": …}, …]}, '
+    '{"conversations": [{"from": …, "value": …}, …]} or {"turns": ["…", …]}'
 )
 SPELLINGS = (("role", "content"), ("from", "value"))
 ROLES = {
@@ -37,6 +37,7 @@ Messages = tuple[Message, ...]
 class Line(NamedTuple):
     """What a line says: ``text``, or the ``messages`` of a chat, of which ``text`` is None.
 
+    ``unanswered`` messages are the user's questions alone, of which no answer is in the file.
     ``where`` it stands, with the key that names the file, begins what is said of it to its user.
     ``source`` is its file's name, where there are several.
     """
@@ -47,6 +48,7 @@ class Line(NamedTuple):
     messages: Messages
     where: str
     source: str | None = None
+    unanswered: bool = False
 
 
 def read_lines(path: Path, key: str, most: int | None = None) -> list[Line]:
@@ -109,8 +111,9 @@ def _line(record: Any, number: int, where: str) -> Line:
     tenant = record.get("tenant")
     if not isinstance(tenant, str | None):
         raise WorkloadError(f"{where} has the tenant {tenant!r}; expected a name")
-    name = record.get("id")
-    name, (layout,) = str(number if name is None else name), found
+    (layout,) = found
+    name = record.get("question_id" if layout == "turns" and "id" not in record else "id")
+    name = str(number if name is None else name)
     if layout == "text":
         text = record["text"]
         if not isinstance(text, str) or not text:
@@ -121,7 +124,16 @@ def _line(record: Any, number: int, where: str) -> Line:
         raise WorkloadError(
             f"{where} has no {layout}, got {_short(messages)}; expected a list of them"
         )
+    if layout == "turns":
+        questions = tuple(_question(one, where) for one in messages)
+        return Line(name, tenant, None, questions, where, unanswered=True)
     return Line(name, tenant, None, tuple(_message(one, where) for one in messages), where)
+
+
+def _question(raw: Any, where: str) -> Message:
+    if not isinstance(raw, str) or not raw:
+        raise WorkloadError(f"{where} has the turn {_short(raw)}; expected a string")
+    return {"role": "user", "content": raw}
 
 
 def _message(raw: Any, where: str) -> Message:

@@ -107,7 +107,7 @@ def _asked(
         request = GenerationRequest(line.id, ids_P, new, tenant=line.tenant, source=line.source)
         _check_fits(request, line.where, max_length)
         return request
-    asked, *ahead = last_turns(line.messages, settings.turns, line.where)
+    asked, *ahead = _turns(line, settings.turns)
     conversation = Conversation(chat, line, asked, tuple(ahead), new, max_length, device)
     longest, turn = 0, conversation
     for answers in range(1 + len(ahead)):
@@ -116,6 +116,17 @@ def _asked(
         _check_fits(request, line.where, max_length, answers)
         longest = max(longest, request.max_length + answers * (new + new // SPARE))
     return replace(conversation, max_length=min(longest, max_length)).request()
+
+
+def _turns(line: Line, number: int) -> list[Messages]:
+    """What so many questions add to a conversation: the last ones, or the first where none is answered.
+
+    Raises:
+        WorkloadError: as ``last_turns``.
+    """
+    if line.unanswered:
+        return [(question,) for question in line.messages[:number]]
+    return last_turns(line.messages, number, line.where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +222,7 @@ def read_texts(settings: WorkloadSettings) -> list[Line]:
         if line.messages and settings.documents is not None:
             last_answer(line.messages, line.where)
         elif line.messages:
-            last_turns(line.messages, settings.turns, line.where)
+            _turns(line, settings.turns)
     return lines
 
 
