@@ -35,11 +35,11 @@ class Coscheduler:
     sink: Sink
     reset_when_finished: bool
     clock: Callable[[], float] = time.perf_counter
-    counters: Counters = field(default_factory=Counters, init=False)
+    counters: Counters = field(init=False)
     learning: bool = field(default=True, init=False)  # off: rounds are counted, and nothing else
 
     def __post_init__(self) -> None:
-        self._meter = Meter(self.clock)
+        self._meter, self.counters = Meter(self.clock), Counters(forgets=self.reset_when_finished)
 
     def on_round(self, round_: VerifyRound) -> None:
         """One walk, after a round, a prefill, or a tick in which nothing ran."""

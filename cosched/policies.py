@@ -32,8 +32,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     difference less its standard error, and where ``drafter.length`` chooses, also without a draft. The
     seconds ``…_here`` are of text like this alone (``Standing.level``): drafting and verifying, updates and
     their judgement and publication, and what was earned; ``level`` is that level, known by ``level_rows``.
-    ``expected_tokens_left`` is per running request; ``forgets`` says that what is learnt ends with a request:
-    it has, once, and ``updates_since_reset`` were made since then.
+    ``expected_tokens_left`` is per running request; ``forgets`` says that what is learnt ends with its request,
+    and ``updates_since_reset`` were made since that was last so.
     ``tokens_since_loaded`` were committed since the draft was last as it was loaded. ``trials`` are the
     newest comparisons of objectives, the oldest first: what one update with each of them, from the same
     weights, would have brought over the serving draft, in tokens; ``num_trials`` counts all there were.

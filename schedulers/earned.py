@@ -45,28 +45,23 @@ class Earned(Policy):
 
         U + u <= n u (c + floor(explore_share V / n u)) + reinvested_share E
 
-    In a second of serving, a draft whose acceptance length is g times that of the draft as loaded
-    does what that one would have needed g seconds for: it saves g - 1. E is their sum, with g as a
-    guard of kind ``shadow`` scores it on the same rows, less a standard error. So whatever the text,
-    what learning costs in all is at most a trial and a small share more than what it brings: where
-    there is nothing to learn it all but stops, and where there is, it earns the means to go on.
-    Without such a guard nothing is ever earned.
+    In a second of serving, a draft whose acceptance length is g times that of the draft as loaded does what that
+    one would have needed g seconds for: it saves g - 1. E is their sum, with g as a guard of kind ``shadow`` scores
+    it on the same rows, less a standard error; without such a guard nothing is ever earned. So learning costs at
+    most a trial and a small share more than what it brings.
 
-    **A trial is made at once.** One update teaches little, and is forgotten where every request begins with
-    the draft as loaded: spread thinly, updates would show nothing of a draft that six in a row make
-    better. So what may be explored comes in whole trials; what the end of a request cuts off is made in the
-    next.
+    **A trial is made at once.** One update teaches little: spread thinly, updates would show nothing of a draft
+    that six in a row make better.
 
     U, V and E are of text like this, told apart by how well the draft as loaded does on it
-    (``Standing.level``): what one kind of text has earned is not spent on another, and what one that
-    has nothing to teach has cost leaves the next its own trial. c is 1 where the draft as loaded
-    is known to guess less than a quarter of a token a round, for there is most to learn and least to
-    lose, and 0 elsewhere: a draft that is at home may wait for its trial.
+    (``Standing.level``): what one kind of text has earned is not spent on another. c is 1 where that draft is known
+    to guess less than a quarter of a token a round, for there is most to learn and least to lose, and 0 elsewhere.
 
-    **Where learning ends with a request, each is an investment of its own** (``Snapshot.forgets``). One is
-    made in every request, whatever was spent on others, where it is expected to pay: where the seconds that are left
-    of the request behind it, times the share of them that learning is known to save on such text, are more
-    than what is left of a trial costs. Where nothing is known yet, the trial in advance is held against a quarter.
+    **Where learning ends with a request, each is an investment of its own** (``Snapshot.forgets``). One is made in
+    every request, whatever was spent on others, where the seconds that are left of it behind a trial, times the
+    share of them that learning is known to save on such text, are more than what is left of the trial costs. Where
+    nothing is known yet, the one in advance (c) is held against a quarter; and to explore_share V comes that
+    share of what is left, up to a trial: a long answer may have its own at its beginning.
     """
 
     Settings = EarnedSettings
@@ -85,7 +80,10 @@ class Earned(Policy):
         learning, earned = snapshot.seconds_learning_here, snapshot.seconds_earned_here
         update = self._update_seconds(snapshot)
         trial = settings.trial_updates * update
-        paid = settings.explore_share * snapshot.seconds_serving_here // trial * trial
+        explored = settings.explore_share * snapshot.seconds_serving_here
+        if snapshot.forgets:
+            explored += min(trial, settings.explore_share * _seconds_left(snapshot))
+        paid = explored // trial * trial
         paid += settings.reinvested_share * earned
         hard = snapshot.level <= HARD and snapshot.level_rows >= KNOWN_ROWS
         if hard and not snapshot.forgets:
@@ -107,9 +105,9 @@ class Earned(Policy):
         missing = self.settings.trial_updates - snapshot.updates_since_reset
         if missing <= 0 or not saved_share:
             return False
-        rounds_left = snapshot.expected_tokens_left / max(1.0, snapshot.recent_acceptance_length)
-        seconds = snapshot.recent_round_seconds * (rounds_left - missing * self.settings.rounds)
-        return saved_share * seconds >= missing * self._update_seconds(snapshot)
+        until_then = missing * self.settings.rounds * snapshot.recent_round_seconds
+        saved = saved_share * (_seconds_left(snapshot) - until_then)
+        return saved >= missing * self._update_seconds(snapshot)
 
     def _update_seconds(self, snapshot: Snapshot) -> float:
         """What an update has cost in the mean, with its judgement and publication."""
@@ -117,6 +115,12 @@ class Earned(Policy):
             return self.settings.num_steps * self.settings.step_ms / 1000
         spent = snapshot.seconds_updating + snapshot.seconds_publishing
         return max(LEAST_SECONDS, spent / snapshot.num_updates)
+
+
+def _seconds_left(snapshot: Snapshot) -> float:
+    """Of a running request."""
+    rounds = snapshot.expected_tokens_left / max(1.0, snapshot.recent_acceptance_length)
+    return rounds * snapshot.recent_round_seconds
 
 
 def _saved_share(snapshot: Snapshot) -> float:

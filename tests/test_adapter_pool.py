@@ -171,6 +171,7 @@ def test_a_lent_adapter_comes_back_as_it_was(target: Target, configure: Configur
     assert rounds[0] == rounds[1]
 
 
+@pytest.mark.slow
 def test_a_pool_counts_what_guards_did(target: Target, configure: Configure) -> None:
     """Refusals and their cost are those of all adapters; a prefill is no round."""
     guard = "{kind: shadow, anchors: 4}"

@@ -145,6 +145,7 @@ def rounds(target: Target, drafter, requests, max_batch: int = 1) -> int:
     return sum(len(one.rounds) for one in engine.generate(requests))
 
 
+@pytest.mark.slow
 def test_it_is_about_as_good_as_the_better_of_its_parts() -> None:
     """In rounds, over requests where now one and now the other is better.
 
@@ -227,6 +228,7 @@ def of_two(settings: dict, tinyworld: Path, *parts: dict, **more) -> dict:
     return settings
 
 
+@pytest.mark.slow
 def test_a_run_learns_what_its_network_lacks(
     settings: dict, tmp_path: Path, tinyworld: Path
 ) -> None:

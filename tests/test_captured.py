@@ -90,6 +90,7 @@ def test_a_filled_batch_has_the_loss_and_gradients_of_the_ragged_one(
         assert_equal(passes(module, filled), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_rows", [None, 7])
 @pytest.mark.parametrize("loss", LOSSES_TO_TEST)
 def test_every_loss_of_a_filled_batch_is_that_of_the_ragged_one(
@@ -157,6 +158,7 @@ def operations(module: BatchLoss, batch: SignalBatch, longest: int) -> list[Any]
     return found.all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES_TO_TEST)
 @pytest.mark.parametrize(("kind", "example"), DRAFTERS_TO_TEST)
 def test_updates_of_a_frame_are_the_same_operations(
@@ -222,6 +224,7 @@ def trainers(
     return made[0], made[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "example"), DRAFTERS_TO_TEST)
 def test_captured_updates_are_eager_ones(target: Target, kind: str, example: str) -> None:
     """Losses and weights over updates of other requests, shapes and objectives, in float32: sums have

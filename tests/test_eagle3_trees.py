@@ -83,6 +83,7 @@ def test_the_likeliest_paths_grow(target: Target) -> None:
     assert tree.tokens_BK[0, width:].tolist() == (paths % target.vocab_size).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree_rule", ["recursive", "k_sequential"])
 @pytest.mark.parametrize("acceptance", ["sampled", "target_only"])
 @pytest.mark.parametrize("sampling", [SamplingParams(1.0), SamplingParams(0.7, top_p=0.8)])
@@ -97,6 +98,7 @@ def test_sampled_text_follows_the_target(sampling, acceptance, tree_rule) -> Non
     assert drafter.num_tree_tokens == 4 < VOCABULARY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_batch", [1, 3])
 def test_greedy_text_is_the_targets_while_it_learns(target: Target, max_batch: int) -> None:
     """Across publications, and more is accepted than of a chain."""
@@ -129,6 +131,7 @@ def test_settings_make_trees_and_copies_keep_them(target: Target, tmp_path: Path
         convert({"kind": "eagle3", "path": "", "top_k": 0}, Eagle3Settings)
 
 
+@pytest.mark.slow
 def test_a_run_with_trees_and_what_it_refuses(
     settings: dict, tmp_path: Path, tinyworld: Path
 ) -> None:

@@ -143,9 +143,21 @@ def test_where_learning_ends_with_a_request_each_is_an_investment(
     assert updates_in(counters, every, known, 90, 0.1) == updates
 
 
+@pytest.mark.parametrize(("tokens", "updates"), [(4000, 6), (1000, 0)])
+def test_a_long_answer_has_its_trial_at_its_beginning(tokens: int, updates: int) -> None:
+    """The share that may be explored is of what is left, too: at 20 ms a round a fiftieth of 80 seconds."""
+    every = policy("earned", rounds=8, step_ms=200)
+    counters = Counters(committed=100 * tokens, finished=100, forgets=True)
+    known = Standing(level=2, level_rows=KNOWN_ROWS)
+    assert updates_in(counters, every, known, 90, 0.2, committed=1) == updates
+
+
 def test_a_trial_is_made_at_once() -> None:
     """Where a request's learning ends with it, updates come together, in a few requests, and not one in each."""
-    every, counters = policy("earned", rounds=8, explore_share=0.05, step_ms=100), Counters()
+    every, counters = (
+        policy("earned", rounds=8, explore_share=0.05, step_ms=100),
+        Counters(forgets=True),
+    )
     known, by_request = Standing(level=1, level_rows=KNOWN_ROWS), []
     for _ in range(60):
         by_request.append(updates_in(counters, every, known, 100, 0.1))

@@ -71,6 +71,7 @@ def _word(rng: random.Random) -> str:
     return value if isinstance(value, str) else as_json(value).decode()
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_one_clear_error(elsewhere: Path, tmp_path: Path) -> None:
     """Mutated files of ``configs/``, trees of their keys and values, and overrides. What is taken can be
     written out, and read again as the same."""

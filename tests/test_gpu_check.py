@@ -57,6 +57,7 @@ def stopping_after(method: str) -> Any:
     return stop
 
 
+@pytest.mark.slow
 def test_the_list_names_every_arm() -> None:
     """The shell script finds its Python, and an arm is chosen by the name that is shown."""
     run = subprocess.run(

@@ -319,6 +319,7 @@ def test_plain_is_faster_only_where_that_is_sure(tmp_path: Path) -> None:
     assert warning not in " ".join(headline(spread_out(summary, 0.4), events).details)
 
 
+@pytest.mark.slow
 def test_a_short_run_claims_nothing(tmp_path: Path) -> None:
     """No interval, no verdict: the page says why, and still shows the ratios."""
     summary = make_run(tmp_path / "run", num_requests=1)
@@ -341,6 +342,7 @@ def test_an_older_run_still_has_its_ratios(tmp_path: Path) -> None:
     assert interval_line(summary) == NO_INTERVAL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_requests", "run", "words"),
     [

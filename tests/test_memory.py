@@ -263,6 +263,7 @@ def test_a_run_allocates_what_check_says(kind: str, changed: str) -> None:
     assert held + said.scores == pytest.approx(live.peak, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["eagle3", "dflash", "pard"])
 def test_a_captured_run_allocates_what_check_says(
     kind: str, monkeypatch: pytest.MonkeyPatch

@@ -80,6 +80,7 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     assert "\x1b" not in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arms", [("plain",), ("frozen",), ("adapted",), ("plain", "adapted"), ()])
 def test_any_subset_of_arms(tmp_path: Path, arms: tuple[str, ...]) -> None:
     """A run need not have every arm, nor any."""
@@ -147,6 +148,7 @@ def test_guard_is_drawn_with_its_bound(tmp_path: Path) -> None:
     assert ">bound<" not in page_of(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_memory_and_command_are_told(tmp_path: Path) -> None:
     """What the run was asked with, escaped, and what it was reckoned to take, without what takes nothing."""
     sizes = [("draft weights", 3 << 20, "<all>"), ("Adam moments", 0, ""), ("target", None, "")]

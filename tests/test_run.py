@@ -16,6 +16,7 @@ from tests.helpers.cli import cosched_process, run_cli
 from tests.helpers.experiments import events_of, new_folder, rounds_of, turns_of, write
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_folder(tmp_path: Path, settings: dict) -> None:
     """Four arms, equal greedy tokens, and every file that design.md names."""
     settings["workload"]["max_new_tokens"] = 24

@@ -81,6 +81,7 @@ def test_rows_of_a_tree_are_those_of_each_path_alone(
 # --- the text ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_batch", [1, 3])
 @pytest.mark.parametrize("verifier", [
     GreedyVerifier(),
@@ -122,6 +123,7 @@ def test_greedy_text_is_plain_decodings(target: Target, max_batch: int, ragged: 
     assert len(watcher.rounds) < len(plain.rounds) or max_batch > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [SamplingParams(1.0), SamplingParams(0.7, top_p=0.8)])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_sampled_text_of_tokens_alone_follows_the_target(
@@ -133,6 +135,7 @@ def test_sampled_text_of_tokens_alone_follows_the_target(
     assert min(found) > FALSE_ALARM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [SamplingParams(1.0), SamplingParams(0.7, top_p=0.8)])
 @pytest.mark.parametrize("acceptance", ["sampled", "target_only"])
 @pytest.mark.parametrize("tree_rule", ["recursive", "k_sequential"])

@@ -87,7 +87,7 @@ class Counters:
     updates_at_trial: int = 0
     trials: list[tuple[float, ...]] = field(default_factory=list)  # what each objective brought
     serves_loaded: bool = True  # whether what serves is the draft as loaded
-    forgets: bool = False  # whether that has ended with a request, once
+    forgets: bool = False  # whether what is learnt ends with its request
     refused: int = 0  # candidates that were scored and did not serve
     rolled_back: int = 0  # how often an earlier version was served again, by the guard or by hand
     evicted: int = 0  # requests that the replay buffer had no room for
@@ -301,7 +301,6 @@ class Counters:
         self.recent_at_update = 0.0
         self.committed_at_loaded = self.committed
         self.serves_loaded = True
-        self.forgets = True
         learnt, self.updates_at_reset = self.updates > self.updates_at_reset, self.updates
         return learnt
 
