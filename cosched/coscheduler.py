@@ -35,11 +35,11 @@ class Coscheduler:
     sink: Sink
     reset_when_finished: bool
     clock: Callable[[], float] = time.perf_counter
-    counters: Counters = field(init=False)
+    counters: Counters = field(default_factory=Counters, init=False)
     learning: bool = field(default=True, init=False)  # off: rounds are counted, and nothing else
 
     def __post_init__(self) -> None:
-        self._meter, self.counters = Meter(self.clock), Counters(forgets=self.reset_when_finished)
+        self._meter = Meter(self.clock)
 
     def on_round(self, round_: VerifyRound) -> None:
         """One walk, after a round, a prefill, or a tick in which nothing ran."""
@@ -62,8 +62,8 @@ class Coscheduler:
         standing = self.guard.standing
         self.counters.observe(round_, standing)
         self.guard.observe(round_, self.counters.serves_loaded)
-        running, kept = round_.num_running, self.buffer.num_tokens
-        return self.counters.snapshot(running, self.version, kept, standing)
+        kept, forgets = self.buffer.num_tokens, self.reset_when_finished
+        return self.counters.snapshot(round_.num_running, self.version, kept, standing, forgets)
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Whether to train now, and how: the policy's word, where it can be followed."""

@@ -1,4 +1,4 @@
-"""What an update will make the engine wait for."""
+"""What an update will make the engine wait for, and how long what comes of it will serve."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def expected_update_seconds(snapshot: Snapshot, settings: CostAwareSettings) -> 
     step = snapshot.micro_step_seconds or settings.step_ms / 1000
     publication = snapshot.seconds_publishing / max(1, snapshot.num_updates)
     return settings.num_steps * step + publication
+
+
+def expected_rounds_left(snapshot: Snapshot, gain: float = 1.0) -> float:
+    """Of a running request, at ``gain`` times the recent acceptance length."""
+    return snapshot.expected_tokens_left / max(1.0, gain * snapshot.recent_acceptance_length)

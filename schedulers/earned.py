@@ -9,7 +9,7 @@ from msgspec import Meta
 from cosched.protocols import Policy
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
-from schedulers.costs import CostAwareSettings
+from schedulers.costs import CostAwareSettings, expected_rounds_left
 from schedulers.idle import when_idle
 
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -83,8 +83,7 @@ class Earned(Policy):
         explored = settings.explore_share * snapshot.seconds_serving_here
         if snapshot.forgets:
             explored += min(trial, settings.explore_share * _seconds_left(snapshot))
-        paid = explored // trial * trial
-        paid += settings.reinvested_share * earned
+        paid = explored // trial * trial + settings.reinvested_share * earned
         hard = snapshot.level <= HARD and snapshot.level_rows >= KNOWN_ROWS
         if hard and not snapshot.forgets:
             paid += trial
@@ -119,8 +118,7 @@ class Earned(Policy):
 
 def _seconds_left(snapshot: Snapshot) -> float:
     """Of a running request."""
-    rounds = snapshot.expected_tokens_left / max(1.0, snapshot.recent_acceptance_length)
-    return rounds * snapshot.recent_round_seconds
+    return expected_rounds_left(snapshot) * snapshot.recent_round_seconds
 
 
 def _saved_share(snapshot: Snapshot) -> float:

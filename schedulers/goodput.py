@@ -9,7 +9,7 @@ from msgspec import Meta
 from cosched.protocols import Policy
 from cosched.records import Decision, Snapshot
 from cosched.registry import POLICIES
-from schedulers.costs import CostAwareSettings, expected_update_seconds
+from schedulers.costs import CostAwareSettings, expected_rounds_left, expected_update_seconds
 
 
 class GoodputSettings(CostAwareSettings, frozen=True, kw_only=True):
@@ -52,9 +52,7 @@ class Goodput(Policy):
 
     def decide(self, snapshot: Snapshot) -> Decision:
         settings, gain = self.settings, snapshot.update_gain
-        rounds_left = snapshot.expected_tokens_left / max(
-            1.0, gain * snapshot.recent_acceptance_length
-        )
+        rounds_left = expected_rounds_left(snapshot, gain)
         if min(snapshot.rounds_since_update, rounds_left) < settings.rounds:
             return Decision(num_steps=0)
         if snapshot.num_updates < settings.exploratory_updates:

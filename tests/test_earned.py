@@ -44,13 +44,19 @@ def served(
 
 
 def updates_in(
-    counters: Counters, every: Any, known: Standing, rounds: int, seconds: float, committed: int = 2
+    counters: Counters,
+    every: Any,
+    known: Standing,
+    rounds: int,
+    seconds: float,
+    committed: int = 2,
+    forgets: bool = False,
 ) -> int:
     """How many updates, each of so many seconds, are made in so many rounds of 20 ms."""
     before = counters.updates
     for _ in range(rounds):
         counters.observe(round_of([committed], seconds=0.02), known)
-        if every.decide(counters.snapshot(1, 0, 0, known)).num_steps:
+        if every.decide(counters.snapshot(1, 0, 0, known, forgets)).num_steps:
             counters.begin_update(1)
             counters.updates += 1
             counters.update_seconds_total += seconds
@@ -122,9 +128,11 @@ def test_a_trial_in_advance_has_to_pay_in_its_request(
 ) -> None:
     """A dear draft's trial took a sixth of two answers, and what it taught ended with them."""
     every = policy("earned", rounds=8)
-    counters = Counters(committed=100 * tokens, finished=100, forgets=forgets)
-    known = Standing(level_rows=KNOWN_ROWS)
-    assert updates_in(counters, every, known, 90, seconds, committed=1) == updates
+    counters, known = (
+        Counters(committed=100 * tokens, finished=100),
+        Standing(level_rows=KNOWN_ROWS),
+    )
+    assert updates_in(counters, every, known, 90, seconds, 1, forgets) == updates
 
 
 @pytest.mark.parametrize(
@@ -136,31 +144,28 @@ def test_where_learning_ends_with_a_request_each_is_an_investment(
     """Code had spent what it earned, and German, as hard for the draft, was learnt nothing of."""
     every = policy("earned", rounds=8)
     counters = Counters(
-        committed=40_000, finished=100, forgets=forgets, updates=10, updates_at_reset=10,
+        committed=40_000, finished=100, updates=10, updates_at_reset=10,
         update_seconds_total=1.0, ledgers=[Ledger(learning=1.0)],
     )  # fmt: skip
     known = Standing(lead, level_rows=KNOWN_ROWS)
-    assert updates_in(counters, every, known, 90, 0.1) == updates
+    assert updates_in(counters, every, known, 90, 0.1, forgets=forgets) == updates
 
 
 @pytest.mark.parametrize(("tokens", "updates"), [(4000, 6), (1000, 0)])
 def test_a_long_answer_has_its_trial_at_its_beginning(tokens: int, updates: int) -> None:
     """The share that may be explored is of what is left, too: at 20 ms a round a fiftieth of 80 seconds."""
     every = policy("earned", rounds=8, step_ms=200)
-    counters = Counters(committed=100 * tokens, finished=100, forgets=True)
+    counters = Counters(committed=100 * tokens, finished=100)
     known = Standing(level=2, level_rows=KNOWN_ROWS)
-    assert updates_in(counters, every, known, 90, 0.2, committed=1) == updates
+    assert updates_in(counters, every, known, 90, 0.2, 1, forgets=True) == updates
 
 
 def test_a_trial_is_made_at_once() -> None:
     """Where a request's learning ends with it, updates come together, in a few requests, and not one in each."""
-    every, counters = (
-        policy("earned", rounds=8, explore_share=0.05, step_ms=100),
-        Counters(forgets=True),
-    )
+    every, counters = policy("earned", rounds=8, explore_share=0.05, step_ms=100), Counters()
     known, by_request = Standing(level=1, level_rows=KNOWN_ROWS), []
     for _ in range(60):
-        by_request.append(updates_in(counters, every, known, 100, 0.1))
+        by_request.append(updates_in(counters, every, known, 100, 0.1, forgets=True))
         counters.start_anew()
         counters.finished += 1
     trials = [sum(group) for some, group in groupby(by_request, bool) if some]

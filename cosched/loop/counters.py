@@ -87,7 +87,6 @@ class Counters:
     updates_at_trial: int = 0
     trials: list[tuple[float, ...]] = field(default_factory=list)  # what each objective brought
     serves_loaded: bool = True  # whether what serves is the draft as loaded
-    forgets: bool = False  # whether what is learnt ends with its request
     refused: int = 0  # candidates that were scored and did not serve
     rolled_back: int = 0  # how often an earlier version was served again, by the guard or by hand
     evicted: int = 0  # requests that the replay buffer had no room for
@@ -310,6 +309,7 @@ class Counters:
         draft_version: int,
         buffered_tokens: int,
         standing: Standing = NOTHING_KNOWN,
+        forgets: bool = False,
     ) -> Snapshot:
         """What a policy may know of this, and of what the guard knows."""
         here = self._ledger(standing.level)
@@ -338,7 +338,7 @@ class Counters:
             micro_step_seconds=self.step_seconds,
             update_gain=self.gain,
             expected_tokens_left=self._tokens_ahead(num_running),
-            forgets=self.forgets,
+            forgets=forgets,
             updates_since_reset=self.updates - self.updates_at_reset,
             num_queued=self.queued,
             seconds_earned=self.earned_seconds,
