@@ -8,6 +8,7 @@ asks for a process as users start it, and so does a variable that SGLang reads w
 from __future__ import annotations
 
 import atexit
+import functools
 import multiprocessing
 import os
 import runpy
@@ -16,14 +17,15 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
 import setproctitle  # SGLang's
 
 from cosched.engines.sglang.cpu.environment import environment as cpu_environment
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = (
     "sglang.srt.entrypoints.http_server",
     "sglang.srt.managers.scheduler",
@@ -57,28 +59,21 @@ def start(
                 [sys.executable, "-m", module, *words],
                 env=environment, cwd=ROOT, stdout=output, stderr=errors,
             )  # fmt: skip
-    return Forked(module, words, environment, out, err)
+    _have_server()
+    arguments = (module, list(words), dict(environment), str(out), str(err))
+    process = multiprocessing.get_context("forkserver").Process(target=_run, args=arguments)
+    process.start()
+    return Forked(process)
 
 
 class Forked:
     """A process of the one that forks, with the manners of ``subprocess.Popen``."""
 
-    def __init__(
-        self,
-        module: str,
-        words: Sequence[str],
-        environment: Mapping[str, str],
-        out: Path,
-        err: Path,
-    ) -> None:
-        context = multiprocessing.get_context("forkserver")
-        _have_server()
-        self._process = context.Process(
-            target=_run, args=(module, list(words), dict(environment), str(out), str(err))
-        )
-        self._process.start()
-        assert self._process.pid is not None
-        self.pid = self._process.pid
+    def __init__(self, process: BaseProcess) -> None:
+        assert process.pid is not None
+        self.pid = process.pid
+        self._process = process
+        atexit.register(self.kill)  # multiprocessing would wait for it
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -97,6 +92,7 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+@functools.cache
 def _have_server() -> None:
     """The process that forks; it has the variables of a server, not those of tests."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(IMPORTED))

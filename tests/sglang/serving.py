@@ -19,9 +19,9 @@ from cosched.engines.embedded.verifiers import GreedyVerifier
 from cosched.engines.request import FinishedRequest, GenerationRequest
 from cosched.protocols import DrafterSettings
 from cosched.registry import DRAFTERS
+from tests.helpers.paths import ROOT
 from tests.sglang import preforked
 
-ROOT = Path(__file__).resolve().parents[2]
 WORLD = ROOT / "tinyworld"
 NUM_TOKENS = 96
 BATCH = 4  # requests at once, as tests/sglang/decode.py has it
@@ -96,7 +96,10 @@ class Decode:
                     out,
                     err,
                 )
-                code = process.wait(600)  # a busy machine starts an engine slowly
+                try:
+                    code = process.wait(600)  # a busy machine starts an engine slowly
+                finally:
+                    process.kill()
                 assert code == 0, err.read_text()[-8000:]
                 self.known[key] = json.loads(out.read_text().splitlines()[-1])
         return self.known[key]

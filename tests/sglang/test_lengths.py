@@ -138,9 +138,9 @@ def test_ours_answers_all_that_sglang_asks_a_policy() -> None:
 def test_an_operator_sees_how_many_tokens_are_drafted(start: Start) -> None:
     """In the status, and on SGLang's page of metrics."""
     server = start("drafter.length.kind=goodput", "--enable-metrics")
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
-    for number in range(3):
-        complete(client, number)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client:
+        for number in range(3):
+            complete(client, number)
     status = server.settled()
     counts = status["rounds_by_drafted"]
     assert all(counts[:2])  # which are tried first
