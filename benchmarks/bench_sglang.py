@@ -1,8 +1,8 @@
 """What cosched costs and brings inside SGLang, arms side by side on the same prompts.
 
 Usage: python benchmarks/bench_sglang.py [-c configs/serve_tiny_cpu.yaml] [--pairs 8]
-           [--tokens 256] [--batch 1 ...] [--in-turn] [--standalone FOLDER] [--arm NAME[/key=value]...]... [--json FILE]
-           [--rows FILE] [key=value ...]
+           [--tokens 256] [--prompts FILE ...] [--batch 1 ...] [--in-turn] [--standalone FOLDER]
+           [--arm NAME[/key=value]...]... [--json FILE] [--rows FILE] [key=value ...]
 
 An arm is ``plain`` (no draft), ``stock`` (SGLang's own algorithm), ``never`` (our worker, a policy
 that never trains), ``watching`` (rows are taken, never trained on) or ``adapted``, each with
@@ -12,7 +12,10 @@ settings of its own behind it: ``adapted/adapt.trainer.background=true``. ``adap
 process of its own; in each pair all decode the same prompts greedily, in rotating order, so that
 the machine's drift hits all. ``--in-turn`` starts them one after the other, where memory holds one
 only. Ratios are medians over pairs of seconds against the arm ``stock`` (or the first). Several
-numbers of requests at once are decoded one after the other, by the same engines.
+files of prompts, and several numbers of requests at once, are decoded one after the other by the same
+engines, and each has its table as soon as it is done. Answers go on behind their end, so that all are
+of the same length: "repeats" is the share of their tokens that follow four tokens which had occurred
+before, and "tau novel" leaves those out.
 
 ``--rows`` keeps of each pair its seconds and a digest of each answer, so that arms that were measured one
 by one can be compared later (``compare``).
@@ -31,6 +34,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +61,18 @@ async def decode(engine: Any, order: dict[str, Any]) -> dict[str, Any]:
 
     async def one(prompt: list[int]) -> dict[str, Any]:
         arrivals: list[float] = []
+        lengths: list[int] = []
         answer: dict[str, Any] = {}
         stream = await engine.async_generate(
             input_ids=prompt, sampling_params=sampling, stream=True
         )
         async for piece in stream:
             arrivals.append(time.perf_counter())
+            lengths.append(len(piece["output_ids"]))
             answer = piece
         return {
             "tokens": answer["output_ids"],
+            "lengths": lengths,
             "rounds": answer["meta_info"].get("spec_verify_ct"),
             "gaps": [b - a for a, b in itertools.pairwise(arrivals)],
         }
@@ -81,18 +89,18 @@ def speculation_of(name: str) -> Any:
     return name if name in {"plain", "stock"} else "adapted"
 
 
-def arguments_of(name: str, config: Any, standalone: str) -> dict[str, Any]:
+def arguments_of(name: str, config: Any, standalone: str | None) -> dict[str, Any]:
     """What SGLang is told beside the file's settings."""
     arguments = {"log_level": "error", "sleep_on_idle": True, **PEERS.get(name, {})}
+    number = config.drafter_settings.num_draft_tokens
     if "speculative_algorithm" in arguments:
-        number = config.drafter_settings.num_draft_tokens
         arguments["speculative_num_draft_tokens"] = number + 1
     if name == "standalone":
         arguments |= {"speculative_num_steps": number, "speculative_draft_model_path": standalone}
     return arguments
 
 
-def serve_arm(name: str, config_file: str, overrides: list[str], standalone: str) -> None:
+def serve_arm(name: str, config_file: str, overrides: list[str], standalone: str | None) -> None:
     """Decode every order on standard input; one line of JSON each."""
     from cosched.engines.sglang.launcher.launch import start_engine
     from cosched.settings.load import load_config
@@ -126,7 +134,8 @@ class Arm:
         name, *own = spec.split("/")
         self.spec = spec
         command = [sys.executable, __file__, "--serve-arm", name, "-c", options.config]
-        command += ["--standalone", options.standalone]
+        if options.standalone:
+            command += ["--standalone", options.standalone]
         self.process = subprocess.Popen(
             [*command, *options.overrides, *own],
             stdin=subprocess.PIPE,
@@ -135,7 +144,7 @@ class Arm:
             cwd=ROOT,
         )
         self.capacity = self._answer()["capacity"]
-        self.results: dict[int, list[dict[str, Any]]] = {}  # by requests at once
+        self.results: list[dict[str, Any]] = []  # of the current text and number of requests
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None
@@ -148,7 +157,7 @@ class Arm:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
-        self.results.setdefault(len(order["prompts"]), []).append(self._answer())
+        self.results.append({**self._answer(), "prompts": order["prompts"]})
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -156,52 +165,68 @@ class Arm:
         self.process.wait(timeout=120)
 
 
-def orders(config: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One order a pair and one before: different prompts, so that no answer comes from a cache."""
+@dataclass(frozen=True)
+class Work:
+    """What is decoded for one table: a text, so many requests at once, an order for each pair and one before."""
+
+    text: str
+    requests: int
+    orders: list[dict[str, Any]]
+
+
+def all_work(config: Any, options: argparse.Namespace) -> list[Work]:
+    """Different prompts in each order, so that no answer comes from a cache."""
     import torch
 
     from cosched.engines.embedded.target import load_tokenizer
     from cosched.settings.sections import WorkloadSettings
     from cosched.workload.requests import load_requests
 
-    tokenizer, ids = load_tokenizer(config.target.folder), list[list[int]]()
-    for file in options.prompts:
+    tokenizer, work, number = load_tokenizer(config.target.folder), list[Work](), 0
+    for file, size in itertools.product(options.prompts, options.batch):
         asked = WorkloadSettings(prompts=str(file), max_new_tokens=options.tokens)
         requests = load_requests(asked, tokenizer, 8192, torch.device("cpu"))
-        ids += [request.prompt_P.tolist() for request in requests]
-    made = []
-    for size, pair in itertools.product(options.batch, range(options.pairs + 1)):
-        batch = [ids[(pair * size + i) % len(ids)] for i in range(size)]
-        # Another first token each time: nothing of the prompt is in the prefix cache.
-        prompts = [[1 + len(made), *prompt] for prompt in batch]
-        made.append(
-            {
-                "prompts": prompts,
-                "tokens": options.tokens,
-                "temperature": options.temperature,
-            }
-        )
-    return made
+        ids = [request.prompt_P.tolist() for request in requests]
+        orders = list[dict[str, Any]]()
+        for pair in range(options.pairs + 1):
+            batch = [ids[(pair * size + i) % len(ids)] for i in range(size)]
+            number += 1
+            # Another first token each time: nothing of the prompt is in the prefix cache.
+            prompts = [[number, *prompt] for prompt in batch]
+            orders.append(
+                {"prompts": prompts, "tokens": options.tokens, "temperature": options.temperature}
+            )
+        work.append(Work(Path(file).stem, size, orders))
+    return work
 
 
-def run(arms: list[str], options: argparse.Namespace, work: list[dict[str, Any]]) -> list[Arm]:
-    """Every arm on every order."""
+def run(
+    arms: list[str], options: argparse.Namespace, work: list[Work]
+) -> Iterator[list[dict[str, Any]]]:
+    """Every arm on every order: the rows of each piece of work, as it is done."""
     if options.in_turn:
-        done = []
+        by_arm: list[list[dict[str, Any]]] = []
         for spec in arms:
             arm = Arm(spec, options)
             with contextlib.closing(arm):
-                for order in work:
-                    arm.decode(order)
-            done.append(arm)
-        return done
+                by_arm.append([decode_all([arm], part)[0] for part in work])
+        yield from map(list, zip(*by_arm, strict=True))
+        return
     with contextlib.ExitStack() as stack:
         running = [stack.enter_context(contextlib.closing(Arm(spec, options))) for spec in arms]
-        for number, order in enumerate(work):
-            turn = number % len(running)
-            for arm in running[turn:] + running[:turn]:
-                arm.decode(order)
-        return running
+        for part in work:
+            yield decode_all(running, part)
+
+
+def decode_all(arms: list[Arm], part: Work) -> list[dict[str, Any]]:
+    """A row of each arm, which decode in rotating order."""
+    for arm in arms:
+        arm.results = []
+    for number, order in enumerate(part.orders):
+        turn = number % len(arms)
+        for arm in arms[turn:] + arms[:turn]:
+            arm.decode(order)
+    return [figures(arm, part) for arm in arms]
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -209,13 +234,22 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def figures(arm: Arm, size: int) -> dict[str, Any]:
-    """What an arm did with so many requests at once; its first order warmed up and does not count."""
-    before, *results = arm.results[size]
+def figures(arm: Arm, part: Work) -> dict[str, Any]:
+    """What an arm did with this work; its first order warmed up and does not count."""
+    from cosched.telemetry.metrics import novel_positions
+
+    before, *results = arm.results
     answers = [answer for result in results for answer in result["answers"]]
     gaps = [gap for answer in answers for gap in answer["gaps"]]
     tokens = sum(len(answer["tokens"]) for answer in answers)
     rounds = sum(answer["rounds"] or len(answer["tokens"]) - 1 for answer in answers)
+    repeated, novel = 0, list[int]()
+    for result in results:
+        for prompt, answer in zip(result["prompts"], result["answers"], strict=True):
+            is_novel = novel_positions([*prompt, *answer["tokens"]])[len(prompt) :]
+            repeated += is_novel.count(False)
+            steps = itertools.pairwise(answer["lengths"])
+            novel += [end - start for start, end in steps if is_novel[start]]
     seconds = [result["seconds"] for result in results]
     status = results[-1].get("status") or {}
     spent = {
@@ -226,9 +260,12 @@ def figures(arm: Arm, size: int) -> dict[str, Any]:
     updating = spent["update"] + spent["background"]
     return {
         "arm": arm.spec,
-        "requests": size,
+        "text": part.text,
+        "requests": part.requests,
         "tokens/s": tokens / sum(seconds),
         "tau": (tokens - len(answers)) / rounds,
+        "tau novel": statistics.mean(novel),
+        "repeats": repeated / tokens,
         "ms a round": 1e3 * sum(seconds) / rounds,
         "gap p50 ms": 1e3 * statistics.median(gaps),
         "gap p99 ms": 1e3 * quantile(gaps, 0.99),
@@ -264,22 +301,27 @@ def compare(row: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in row.items() if name != "pairs"}, **beside}
 
 
-def as_figures(rows: list[dict[str, Any]], references: dict[int, dict[str, Any]]) -> Any:
+def as_figures(row: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     """What ``--json`` has: units, and intervals of what is paired."""
     from cosched.bench.figures import Figure, median_of
 
-    found: dict[str, Figure] = {}
-    for row in rows:
-        where = f"{row['arm']}, {row['requests']} requests"
-        found[f"{where}: tokens/s"] = Figure(value=row["tokens/s"], unit="tokens/s")
-        found[f"{where}: tau"] = Figure(value=row["tau"], unit="tokens a round")
-        for name in ("ms a round", "gap p50 ms", "gap p99 ms"):
-            found[f"{where}: {name}"] = Figure(value=row[name], unit="ms")
-        pairs = zip(row["pairs"], references[row["requests"]]["pairs"], strict=True)
-        ratios = [a["seconds"] / b["seconds"] for a, b in pairs]
-        found[f"{where}: time / stock"] = median_of(ratios, "times")
-        found[f"{where}: versions"] = Figure(value=row["versions"], unit="count")
-    return found
+    where = f"{row['text']}, {row['requests']} requests, {row['arm']}"
+    pairs = zip(row["pairs"], reference["pairs"], strict=True)
+    beside = compare(row, reference)
+    return {
+        f"{where}: {name}": figure
+        for name, figure in {
+            "tokens/s": Figure(value=row["tokens/s"], unit="tokens/s"),
+            "speed / stock": median_of([b["seconds"] / a["seconds"] for a, b in pairs], "times"),
+            "tau": Figure(value=row["tau"], unit="tokens a round"),
+            "tau novel": Figure(value=row["tau novel"], unit="tokens a round"),
+            "repeats": Figure(value=row["repeats"], unit="share"),
+            "ms a round": Figure(value=row["ms a round"], unit="ms"),
+            "gap p99 ms": Figure(value=row["gap p99 ms"], unit="ms"),
+            "p99 / stock": Figure(value=beside["p99 / stock"], unit="times"),
+            "versions": Figure(value=row["versions"], unit="count"),
+        }.items()
+    }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -292,6 +334,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     print("| " + " | ".join("---" for _ in names) + " |")
     for line in cells:
         print("| " + " | ".join(line) + " |")
+    print(flush=True)
 
 
 def main() -> None:
@@ -308,7 +351,7 @@ def main() -> None:
     parser.add_argument(
         "--prompts", nargs="+", default=[str(ROOT / "tinyworld/prompts/translated.jsonl")]
     )
-    parser.add_argument("--standalone", default="models/drafts/pard", help="a model that drafts")
+    parser.add_argument("--standalone", help="an ordinary model that drafts: the arm needs it")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--rows", type=Path, help="write each arm's pairs here")
     parser.add_argument("--serve-arm", help=argparse.SUPPRESS)
@@ -317,20 +360,24 @@ def main() -> None:
     if options.serve_arm:
         serve_arm(options.serve_arm, options.config, options.overrides, options.standalone)
         return
+    if "standalone" in (options.arms or []) and not options.standalone:
+        parser.error(
+            "the arm standalone needs --standalone FOLDER, a smaller model with the target's tokens"
+        )
+    from cosched.bench.figures import write_figures
     from cosched.settings.load import load_config
 
     config = load_config(ROOT / options.config, options.overrides)
-    arms = run(options.arms or DEFAULT_ARMS, options, orders(config, options))
-    reference = next((arm for arm in arms if arm.spec == "stock"), arms[0])
-    rows = [figures(arm, size) for size in options.batch for arm in arms]
-    first = {size: figures(reference, size) for size in options.batch}
-    show([compare(row, first[row["requests"]]) for row in rows])
-    if options.json:
-        from cosched.bench.figures import write_figures
-
-        write_figures(options.json, as_figures(rows, first))
-    if options.rows:
-        options.rows.write_text(json.dumps(rows, indent=2) + "\n")
+    rows, found = list[dict[str, Any]](), dict[str, Any]()
+    for done in run(options.arms or DEFAULT_ARMS, options, all_work(config, options)):
+        reference = next((row for row in done if row["arm"] == "stock"), done[0])
+        show([compare(row, reference) for row in done])
+        for row in done:
+            found |= as_figures(row, reference)
+        rows += done
+        write_figures(options.json, found)
+        if options.rows:
+            options.rows.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":
