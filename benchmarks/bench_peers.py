@@ -1,15 +1,16 @@
 """The real model beside what people use instead: ``transformers``' own assisted generation and prompt lookup.
 
-Usage: python benchmarks/bench_peers.py [--config configs/real_model.yaml] [--prompts FILE ...] [--max-prompts 6]
-           [--tokens 256] [--arms plain eagle3.frozen+window ...] [--assistant models/drafts/pard]
-           [--lookup 3] [--assisted 3] [--json FILE] [key.sub=value ...]
+Usage: python benchmarks/bench_peers.py [--config configs/best_of.yaml] [--prompts FILE ...] [--max-prompts 6]
+           [--tokens 256] [--arms plain eagle3.frozen+window ...] [--lookup 4] [--assistant FOLDER [--assisted 4]]
+           [--json FILE] [key.sub=value ...]
 
 Greedy, the same weights in the same type, one request at a time: every arm answers a prompt before the
 next one comes, in an order that goes round, prefill included. ``transformers`` decodes with its ``sdpa`` attention:
-``generate`` as it is, with ``prompt_lookup_num_tokens``, and with an ``assistant_model``, which is PARD's
-draft as an ordinary language model (the only other one that has the target's words). Arms of cosched are
-those of the file, at temperature 0. Ratios are of the totals, with jackknife intervals over the prompts of
-all files; answers that differ from ``generate``'s are counted: two tokens may be as good as one another.
+``generate`` as it is, with ``prompt_lookup_num_tokens``, and with an ``assistant_model`` where ``--assistant``
+names one: an ordinary language model with the target's tokens, which none of our drafts is. Arms of
+cosched are those of the file, at temperature 0. Ratios are of the totals of a file, with jackknife intervals
+over its prompts; answers that differ from ``generate``'s are counted: two tokens may be as good as one
+another. "repeats" is the share of ``generate``'s tokens that follow four tokens which had occurred before.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +32,29 @@ from cosched.engines.request import GenerationRequest
 from cosched.report.intervals import MIN_PARTS, paired_ratio
 from cosched.runs.keeping import settle
 from cosched.settings.load import load_config
-from cosched.telemetry.metrics import Part
+from cosched.telemetry.metrics import Part, novel_positions
 from cosched.telemetry.run_folder import NoEvents
 
 ROOT = Path(__file__).parent.parent
-ARMS = ["plain", "eagle3.frozen+window", "eagle3.adapted+window", "eagle3.default+window"]
+ARMS = ["plain", "eagle3.frozen+window", "eagle3.adapted+window", "both.adapted+window"]
 PROMPTS = [
     "realworld/prompts/chat.jsonl",
     "models/human-eval/code.jsonl",
     "realworld/prompts/languages.jsonl",
+    "realworld/prompts/summaries.jsonl",
 ]
 GENERATE = "transformers"
 Answer = Callable[[GenerationRequest], list[int]]
 """What an arm says to a request: the new tokens."""
+
+
+@dataclass
+class Measured:
+    """Of each arm tokens and seconds by request, and how many of its answers are not ``generate``'s."""
+
+    parts: dict[str, list[Part]]
+    differing: dict[str, int]
+    repeats: float
 
 
 def theirs(model: Any, ends: frozenset[int], **how: Any) -> Answer:
@@ -63,6 +75,13 @@ def theirs(model: Any, ends: frozenset[int], **how: Any) -> Answer:
     return answer
 
 
+def load_assistant(folder: str, tokens: int, dtype: torch.dtype) -> Any:
+    assistant = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assistant.generation_config.num_assistant_tokens = tokens
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    return assistant
+
+
 def ours(arm: Arm) -> Answer:
     def answer(request: GenerationRequest) -> list[int]:
         (done,) = arm.engine.generate([request])
@@ -73,11 +92,11 @@ def ours(arm: Arm) -> Answer:
 
 def measure(
     answers: dict[str, Answer], requests: list[GenerationRequest], arms: list[Arm]
-) -> tuple[dict[str, list[Part]], dict[str, int]]:
-    """Tokens and seconds of each arm by request, and how many of its answers are not ``generate``'s."""
+) -> Measured:
+    """Every arm on every request, in turns."""
     parts: dict[str, list[Part]] = {name: [] for name in answers}
     differing = dict.fromkeys(answers, 0)
-    names = list(answers)
+    names, repeated, generated = list(answers), 0, 0
     learners = [arm.coscheduler for arm in arms if arm.coscheduler is not None]
 
     def end_turn() -> None:  # an update that is under way would go on in the time of the next arm
@@ -96,23 +115,24 @@ def measure(
             end_turn()
         for name in names:
             differing[name] += said[name] != said[GENERATE]
+        novel = novel_positions([*request.prompt_P.tolist(), *said[GENERATE]])
+        repeated += novel[len(request.prompt_P) :].count(False)
+        generated += len(said[GENERATE])
         print(f"{number + 1} of {len(requests)} prompts", flush=True)
-    return parts, differing
+    return Measured(parts, differing, repeated / generated)
 
 
-def as_figures(
-    text: str, parts: dict[str, list[Part]], differing: dict[str, int]
-) -> dict[str, Figure]:
-    found: dict[str, Figure] = {}
-    for name, own in parts.items():
+def as_figures(text: str, measured: Measured) -> dict[str, Figure]:
+    found = {f"{text}: repeats": Figure(value=measured.repeats, unit="share")}
+    for name, own in measured.parts.items():
         where = f"{text}, {name}"
         speed = sum(part.tokens for part in own) / sum(part.seconds for part in own)
         found[f"{where}: tokens/s"] = Figure(value=speed, unit="tokens/s")
         if name != GENERATE and len(own) >= MIN_PARTS:
-            ratio = paired_ratio(own, parts[GENERATE])
+            ratio = paired_ratio(own, measured.parts[GENERATE])
             figure = Figure(value=ratio.value, unit="times", low=ratio.low, high=ratio.high)
             found[f"{where}: of transformers"] = figure
-            found[f"{where}: other text"] = Figure(value=differing[name], unit="count")
+            found[f"{where}: other text"] = Figure(value=measured.differing[name], unit="count")
     return found
 
 
@@ -120,15 +140,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="configs/real_model.yaml")
+    parser.add_argument("--config", default="configs/best_of.yaml")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
     parser.add_argument("--max-prompts", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--arms", nargs="+", default=ARMS)
-    parser.add_argument("--assistant", default="models/drafts/pard")
-    parser.add_argument("--lookup", type=int, default=3, help="tokens that prompt lookup proposes")
+    parser.add_argument("--lookup", type=int, default=4, help="tokens that prompt lookup proposes")
+    parser.add_argument("--assistant", help="an ordinary language model with the target's tokens")
     parser.add_argument(
-        "--assisted", type=int, default=3, help="tokens that the assistant proposes"
+        "--assisted", type=int, default=4, help="tokens that the assistant proposes"
     )
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -148,25 +168,21 @@ def main() -> None:
         arms = {name: build_arm(world, name, NoEvents()) for name in options.arms}
         peer = Target.load(config.target.folder, world.target.device, world.target.dtype).model
         peer.set_attn_implementation("sdpa")
-        assistant = AutoModelForCausalLM.from_pretrained(
-            options.assistant, dtype=world.target.dtype
-        )
-        assistant.generation_config.num_assistant_tokens = options.assisted
-        assistant.generation_config.num_assistant_tokens_schedule = "constant"
         ends = world.target.end_tokens
         answers: dict[str, Answer] = {
             GENERATE: theirs(peer, ends),
             "prompt lookup": theirs(peer, ends, prompt_lookup_num_tokens=options.lookup),
-            "assistant": theirs(peer, ends, assistant_model=assistant),
             **{f"cosched {name}": ours(arm) for name, arm in arms.items()},
         }
-        parts, differing = measure(answers, world.requests, list(arms.values()))
-        own = as_figures(Path(prompts).stem, parts, differing)
+        if options.assistant:
+            assistant = load_assistant(options.assistant, options.assisted, world.target.dtype)
+            answers["assisted"] = theirs(peer, ends, assistant_model=assistant)
+        own = as_figures(Path(prompts).stem, measure(answers, world.requests, list(arms.values())))
         for name, figure in own.items():
             ends_at = f" ({figure.low} to {figure.high})" if figure.low is not None else ""
             print(f"{name:<60}{figure.value:8.2f}{ends_at}", flush=True)
         figures |= own
-    write_figures(options.json, figures)
+        write_figures(options.json, figures)
 
 
 if __name__ == "__main__":
