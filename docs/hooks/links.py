@@ -16,6 +16,7 @@ TAKEN_IN = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/results/README.md": "results.md",
+    "benchmarks/results/earlier.md": "earlier.md",
     "examples/token_recycling/README.md": "token_recycling.md",
     "tinyworld/README.md": "tinyworld.md",
 }
