@@ -86,6 +86,7 @@ def test_all_that_comes_has_been_captured_at_the_start(
         ((), None),
         (("adapt.trainer.cuda_graph=never",), None),
         (("adapt.trainer.zero_stage=1",), "adapt.trainer.zero_stage = 1"),
+        (("adapt.trainer.gradient_accumulation_steps=2",), "gradient_accumulation_steps"),
         (("engine.max_batch=2", "adapt.scope={kind: lora, state: per_request}"), "per_request"),
         (("adapt.loss.vocab_top_k=8",), "adapt.loss.vocab_top_k"),
     ],

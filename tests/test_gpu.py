@@ -186,6 +186,33 @@ def test_captured_updates_are_eager_ones(kind: str, precision: Precision) -> Non
         torch.testing.assert_close(weight, eager.weights()[name], rtol=0, atol=0.1 * moved)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_offloaded_optimizer_takes_the_same_steps(stage: int) -> None:
+    """Over two updates, a reset and what was saved before it; what the optimizer holds is the host's."""
+    target = make_target()
+    drafter = next(iter(DRAFTERS.get("eagle3").examples(target, 3).values()))
+    batch = on_device(make_batch(target, drafter, num_anchors=16))
+    target.model.to(DEVICE)
+    drafter.network().to(DEVICE)
+    losses: list[tuple[float, ...]] = []
+    for offload in (True, False):
+        copy = drafter.clone(torch.float32)
+        names = [name for name, _ in copy.network().named_parameters()]
+        module = BatchLoss(copy, make_loss("forward_kl"), target.head, "hidden")
+        trainer = DeepSpeedTrainer(module, names, stage, 1e-3, 1.0, offload=offload)
+        found = trainer.update(batch, Decision(2)).losses
+        saved = trainer.state()
+        found += trainer.update(batch, Decision(2)).losses
+        trainer.reset()
+        trainer.restore(saved)
+        found += trainer.update(batch, Decision(2)).losses
+        losses.append(found)
+        held = {value.device.type for name, value in saved.items() if "exp_avg" in name}
+        assert held == {"cpu" if offload else torch.device(DEVICE).type}
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][2:4] == pytest.approx(losses[0][4:], rel=1e-3)
+
+
 def on_device(batch: SignalBatch) -> SignalBatch:
     tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
     moved = {name: t.to(DEVICE) for name, t in tensors.items() if isinstance(t, Tensor)}

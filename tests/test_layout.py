@@ -11,7 +11,7 @@ from cosched.engines.embedded.target import Target
 from cosched.loop.layout import counted_rows, first_places
 from cosched.records import Rows, SignalBatch
 from cosched.testing.harness import collected, make_requests, serve
-from cosched.training.micro_step import share_of
+from cosched.training.shares import share_of
 from tests.helpers.drafts import make_drafter
 
 

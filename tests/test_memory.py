@@ -235,7 +235,8 @@ def test_the_peak_of_sizes_is_that_of_scores(
         )
         for kind in ("eagle3", "dflash", "pard")
         for stage in (0, 1, 2)
-    ],
+    ]
+    + [(kind, "gradient_accumulation_steps=4") for kind in ("eagle3", "pard")],
 )
 def test_a_run_allocates_what_check_says(kind: str, changed: str) -> None:
     """Within a tenth, from the copy that learns to the second update and a look: DeepSpeed's own included,

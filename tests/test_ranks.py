@@ -21,6 +21,7 @@ from cosched.training import ranks as ranks_module
 from cosched.training.deepspeed_trainer import DeepSpeedTrainer
 from cosched.training.group import TrainingGroup
 from cosched.training.ranks import PartedError, Ranks
+from cosched.training.shares import Share
 
 Wrong = Literal["", "fails", "hangs", "loss", "gradient"]
 SHORT = timedelta(seconds=10)  # that a rank waits for another; these take their steps in a second
@@ -42,7 +43,7 @@ class Loss(nn.Module):
         self._steps = 0
         self.lost_mass = None
 
-    def begin_update(self, batch: Any, objective: Any) -> None:
+    def begin_update(self, *batches: Any, objective: Any) -> None:
         pass
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
@@ -86,7 +87,7 @@ def rank(number: int, folder: str, stage: int, wrong: Wrong) -> None:
     try:
         for step in range(3):
             batch: Any = torch.tensor([[float(number), 3.0 * step]])
-            skipped.append(int(trainer.step(batch)[1]))
+            skipped.append(int(trainer.step([Share(batch)])[1]))
     except PartedError:
         said = "parted"
     except RuntimeError as error:

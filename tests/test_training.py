@@ -16,8 +16,9 @@ from cosched.protocols import LossSettings
 from cosched.records import Decision, SignalBatch
 from cosched.registry import DRAFTERS, LOSSES
 from cosched.testing.harness import collected, make_requests, make_trainer, serve
-from cosched.training.micro_step import ROWS_OF_LOST_MASS, BatchLoss, share_of
+from cosched.training.micro_step import ROWS_OF_LOST_MASS, BatchLoss
 from cosched.training.precision import Precision
+from cosched.training.shares import share_of
 from losses.divergence import ForwardKL
 from losses.reduction import decayed, weighted_mean
 from tests.helpers.batches import make_batch

@@ -13,7 +13,7 @@ from cosched.errors import ConfigError
 from cosched.guard.scorer import AcceptanceScorer
 from cosched.guard.settings import ShadowSettings
 from cosched.memory.capturing import frames_of
-from cosched.memory.footprint import losses_of
+from cosched.memory.footprint import losses_of, offloads
 from cosched.memory.full_size import batch_of_look, batches_of_update
 from cosched.records import Decision
 from cosched.registry import DRAFTERS
@@ -178,6 +178,8 @@ def _trainer(
         group=group,
         frames=_frames(config, target, copy, ranks),
         capture=partial(Captured, must=adapt.trainer.cuda_graph == "always"),
+        accumulation_steps=adapt.trainer.gradient_accumulation_steps,
+        offload=offloads(config, target.embedding.weight.device.type),
     )
 
 

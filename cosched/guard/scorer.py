@@ -21,8 +21,8 @@ from cosched.loop.layout import counted_rows, upload
 from cosched.loop.teacher_rows import recall
 from cosched.training.chunks import in_chunks
 from cosched.training.lora import placed
-from cosched.training.micro_step import share_of
 from cosched.training.precision import computing_in, product_type
+from cosched.training.shares import share_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -149,7 +149,7 @@ class AcceptanceScorer:
             if ranks is None or ranks.size == 1:
                 parts = [self._scores(batch, weights)]
             else:
-                share = share_of(batch, ranks.rank, ranks.size)[0]
+                share = share_of(batch, ranks.rank, ranks.size).batch
                 parts = ranks.gather(self._scores(share, weights))
         return [_in_order([part[i] for part in parts]) for i in range(len(weights))]
 

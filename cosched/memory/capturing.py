@@ -58,6 +58,8 @@ def _obstacle(
         return f"{num_ranks} ranks train together"
     if stage := config.adapt.trainer.stage_of(num_ranks):
         return f"{where}.trainer.zero_stage = {stage} goes back by itself"
+    if config.adapt.trainer.gradient_accumulation_steps > 1:
+        return f"{where}.trainer.gradient_accumulation_steps goes over the requests of a batch in groups"
     if config.num_adapters:
         return f"{where}.scope.state = {config.adapt.scope.state} trains several adapters"
     if not drafter.capturable:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from cosched.errors import ConfigError
 from cosched.guard.settings import ShadowSettings
 from cosched.loop.teacher_rows import copies_words
 from cosched.memory.capturing import frames_of
@@ -181,12 +182,29 @@ def _check_arm(config: Config, target: TargetSketch, drafter: Drafter) -> None:
     for loss in losses:
         loss.measure(row_1V, row_1V, row_1V if loss.needs_reference else None)
     _frames(config, target, drafter, losses)
+    offloads(config, device_of(config.engine.device).type)
 
 
 def losses_of(config: Config) -> list[Loss]:
     """What updates are made with: the loss, or that of each expert."""
     own = [own for own, _ in config.experts] or [config.loss_settings]
     return [LOSSES.get(settings.kind)(settings) for settings in own]
+
+
+def offloads(config: Config, device: str) -> bool:
+    """Whether what the optimizer holds is in the host's memory.
+
+    Raises:
+        ConfigError: it is to be, and that is where everything is.
+    """
+    if not config.adapt.trainer.offload_optimizer:
+        return False
+    if device == "cpu":
+        raise ConfigError(
+            f"{config.adapt_key}.trainer.offload_optimizer: true, but what trains is on the CPU, whose memory "
+            f"has everything; use false"
+        )
+    return True
 
 
 def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) -> Footprint:
@@ -219,6 +237,7 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
     longest = workload.prompt_tokens + workload.turns * workload.max_new_tokens
     cache = drafter.cache_bytes_per_token
     words = _words(config, target, drafter) if trained else 0
+    offloaded = trained > 0 and offloads(config, device_of(config.engine.device).type)
     graphs = _graphs(config, target, drafter, losses, words) if trained else 0
     return Footprint(
         num_target_parameters=target_parameters,
@@ -231,8 +250,8 @@ def _footprint_of_arm(config: Config, target: TargetSketch, drafter: Drafter) ->
         serving_adapters=dtype.itemsize * adapters if served else 0,
         merged=4 * published if adapters and not served else 0,
         last_good=dtype.itemsize * versions,
-        masters=8 * trained if _divides(config) else 0,
-        moments=8 * trained,
+        masters=(4 if offloaded else 8) * trained if _divides(config) else 0,
+        moments=0 if offloaded else 8 * trained,
         reference=4 * trained * any(loss.needs_reference for loss in losses),
         trials=2 * (12 * trained + 4 * published * (adapters > 0)) if config.experts else 0,
         words=words,
@@ -328,6 +347,7 @@ def _step_peak(
         batch,
         config.adapt.memory.chunk_rows,
         lora_of(drafter, config.adapt.scope),
+        config.adapt.trainer.gradient_accumulation_steps,
     )
 
 

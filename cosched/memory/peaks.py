@@ -11,6 +11,7 @@ from torch import Tensor
 from cosched.guard.scorer import AcceptanceScorer
 from cosched.memory.live import LivePeak
 from cosched.training.micro_step import BatchLoss
+from cosched.training.shares import KnownGradient, accumulate, shares_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +32,7 @@ def step_peak(
     batch: SignalBatch,
     chunk_rows: int | None,
     lora: Lora | None = None,
+    accumulation_steps: int = 1,
 ) -> int:
     """Most bytes at once of a micro-step on such a batch: activations, logits, and gradients.
 
@@ -47,9 +49,14 @@ def step_peak(
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in trainable)
     module = _Sized(copy, loss, teacher_head, teacher_form, chunk_rows=chunk_rows)
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     with LivePeak() as live:
-        module.begin_update(batch)
-        module(batch).backward()
+        shares = shares_of(batch, accumulation_steps)
+        module.begin_update(*(share.batch for share in shares))
+        if accumulation_steps == 1:
+            module(batch).backward()
+        else:
+            KnownGradient(network, trained)(*accumulate(module, shares, trained)).backward()
     return live.peak + bytes_of(batch)
 
 

@@ -236,6 +236,12 @@ def _check_adapt(config: Config, used: bool) -> None:
             f"{drafter.num_draft_tokens} tokens behind an anchor; use at least "
             f"{drafter.num_draft_tokens + 2}"
         )
+    trainer = config.adapt.trainer
+    if trainer.offload_optimizer and trainer.zero_stage == 0:
+        raise ConfigError(
+            f"{where}.trainer.zero_stage: it is ZeRO that offloads ({where}.trainer.offload_optimizer), in stages "
+            f"1 and 2, got 0; use auto"
+        )
     _check_guard(config)
     _check_finished(config)
     check_sidecar(config)

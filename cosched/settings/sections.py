@@ -237,12 +237,17 @@ class TrainerSettings(Section, frozen=True):
     ``zero_stage`` 1 and 2 divide what the optimizer holds among the ranks that train together. Where
     there is one, 0 takes the same steps and spares it copies of all weights and gradients, and the
     host several waits for the device in each step. ``auto`` is 0 where one rank trains, else 1.
+    ``offload_optimizer`` keeps, in stages 1 and 2, moments and masters in the host's memory and steps there
+    (ZeRO-Offload): on a GPU that spares twelve bytes for each trained parameter, and gradients and weights cross
+    the bus in each step. It was never run on a GPU.
     ``background`` trains beside the decoding and publishes when it is done: on a CPU in a process of
     its own, which has half of the threads while it works, on a GPU in a thread with a stream of its
     own. Off, the engine waits for each update, and runs repeat exactly.
     A process that ends, or gives no answer for ``limit_seconds``, is started again, from the weights
     that serve, while decoding goes on; after ``restarts`` times without an update between them learning
     stops. These three are of a colocated draft: a sidecar refuses other values.
+    ``gradient_accumulation_steps`` groups of the requests in a batch are gone over one after the other before
+    each step of the optimizer, so that one at a time has activations in memory; the gradient is that of all.
     ``precision`` is that of matrix products; ``auto`` is bfloat16 where the device multiplies it
     faster, so that results differ from one machine to another.
     ``cuda_graph`` has a GPU repeat loss and gradients of a micro-step, captured at the start, so that the
@@ -257,6 +262,8 @@ class TrainerSettings(Section, frozen=True):
     lr: Annotated[float, Meta(gt=0)] = 3e-4
     max_grad_norm: Annotated[float, Meta(gt=0)] = 1.0
     weight_decay: NotNegative = 0.0
+    gradient_accumulation_steps: Positive = 1
+    offload_optimizer: bool = False
     background: bool = False
     limit_seconds: Annotated[float, Meta(gt=0)] = 600.0
     restarts: Annotated[int, Meta(ge=0)] = 3
@@ -266,7 +273,7 @@ class TrainerSettings(Section, frozen=True):
     def stage_of(self, num_ranks: int) -> int:
         """ZeRO's stage where so many ranks train together."""
         if self.zero_stage == "auto":
-            return 1 if num_ranks > 1 else 0
+            return 1 if num_ranks > 1 or self.offload_optimizer else 0
         return self.zero_stage
 
 

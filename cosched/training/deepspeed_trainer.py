@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,8 @@ from cosched.loop.learner_state import taken
 from cosched.records import Decision, SignalBatch, UpdateResult
 from cosched.training.captured import Captured
 from cosched.training.clipping import clip_finite
-from cosched.training.micro_step import share_of
 from cosched.training.moments import moments_of, owners_of
+from cosched.training.shares import KnownGradient, accumulate, shares_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from cosched.training.frames import Frames
     from cosched.training.group import TrainingGroup
     from cosched.training.micro_step import BatchLoss
+    from cosched.training.shares import Share
 
 Capture = Callable[["BatchLoss", "Sequence[Tensor]", int], Captured]
 """``capture(batch_loss, trained, longest)``."""
@@ -52,8 +53,10 @@ class DeepSpeedTrainer:
     the device decides it, and the host waits for an update once, at its end. In a
     ``group`` of ranks, all given the same batches, each takes its share of the anchors. Whatever may
     fail on one of them, its own passes forward and backward, is done before they meet: none waits in
-    a collective for one that is not coming, which NCCL answers by ending the process. Batches that fill
-    one of the ``frames`` go through captured passes, which are for one rank in stage 0.
+    a collective for one that is not coming, which NCCL answers by ending the process. Gradients are
+    accumulated over ``accumulation_steps`` parts of each batch; with ``offload`` ZeRO keeps what the optimizer
+    holds in the host's memory. Batches that fill one of the ``frames``
+    go through captured passes, which are for one rank in stage 0 and whole batches.
 
     Raises:
         TrainingError: DeepSpeed cannot be set up.
@@ -71,8 +74,12 @@ class DeepSpeedTrainer:
         clock: Callable[[], float] = time.perf_counter,
         frames: Frames | None = None,
         capture: Capture = Captured,
+        accumulation_steps: int = 1,
+        offload: bool = False,
     ) -> None:
         assert frames is None or (group is None and not zero_stage), "ZeRO goes back by itself"
+        assert frames is None or accumulation_steps == 1, "a frame is a whole batch"
+        assert zero_stage or not offload, "it is ZeRO that offloads"
         names = set(trainable)
         for name, parameter in batch_loss.network.named_parameters():
             parameter.requires_grad_(name in names)
@@ -85,16 +92,18 @@ class DeepSpeedTrainer:
         self._trained = {
             name: p for name, p in batch_loss.network.named_parameters() if p.requires_grad
         }
-        self._weight = 1.0
+        self._accumulation_steps = accumulation_steps
+        self._goes_back = group is None and accumulation_steps == 1  # through the engine itself
         self._initial = {name: p.detach().clone() for name, p in self._trained.items()}
         self._engine = _initialize(
-            batch_loss if group is None else _KnownGradient(batch_loss.network, self._trained),
+            batch_loss if self._goes_back else KnownGradient(batch_loss.network, self._trained),
             list(self._trained.values()),
             zero_stage,
             learning_rate,
             max_grad_norm,
             weight_decay,
             group,
+            offload,
         )
         self._frames = frames
         self._captured = None
@@ -113,14 +122,15 @@ class DeepSpeedTrainer:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         num_rows, passes = batch.num_rows, None
-        if self._group is not None:
-            batch, self._weight = share_of(batch, self._group.rank, self._group.size)
         if self._frames is not None:
             batch = self._frames.fill(batch)
-        self.batch_loss.begin_update(batch, decision.objective)
+        place = (self._group.rank, self._group.size) if self._group else (0, 1)
+        shares = shares_of(batch, self._accumulation_steps, *place)
+        batches = [share.batch for share in shares]
+        self.batch_loss.begin_update(*batches, objective=decision.objective)
         if self._captured is not None:
             passes = self._captured.passes(self.batch_loss.begun, decision.objective)
-        steps = [self.step(batch, passes) for _ in range(decision.num_steps)]
+        steps = [self.step(shares, passes) for _ in range(decision.num_steps)]
         losses, skipped, lost_mass = self._read(steps, self.batch_loss.lost_mass)
         return UpdateResult(
             num_steps=decision.num_steps,
@@ -132,13 +142,13 @@ class DeepSpeedTrainer:
             objective=decision.objective,
         )
 
-    def step(self, batch: SignalBatch, passes: Passes | None = None) -> tuple[Tensor, Tensor]:
+    def step(self, shares: Sequence[Share], passes: Passes | None = None) -> tuple[Tensor, Tensor]:
         """One micro-step; its loss, and 1 where it was skipped, as numbers on the device."""
         with torch.enable_grad():
             if passes is not None:
                 value = passes()
             else:
-                loss = self._loss(batch)
+                loss = self._loss(shares)
                 value = self._over_ranks(loss.detach())
                 if self._zero_stage:
                     return value, self._step_of_zero(loss, value)
@@ -171,17 +181,14 @@ class DeepSpeedTrainer:
         first, last = read[: len(steps)], read[len(steps) : 2 * len(steps)]
         return first, last, read[-1] if others else None
 
-    def _loss(self, batch: SignalBatch) -> Tensor:
+    def _loss(self, shares: Sequence[Share]) -> Tensor:
         """This rank's share of the loss, from which DeepSpeed goes back."""
-        if self._group is None:
-            return self._engine(batch) * self._weight
-        loss = self.batch_loss(batch) * self._weight
-        trained = list(self._trained.values())
-        found = torch.autograd.grad(loss, trained, allow_unused=True)
-        found = cast("Sequence[Tensor | None]", found)
-        gradients = {n: g for n, g in zip(self._trained, found, strict=True) if g is not None}
-        self._group.meet()
-        return self._engine(loss.detach(), gradients)
+        if self._goes_back:
+            return self._engine(shares[0].batch)
+        value, gradients = accumulate(self.batch_loss, shares, self._trained)
+        if self._group is not None:
+            self._group.meet()
+        return self._engine(value, gradients)
 
     def _over_ranks(self, loss: Tensor) -> Tensor:
         """The loss of the whole batch; not finite on any rank is not finite on all."""
@@ -254,22 +261,6 @@ class DeepSpeedTrainer:
         return getattr(optimizer, "optimizer", optimizer)
 
 
-class _KnownGradient(nn.Module):
-    """A loss whose value and gradient are known already, for who wants to go back from it.
-
-    It is v + sum(p * g) - sum(p * g), the last without a gradient: that of p is g, to the bit.
-    """
-
-    def __init__(self, network: nn.Module, trained: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.network = network
-        self._trained = dict(trained)
-
-    def forward(self, value: Tensor, gradients: Mapping[str, Tensor]) -> Tensor:
-        linear = torch.stack([(self._trained[n] * g).sum() for n, g in gradients.items()]).sum()
-        return value + (linear - linear.detach())
-
-
 @contextmanager
 def _device_for_deepspeed(device: torch.device) -> Generator[None]:
     """DeepSpeed takes the device that ``LOCAL_RANK`` names, whoever has set it and for what."""
@@ -292,6 +283,7 @@ def _initialize(
     max_grad_norm: float,
     weight_decay: float,
     group: TrainingGroup | None,
+    offload: bool,
 ) -> Any:
     device = parameters[0].device
     deepspeed = _import_deepspeed(device, zero_stage)
@@ -314,8 +306,10 @@ def _initialize(
             "stage": zero_stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            **({"offload_optimizer": {"device": "cpu", "pin_memory": True}} if offload else {}),
         },
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its own AdamW wants a compiler
         "steps_per_print": 1_000_000_000,
     }
     with _device_for_deepspeed(device):

@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosched.loop.layout import CountedRows, counted_rows, upload
 from cosched.loop.teacher_rows import Teacher, wide
-from cosched.records import Layout
 from cosched.training.chunks import in_chunks
 from cosched.training.precision import computing_in
 from cosched.training.reference import DraftBefore
@@ -88,36 +86,41 @@ class BatchLoss(nn.Module):
         self._teacher_form: TeacherForm = teacher_form
         compares = any(one.needs_reference for one in self._losses)
         self.before = DraftBefore(drafter) if compares else None
-        self._prepared: Prepared | None = None
+        self._prepared: list[Prepared] = []
         self._chunk_rows = chunk_rows
         self._computing = computing_in(precision, next(network.parameters()).device)
 
     @torch.no_grad()
-    def begin_update(self, batch: SignalBatch, objective: int = 0) -> None:
-        """Micro-steps on this batch follow: what they are held against is the draft as it is now."""
-        self._loss, self._prepared = self._losses[objective], None
-        prepared = self._prepare(batch)
-        self.lost_mass = self._lost_mass(prepared)
-        prepared = self._rank(prepared, self._loss.settings.vocab_top_k)
+    def begin_update(self, *batches: SignalBatch, objective: int = 0) -> None:
+        """Micro-steps on these follow, one after the other: they are held against the draft as it is now."""
+        self._loss, self._prepared = self._losses[objective], []
         if self.before is not None and self._loss.needs_reference:
             self.before.catch_up()
-            with self._computing:
-                states = self.before.drafter.replay_states(batch)
-            prepared = replace(prepared, reference_RNKH=states)
-        self._prepared = prepared
+        prepared = [self._prepare(batch) for batch in batches]
+        self.lost_mass = self._lost_mass(prepared[0])
+        self._prepared = [self._ready(one) for one in prepared]
+
+    def _ready(self, prepared: Prepared) -> Prepared:
+        prepared = self._rank(prepared, self._loss.settings.vocab_top_k)
+        if self.before is None or not self._loss.needs_reference:
+            return prepared
+        with self._computing:
+            states = self.before.drafter.replay_states(prepared.batch)
+        return replace(prepared, reference_RNKH=states)
 
     @property
     def begun(self) -> Prepared:
-        """Of the update whose micro-steps follow."""
-        assert self._prepared is not None, "an update has not begun"
-        return self._prepared
+        """Of the update whose micro-steps follow, on one batch."""
+        assert self._prepared, "an update has not begun"
+        return self._prepared[0]
 
     def forward(self, batch: SignalBatch) -> Tensor:
         """Scalar loss of a batch, in float32 or wider."""
-        prepared = self._prepared
-        if prepared is None or prepared.batch is not batch:
-            only_once = self._loss.needs_reference or (prepared and prepared.tokens_W is not None)
-            assert not only_once, "an update begins, and has one batch"
+        prepared = next((one for one in self._prepared if one.batch is batch), None)
+        if prepared is None:
+            chosen = bool(self._prepared) and self._prepared[0].tokens_W is not None
+            assert not chosen, "of tokens that another batch has chosen"
+            assert not self._loss.needs_reference, "an update begins with its batches"
             prepared = self._prepare(batch)
         return self.loss_of(prepared)
 
@@ -249,47 +252,3 @@ def _logits(drafter: Drafter, states_MH: Tensor, tokens_W: Tensor | None) -> Ten
 
 def _rows(of_RNKX: Tensor, places_M: Tensor) -> Tensor:
     return of_RNKX.flatten(0, 2).index_select(0, places_M)
-
-
-def share_of(batch: SignalBatch, rank: int, num_ranks: int) -> tuple[SignalBatch, float]:
-    """One rank's anchors of a batch, and what its mean loss counts in the mean over ranks.
-
-    Every ``num_ranks``-th anchor of each request, so that all ranks have work of the same size; a
-    missing one repeats the first, with weight zero. Exact where all rows of a path weigh the same; a
-    loss that weighs rows by what is in them (``adapt.loss``) does so within each share.
-    """
-    missing = -batch.anchors_RN.shape[1] % num_ranks
-    weights = F.pad(batch.weights_RNK, (0, 0, 0, missing))
-    mine, known = slice(rank, None, num_ranks), batch.known
-
-    def cut(tensor: Tensor) -> Tensor:
-        first = tensor[:, :1].expand(-1, missing, *tensor.shape[2:])
-        return torch.cat((tensor, first), 1)[:, mine]
-
-    share = replace(
-        batch,
-        anchors_RN=cut(batch.anchors_RN),
-        paths_RNK=cut(batch.paths_RNK),
-        teacher_RNKX=cut(batch.teacher_RNKX),
-        weights_RNK=weights[:, mine],
-    )
-    if known is None:
-        sums = torch.stack((weights.sum(), share.weights_RNK.sum()))
-        total, own = sums.tolist()  # host waits for the device
-    else:
-        layout = _share_of_layout(known, share, missing, mine)
-        total, own = float(known.weights_RNK.sum()), float(layout.weights_RNK.sum())
-        share = replace(share, layout=layout)
-    return share, num_ranks * own / total if total else 1.0
-
-
-def _share_of_layout(whole: Layout, share: SignalBatch, missing: int, mine: slice) -> Layout:
-    more = (0, 0), (0, missing), (0, 0)
-    weights = np.pad(whole.weights_RNK, more)
-    says = np.concatenate((whole.says_RNK, whole.says_RNK[:, :1].repeat(missing, 1)), 1)
-    return Layout(
-        whole.starts,
-        weights[:, mine],
-        says[:, mine],
-        of=(share.starts_R, share.weights_RNK, share.teacher_RNKX),
-    )
