@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from cosched.bench.figures import Figure, write_figures
+from cosched.bench.figures import Figure, Row, write_figures
+from cosched.bench.tables import shown
 from cosched.build.embedded import Arm, build_arm, build_world
 from cosched.engines.embedded.target import Target
 from cosched.engines.request import GenerationRequest
@@ -122,17 +123,21 @@ def measure(
     return Measured(parts, differing, repeated / generated)
 
 
-def as_figures(text: str, measured: Measured) -> dict[str, Figure]:
-    found = {f"{text}: repeats": Figure(value=measured.repeats, unit="share")}
+def as_rows(text: str, measured: Measured) -> list[Row]:
+    found: list[Row] = []
     for name, own in measured.parts.items():
-        where = f"{text}, {name}"
         speed = sum(part.tokens for part in own) / sum(part.seconds for part in own)
-        found[f"{where}: tokens/s"] = Figure(value=speed, unit="tokens/s")
+        figures = {
+            "tokens_per_s": Figure(value=speed, unit="tokens/s"),
+            "repeats": Figure(value=measured.repeats, unit="share"),
+            "other_text": Figure(value=measured.differing[name], unit="count"),
+        }
         if name != GENERATE and len(own) >= MIN_PARTS:
             ratio = paired_ratio(own, measured.parts[GENERATE])
-            figure = Figure(value=ratio.value, unit="times", low=ratio.low, high=ratio.high)
-            found[f"{where}: of transformers"] = figure
-            found[f"{where}: other text"] = Figure(value=measured.differing[name], unit="count")
+            figures["of_transformers"] = Figure(
+                value=ratio.value, unit="times", low=ratio.low, high=ratio.high
+            )
+        found.append(Row({"text": text, "arm": name}, figures))
     return found
 
 
@@ -153,7 +158,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     options = parser.parse_intermixed_args()
-    figures: dict[str, Figure] = {}
+    rows: list[Row] = []
     for prompts in options.prompts:
         overrides = [
             f"workload.prompts={prompts}",
@@ -177,12 +182,12 @@ def main() -> None:
         if options.assistant:
             assistant = load_assistant(options.assistant, options.assisted, world.target.dtype)
             answers["assisted"] = theirs(peer, ends, assistant_model=assistant)
-        own = as_figures(Path(prompts).stem, measure(answers, world.requests, list(arms.values())))
-        for name, figure in own.items():
-            ends_at = f" ({figure.low} to {figure.high})" if figure.low is not None else ""
-            print(f"{name:<60}{figure.value:8.2f}{ends_at}", flush=True)
-        figures |= own
-        write_figures(options.json, figures)
+        own = as_rows(Path(prompts).stem, measure(answers, world.requests, list(arms.values())))
+        for row in own:
+            said = ", ".join(f"{name} {shown(figure)}" for name, figure in row.figures.items())
+            print(f"{row.at['text']:<12}{row.at['arm']:<32}{said}", flush=True)
+        rows += own
+        write_figures(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -301,27 +301,24 @@ def compare(row: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in row.items() if name != "pairs"}, **beside}
 
 
-def as_figures(row: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+def as_row(row: dict[str, Any], reference: dict[str, Any]) -> Any:
     """What ``--json`` has: units, and intervals of what is paired."""
-    from cosched.bench.figures import Figure, median_of
+    from cosched.bench.figures import Figure, Row, median_of
 
-    where = f"{row['text']}, {row['requests']} requests, {row['arm']}"
     pairs = zip(row["pairs"], reference["pairs"], strict=True)
-    beside = compare(row, reference)
-    return {
-        f"{where}: {name}": figure
-        for name, figure in {
-            "tokens/s": Figure(value=row["tokens/s"], unit="tokens/s"),
-            "speed / stock": median_of([b["seconds"] / a["seconds"] for a, b in pairs], "times"),
-            "tau": Figure(value=row["tau"], unit="tokens a round"),
-            "tau novel": Figure(value=row["tau novel"], unit="tokens a round"),
-            "repeats": Figure(value=row["repeats"], unit="share"),
-            "ms a round": Figure(value=row["ms a round"], unit="ms"),
-            "gap p99 ms": Figure(value=row["gap p99 ms"], unit="ms"),
-            "p99 / stock": Figure(value=beside["p99 / stock"], unit="times"),
-            "versions": Figure(value=row["versions"], unit="count"),
-        }.items()
+    at = {"text": row["text"], "requests": str(row["requests"]), "arm": row["arm"]}
+    found = {
+        "tokens_per_s": Figure(value=row["tokens/s"], unit="tokens/s"),
+        "of_stock": median_of([b["seconds"] / a["seconds"] for a, b in pairs], "times"),
+        "tau": Figure(value=row["tau"], unit="tokens a round"),
+        "tau_novel": Figure(value=row["tau novel"], unit="tokens a round"),
+        "repeats": Figure(value=row["repeats"], unit="share"),
+        "ms_a_round": Figure(value=row["ms a round"], unit="ms"),
+        "p99_ms": Figure(value=row["gap p99 ms"], unit="ms"),
+        "p99_of_stock": Figure(value=compare(row, reference)["p99 / stock"], unit="times"),
+        "versions": Figure(value=row["versions"], unit="count"),
     }
+    return Row(at, found)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -368,12 +365,11 @@ def main() -> None:
     from cosched.settings.load import load_config
 
     config = load_config(ROOT / options.config, options.overrides)
-    rows, found = list[dict[str, Any]](), dict[str, Any]()
+    rows, found = list[dict[str, Any]](), list[Any]()
     for done in run(options.arms or DEFAULT_ARMS, options, all_work(config, options)):
         reference = next((row for row in done if row["arm"] == "stock"), done[0])
         show([compare(row, reference) for row in done])
-        for row in done:
-            found |= as_figures(row, reference)
+        found += [as_row(row, reference) for row in done]
         rows += done
         write_figures(options.json, found)
         if options.rows:

@@ -11,9 +11,9 @@ import yaml
 
 from cosched.bench.candidates import first_candidates
 from cosched.bench.commands import spoken
-from cosched.bench.figures import Figure, median_of, read_figures, write_figures
+from cosched.bench.figures import Figure, Row, median_of, read_rows, write_figures
 from cosched.bench.plan import BenchRun, plan_suite
-from cosched.bench.rows import Row, rows_of, too_low
+from cosched.bench.rows import rows_of, too_low
 from cosched.bench.suite import RunsSuite, ScriptSuite, load_suite, suite_files
 from cosched.errors import ConfigError, RunFolderError
 from cosched.records import RoundRow
@@ -86,11 +86,14 @@ def test_a_script_hands_over_what_is_read(tmp_path: Path) -> None:
     """And nothing else: a file of another form is no result."""
     figures = {"never / bare": Figure(value=1.01, unit="times", low=1.0, high=1.02)}
     write_figures(tmp_path / "f.json", figures)
-    assert read_figures(tmp_path / "f.json") == figures
+    assert read_rows(tmp_path / "f.json") == [Row({}, figures)]
+    rows = [Row({"text": "code", "arm": arm}, figures) for arm in ("plain", "adapted")]
+    write_figures(tmp_path / "f.json", rows)
+    assert read_rows(tmp_path / "f.json") == rows
     write_figures(None, figures)
     (tmp_path / "f.json").write_text('{"never / bare": 1.01}')
     with pytest.raises(RunFolderError, match=r"no figures"):
-        read_figures(tmp_path / "f.json")
+        read_rows(tmp_path / "f.json")
 
 
 # --- rows of runs ----------------------------------------------------------------------------

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from cosched.bench.figures import Figure, median_of
-from cosched.bench.rows import Row
+from cosched.bench.figures import Figure, Row, median_of
 from cosched.telemetry.run_folder import explained
 
 if TYPE_CHECKING:

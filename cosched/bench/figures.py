@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from statistics import median
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -28,6 +28,13 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     high: float | None = None
 
 
+class Row(msgspec.Struct, frozen=True):
+    """Figures of one place ``at``: labels of the suite's grid, the text, the draft and the arm."""
+
+    at: dict[str, str]
+    figures: dict[str, Figure]
+
+
 def median_of(values: Sequence[float], unit: Unit) -> Figure:
     """The median of repeats, with the interval of the sign test, which six of them have.
 
@@ -46,16 +53,18 @@ def median_of(values: Sequence[float], unit: Unit) -> Figure:
     return Figure(value=median(ordered), unit=unit, low=low, high=high)
 
 
-def write_figures(path: Path | None, figures: Mapping[str, Figure]) -> None:
-    """What a script measured, into the file that ``--json`` names, if it does."""
+def write_figures(path: Path | None, figures: Mapping[str, Figure] | Sequence[Row]) -> None:
+    """What a script measured, into the file that ``--json`` names, if it does: all at one place, or rows."""
     if path is not None:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(figures)) + b"\n")
 
 
-def read_figures(path: Path) -> dict[str, Figure]:
+def read_rows(path: Path) -> list[Row]:
     """What a script has written.
 
     Raises:
         RunFolderError: it wrote nothing, or something else.
     """
-    return read_json(path, dict[str, Figure], "has no figures")
+    either: Any = dict[str, Figure] | list[Row]
+    found = read_json(path, either, "has no figures")
+    return found if isinstance(found, list) else [Row({}, found)]

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from cosched.bench.figures import Row
 from cosched.bench.machine import Machine
-from cosched.bench.rows import Row
 from cosched.errors import RunFolderError
 from cosched.telemetry.run_folder import RunFolder, explained, read_json
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
-
-from cosched.bench.figures import Figure
+from cosched.bench.figures import Figure, Row
 from cosched.report.intervals import MIN_PARTS, paired_ratio
 from cosched.report.table import load_summary
 from cosched.settings.arms import PLAIN, adapts, draft_of
@@ -32,13 +30,6 @@ UNITS: dict[Compared, Unit] = {
     "tau_novel": "tokens a round",
     "tau_novel_behind": "tokens a round",
 }
-
-
-class Row(msgspec.Struct, frozen=True):
-    """Figures of one place ``at``: labels of the suite's grid, the text, the draft and the arm."""
-
-    at: dict[str, str]
-    figures: dict[str, Figure]
 
 
 class _Place(NamedTuple):

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cosched.bench.candidates import candidate_rows
-from cosched.bench.figures import read_figures
+from cosched.bench.figures import read_rows
 from cosched.bench.machine import Machine, provenance
 from cosched.bench.measure import measure, measured_with
 from cosched.bench.plan import plan_suite
 from cosched.bench.result import RunRecord, SuiteResult
-from cosched.bench.rows import Row, rows_of, too_low
+from cosched.bench.rows import rows_of, too_low
 from cosched.bench.suite import RunsSuite, ScriptSuite
 from cosched.errors import ConfigError, RunFolderError
 from cosched.report.table import load_summary
@@ -113,7 +113,7 @@ def _of_script(file: Path, suite: ScriptSuite, command: str) -> SuiteResult:
             raise RunFolderError(
                 f"{file.stem}: {shlex.join(words)} ended with {process.returncode}"
             )
-        rows = [Row({}, read_figures(figures))]
+        rows = read_rows(figures)
     return SuiteResult(
         name=file.stem,
         about=suite.about,

@@ -16,9 +16,8 @@ from cosched.report.table import DASH, percent
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from cosched.bench.figures import Figure
+    from cosched.bench.figures import Figure, Row
     from cosched.bench.result import SuiteResult
-    from cosched.bench.rows import Row
     from cosched.bench.suite import View
 
 DIGITS = {
