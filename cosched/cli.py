@@ -69,6 +69,7 @@ ServerUrl = Annotated[str, typer.Option(help="Where the server is.")]
 ApiKey = Annotated[
     str | None, typer.Option(envvar="COSCHED_API_KEY", help="The server's key, if it has one.")
 ]
+Replica = Annotated[int, typer.Option(min=0, help="Which of the server's, with --dp-size.")]
 
 console = Console()
 errors = Console(stderr=True)
@@ -217,7 +218,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     check_texts(loaded)
     target, drafter = sketch(loaded)
     console.print(outline(loaded), markup=False, highlight=False)
-    check_supported(loaded.engine.arguments, lambda name: f"engine.arguments.{name}")
+    check_supported(loaded, loaded.engine.arguments, lambda name: f"engine.arguments.{name}")
     sizes = footprint(loaded, target, drafter)
     console.print(footprint_table(sizes, in_sglang=loaded.engine.kind == "sglang"))
     for key, own in loaded.by_draft.items():
@@ -282,6 +283,7 @@ def control(
     what: Annotated[str | None, typer.Argument(metavar="[N or NAME]")] = None,
     url: ServerUrl = "http://127.0.0.1:30000",
     api_key: ApiKey = None,
+    replica: Replica = 0,
 ) -> None:
     """Ask a running server how its draft does, or tell it what to do with it.
 
@@ -289,7 +291,7 @@ def control(
     """
     from cosched.engines.sglang.operators.routes import call, in_lines, request_body
 
-    for name, value in in_lines(call(url, verb, request_body(verb, what), api_key)):
+    for name, value in in_lines(call(url, verb, request_body(verb, what), api_key, replica)):
         console.print(f"{name:26}{value}", markup=False, highlight=False, soft_wrap=True)
 
 

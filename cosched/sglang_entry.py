@@ -46,7 +46,7 @@ def _build(parts: WorkerParts) -> Adaptation:
     from cosched.errors import CoschedError
 
     directory = RunDirectory.current()
-    rank = parts.ranks.rank
+    rank = parts.replica * parts.ranks.size + parts.ranks.rank
     try:
         adaptation = _adaptation(parts, directory)
     except Exception as error:
@@ -72,24 +72,26 @@ def _adaptation(parts: WorkerParts, directory: RunDirectory | None) -> Adaptatio
 
     config = load_config(Path(os.environ[CONFIG]))
     first = parts.ranks.rank == 0
-    operator = _operator(config, directory if first else None)
+    operator = _operator(config, directory if first else None, parts)
     events = os.environ.get(EVENTS)
     start = os.environ.get(START)
-    sink = _sink(events if first else None, start if first else None)
+    named = f"-{parts.replica}" if parts.replica else ""
+    sink = _sink(events if first else None, start if first else None, named)
     if first and (tracer := tracer_there()) is not None:
         sink = Tee(sink, Spans(tracer))
-    curves = _curves(config, start) if first and events is None else None
+    drawn = first and not parts.replica and events is None
+    curves = _curves(config, start) if drawn else None
     resume = Path(path) if (path := os.environ.get(RESUME)) else None
     states = Path(start) / STATES if start else None
     if resume is not None:
         states = resume.parent
-    texts = _texts(config, parts, start) if first else None
+    texts = _texts(config, parts, start, named) if first else None
     return build_adaptation(
         config, parts, operator, sink, bool(events), states, resume, texts, curves
     )
 
 
-def _operator(config: Config, directory: RunDirectory | None) -> Operator:
+def _operator(config: Config, directory: RunDirectory | None, parts: WorkerParts) -> Operator:
     from cosched.engines.sglang import compat
     from cosched.engines.sglang.operators.control import SocketOperator
     from cosched.engines.sglang.operators.metrics import Metrics
@@ -99,11 +101,12 @@ def _operator(config: Config, directory: RunDirectory | None) -> Operator:
         return NullOperator()
     show = None
     if compat.get_observability().enable_metrics:
-        show = Metrics(compat.get_serving().served_model_name or config.target.path).show
-    return SocketOperator(directory.socket, show)
+        name = compat.get_serving().served_model_name or config.target.path
+        show = Metrics(name, parts.replica if parts.replicas > 1 else None).show
+    return SocketOperator(directory.socket(parts.replica), show)
 
 
-def _texts(config: Config, parts: WorkerParts, start: str | None) -> Texts | None:
+def _texts(config: Config, parts: WorkerParts, start: str | None, named: str) -> Texts | None:
     """What keeps texts into the folder of this start; None where nobody has asked for that."""
     import time
     from pathlib import Path
@@ -117,7 +120,7 @@ def _texts(config: Config, parts: WorkerParts, start: str | None) -> Texts | Non
     if start is None:
         raise ConfigError("record.text: only cosched serve has a folder for texts; leave it out")
     parts.target.decode([])  # or say now that there is no tokenizer
-    history = History(Path(start) / "texts.jsonl", time.time, private=True)
+    history = History(Path(start) / f"texts{named}.jsonl", time.time, private=True)
     return Texts(history, config.record.text_share, parts.target.decode)
 
 
@@ -134,7 +137,7 @@ def _curves(config: Config, start: str | None) -> Curves | None:
     return build_curves(config, folder, folder.name)
 
 
-def _sink(events: str | None, start: str | None) -> Sink:
+def _sink(events: str | None, start: str | None, named: str) -> Sink:
     """Every event into the one file, or else what is worth keeping into the folder of this start."""
     import time
     from pathlib import Path
@@ -143,7 +146,7 @@ def _sink(events: str | None, start: str | None) -> Sink:
     from cosched.telemetry.run_folder import EventLog, NoEvents
 
     if events is None:
-        return History(Path(start) / "events.jsonl", time.time) if start else NoEvents()
+        return History(Path(start) / f"events{named}.jsonl", time.time) if start else NoEvents()
     log = EventLog()
     log.open(Path(events), buffered=False)
     return log.for_arm("served")

@@ -65,7 +65,7 @@ def served(
     **options: Any,
 ) -> Iterator[tuple[Client, SocketOperator]]:
     """An operator, with a thread that plays the scheduler; none where ``answer`` is None."""
-    operator = SocketOperator(directory.socket, patience=patience, **options)
+    operator = SocketOperator(directory.socket(), patience=patience, **options)
     stop = threading.Event()
 
     def schedule() -> None:
@@ -77,7 +77,7 @@ def served(
     if thread:
         thread.start()
     try:
-        yield Client(directory.socket), operator
+        yield Client([directory.socket()]), operator
     finally:
         stop.set()
         if thread:
@@ -94,7 +94,7 @@ def test_a_command_reaches_the_scheduler_and_its_answer_comes_back(directory: Ru
         return STATUS
 
     with served(directory, answer) as (client, _):
-        assert stat.S_IMODE(directory.socket.stat().st_mode) == 0o600
+        assert stat.S_IMODE(directory.socket().stat().st_mode) == 0o600
         assert client.status() == client.on() == client.off() == client.rollback(3) == STATUS
     assert [command.verb for command in seen] == ["status", "on", "off", "rollback"]
     assert seen[-1].version == 3
@@ -128,7 +128,7 @@ def test_nonsense_on_the_socket_is_answered(
 
     with served(directory, None) as (client, operator):
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(directory.socket))
+            connection.connect(str(directory.socket()))
             connection.sendall(line)
             reply = json.loads(connection.makefile().readline())
         assert re.search(message, reply["error"], re.IGNORECASE), reply
@@ -178,13 +178,13 @@ def test_a_folder_that_is_taken_is_refused_before_the_scheduler_is_asked(
 def test_nobody_at_the_socket_is_said_plainly(tmp_path: Path) -> None:
     """The server has stopped, or it is another's."""
     with pytest.raises(ControlError, match="no server answers at"):
-        Client(tmp_path / "control.sock").status()
+        Client([tmp_path / "control.sock"]).status()
 
 
 def test_statuses_are_shown_now_and_then_and_the_last_one_always(directory: RunDirectory) -> None:
     """Metrics must not cost every round, and must not stay behind when rounds stop."""
     now, shown = [0.0], []
-    operator = SocketOperator(directory.socket, show=shown.append, clock=lambda: now[0])
+    operator = SocketOperator(directory.socket(), show=shown.append, clock=lambda: now[0])
     try:
         statuses = [msgspec.structs.replace(STATUS, rounds=number) for number in range(5)]
         for status in statuses:

@@ -115,7 +115,7 @@ def test_a_damaged_line_is_answered_in_words(operator: SocketOperator, tmp_path:
             reply = msgspec.json.decode(answer, type=Reply)
             assert (reply.status is None) == bool(reply.error), f"input {case}: {line[:300]!r}"
             assert len(reply.error or "") < 4000, f"input {case}: {line[:300]!r}"
-    assert Client(tmp_path / "socket").status() == STATUS
+    assert Client([tmp_path / "socket"]).status() == STATUS
 
 
 def said(path: Path, line: bytes) -> bytes:
@@ -156,7 +156,7 @@ def test_a_damaged_answer_is_one_clear_error(tmp_path: Path) -> None:
         for case, rng in cases("answers", 400):
             answers.append(damaged_json(rng, good) + b"\n")
             with only_ours(case, answers[0][:800]):
-                Client(tmp_path / "socket").ask(Command(verb="status"))
+                Client([tmp_path / "socket"]).ask(Command(verb="status"))
             changed = damaged_json(rng, shown)
             with only_ours(case, changed[:800]):
                 routes.read_answer("http://x/cosched/status", changed)

@@ -8,9 +8,10 @@ import subprocess
 import time
 
 import msgspec
+import prometheus_client as client
 import pytest
 
-from cosched.engines.sglang.operators.metrics import METRICS, PREFIX, samples
+from cosched.engines.sglang.operators.metrics import METRICS, PREFIX, Metrics, samples
 from cosched.engines.sglang.worker.operator import Status
 from cosched.records import RoundRow
 from cosched.telemetry.alarms import ALARMS, alarms
@@ -130,12 +131,9 @@ def test_to_show_a_status_takes_less_than_a_hundredth_of_the_time_between_two() 
 
 
 def test_the_client_shows_what_a_status_says_and_counters_only_rise() -> None:
-    """Through Prometheus' own client, as in a server. It comes with SGLang only."""
-    client = pytest.importorskip("prometheus_client")
-    from cosched.engines.sglang.operators.metrics import Metrics
-
+    """Through Prometheus' own client, as in a server."""
     registry = client.CollectorRegistry()
-    metrics = Metrics("m", registry)
+    metrics = Metrics("m", registry=registry)
     metrics.show(busy())
     metrics.show(msgspec.structs.replace(busy(), updates=9))
     shown = client.generate_latest(registry).decode()
@@ -151,3 +149,11 @@ def test_the_client_shows_what_a_status_says_and_counters_only_rise() -> None:
     metrics.show(msgspec.structs.replace(busy(), frozen_acceptance_length=None))
     shown = client.generate_latest(registry).decode()
     assert 'cosched_frozen_acceptance_length_tokens{model_name="m"} NaN' in shown
+
+
+def test_replicas_are_told_apart_as_sglang_tells_its_own() -> None:
+    registry = client.CollectorRegistry()
+    Metrics("m", replica=1, registry=registry).show(busy())
+    shown = client.generate_latest(registry).decode()
+    assert 'cosched_draft_version{dp_rank="1",model_name="m"}' in shown
+    assert 'place="1"' in shown

@@ -166,7 +166,7 @@ def test_arguments_of_the_file_take_every_form() -> None:
         (["--model", "other"], ["--model-path", "target.path"]),
         (["--speculative-algorithm=EAGLE3"], ["--speculative-algorithm", "drafter.kind"]),
         (["--max-running-requests", "8"], ["--max-running-requests", "engine.max_batch"]),
-        (["--dp-size", "2"], ["--dp-size", "1", "replica"]),
+        (["--dp-size", "2"], ["--dp-size", "2 replicas", "adapt.placement: sidecar"]),
     ],
 )
 def test_a_word_that_contradicts_a_setting_is_refused(words: list[str], named: list[str]) -> None:

@@ -18,6 +18,7 @@ def top(
     api_key: Annotated[
         str | None, typer.Option(envvar="COSCHED_API_KEY", help="The server's key, if it has one.")
     ] = None,
+    replica: Annotated[int, typer.Option(min=0, help="Which of the server's, with --dp-size.")] = 0,
     arm: Annotated[str, typer.Option(help="Which arm of the run.")] = "adapted",
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
@@ -29,5 +30,5 @@ def top(
     from cosched.top.sources import Run, Server
     from cosched.top.watch import watch
 
-    source = Server(url, api_key) if run_dir is None else Run(run_dir, arm)
+    source = Server(url, api_key, replica) if run_dir is None else Run(run_dir, arm)
     watch(source, Console(), interval, time.sleep, once)

@@ -36,12 +36,14 @@ class Source(Protocol):
 class Server:
     """A server of ``cosched serve``, by its routes."""
 
-    def __init__(self, url: str, api_key: str | None) -> None:
-        self.name = url
+    def __init__(self, url: str, api_key: str | None, replica: int = 0) -> None:
+        self.name = f"{url} (replica {replica})" if replica else url
+        self._where = url
         self._api_key = api_key
+        self._replica = replica
 
     def look(self) -> Status:
-        return status_of(call(self.name, "status", {}, self._api_key))
+        return status_of(call(self._where, "status", {}, self._api_key, self._replica))
 
 
 NOTHING = msgspec.Raw(b"")

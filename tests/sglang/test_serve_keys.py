@@ -56,7 +56,7 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 
     thread = threading.Thread(target=schedule)
     thread.start()
-    yield Client(path)
+    yield Client([path])
     stop.set()
     thread.join()
     made.close()

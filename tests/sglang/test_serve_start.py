@@ -77,7 +77,11 @@ def test_a_server_that_would_not_adapt_does_not_start(
     ("override", "words", "message"),
     [
         ("run.name=x", ["--model", "x"], r"--model-path: 'x' contradicts target\.path"),
-        ("run.name=x", ["--tensor-parallel-size", "2", "--dp", "2"], "--dp-size: cosched serves"),
+        (
+            "run.name=x",
+            ["--tensor-parallel-size", "2", "--dp", "2"],
+            "--dp-size: each of 2 replicas would learn",
+        ),
         ("engine.arguments.max_total_token=1", [], "did you mean max_total_tokens"),
         ("engine.arguments.model_path=x", [], r"contradicts target\.path"),
     ],

@@ -81,3 +81,38 @@ def test_two_servers_serve_what_one_trainer_learns_and_go_on_without_it(
     until(lambda: all("no trainer" in str(status(one)["warning"]) for one in (asked, quiet)))
     assert ask(asked) == first == ask(quiet)
     assert status(asked)["failure"] is None
+
+
+def test_replicas_of_one_server_serve_one_draft(
+    trainer: tuple[subprocess.Popen[bytes], str], start: Start, tmp_path: Path
+) -> None:
+    """SGLang's ``--dp-size``: both answer, learn, are told what to do and are shown, each by its number."""
+    _, address = trainer
+    server = start(*SOON, address, "--dp-size", "2", "--enable-metrics", config=CONFIG)
+
+    def status(replica: int) -> dict[str, Any]:
+        return server.get(f"/cosched/status?replica={replica}")
+
+    first = ask(server)
+
+    def learnt() -> bool:
+        assert ask(server) == first
+        return all(status(replica)["draft_version"] >= 2 for replica in range(2))
+
+    until(learnt)
+    for replica in range(2):
+        shown = status(replica)
+        assert (shown["replica"], shown["replicas"]) == (replica, 2)
+        assert shown["rounds"] > 0
+        assert shown["failure"] is None
+    assert server.call("/cosched/status?replica=2")[0] == 400
+    trainers = json.loads((tmp_path / "sidecar_tiny_cpu-trainer" / "status.json").read_text())
+    assert sum(one["rounds"] > 0 for one in trainers["servers"].values()) == 2
+    assert server.command("control", "off", "--url", server.url).returncode == 0
+    assert not any(status(replica)["adapting"] for replica in range(2))
+    metrics = server.get("/metrics")
+    for replica in range(2):
+        assert f'cosched_rounds_total{{dp_rank="{replica}",' in metrics
+    printed = server.command("control", "status", "--replica", "1", "--url", server.url).stdout
+    assert "replica                   1" in printed
+    assert ask(server) == first

@@ -15,6 +15,8 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+from cosched.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -144,6 +146,22 @@ def is_health_check(request: Any) -> bool:
 def answer_of(request: Any) -> list[int]:
     """The tokens that a client gets of a request so far: not what its last round committed beyond its end."""
     return list(request.output_ids_through_stop)
+
+
+def replica(replicas: int) -> int:
+    """Which of a server's data-parallel replicas this process is of.
+
+    Raises:
+        ConfigError: this version does not tell.
+    """
+    if replicas == 1:
+        return 0
+    number = getattr(resolve(_PATHS["get_parallel"])(), "dp_rank", None)
+    if number is None:
+        raise ConfigError(
+            f"--dp-size: this SGLang does not tell a worker which of {replicas} replicas it is of; 0.5.23 does"
+        )
+    return number
 
 
 def has_pictures(request: Any) -> bool:

@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 CPU = {"device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True}
 
 OF_LAUNCHER: dict[str, tuple[Any, str]] = {  # the value that it must have, and why
-    "dp_size": (
-        1,
-        "replicas would share one status and one set of commands; start a server for each, behind SGLang's "
-        "router (docs/sidecar.md)",
-    ),
     "nnodes": (1, "the launcher watches the processes of one machine"),
     "tokenizer_worker_num": (1, "SGLang checks no key then, and /cosched/ would be open"),
     "use_ray": (False, "the launcher watches the processes that SGLang itself starts"),
@@ -53,7 +48,7 @@ def _near(word: str, known: Collection[str]) -> list[str]:
     return difflib.get_close_matches(word, known, n=3, cutoff=0.5)
 
 
-def check_supported(given: Mapping[str, Any], called: Callable[[str], str]) -> None:
+def check_supported(config: Config, given: Mapping[str, Any], called: Callable[[str], str]) -> None:
     """Refuse what cosched does not serve with, whether SGLang is installed or not.
 
     Raises:
@@ -61,6 +56,12 @@ def check_supported(given: Mapping[str, Any], called: Callable[[str], str]) -> N
     """
     check_modes(given, called)
     check_values(OF_LAUNCHER, given, called)
+    replicas = given.get("dp_size", 1)
+    if replicas != 1 and config.adapt.placement != "sidecar":
+        raise ConfigError(
+            f"{called('dp_size')}: each of {replicas} replicas would learn alone; use adapt.placement: sidecar, "
+            f"where one trainer has one draft for all (docs/sidecar.md)"
+        )
 
 
 class Fixed(NamedTuple):
@@ -158,7 +159,7 @@ def keyword_arguments(
     for own, prefix in ((config.engine.arguments, "engine.arguments."), (given, "")):
         _check(own, fixed, allowed, prefix.__add__)
         if speculation == "adapted":
-            check_supported(own, prefix.__add__)
+            check_supported(config, own, prefix.__add__)
     ours = {name: setting.value for name, setting in fixed.items()}
     return {**_defaults(config), **config.engine.arguments, **given, **ours}
 
@@ -179,7 +180,7 @@ def command_line(
         (given, lambda name: options[name].option_strings[0]),
     ):
         _check(own, fixed, options, called)
-        check_supported(own, called)
+        check_supported(config, own, called)
     ours = {name: setting.value for name, setting in fixed.items()}
     theirs = {**_defaults(config), **config.engine.arguments}
     free = {name: value for name, value in theirs.items() if name not in given}

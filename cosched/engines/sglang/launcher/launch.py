@@ -109,7 +109,7 @@ def start_engine(
     _prepare_environment(config)
     fields: set[str] = set(compat.ServerArgs.__struct_fields__)
     words = keyword_arguments(config, arguments or {}, fields, speculation)
-    _bind_ranks(config, words.get("tp_size", 1))
+    _bind_ranks(config, words.get("tp_size", 1) * words.get("dp_size", 1))
     directory = RunDirectory.create(to_yaml(config))
     variables = {CONFIG: str(directory.config)}
     if events is not None:
@@ -126,7 +126,7 @@ def start_engine(
         raise
     atexit.register(directory.remove)
     if speculation == "adapted":
-        started.cosched = Client(directory.socket)
+        started.cosched = Client(directory.sockets(words.get("dp_size", 1)))
     return started
 
 
@@ -149,7 +149,7 @@ def check_servable(config: Config) -> None:
 def check_draft_servable(config: Config) -> None:
     """The same of the draft of one arm, whichever others there are."""
     fixed_arguments(config)
-    check_supported(config.engine.arguments, lambda name: f"engine.arguments.{name}")
+    check_supported(config, config.engine.arguments, lambda name: f"engine.arguments.{name}")
     rejection = "speculative_use_rejection_sampling"
     if config.engine.device == "cpu" and config.engine.arguments.get(rejection):
         raise ConfigError(
@@ -219,11 +219,12 @@ def _run(config: Config, words: Sequence[str], directory: RunDirectory) -> None:
     arguments = compat.prepare_server_args(line)
     check_resolved(arguments)
     check_address(arguments.host, arguments.port)
-    _bind_ranks(config, arguments.tp_size)
+    _bind_ranks(config, arguments.tp_size * arguments.dp_size)
     folder = _folder_of_start(config)
     _watch_launch()
     has_key = bool(arguments.api_key or arguments.admin_api_key)
-    add_routes(compat.http_app, Client(directory.socket), folder / "checkpoints", has_key)
+    client = Client(directory.sockets(arguments.dp_size))
+    add_routes(compat.http_app, client, folder / "checkpoints", has_key)
     try:
         with _variables({START: str(folder)}):
             compat.run_server(arguments)
@@ -271,7 +272,7 @@ def _watch_launch() -> None:
 def _launched(_result: Any, *_args: Any, server_args: Any, **_kwargs: Any) -> None:
     """All of SGLang's processes are up, and it is not answering anybody yet."""
     if directory := RunDirectory.current():
-        directory.check_reports(server_args.tp_size)
+        directory.check_reports(server_args.tp_size * server_args.dp_size)
         directory.note_shared()
 
 

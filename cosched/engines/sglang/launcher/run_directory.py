@@ -66,12 +66,15 @@ class RunDirectory:
     def config(self) -> Path:
         return self.path / "config.yaml"
 
-    @property
-    def socket(self) -> Path:
-        return self.path / "control.sock"
+    def socket(self, replica: int = 0) -> Path:
+        """Where operators reach one of the server's replicas."""
+        return self.path / f"control-{replica}.sock"
+
+    def sockets(self, replicas: int) -> list[Path]:
+        return [self.socket(replica) for replica in range(replicas)]
 
     def report(self, rank: int, algorithm: str, error: str | None = None) -> None:
-        """Called in a scheduler process, once."""
+        """Called in a scheduler process, once; ``rank`` is among those of all replicas."""
         names = ("cosched", "sglang", "torch", "deepspeed")
         report = Report(
             rank=rank,

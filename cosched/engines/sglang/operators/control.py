@@ -23,7 +23,7 @@ from cosched.engines.sglang.worker.operator import Answer, Command, Status
 from cosched.errors import NOT_DECODED, ControlError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 PATIENCE = 30.0  # seconds that a request waits for the scheduler to come round
 SAVING = 600.0  # and for a checkpoint to be written
@@ -189,10 +189,17 @@ class _Handler(socketserver.StreamRequestHandler):
 
 
 class Client:
-    """Controls a running server of this user, on this machine, over its socket."""
+    """Controls a running server of this user, on this machine, over the sockets of its replicas.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    All of them do what changes something; the first answers, and saves the draft, which they share.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    @property
+    def replicas(self) -> int:
+        return len(self._paths)
 
     def status(self) -> Status:
         """How the adaptation stands. All methods raise ``ControlError`` where they are refused."""
@@ -225,14 +232,24 @@ class Client:
             raise ControlError(reply.error or "no answer")
         return reply.status
 
-    def reply(self, command: Command) -> Reply:
-        """As ``ask``, with the refusal as a record; raises only where nobody answers."""
+    def reply(self, command: Command, replica: int = 0) -> Reply:
+        """As ``ask``, with the refusal as a record; raises only where nobody answers.
+
+        ``replica`` says whose status is wanted.
+        """
+        if command.verb in {"status", "save"}:
+            return self._reply(self._paths[replica], command)
+        replies = [self._reply(path, command) for path in self._paths]
+        return next((one for one in replies if one.status is None), replies[0])
+
+    @staticmethod
+    def _reply(path: Path, command: Command) -> Reply:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(seconds_for(command.verb))
-                connection.connect(str(self._path))
+                connection.connect(str(path))
                 connection.sendall(msgspec.json.encode(command) + b"\n")
                 with connection.makefile("rb") as stream:
                     return msgspec.json.decode(stream.readline(), type=Reply)
         except (OSError, *NOT_DECODED) as error:
-            raise ControlError(f"no server answers at {self._path}: {error}") from error
+            raise ControlError(f"no server answers at {path}: {error}") from error

@@ -154,21 +154,26 @@ def _of_rounds(status: Status) -> Iterator[Sample]:
 
 
 class Metrics:
-    """Shows statuses as metrics; made in the one scheduler process that reports."""
+    """Shows statuses as metrics; made in the one scheduler process that reports.
 
-    def __init__(self, model_name: str, registry: Any = None) -> None:
+    Of several data-parallel replicas each does, with its number as ``dp_rank``, as SGLang's own metrics have.
+    """
+
+    def __init__(self, model_name: str, replica: int | None = None, registry: Any = None) -> None:
         # Imported here: it reads PROMETHEUS_MULTIPROC_DIR, which SGLang sets before it starts us.
         from prometheus_client import REGISTRY, Counter, Gauge
 
-        self._model_name = model_name
+        self._common = {"model_name": model_name}
+        if replica is not None:
+            self._common["dp_rank"] = str(replica)
         self._counted: dict[tuple[str, str | None], float] = {}
         self._children: dict[tuple[str, str | None], Any] = {}
         self._counters = {one.name for one in METRICS if one.kind == "counter"}
         self._metrics: dict[str, Any] = {}
         for one in METRICS:
             name = f"{PREFIX}{one.name}"
-            labels = ("model_name",) if one.label is None else ("model_name", one.label)
-            where = {"registry": registry or REGISTRY}
+            labels = (*self._common, *([] if one.label is None else [one.label]))
+            where: dict[str, Any] = {"registry": registry or REGISTRY}
             self._metrics[one.name] = (
                 Counter(name, one.about, labels, **where)
                 if one.kind == "counter"
@@ -192,7 +197,7 @@ class Metrics:
         """The series; kept, because to look one up by its labels costs more than to set it."""
         child = self._children.get((name, label))
         if child is None:
-            values = [self._model_name] if label is None else [self._model_name, label]
+            values = [*self._common.values(), *([] if label is None else [label])]
             child = self._children[name, label] = self._metrics[name].labels(*values)
         return child
 

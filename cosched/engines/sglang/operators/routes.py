@@ -61,17 +61,31 @@ def _endpoint(
             return _response(403, Reply(error=refusal))
         try:
             command = command_of(verb, await body_of(request), checkpoints)
+            replica = replica_of(request.query_params.get("replica", "0"), client.replicas)
         except ControlError as error:
             return _response(400, Reply(error=str(error)))
         try:
-            reply = await asyncio.to_thread(client.reply, command)
+            reply = await asyncio.to_thread(client.reply, command, replica)
         except ControlError as error:
             return _response(503, Reply(error=str(error)))
-        saved = {"path": command.path} if reply.status and command.path else {}
+        more: dict[str, Any] = {"path": command.path} if command.path else {}
+        if client.replicas > 1:
+            more |= {"replica": replica, "replicas": client.replicas}
         code = 200 if reply.status else 504 if reply.late else 409
-        return _response(code, reply, **saved)
+        return _response(code, reply, **more)
 
     return answer
+
+
+def replica_of(number: str, replicas: int) -> int:
+    """The data-parallel replica that ``?replica=`` names.
+
+    Raises:
+        ControlError: there is none of that number.
+    """
+    if not number.isdecimal() or int(number) >= replicas:
+        raise ControlError(f"replica: this server has 0 to {replicas - 1}, got {number!r}")
+    return int(number)
 
 
 async def body_of(request: Any) -> bytes:
@@ -175,14 +189,18 @@ def request_body(verb: str, what: str | None) -> dict[str, Any]:
     return {}
 
 
-def call(url: str, verb: str, body: dict[str, Any], api_key: str | None = None) -> dict[str, Any]:
+def call(
+    url: str, verb: str, body: dict[str, Any], api_key: str | None = None, replica: int = 0
+) -> dict[str, Any]:
     """Ask a running server; returns its status, with ``path`` where a checkpoint was saved.
+
+    ``replica`` says whose status, where the server has several.
 
     Raises:
         ConfigError: ``url`` is no address.
         ControlError: nobody answers, or the server refuses.
     """
-    where = f"{url.rstrip('/')}/cosched/{verb}"
+    where = f"{url.rstrip('/')}/cosched/{verb}" + (f"?replica={replica}" if replica else "")
     if not where.startswith(("http://", "https://")):
         raise ConfigError(f"--url: {url!r} is no address; e.g. http://127.0.0.1:30000")
     request = urllib.request.Request(

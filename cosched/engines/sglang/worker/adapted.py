@@ -42,7 +42,8 @@ class WorkerParts:
     ``check`` refuses what cannot be watched, and, told that the number of drafted tokens changes, what
     that does not go with; ``num_draft_tokens`` is the most. ``serve(names)`` gives the tensors of the
     serving draft by the names of the drafter's network; ``refresh`` makes anew what SGLang derived from
-    them. ``acceptance`` is how SGLang accepts a drafted token of a request that samples.
+    them. ``acceptance`` is how SGLang accepts a drafted token of a request that samples. ``replica`` is which
+    of the server's data-parallel ``replicas`` this is.
     """
 
     check: Callable[[bool], None]
@@ -53,6 +54,8 @@ class WorkerParts:
     serve: Callable[[Iterable[str]], ServedDraft]
     refresh: Callable[[], None]
     acceptance: Acceptance
+    replica: int = 0
+    replicas: int = 1
 
 
 class AdaptedWorker:
@@ -79,6 +82,8 @@ class AdaptedWorker:
                 serve=lambda names: ServedDraft(model, names),
                 refresh=self._refresh,
                 acceptance=_acceptance(device),
+                replica=compat.replica(self.server_args.dp_size),
+                replicas=self.server_args.dp_size,
             )
         )
         if self.adaptation.watching:
