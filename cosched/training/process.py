@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from cosched.loop.roles import Scorer, Trainer
 
 CANDIDATE, SLOTS = 0, 3  # the candidate lies in the first; others are put there to be scored
+NICENESS = 10  # where cores are few, what answers clients goes first
 PATIENCE_S = 10.0  # for a process that was told to end
 LOOKS_S = 1.0  # between two looks at whether the engine is there
 LIMIT_S = 600.0  # for an answer, and never less for a start, which reads and builds a lot
@@ -249,6 +250,7 @@ def _mapped(descriptor: int, layout: Layout) -> list[dict[str, Tensor]]:
 def main() -> None:
     """The other side: make the learner, then do what comes through the pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which then closes it
+    os.nice(NICENESS)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     pipe, descriptor = Connection(int(sys.argv[1])), int(sys.argv[2])
     try:
