@@ -59,7 +59,8 @@ def arms(config: str) -> list[Arm]:
         _tests("greedy", "greedy", "greedy and eagle3", bound=240),
         _tests("captured", "captured", "captured and eagle3", bound=120),
         *(_tests(kind, f"learn and {kind}", f"learn and {kind} and tail", 240) for kind in DRAFTS),
-        _tests("memory", "logits or offloaded", "logits", bound=180),
+        _tests("memory", "logits", "logits", bound=120),
+        _tests("offloaded", "offloaded", "offloaded", bound=120),
         Arm(
             "overhead", (f"{bench}overhead.py",),
             ("--pairs", "2", "--tokens", "32", *one_thread), bound=100,
