@@ -219,6 +219,15 @@ def test_a_process_that_hangs_is_killed_after_its_time() -> None:
 
 
 @pytest.mark.slow
+def test_a_process_can_yield_to_what_answers_clients() -> None:
+    """By what the system calls its niceness."""
+    worker = Worker(nothing_to_do, niceness=3)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, worker.pid) == min(own + 3, 19)
+    worker.close()
+
+
+@pytest.mark.slow
 def test_a_process_ends_when_its_engine_was_killed() -> None:
     """In the middle of an update of ten minutes it was left behind until that was done."""
     program = (

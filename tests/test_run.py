@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,6 +14,9 @@ from cosched.runs.experiment import TURN_TOKENS, Experiment
 from cosched.settings.load import load_config
 from tests.helpers.cli import cosched_process, run_cli
 from tests.helpers.experiments import events_of, new_folder, rounds_of, turns_of, write
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 @pytest.mark.slow
@@ -56,6 +59,14 @@ def test_a_run_leaves_its_folder(tmp_path: Path, settings: dict) -> None:
     assert "adapted" in out
 
 
+def in_a_row(said: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """How many tokens each arm has decoded before another one went on."""
+    return [
+        (arm, sum(number for _, number in turn))
+        for arm, turn in itertools.groupby(said, key=lambda one: one[0])
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_arms_take_turns(tmp_path: Path, settings: dict, background: bool) -> None:
@@ -65,17 +76,17 @@ def test_arms_take_turns(tmp_path: Path, settings: dict, background: bool) -> No
     config, said = load_config(write(tmp_path, settings)), []
     folder = new_folder(config)
     summary = Experiment(config).run(folder, lambda arm, number: said.append((arm, number)))
-    turns = [
-        (arm, sum(number for _, number in turn))
-        for arm, turn in itertools.groupby(said, key=lambda one: one[0])
-    ]
-    assert [arm for arm, _ in turns] == settings["arms"] * (len(turns) // 2)
+    turns, kept = in_a_row(said), turns_of(folder.path)
     longest = config.drafter_settings.num_draft_tokens + TURN_TOKENS
-    assert all(number <= (48 if background else longest) for _, number in turns)
-    assert len(turns) <= 8 if background else len(turns) == 8
-    kept = turns_of(folder.path)
-    assert [(turn["arm"], turn["tokens"]) for turn in kept] == turns
-    assert [turn["group"] for turn in kept] == sorted([1, 2] * (len(turns) // 2))
+    assert all(turn["tokens"] <= (48 if background else longest) for turn in kept)
+    assert in_a_row((turn["arm"], turn["tokens"]) for turn in kept) == turns
+    groups = [turn["group"] for turn in kept]
+    if background:  # an arm that had a longer turn may be through its answer before the other
+        assert 3 <= len(turns) <= 8
+        assert groups == sorted(groups)
+    else:
+        assert [arm for arm, _ in turns] == settings["arms"] * 4
+        assert groups == sorted([1, 2] * 4)
     for name, arm in summary.arms.items():
         seconds = sum(turn["seconds"] for turn in kept if turn["arm"] == name)
         assert seconds == pytest.approx(arm.seconds["wall"], rel=0.05)

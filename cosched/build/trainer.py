@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from cosched.training.process import Build
     from cosched.training.ranks import Ranks
 
+NICENESS = 10  # beside a server, whose other processes answer clients; measured on two cores
+
 
 def build_learner(
     config: Config,
@@ -85,9 +87,10 @@ def _lasting(
 ) -> tuple[LastingTrainer, LastingScorer]:
     """Both in a process, with another behind it."""
     settings, num_threads = config.adapt.trainer, torch.get_num_threads()
+    niceness = NICENESS if config.engine.kind == "sglang" else 0
 
     def start() -> tuple[ProcessTrainer, ProcessScorer]:
-        worker = Worker(build, num_threads, settings.limit_seconds)
+        worker = Worker(build, num_threads, settings.limit_seconds, niceness=niceness)
         return ProcessTrainer(worker), ProcessScorer(worker)
 
     def serving() -> Mapping[str, Tensor] | None:

@@ -241,8 +241,8 @@ class TrainerSettings(Section, frozen=True):
     (ZeRO-Offload): on a GPU that spares twelve bytes for each trained parameter, and gradients and weights cross
     the bus in each step. It was never run on a GPU.
     ``background`` trains beside the decoding and publishes when it is done: on a CPU in a process of
-    its own, which has half of the threads while it works, on a GPU in a thread with a stream of its
-    own. Off, the engine waits for each update, and runs repeat exactly.
+    its own, which has half of the threads while it works and beside SGLang a lower priority, on a GPU
+    in a thread with a stream of its own. Off, the engine waits for each update, and runs repeat exactly.
     A process that ends, or gives no answer for ``limit_seconds``, is started again, from the weights
     that serve, while decoding goes on; after ``restarts`` times without an update between them learning
     stops. These three are of a colocated draft: a sidecar refuses other values.

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from cosched.loop.roles import Scorer, Trainer
 
 CANDIDATE, SLOTS = 0, 3  # the candidate lies in the first; others are put there to be scored
-NICENESS = 10  # where cores are few, what answers clients goes first
 PATIENCE_S = 10.0  # for a process that was told to end
 LOOKS_S = 1.0  # between two looks at whether the engine is there
 LIMIT_S = 600.0  # for an answer, and never less for a start, which reads and builds a lot
@@ -94,7 +93,7 @@ class Worker:
 
     It does one thing after another, in the order in which it was asked. ``build`` is pickled. Half of
     ``num_threads`` are the process's (None: of those that PyTorch has here). Nothing may take longer
-    than ``limit_s``.
+    than ``limit_s``. The system gives it less of what cores there are the higher its ``niceness`` is.
 
     Raises:
         LostError: the process has ended by itself, or took too long and was killed; at any call.
@@ -107,6 +106,7 @@ class Worker:
         num_threads: int | None = None,
         limit_s: float = LIMIT_S,
         clock: Callable[[], float] = time.monotonic,
+        niceness: int = 0,
     ) -> None:
         self._threads = num_threads or torch.get_num_threads()
         self._limit_s = max(limit_s, LIMIT_S)
@@ -125,7 +125,7 @@ class Worker:
         sender = threading.Thread(target=_hand_over, args=(self._outgoing, here), daemon=True)
         sender.start()
         self._end = weakref.finalize(self, _end, self._process, self._outgoing, here, shared)
-        self._send((max(1, self._threads // 2), build))
+        self._send((max(1, self._threads // 2), niceness, build))
         well, answer = self._answer()
         if not well:
             self._end()
@@ -250,7 +250,6 @@ def _mapped(descriptor: int, layout: Layout) -> list[dict[str, Tensor]]:
 def main() -> None:
     """The other side: make the learner, then do what comes through the pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which then closes it
-    os.nice(NICENESS)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     pipe, descriptor = Connection(int(sys.argv[1])), int(sys.argv[2])
     try:
@@ -291,8 +290,9 @@ class _Learner:
 
 
 def _begin(pipe: Connection, descriptor: int) -> _Learner:
-    num_threads, build = pickle.loads(pipe.recv_bytes())
+    num_threads, niceness, build = pickle.loads(pipe.recv_bytes())
     torch.set_num_threads(num_threads)
+    os.nice(niceness)
     trainer, scorer = build()
     first = trainer.weights()
     layout = [(name, weight.dtype, weight.shape) for name, weight in first.items()]
