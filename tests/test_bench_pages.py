@@ -112,6 +112,29 @@ def test_a_grid_fills_its_cells_from_two_arms(folder: Path) -> None:
     assert cells.lines[0][1] == "0.90 → **1.20**"
 
 
+def test_a_grid_may_have_a_line_for_each_arm(folder: Path) -> None:
+    """Its cells are of that arm, with intervals where they are asked for."""
+    view = View(down="arm", cell="{tau}", only={"draft": ("eagle3",), "arm": ("frozen",)})
+    plain = table_of(result(), view)
+    asked = table_of(result(), msgspec.structs.replace(view, intervals=True))
+    assert [line[0] for line in plain.lines] == ["frozen"]
+    assert "(" in asked.lines[0][1]
+    assert asked.lines[0][1].startswith(f"{plain.lines[0][1]} (")
+
+
+def test_a_label_of_several_words_is_quoted(folder: Path) -> None:
+    """As arms of a script may be."""
+    own = [Row({"arm": "one of two"}, {"tau": Figure(value=1.5, unit="tokens a round")})]
+    write_result(result(rows=own), folder / "benchmarks" / "results", "own.json")
+    page = folder / "README.md"
+    page.write_text('<!-- bench: own figure=tau arm="one of two" -->?<!-- /bench -->')
+    render(folder)
+    assert "-->1.50<!--" in page.read_text()
+    page.write_text('<!-- bench: own figure=tau arm="one -->?<!-- /bench -->')
+    with pytest.raises(ConfigError, match="closing quotation"):
+        render(folder)
+
+
 def test_what_a_page_shows_as_code_is_no_block(folder: Path) -> None:
     """The documentation shows how a block is written."""
     text = "```\n<!-- bench: gone table -->\n<!-- /bench -->\n```\n`<!-- bench: gone -->x<!-- /bench -->`\n"

@@ -2,12 +2,14 @@
 
 ``<!-- bench: SUITE VIEW -->`` … ``<!-- /bench -->`` holds a table, as the suite's ``views.VIEW`` says.
 ``<!-- bench: SUITE figure=tau text=code arm=adapted+window -->1.56<!-- /bench -->`` holds one figure, in a
-sentence; with ``interval=yes`` also its interval, with ``digits=2`` so many digits.
+sentence; with ``interval=yes`` also its interval, with ``digits=2`` so many digits. A label of several words is
+quoted: ``arm="prompt lookup"``.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,11 +66,10 @@ def _filled(text: str, root: Path, page: Path) -> tuple[str, list[str]]:
     def fill(block: re.Match[str]) -> str:
         if any(start <= block.start() < end for start, end in code):
             return block[0]
-        words = block[3].split()
         result = read_result(root / RESULTS / f"{block[2]}.json")
         try:
-            content = _content(result, _views(root, result), words)
-        except ConfigError as error:
+            content = _content(result, _views(root, result), shlex.split(block[3]))
+        except (ConfigError, ValueError) as error:  # quotes that are not closed
             raise ConfigError(f"{page}: <!-- bench: {block[2]}{block[3]} -->: {error}") from error
         if content != block[4]:
             differing.append(f"{block[2]}{block[3]}")

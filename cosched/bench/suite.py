@@ -39,15 +39,16 @@ class View(Section, frozen=True):
     """``views.NAME``: how a page shows the suite, ``<!-- bench: SUITE NAME -->``.
 
     A line for each place, with these ``figures``; or with ``cell`` a grid, the axis ``down`` by the axis
-    ``across``, in each cell ``{ARM: FIGURE}`` filled in. ``names`` are shown in the place of labels;
-    ``only`` keeps these labels of an axis, in this order. ``source`` adds the line that says where
-    the figures come from.
+    ``across``, in each cell ``{ARM: FIGURE}`` filled in, or ``{FIGURE}`` where arms go ``down``, with their
+    ``intervals`` where asked. ``names`` are shown in the place of labels; ``only`` keeps these labels of an
+    axis, in this order. ``source`` adds the line that says where the figures come from.
     """
 
     figures: tuple[str, ...] = ()
     down: str = "draft"
     across: str = "text"
     cell: str | None = None
+    intervals: bool = False
     names: dict[str, str] = msgspec.field(default_factory=dict)
     only: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
     source: bool = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -31,7 +32,7 @@ DIGITS = {
 TITLES = {
     "tau": "τ", "tau_novel": "τ novel", "tau_novel_behind": "τ novel behind", "tokens_per_s": "tokens/s",
 }  # fmt: skip
-FIELD = re.compile(r"\{([^:{}]+): *(\w+)\}")
+FIELD = re.compile(r"\{(?:([^:{}]+): *)?(\w+)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,19 +129,17 @@ def _grid(rows: Sequence[Row], view: View, cell: str) -> Cells:
     there = {
         (row.at.get(view.down), row.at.get(view.across), row.at.get("arm")): row for row in rows
     }
+
+    def filled(field: re.Match[str], down: str, across: str) -> str:
+        return _cell(there.get((down, across, field[1] or down)), field[2], view.intervals)
+
     downs, acrosses = (
         list(dict.fromkeys(label for row in rows if (label := row.at.get(axis)) is not None))
         for axis in (view.down, view.across)
     )
     lines: list[list[str]] = []
     for down in downs:
-        cells = [
-            FIELD.sub(
-                lambda field, at=(down, across): _cell(there.get((*at, field[1])), field[2], False),
-                cell,
-            )
-            for across in acrosses
-        ]
+        cells = [FIELD.sub(partial(filled, down=down, across=across), cell) for across in acrosses]
         lines.append([view.names.get(down, down), *cells])
     return Cells(["", *(view.names.get(across, across) for across in acrosses)], lines)
 

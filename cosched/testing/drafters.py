@@ -40,32 +40,33 @@ CONDITIONING = {"chain": "chain", "block": "block", "parallel": "block", "none":
 class DrafterContract(ServingContract, LearningContract, AdapterContract, OneThread):
     """Every example of every registered drafter, or of those in ``names``.
 
-    The first example of each is quick to test, the others are marked slow; and what takes long
-    (``takes_long``) is quick for one drafter of each conditioning.
+    The first example of each is quick to test, the others are marked slow. What takes long
+    (``takes_long``) is quick for one drafter of each conditioning and marked long for what is not the
+    first example; there each meets one of the draft lengths, in turn, and not all of them.
     """
 
     names: ClassVar[tuple[str, ...] | None] = None
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         cases: list[Any] = []
+        takes_long = getattr(metafunc.function, "takes_long", False)
+        lengths = changing_lengths() if "length" in metafunc.fixturenames else []
         tested: set[str | None] = set()  # in what takes long, quickly
         for plugin in registered(DRAFTERS, self.names):
             conditioning = CONDITIONING.get(plugin.cls.draft_type)
-            again = getattr(metafunc.function, "takes_long", False) and conditioning in tested
+            again = takes_long and conditioning in tested
             tested.add(conditioning)
             keys = example_keys(plugin)
             assert keys, f"{plugin.name} has no example to test"
-            cases += [
-                pytest.param(
-                    specimen(plugin, key),
-                    id=f"{plugin.name}-{key}".replace(" ", "_"),
-                    marks=(pytest.mark.slow,) if number or again else (),
-                )
-                for number, key in enumerate(keys)
-            ]
-        metafunc.parametrize("specimen", cases)
-        if "length" in metafunc.fixturenames:
-            metafunc.parametrize("length", changing_lengths())
+            for number, key in enumerate(keys):
+                marks = [pytest.mark.slow] if number or again else []
+                if number and takes_long:
+                    marks.append(pytest.mark.long)
+                name = f"{plugin.name}-{key}".replace(" ", "_")
+                example = pytest.param(specimen(plugin, key), id=name, marks=marks)
+                met = lengths[number % len(lengths) :][:1] if number and lengths else lengths
+                cases += [_both(example, length) for length in met] if met else [example]
+        metafunc.parametrize("specimen, length" if lengths else "specimen", cases)
 
     def test_it_is_described(self, specimen: Specimen) -> None:
         """Its first line says what it is; signals and sizes are what its settings asked for."""
@@ -124,6 +125,13 @@ class DrafterContract(ServingContract, LearningContract, AdapterContract, OneThr
             assert {n: s.parameters for n, s in sketch.scopes().items()} == {
                 n: s.parameters for n, s in loaded.scopes().items()
             }
+
+
+def _both(one: Any, other: Any) -> Any:
+    """Two parameters as one, with the marks of both."""
+    return pytest.param(
+        *one.values, *other.values, id=f"{one.id}-{other.id}", marks=(*one.marks, *other.marks)
+    )
 
 
 def _gives(drafter: Drafter, name: str) -> bool:

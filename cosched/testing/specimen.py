@@ -62,7 +62,7 @@ Statement = TypeVar("Statement", bound="Callable[..., None]")
 
 
 def takes_long(statement: Statement) -> Statement:
-    """Of a contract: what is quick to test for one drafter of each conditioning, and slow for all."""
+    """Of a contract: what is quick to test for one drafter of each conditioning, and long for most."""
     statement.__dict__["takes_long"] = True
     return statement
 
