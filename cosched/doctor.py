@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from cosched.engines.sglang import CONFIG
 from cosched.engines.sglang.cpu.environment import STAND_INS, environment, install_command
 from cosched.engines.sglang.launcher.launch import check_servable
-from cosched.engines.sglang.launcher.run_directory import version_of
+from cosched.engines.sglang.launcher.run_directory import too_long, version_of
 from cosched.engines.sglang.operators.routes import call, status_of
 from cosched.errors import CoschedError
 from cosched.telemetry.alarms import SAID_ELSEWHERE
@@ -38,7 +38,6 @@ OPTIONAL = {
     "peft": "nothing that ships with cosched needs it",
 }
 PROBE_SECONDS = 300
-SOCKET_PATH_BYTES = 90  # a Unix socket's path has room for about 108
 
 
 class Finding(NamedTuple):
@@ -109,10 +108,8 @@ def device() -> Iterator[Finding]:
 def folders() -> Iterator[Finding]:
     """Where the launcher puts its private folder."""
     path = tempfile.gettempdir()
-    if len(path.encode()) > SOCKET_PATH_BYTES:
-        yield Finding("bad", f"{path} is too long a path for a socket: set TMPDIR to a shorter one")
-    else:
-        yield Finding("ok", f"temporary folder {path}")
+    reason = too_long(path)
+    yield Finding("bad", reason) if reason else Finding("ok", f"temporary folder {path}")
 
 
 def kernels() -> Iterator[Finding]:

@@ -146,6 +146,7 @@ def rounds(target: Target, drafter, requests, max_batch: int = 1) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_it_is_about_as_good_as_the_better_of_its_parts() -> None:
     """In rounds, over requests where now one and now the other is better.
 
@@ -229,6 +230,7 @@ def of_two(settings: dict, tinyworld: Path, *parts: dict, **more) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_learns_what_its_network_lacks(
     settings: dict, tmp_path: Path, tinyworld: Path
 ) -> None:

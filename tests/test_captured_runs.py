@@ -30,7 +30,9 @@ ALWAYS = "adapt.trainer.cuda_graph=always"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["eagle3", "dflash", "pard"])
+@pytest.mark.parametrize(
+    "kind", ["eagle3", *(pytest.param(k, marks=pytest.mark.long) for k in ("dflash", "pard"))]
+)
 @pytest.mark.parametrize(
     "own",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import stat
 import threading
 import time
@@ -16,7 +17,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cosched import cli
-from cosched.engines.sglang.launcher.run_directory import RunDirectory
+from cosched.doctor import folders
+from cosched.engines.sglang.launcher.run_directory import LONGEST, RunDirectory
 from cosched.engines.sglang.operators.control import Client, SocketOperator
 from cosched.engines.sglang.worker.operator import Command, Status
 from cosched.errors import ConfigError, ControlError
@@ -32,6 +34,24 @@ def directory() -> Iterator[RunDirectory]:
     yield made
     made.remove()
     assert not made.path.exists()
+
+
+def test_a_temporary_folder_too_deep_for_a_socket_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before SGLang is started, and as the doctor says it; one that is just not too deep will do."""
+    fits = tmp_path / ("x" * (LONGEST - len(f"{tmp_path}/")))
+    fits.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(fits))
+    assert [found.level for found in folders()] == ["ok"]
+    directory = RunDirectory.create("run: {name: x}")
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.bind(str(directory.socket(100)))
+    directory.remove()
+    monkeypatch.setattr("tempfile.tempdir", f"{fits}x")
+    with pytest.raises(ConfigError, match=rf"TMPDIR: .* has {LONGEST + 1} bytes"):
+        RunDirectory.create("run: {name: x}")
+    assert [found.level for found in folders()] == ["bad"]
 
 
 def test_the_shared_folder_is_private(directory: RunDirectory) -> None:
@@ -124,7 +144,6 @@ def test_nonsense_on_the_socket_is_answered(
 ) -> None:
     """It never gets as far as the scheduler, and the next client is served."""
     import re
-    import socket
 
     with served(directory, None) as (client, operator):
         with socket.socket(socket.AF_UNIX) as connection:

@@ -265,6 +265,7 @@ def test_each_draft_does_what_it_does_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_with_every_draft(tmp_path: Path) -> None:
     """As if it had run in one go: each arm takes its own draft's weights and counters up again."""
     path = file(tmp_path, ["adapted", "pard.adapted"])

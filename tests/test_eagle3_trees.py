@@ -132,6 +132,7 @@ def test_settings_make_trees_and_copies_keep_them(target: Target, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_with_trees_and_what_it_refuses(
     settings: dict, tmp_path: Path, tinyworld: Path
 ) -> None:

@@ -72,6 +72,7 @@ def _word(rng: random.Random) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_damaged_file_is_one_clear_error(elsewhere: Path, tmp_path: Path) -> None:
     """Mutated files of ``configs/``, trees of their keys and values, and overrides. What is taken can be
     written out, and read again as the same."""

@@ -96,6 +96,7 @@ def test_every_key_of_a_server_s_arm_is_one(config: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_arm_of_tests_has_some() -> None:
     """One that chooses none would say that all is well."""
     tests = [arm for arm in module("gpu_arms").arms(CONFIGS[0]) if arm.is_pytest]

@@ -204,6 +204,7 @@ def test_each_update_is_judged() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_updates_in_the_background_are_judged() -> None:
     """When they are finished, on the rows that have come since as well."""
     world, events = world_of("adapt.trainer.background=true"), Events()

@@ -87,6 +87,7 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, settings: dict) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_cut_in_its_first_request_can_be_resumed(tmp_path: Path, settings: dict) -> None:
     """There is a point to go on from before anything is done."""
     settings["arms"] = ["plain", "adapted"]

@@ -199,6 +199,7 @@ class _Idle:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_process_that_hangs_is_killed_after_its_time() -> None:
     """Stopped, it neither reads nor answers: what is sent, more than a pipe holds, is not waited for."""
     worker = Worker(nothing_to_do, limit_s=1.0)
@@ -219,6 +220,7 @@ def test_a_process_that_hangs_is_killed_after_its_time() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_process_can_yield_to_what_answers_clients() -> None:
     """By what the system calls its niceness."""
     worker = Worker(nothing_to_do, niceness=3)

@@ -162,6 +162,7 @@ def test_beside_a_copy_text_is_the_targets(target: Target) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_repeats_and_takes_no_updates(settings: dict, tmp_path: Path) -> None:
     settings["drafter"] = {"kind": "layerskip", "num_draft_tokens": 3, "window": 48}
     del settings["adapt"]

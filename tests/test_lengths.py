@@ -314,6 +314,7 @@ def with_length(settings: dict, **length: Any) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_says_how_many_tokens_were_drafted(tmp_path: Path, settings: dict) -> None:
     """Frozen and adapted arms choose their lengths, texts are equal, and summary and report tell."""
     settings["arms"] = ["plain", "frozen", "adapted"]

@@ -54,7 +54,7 @@ def test_with_a_shared_store_sampled_text_follows_the_target() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ngram", "logitspec"])
+@pytest.mark.parametrize("kind", ["ngram", pytest.param("logitspec", marks=pytest.mark.long)])
 def test_a_run_takes_no_updates_and_adapted_is_frozen(
     settings: dict, tmp_path: Path, kind: str
 ) -> None:

@@ -59,7 +59,8 @@ def answers(tiny_target: Target, tinyworld: Path) -> tuple[list[GenerationReques
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("max_batch", [pytest.param(1, marks=pytest.mark.long), 4])
+@pytest.mark.long
+@pytest.mark.parametrize("max_batch", [1, 4])
 def test_greedy_equals_plain_on_the_tiny_world(
     tiny_target: Target, tinyworld: Path, answers, max_batch: int
 ) -> None:

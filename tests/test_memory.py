@@ -152,6 +152,7 @@ def test_without_chunks_the_teacher_is_recalled_once() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_at_a_real_vocabulary_two_chunks_of_logits_are_held() -> None:
     """A training step of 512 rows at 152k tokens, and scores of as many: the student's and the
     teacher's logits are there of 32 rows at a time, 2 x 19 MB in place of 2 x 311 MB."""

@@ -217,6 +217,7 @@ def test_pauses_do_not_grow_for_ever_and_end_once_learning_pays() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_who_goes_back_has_lost_little() -> None:
     """In 128 looks of 8 rows with noise of 0.1 tokens, 50 runs (seeds fixed): a draft that is 0.1
     worse always goes back, half of them within 16 looks; one that is 0.05 better never, and one that is

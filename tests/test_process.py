@@ -203,6 +203,7 @@ def test_what_an_update_raises_is_raised_here_once(batch: SignalBatch, beside: A
     assert result_of(trainer).num_steps == 1
 
 
+@pytest.mark.long
 def test_threads_are_shared_while_it_works(batch: SignalBatch, world: Any) -> None:
     """With all of them on both sides every kernel waits for the other side."""
     before = torch.get_num_threads()
@@ -218,6 +219,7 @@ def test_threads_are_shared_while_it_works(batch: SignalBatch, world: Any) -> No
         torch.set_num_threads(before)
 
 
+@pytest.mark.long
 def test_a_process_that_was_killed_is_an_error(world: Any) -> None:
     """The out-of-memory killer takes the trainer: the server must hear of it, not wait for ever, and
     goes on with all of its threads."""
@@ -234,6 +236,7 @@ def test_a_process_that_was_killed_is_an_error(world: Any) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.long
 def test_it_ends_with_the_trainer(world: Any) -> None:
     """A sweep makes hundreds of them in one process."""
     trainer, scorer = learner(world, background=True)
@@ -261,6 +264,7 @@ def test_it_takes_the_memory_that_check_says(shared: Any) -> None:
     assert 0.7 * found.process < taken * 1024 < 1.4 * found.process
 
 
+@pytest.mark.long
 def test_what_cannot_be_built_there_is_said_here(world: Any) -> None:
     config = load_config(
         WORLD.parent / "configs" / "sampled.yaml",

@@ -135,7 +135,7 @@ def test_a_rank_that_hangs_is_waited_for_so_long_and_no_longer(tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["loss", "gradient"])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     tmp_path: Path, stage: int, wrong: Wrong
 ) -> None:

@@ -93,6 +93,7 @@ def test_arms_take_turns(tmp_path: Path, settings: dict, background: bool) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_saved_draft_is_a_draft(tmp_path: Path, settings: dict) -> None:
     """The adapted checkpoint loads as a drafter, and drafts better on the same text than before."""
     settings["arms"] = ["frozen", "adapted"]
@@ -109,7 +110,7 @@ def test_a_saved_draft_is_a_draft(tmp_path: Path, settings: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("computed", [False, True])
+@pytest.mark.parametrize("computed", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("max_batch", [1, 2])
 def test_trace_equals_engine(
     tmp_path: Path,

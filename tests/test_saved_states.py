@@ -139,6 +139,7 @@ def test_one_process_at_a_time_writes_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_writer_may_be_killed_at_any_moment(tmp_path: Path) -> None:
     """Forty times, at random moments: a whole state is there each time, never older than the one whose
     writing was reported last, and nothing that was left half done stays."""

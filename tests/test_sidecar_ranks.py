@@ -62,6 +62,7 @@ def rank(number: int, folder: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_version_serves_in_the_round_in_which_all_ranks_have_it(tmp_path: Path) -> None:
     """Not before, nor while the first wants none; and nobody waits for a rank that has stopped."""
     processes.start_processes(rank, (str(tmp_path),), nprocs=2, start_method="forkserver")

@@ -278,7 +278,7 @@ TOKENS = 2048  # of each running request that the caches must hold at least
     [
         ("eagle3", QWEN3_EAGLE3),
         ("dflash", QWEN3_DFLASH),
-        pytest.param("pard", PARD_06B, marks=pytest.mark.slow),
+        pytest.param("pard", PARD_06B, marks=(pytest.mark.slow, pytest.mark.long)),
     ],
 )
 def test_shipped_configurations_fit_the_card_they_name(

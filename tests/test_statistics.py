@@ -123,6 +123,7 @@ def test_what_mostly_gains_a_little_and_seldom_loses_much_is_no_better() -> None
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_power() -> None:
     """How many rows it takes to see what is true: within 12,000 rows a tenth of a token a round nearly
     always, a twentieth more often than not, a fiftieth seldom. Printed, for rows whose deviation is a whole token."""

@@ -76,6 +76,7 @@ def read(folder: Path) -> SweepSummary:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_from_end_to_end(tmp_path: Path) -> None:
     """Figures of every cell, a page that needs nothing else, and nothing to run a second time.
 
@@ -153,6 +154,7 @@ def test_a_worker_that_dies_is_one_failed_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_cells_of_a_text_that_was_not_recorded_fail(tmp_path: Path) -> None:
     """They say why, and no worker is started for them."""
     said = tmp_path / "said.jsonl"

@@ -136,7 +136,7 @@ def alone() -> tuple[Any, Events, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("good", [0, 1])
+@pytest.mark.parametrize("good", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_an_absurd_expert_leaves_no_trace(alone, good: int) -> None:
     """One at a rate that ruins a draft in a step: wherever it stands, it is tried, never taken, and
     every version that serves is the good one's alone, to the bit; so is the trainer at the end."""
@@ -170,7 +170,7 @@ def test_the_cost_of_trials_is_counted() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.long)])
 def test_any_scope_can_be_tried(kind: str) -> None:
     """Adapters that are merged to be published, too: the good one's versions, to the bit."""
     scope = f"adapt.scope.kind={kind}"

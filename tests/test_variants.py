@@ -185,6 +185,7 @@ def losses(arm: dict) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_variant_runs_like_adapted(tmp_path: Path) -> None:
     """An empty variant repeats ``adapted`` to the bit, another goes its own way; all is kept."""
     variants = {"same": {}, "own": {"policy": {"rounds": 8}, "scope": {"state": "per_request"}}}

@@ -69,7 +69,9 @@ def test_a_chat_is_the_models_own_whatever_the_draft_has_learnt(
                 **more,
             )
 
-        for _ in range(2):
+        for times in range(12):  # a trainer has its time where the machine has some
+            if times >= 2 and server.get("/cosched/status")["draft_version"] >= 10:
+                break
             with ThreadPoolExecutor(2) as pool:
                 answers = list(pool.map(asked, range(2)))
             assert [answer.choices[0].message.content for answer in answers] == expected

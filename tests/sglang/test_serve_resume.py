@@ -125,7 +125,7 @@ def test_a_server_outlives_its_trainer(server: Callable[..., Server], how: int) 
     """It answers the same while there is none, says so in its status, metrics and history, and learns on
     when there is another."""
     one = server(
-        "adapt.trainer.background=true", "adapt.trainer.limit_seconds=8", "--enable-metrics"
+        "adapt.trainer.background=true", "adapt.trainer.limit_seconds=20", "--enable-metrics"
     )
     texts = ask(one, 0, 1)
     until(lambda: told(one, lambda s: s["updates"] >= 2))

@@ -23,6 +23,7 @@ from cosched.errors import ConfigError
 from cosched.telemetry.run_folder import RunFolder
 
 PREFIX = "cosched-"
+LONGEST = 107 - len(f"/{PREFIX}12345678/100.sock")  # bytes; Linux ends a socket's path there
 LOCK = "launcher.lock"
 SHARED = "shared"
 LOADS = re.compile(r"/dev/shm/sglang_loads_\S+")  # memory in which SGLang's ranks show their load
@@ -47,8 +48,14 @@ class RunDirectory:
 
     @classmethod
     def create(cls, config_yaml: str) -> RunDirectory:
-        """A new folder with the settings in it; those of this user whose launcher was killed go."""
-        _remove_left_behind(Path(tempfile.gettempdir()))
+        """A new folder with the settings in it; those of this user whose launcher was killed go.
+
+        Raises:
+            ConfigError: no socket could be in it.
+        """
+        if reason := too_long(temporary := tempfile.gettempdir()):
+            raise ConfigError(reason)
+        _remove_left_behind(Path(temporary))
         directory = cls(Path(tempfile.mkdtemp(prefix=PREFIX)))
         own = directory.path / "own.lock"
         directory._lock = _locked(own)
@@ -68,7 +75,7 @@ class RunDirectory:
 
     def socket(self, replica: int = 0) -> Path:
         """Where operators reach one of the server's replicas."""
-        return self.path / f"control-{replica}.sock"
+        return self.path / f"{replica}.sock"
 
     def sockets(self, replicas: int) -> list[Path]:
         return [self.socket(replica) for replica in range(replicas)]
@@ -150,6 +157,16 @@ def _remove(directory: Path) -> None:
         for name in (directory / SHARED).read_text().splitlines():
             Path(name).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def too_long(temporary: str) -> str | None:
+    """Why a server's sockets cannot be below this temporary folder; None where they can."""
+    if (length := len(os.fsencode(temporary))) <= LONGEST:
+        return None
+    return (
+        f"TMPDIR: {temporary} has {length} bytes, and the path of a server's socket has room for a temporary "
+        f"folder of {LONGEST}; set a shorter one"
+    )
 
 
 def version_of(package: str) -> str | None:
