@@ -22,6 +22,8 @@ SERVED = {  # arms of bench_sglang.py
     "background": f"adapted/{BACKGROUND}",
     "no-graphs": f"adapted/{BACKGROUND}/engine.arguments.disable_cuda_graph=true",
     "no-overlap": f"adapted/{BACKGROUND}/engine.arguments.disable_overlap_schedule=true",
+    "goodput": "adapted/drafter.length={kind: goodput}",  # with CUDA graphs of each number of tokens
+    "tree": "adapted/drafter.top_k=4",
 }
 
 
