@@ -86,7 +86,7 @@ def test_every_script_understands_its_arm(dry: bool) -> None:
 def test_every_key_of_a_server_s_arm_is_one(config: str) -> None:
     """Keys are renamed too, and a wrong one would cost the start of an engine each."""
     served = [arm for arm in module("gpu_arms").arms(config) if arm.is_sglang]
-    assert len(served) == 8
+    assert len(served) == 10
     for arm in served:
         (own,) = (spec for word, spec in pairwise(arm.words) if word == "--arm")
         words = [word for word in arm.words if word != own]

@@ -33,6 +33,11 @@ def test_no_module_is_longer_than_can_be_read_at_once() -> None:
     assert too_long(modules()) == {}
 
 
+def test_the_loop_is_read_without_turning_the_page() -> None:
+    """What a round does is told in one module, of fewer than 200 lines."""
+    assert len((ROOT / "cosched" / "coscheduler.py").read_text().splitlines()) < 200
+
+
 def test_no_test_file_is_longer_than_can_be_read_at_once() -> None:
     """Nor is what tests share: it is split by subject, as the code is."""
     assert files_of_tests()

@@ -28,6 +28,9 @@ REFUSED: list[tuple[str, Any]] = [
     ("enable_torch_compile", True),
     ("enable_memory_saver", True),
     ("speculative_adaptive", True),
+    ("speculative_accept_threshold_single", 0.9),
+    ("speculative_accept_threshold_acc", 0.9),
+    ("speculative_use_block_verification", True),
     ("enable_dp_attention", True),
     ("pp_size", 2),
 ]

@@ -77,6 +77,7 @@ def test_without_sglang_the_message_says_how_to_get_it(monkeypatch: pytest.Monke
         ("record.max_bytes=1", "record.max_bytes"),
         ("engine.trace=x", "engine.trace"),
         ("engine.pack=false", "engine.pack"),
+        ("engine.tree_rule=k_sequential", "engine.tree_rule"),
         ("adapt.replay.teacher_top_k=8", "adapt.replay.teacher_top_k"),
     ],
 )

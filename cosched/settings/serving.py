@@ -28,6 +28,7 @@ ONLY_IN_EXPERIMENTS = {
     "engine.pack": "SGLang lays out its own weights",
     "engine.exact": "SGLang lays out its own weights",
     "engine.acceptance": "SGLang accepts drafts by a rule of its own",
+    "engine.tree_rule": "SGLang accepts drafts by a rule of its own",
     "adapt.replay.teacher_top_k": "from SGLang the last hidden states are taken, whole",
     "adapt.scope.state": "SGLang serves one draft to all",
     "adapt.scope.tenants": "SGLang serves one draft to all",

@@ -9,6 +9,8 @@ from cosched.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+LOOSE = "below 1 more is accepted than the target would say, and drafts are scored by what it says"
+
 # The value that an argument must have, and why.
 MODES: dict[str, tuple[Any, str]] = {
     "pp_size": (1, "the draft is trained beside the target's last layer and its embedding"),
@@ -21,6 +23,9 @@ MODES: dict[str, tuple[Any, str]] = {
         False,
         "SGLang leaves it out for cosched's algorithms; say drafter.length: {kind: goodput}",
     ),
+    "speculative_accept_threshold_single": (1.0, LOOSE),
+    "speculative_accept_threshold_acc": (1.0, LOOSE),
+    "speculative_use_block_verification": (False, "drafts are scored one token after the other"),
     "enable_memory_saver": (False, "weights that the draft learns from would be taken away"),
 }
 
