@@ -15,7 +15,7 @@ from cosched.errors import RunFolderError, TrainingError
 from cosched.runs import train as command
 from cosched.sidecar.learning import Learning
 from cosched.sidecar.messages import FromServer, Hello, RowForm, Version
-from cosched.sidecar.servers import Server
+from cosched.sidecar.servers import Server, TrainerStatus
 from cosched.sidecar.service import Limits, Service
 from cosched.sidecar.versions import Announcement
 from cosched.sidecar.wire import Codec
@@ -35,6 +35,9 @@ HELLO = Hello(
     checksum="",
     as_loaded=False,
 )
+
+
+FULL = "what was learnt is not saved: No space left on device"
 
 
 class Socket:
@@ -61,6 +64,7 @@ class Saving:
     """Remembers how it ended."""
 
     ended: bool | None = None
+    trouble: str | None = None
 
     def due(self) -> bool:
         return False
@@ -71,14 +75,16 @@ class Saving:
         self.ended = trains
 
 
-def a_service(on_round: Any = None) -> tuple[Service, Socket, Saving]:
+def a_service(on_round: Any = None, show: Any = None) -> tuple[Service, Socket, Saving]:
     """A service of a co-scheduler that is at version 2."""
-    counters = SimpleNamespace(updates=2, skipped_steps=0, losses=[])
+    counters = SimpleNamespace(
+        updates=2, skipped_steps=0, losses=[], rounds=9, recent=1.5, refused=0, rolled_back=0
+    )
     coscheduler = SimpleNamespace(counters=counters, busy=False, on_round=on_round)
     message = Version(version=2, parent=1, checksum="c", as_loaded=True, parts=())
     versions = SimpleNamespace(
         newest=Announcement(message, b"", b""),
-        lineage=SimpleNamespace(version=2),
+        lineage=SimpleNamespace(version=2, parent=1, checksum="c"),
         kept=(2,),
         renewed=lambda: None,
     )
@@ -89,6 +95,7 @@ def a_service(on_round: Any = None) -> tuple[Service, Socket, Saving]:
         Learning(cast("Any", coscheduler), cast("Any", versions), saving),
         lambda _hello: None,
         Limits(1 << 20, 15.0, 100, torch.device("cpu")),
+        show,
         clock=lambda: 100.0,
     )
     return service, socket, saving
@@ -114,6 +121,18 @@ def test_what_was_learnt_is_saved_when_learning_cannot_go_on() -> None:
         service.run(lambda: False)
     assert saving.ended is True
     assert socket.closed
+
+
+def test_what_is_not_saved_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """A full disk was known to nobody: a line in the log, once, and a warning for as long as it lasts."""
+    shown: list[TrainerStatus] = []
+    service, _, saving = a_service(lambda _round: None, shown.append)
+    for trouble in (None, FULL, FULL, None):
+        saving.trouble = trouble
+        service._shown_at = 0.0  # a second and more has gone by
+        service.turn()
+    assert [status.warning for status in shown] == [None, FULL, FULL, None]
+    assert caplog.text.count(FULL) == 1
 
 
 def test_nobody_begins_over_what_was_learnt_before(tmp_path: Path) -> None:

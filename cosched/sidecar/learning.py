@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 class Keeps(Protocol):
     """What saves the state of learning, when that is due and at the end."""
 
+    trouble: str | None
+    """Why the last one was not saved."""
+
     def due(self) -> bool: ...
 
     def take(self, trains: bool = True) -> None: ...
@@ -62,6 +65,11 @@ class Learning:
     def take_up(self, weights: Mapping[str, Tensor], version: int, checksum: str) -> bool:
         return self.versions.take_up(weights, version, checksum)
 
+    @property
+    def trouble(self) -> str | None:
+        """Why what was learnt is not saved; None where it is, or nothing is to be."""
+        return None if self._saving is None else self._saving.trouble
+
     def due(self) -> bool:
         return self._saving is not None and self._saving.due()
 
@@ -96,6 +104,10 @@ class FirstRank(Learning):
     def take_up(self, weights: Mapping[str, Tensor], version: int, checksum: str) -> bool:
         copies = {name: weight.clone() for name, weight in weights.items()}
         return bool(self._all("take_up", copies, version, checksum))
+
+    @property
+    def trouble(self) -> str | None:
+        return self._own.trouble
 
     def due(self) -> bool:
         return self._own.due()

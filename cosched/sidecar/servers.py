@@ -68,7 +68,10 @@ class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TrainerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """How the trainer stands; ``parent`` is the version that the newest was learnt from."""
+    """How the trainer stands; ``parent`` is the version that the newest was learnt from.
+
+    A ``warning`` is of something that it goes on without: what was learnt is not saved.
+    """
 
     version: int
     parent: int
@@ -79,6 +82,7 @@ class TrainerStatus(msgspec.Struct, frozen=True, kw_only=True):
     refused_updates: int
     rollbacks: int
     refused_messages: int
+    warning: str | None
     servers: dict[str, ServerStatus]
 
 

@@ -102,6 +102,7 @@ class Service:
         self._clock = clock
         self._on_round = on_round
         self._shown_at = 0.0
+        self._warned: str | None = None
         self._name = secrets.token_hex(8)
         self._servers: dict[bytes, Server] = {}
 
@@ -134,7 +135,15 @@ class Service:
             self._learning.save()
         if self._clock() - self._shown_at >= SHOWN_EVERY_S:
             self._shown_at = self._clock()
+            self._warn()
             self._show(self.status())
+
+    def _warn(self) -> None:
+        """Once of each trouble."""
+        if (trouble := self._learning.trouble) != self._warned:
+            self._warned = trouble
+            if trouble is not None:
+                logger.warning("cosched: %s; tried again when the next is due", trouble)
 
     def status(self) -> TrainerStatus:
         """How it stands now."""
@@ -149,6 +158,7 @@ class Service:
             refused_updates=counters.refused,
             rollbacks=counters.rolled_back,
             refused_messages=self.refused,
+            warning=self._learning.trouble,
             servers=statuses(self._servers.values()),
         )
 
