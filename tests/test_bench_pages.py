@@ -122,6 +122,12 @@ def test_a_grid_may_have_a_line_for_each_arm(folder: Path) -> None:
     assert asked.lines[0][1].startswith(f"{plain.lines[0][1]} (")
 
 
+def test_a_cell_of_no_arm_is_refused() -> None:
+    """A page of dashes was right by the check of pages."""
+    with pytest.raises(ConfigError, match="names no arm"):
+        table_of(result(), View(cell="{tau}"))
+
+
 def test_a_label_of_several_words_is_quoted(folder: Path) -> None:
     """As arms of a script may be."""
     own = [Row({"arm": "one of two"}, {"tau": Figure(value=1.5, unit="tokens a round")})]

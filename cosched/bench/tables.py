@@ -68,6 +68,8 @@ def table_of(result: SuiteResult, view: View) -> Cells:
     asked = [name for _, name in FIELD.findall(view.cell)] if view.cell else list(view.figures)
     if unknown := [name for name in asked if name not in known]:
         raise ConfigError(f"no figure {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    if view.cell and view.down != "arm" and any(not arm for arm, _ in FIELD.findall(view.cell)):
+        raise ConfigError(f"cell: {view.cell!r} names no arm; use {{ARM: FIGURE}}, or down: arm")
     if view.cell:
         return _grid(rows, view, view.cell)
     if all(not row.at for row in rows):

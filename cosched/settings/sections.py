@@ -248,6 +248,7 @@ class TrainerSettings(Section, frozen=True):
     stops. These three are of a colocated draft: a sidecar refuses other values.
     ``gradient_accumulation_steps`` groups of the requests in a batch are gone over one after the other before
     each step of the optimizer, so that one at a time has activations in memory; the gradient is that of all.
+    A request is never divided: one that runs alone needs what it needs without.
     ``precision`` is that of matrix products; ``auto`` is bfloat16 where the device multiplies it
     faster, so that results differ from one machine to another.
     ``cuda_graph`` has a GPU repeat loss and gradients of a micro-step, captured at the start, so that the

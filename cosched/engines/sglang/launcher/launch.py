@@ -109,6 +109,11 @@ def start_engine(
     _prepare_environment(config)
     fields: set[str] = set(compat.ServerArgs.__struct_fields__)
     words = keyword_arguments(config, arguments or {}, fields, speculation)
+    if events is not None and (replicas := words.get("dp_size", 1)) != 1:
+        raise ConfigError(
+            f"engine.arguments.dp_size: the events of {replicas} replicas would be in one file; use 1 (cosched "
+            f"serve takes more)"
+        )
     _bind_ranks(config, words.get("tp_size", 1) * words.get("dp_size", 1))
     directory = RunDirectory.create(to_yaml(config))
     variables = {CONFIG: str(directory.config)}

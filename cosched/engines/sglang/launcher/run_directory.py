@@ -23,7 +23,7 @@ from cosched.errors import ConfigError
 from cosched.telemetry.run_folder import RunFolder
 
 PREFIX = "cosched-"
-LONGEST = 107 - len(f"/{PREFIX}12345678/100.sock")  # bytes; Linux ends a socket's path there
+LONGEST = 107 - len(f"/{PREFIX}12345678/tmp12345678")  # SGLang's sockets; Linux ends a path there
 LOCK = "launcher.lock"
 SHARED = "shared"
 LOADS = re.compile(r"/dev/shm/sglang_loads_\S+")  # memory in which SGLang's ranks show their load

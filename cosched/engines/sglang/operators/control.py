@@ -14,6 +14,7 @@ import socketserver
 import threading
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
@@ -239,8 +240,9 @@ class Client:
         """
         if command.verb in {"status", "save"}:
             return self._reply(self._paths[replica], command)
-        replies = [self._reply(path, command) for path in self._paths]
-        return next((one for one in replies if one.status is None), replies[0])
+        with ThreadPoolExecutor(self.replicas) as pool:  # at once: each may be in a long prompt
+            replies = list(pool.map(lambda path: self._reply(path, command), self._paths))
+        return next((one for one in replies if one.status is None), replies[replica])
 
     @staticmethod
     def _reply(path: Path, command: Command) -> Reply:
