@@ -80,7 +80,7 @@ def a_service(on_round: Any = None, show: Any = None) -> tuple[Service, Socket, 
     counters = SimpleNamespace(
         updates=2, skipped_steps=0, losses=[], rounds=9, recent=1.5, refused=0, rolled_back=0
     )
-    coscheduler = SimpleNamespace(counters=counters, busy=False, on_round=on_round)
+    coscheduler = SimpleNamespace(counters=counters, busy=False, on_round=on_round, sink=Events())
     message = Version(version=2, parent=1, checksum="c", as_loaded=True, parts=())
     versions = SimpleNamespace(
         newest=Announcement(message, b"", b""),
@@ -133,6 +133,7 @@ def test_what_is_not_saved_is_told(caplog: pytest.LogCaptureFixture) -> None:
         service.turn()
     assert [status.warning for status in shown] == [None, FULL, FULL, None]
     assert caplog.text.count(FULL) == 1
+    assert [event["reason"] for event in service._coscheduler.sink.of("warning")] == [FULL]
 
 
 def test_nobody_begins_over_what_was_learnt_before(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import msgspec
 import zmq
 
 from cosched.errors import CoschedError
+from cosched.loop.warning import StandingWarning
 from cosched.records import IDLE_TICK
 from cosched.sidecar.link import as_tensor
 from cosched.sidecar.messages import (
@@ -102,7 +103,7 @@ class Service:
         self._clock = clock
         self._on_round = on_round
         self._shown_at = 0.0
-        self._warned: str | None = None
+        self._warning = StandingWarning(learning.coscheduler.sink)
         self._name = secrets.token_hex(8)
         self._servers: dict[bytes, Server] = {}
 
@@ -135,15 +136,8 @@ class Service:
             self._learning.save()
         if self._clock() - self._shown_at >= SHOWN_EVERY_S:
             self._shown_at = self._clock()
-            self._warn()
+            self._warning.becomes(self._learning.trouble)
             self._show(self.status())
-
-    def _warn(self) -> None:
-        """Once of each trouble."""
-        if (trouble := self._learning.trouble) != self._warned:
-            self._warned = trouble
-            if trouble is not None:
-                logger.warning("cosched: %s; tried again when the next is due", trouble)
 
     def status(self) -> TrainerStatus:
         """How it stands now."""
@@ -158,7 +152,7 @@ class Service:
             refused_updates=counters.refused,
             rollbacks=counters.rolled_back,
             refused_messages=self.refused,
-            warning=self._learning.trouble,
+            warning=self._warning.text,
             servers=statuses(self._servers.values()),
         )
 

@@ -18,6 +18,7 @@ import torch
 from cosched.engines.sglang.worker.operator import Answer, Command, Operator, Status
 from cosched.engines.sglang.worker.standing import status_of
 from cosched.errors import ConfigError, CoschedError
+from cosched.loop.warning import StandingWarning
 from cosched.training.ranks import PartedError
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class Adaptation:
         self._ready: list[VerifyRound] = []
         self._iteration: int | None = None  # whose counts come next
         self._failure: str | None = None
-        self._warning: str | None = None
+        self._warning = StandingWarning(sink)
         self._starving: str | None = None
         self._adapting = True
 
@@ -299,14 +300,8 @@ class Adaptation:
         """Say what is wrong, once, and that it is not any more."""
         unsaved = self._saving.trouble if self._saving else None
         reasons = [one for one in (self._trouble(), self._starving, unsaved) if one]
-        warning = "; ".join(reasons) or None
-        if warning == self._warning:
-            return
-        self._warning = warning
-        if warning:
-            logger.warning("cosched: %s", warning)
-            self._sink.emit("warning", reason=warning)
-        self._operator.show(self.status)
+        if self._warning.becomes("; ".join(reasons) or None):
+            self._operator.show(self.status)
 
     # --- for operators ---------------------------------------------------------------------
 
@@ -357,7 +352,7 @@ class Adaptation:
             algorithm=self._algorithm,
             adapting=self.watching,
             failure=self._failure,
-            warning=self._warning,
+            warning=self._warning.text,
             num_running=self._num_running,
             rounds_by_drafted=tuple(self._rounds_by_drafted),
         )
