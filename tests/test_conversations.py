@@ -139,7 +139,9 @@ def conversations(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "p.jsonl", *lines, {"id": "c", "text": "def main():\n"})
 
 
-@pytest.mark.parametrize("max_batch", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.parametrize(
+    "max_batch", [pytest.param(1, marks=(pytest.mark.slow, pytest.mark.long)), 2]
+)
 def test_arms_answer_the_same_conversations(
     tmp_path: Path, tokenizer: Any, tiny_target: Target, max_batch: int
 ) -> None:

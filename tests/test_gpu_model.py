@@ -54,7 +54,9 @@ def narrow(model: Any, kind: str) -> tuple[Any, Any, Any]:
     return target, update.make_drafter(kind, target, expected.path, WORDS, True), expected
 
 
-@pytest.mark.parametrize("requests", [1, pytest.param(16, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "requests", [1, pytest.param(16, marks=(pytest.mark.slow, pytest.mark.long))]
+)
 @pytest.mark.parametrize(
     "kind", ["eagle3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dflash", "pard"))]
 )

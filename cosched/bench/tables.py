@@ -65,10 +65,11 @@ def table_of(result: SuiteResult, view: View) -> Cells:
     known = {name for row in rows for name in row.figures}
     if not known:
         raise ConfigError("nothing is left by what `only` keeps")
-    asked = [name for _, name in FIELD.findall(view.cell)] if view.cell else list(view.figures)
+    fields = FIELD.findall(view.cell or "")
+    asked = [name for _, name in fields] if view.cell else list(view.figures)
     if unknown := [name for name in asked if name not in known]:
         raise ConfigError(f"no figure {unknown[0]!r}; there are {', '.join(sorted(known))}")
-    if view.cell and view.down != "arm" and any(not arm for arm, _ in FIELD.findall(view.cell)):
+    if view.down != "arm" and not all(arm for arm, _ in fields):
         raise ConfigError(f"cell: {view.cell!r} names no arm; use {{ARM: FIGURE}}, or down: arm")
     if view.cell:
         return _grid(rows, view, view.cell)

@@ -64,8 +64,8 @@ class DrafterContract(ServingContract, LearningContract, AdapterContract, OneThr
                     marks.append(pytest.mark.long)
                 name = f"{plugin.name}-{key}".replace(" ", "_")
                 example = pytest.param(specimen(plugin, key), id=name, marks=marks)
-                met = lengths[number % len(lengths) :][:1] if number and lengths else lengths
-                cases += [_both(example, length) for length in met] if met else [example]
+                met = [lengths[number % len(lengths)]] if number and lengths else lengths
+                cases += [_both(example, length) for length in met] or [example]
         metafunc.parametrize("specimen, length" if lengths else "specimen", cases)
 
     def test_it_is_described(self, specimen: Specimen) -> None:

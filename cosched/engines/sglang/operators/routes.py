@@ -83,7 +83,7 @@ def replica_of(number: str, replicas: int) -> int:
     Raises:
         ControlError: there is none of that number.
     """
-    if not number.isdecimal() or len(number) > 9 or int(number) >= replicas:
+    if number not in map(str, range(replicas)):
         raise ControlError(f"replica: this server has 0 to {replicas - 1}, got {number[:20]!r}")
     return int(number)
 
