@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cosched.engines.sglang import compat
+from cosched.engines.sglang.launcher.launch import start_engine
 from cosched.engines.sglang.worker.adapted import AdaptedWorker
 from cosched.errors import ConfigError
+from cosched.settings.load import load_config
+from tests.sglang.serving import ROOT
 
 pytestmark = pytest.mark.sglang
 
@@ -61,3 +65,11 @@ def test_modes_that_need_a_fixed_length_are_refused_with_another(
     check(monkeypatch, **{mode: True})
     with pytest.raises(ConfigError, match=rf"{flag}: .* drafter\.length"):
         check(monkeypatch, changes_length=True, **{mode: True})
+
+
+def test_a_run_takes_one_replica(tmp_path: Path) -> None:
+    """Each of two emptied the file of events that the other wrote, and figures were those of the first."""
+    words = ["engine.arguments.dp_size=2", "adapt.sidecar.address=ipc:///tmp/nobody"]
+    config = load_config(ROOT / "configs" / "sidecar_tiny_cpu.yaml", words)
+    with pytest.raises(ConfigError, match=r"^engine\.arguments\.dp_size: .* use 1"):
+        start_engine(config, events=tmp_path / "events.jsonl")
